@@ -1,0 +1,1 @@
+"""Requests, and which of their tokens go into the next batch. No torch."""

@@ -1,0 +1,189 @@
+"""Configurations: what a checkpoint is, and how the engine was asked to run it. Frozen; no other room is known.
+
+`ModelConfig` comes from a checkpoint's `config.json`, read through transformers' configuration classes so that
+every default is theirs. `EngineConfig` holds what the user chose.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weft.errors import InputError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The dimensions that every family has, and the configuration they came from.
+
+    `fields` is transformers' normalised configuration (a plain dict): family-specific flags are looked up there.
+    """
+
+    model_type: str
+    architecture: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    norm_epsilon: float
+    activation: str
+    tied_embeddings: bool
+    max_length: int
+    fields: dict[str, Any] = field(compare=False, repr=False)
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> ModelConfig:
+        """Reads `config.json`. Raises `InputError` if it is missing, unreadable, or of an unknown kind."""
+        path = directory / "config.json"
+        if not directory.is_dir():
+            raise InputError(f"{directory} is not a directory; give a Hugging Face checkpoint's directory or hub id")
+        if not path.is_file():
+            raise InputError(f"{path} is missing; a checkpoint in Hugging Face format has one")
+        try:
+            raw = json.loads(path.read_text("utf-8"))
+        except (ValueError, OSError) as error:
+            raise InputError(f"{path} can't be read as JSON ({error}); download the file again") from None
+        if not isinstance(raw, dict) or "model_type" not in raw:
+            raise InputError(f"{path} has no model_type; it is not a model's configuration")
+        return cls.from_dict(raw)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
+        """The same from the parsed JSON. Whether weft knows the family is for `model.families` to say."""
+        hf = huggingface_config(raw)
+        if hf is None:  # unknown to transformers too: families.py gives the error, with the list of known ones
+            return cls(str(raw["model_type"]), _architecture(raw), *[0] * 7, 0.0, "", False, 0, raw)
+        head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+        fields = hf.to_dict()
+        return cls(
+            model_type=str(raw["model_type"]), architecture=_architecture(raw), layers=hf.num_hidden_layers,
+            hidden=hf.hidden_size, intermediate=hf.intermediate_size, heads=hf.num_attention_heads,
+            kv_heads=hf.num_key_value_heads or hf.num_attention_heads, head_dim=head_dim,
+            vocabulary=hf.vocab_size, norm_epsilon=hf.rms_norm_eps, activation=hf.hidden_act,
+            tied_embeddings=bool(hf.tie_word_embeddings), max_length=_max_length(fields), fields=fields,
+        )  # fmt: skip
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, without biases and norms (below 0.1% of the total)."""
+        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+        layer = attention + 3 * self.hidden * self.intermediate
+        return self.layers * layer + self.embedding_parameters
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Weights of the token embedding and, if it is a matrix of its own, of the output head."""
+        return self.vocabulary * self.hidden * (1 if self.tied_embeddings else 2)
+
+
+def huggingface_config(raw: dict[str, Any]) -> Any | None:
+    """transformers' configuration object for `config.json`'s content; None for a type without one weft could use."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        hf = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    except KeyError:
+        return None
+    except Exception as error:  # transformers raises many kinds for an inconsistent configuration
+        raise InputError(f"config.json is inconsistent: {str(error).splitlines()[0]}") from None
+    wanted = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+              "vocab_size", "rms_norm_eps", "hidden_act", "max_position_embeddings")  # fmt: skip
+    return hf if all(hasattr(hf, name) for name in wanted) else None
+
+
+def _architecture(raw: dict[str, Any]) -> str:
+    return str((raw.get("architectures") or [""])[0])
+
+
+def _max_length(fields: dict[str, Any]) -> int:
+    """Positions that the model was made for; rope scalings that stretch the trained length are counted in.
+
+    `linear` and `dynamic` state the trained length in max_position_embeddings, `llama3` the stretched one, and
+    `yarn` either, with the trained one beside it when it is the stretched one.
+    """
+    length = int(fields["max_position_embeddings"])
+    rope = fields.get("rope_parameters") or {}
+    stretch = float(rope.get("factor") or 1.0)
+    if rope.get("rope_type") in ("linear", "dynamic"):
+        return int(length * stretch)
+    if rope.get("rope_type") == "yarn":
+        return max(length, int(stretch * int(rope.get("original_max_position_embeddings") or length)))
+    return length
+
+
+WIRES = ("exact", "bf16")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to run a model. Every value is what the user gave or what "auto" came to; nothing changes later.
+
+    Lengths are in tokens. `shares`: relative sizes of the ranks' parts, one number a rank. `cores`: those that the
+    ranks are pinned to, `threads` each in turn; None leaves it to the system.
+    """
+
+    ranks: int = 1
+    shares: tuple[float, ...] = (1.0,)
+    overlap: str = "serial"
+    wire: str = "exact"
+    reproducible: bool = False
+    threads: int = 1
+    device: str = "cpu"
+    dtype: str = "float32"
+    max_length: int = 2048
+    max_sequences: int = 16
+    max_batch_tokens: int = 8192
+    cores: tuple[int, ...] | None = None
+
+    @classmethod
+    def resolve(
+        cls, model: ModelConfig, *, ranks: int = 1, shares: tuple[float, ...] | None = None, overlap: str = "serial",
+        wire: str = "exact", reproducible: bool = False, threads: int | None = None, device: str = "cpu",
+        dtype: str = "float32", max_length: int | None = None, max_sequences: int = 16, max_batch_tokens: int = 8192,
+        cores: tuple[int, ...] | None = None,
+    ) -> EngineConfig:  # fmt: skip
+        """Fills in what was left open; raises `InputError` for values that are not allowed."""
+        positive(ranks, "--tp")
+        shares = shares or (1.0,) * ranks
+        if len(shares) != ranks:
+            raise InputError(f"--shares gives {len(shares)} numbers for {ranks} ranks; give one a rank, as in 2,1")
+        if not all(0 < share < float("inf") for share in shares):
+            raise InputError(f"--shares {','.join(map(str, shares))}: every share must be a number above 0")
+        one_of(wire, "--wire", WIRES)
+        one_of(dtype, "dtype", ("float32", "bfloat16"))
+        positive(max_sequences, "max_num_seqs")
+        positive(max_batch_tokens, "max_num_batched_tokens")
+        positive(threads, "num_threads")
+        positive(max_length, "max_model_len")
+        if max_length is not None and max_length > model.max_length:
+            raise InputError(f"max_model_len {max_length} is more than the model's context of {model.max_length}")
+        threads = threads or max(1, available_cores() // ranks)
+        if cores is not None and len(cores) < ranks * threads:
+            raise InputError(f"{ranks} ranks of {threads} threads need {ranks * threads} cores, not {len(cores)}")
+        return cls(
+            ranks, shares, overlap, wire, reproducible, threads, device, dtype,
+            max_length or model.max_length, max_sequences, max_batch_tokens, cores,
+        )  # fmt: skip
+
+
+def positive(value: int | None, name: str) -> None:
+    """Raises `InputError` unless `value` is None or at least 1."""
+    if value is not None and value < 1:
+        raise InputError(f"{name} {value} is not allowed; give a whole number from 1")
+
+
+def one_of(value: str, name: str, allowed: tuple[str, ...]) -> None:
+    """Raises `InputError` that lists what is allowed."""
+    if value not in allowed:
+        raise InputError(f"{name} {value!r} is not known; allowed: {', '.join(allowed)}")
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

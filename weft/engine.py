@@ -1,0 +1,248 @@
+"""The engine: batch -> plan -> run -> commit.
+
+Owns every request; the workers own nothing that can't be rebuilt, so a lost rank costs time and no request.
+Knows all rooms by their fronts; knows nothing of HTTP or the command line.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from weft.batching.batcher import Batcher, Scheduled
+from weft.batching.params import SamplingParams
+from weft.batching.request import Request, Sequence
+from weft.config import EngineConfig, ModelConfig
+from weft.errors import InputError, WorkerFailed, WorkerLost
+from weft.execute.controller import Controller, RunOptions, RunResult, Started
+from weft.execute.protocol import Choice, Chosen
+from weft.launch.local import Launcher, LocalLauncher
+from weft.model.families import flags_of
+from weft.plan.planner import Plan, Planner
+from weft.program.steps import decoder_stages
+from weft.text import Detokenizer, StopText, Tokenizer, generation_defaults
+
+GRANULE = 128  # positions; model.attention's granule, which a test holds equal to this one
+MOST_RESTARTS = 3  # within RESTART_SECONDS; then whatever ends the workers will not go away by itself
+RESTART_SECONDS = 60.0
+MEMORY_PART = 0.9  # of what is free after loading may become key/value memory
+
+
+@dataclass
+class Completion:
+    """What the engine keeps of a sequence beside its tokens."""
+
+    seed: int
+    detokenizer: Detokenizer | None
+    text: StopText
+    chosen: list[Chosen] = field(default_factory=list)
+    stop_reason: int | str | None = None
+    first_token: float | None = None  # seconds after the request came
+
+
+@dataclass
+class Step:
+    """One turn of the loop, for who looks on. Seconds; `wall` holds all of it, `run` the slowest worker's part."""
+
+    scheduled: Scheduled
+    plan: Plan
+    wall: float
+    run: float
+
+
+class Engine:
+    """Runs requests on a group of workers. `progress` is told how much of the model is loaded, 0 to 1.
+
+    Raises `InputError` where the model, the options and this machine don't go together; nothing is left running.
+    """
+
+    def __init__(
+        self, directory: Path, config: EngineConfig, model: ModelConfig | None = None,
+        launcher: Launcher | None = None, progress: Callable[[float], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.directory, self.config = directory, config
+        self.model = model or ModelConfig.from_directory(directory)
+        flags_of(self.model)  # says so now if the family is unknown
+        self.tokenizer = Tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
+        self.end_ids = self._end_ids()
+        self.planner = Planner(
+            decoder_stages(self.model.layers), config.overlap, config.wire, GRANULE if config.reproducible else 1
+        )
+        self.completions: dict[Sequence, Completion] = {}
+        self.last_step: Step | None = None
+        self._restarts: list[float] = []
+        self._began: dict[Request, float] = {}
+        self.controller = Controller(launcher or LocalLauncher(), config)
+        try:
+            self.started = self.controller.start(directory, self.model, progress)
+        except WorkerLost as error:
+            self.controller.close()
+            raise WorkerFailed(f"a worker ended while the model was loaded: {error}") from None
+        except BaseException:
+            self.controller.close()
+            raise
+        self.batcher = Batcher(config.max_sequences, config.max_batch_tokens, self._memory_tokens(self.started))
+
+    def _end_ids(self) -> frozenset[int]:
+        """Tokens that end a completion: generation_config.json's, else config.json's, and the tokenizer's."""
+        given = generation_defaults(self.directory).get("eos_token_id", self.model.fields.get("eos_token_id"))
+        listed = given if isinstance(given, list) else [given]
+        own = self.tokenizer.end_ids if self.tokenizer else set()
+        return frozenset({token for token in listed if isinstance(token, int)} | own)
+
+    def _memory_tokens(self, started: Started) -> int:
+        """Tokens whose keys and values fit into what is free now, over all ranks of this machine."""
+        a_token = max(1, sum(loaded.kv_bytes_per_token for loaded in started.loaded))
+        return int(MEMORY_PART * psutil.virtual_memory().available / a_token)
+
+    def add(self, prompt: list[int], params: SamplingParams) -> Request:
+        """Queues a request. Raises `InputError` if it can't ever run."""
+        limit = self._limit(prompt, params)
+        request = Request(tuple(prompt), params, limit)
+        first = request.sequences[0]
+        if first.room > self.batcher.memory_tokens:
+            a_token = sum(loaded.kv_bytes_per_token for loaded in self.started.loaded)
+            needed, there = (tokens * a_token / 2**30 for tokens in (first.room, self.batcher.memory_tokens))
+            raise InputError(
+                f"{first.room} tokens need {needed:.2f} GiB of key/value memory and {there:.2f} GiB are free; "
+                "shorten the prompt or max_tokens"
+            )
+        self._began[request] = time.perf_counter()
+        seed = params.seed if params.seed is not None else secrets.randbits(62)
+        for sequence in request.sequences:
+            stream = self.tokenizer.stream(request.prompt, params.skip_special_tokens) if self.tokenizer else None
+            text = StopText(params.stops, params.include_stop_str_in_output)
+            self.completions[sequence] = Completion(seed + sequence.index, stream, text)
+        self.batcher.add(request)
+        return request
+
+    def _limit(self, prompt: list[int], params: SamplingParams) -> int:
+        """How many tokens may follow; raises for prompts that can't be run."""
+        length = self.config.max_length
+        if not prompt:
+            raise InputError("the prompt is empty; give at least one token")
+        outside = [t for t in prompt if not isinstance(t, int) or not 0 <= t < self.model.vocabulary]
+        if outside:
+            raise InputError(f"token id {outside[0]!r} is not in the vocabulary, 0 to {self.model.vocabulary - 1}")
+        if len(prompt) >= length:
+            raise InputError(
+                f"the prompt has {len(prompt)} tokens and the context holds {length}, the answer included; shorten it"
+            )
+        if params.stops and self.tokenizer is None:
+            raise InputError("stop texts need a tokenizer, and this model has no tokenizer.json; use stop_token_ids")
+        return min(params.max_tokens or length, length - len(prompt))
+
+    def step(self) -> list[Sequence]:
+        """One turn; returns the sequences that got a token. There must be something to do (`idle` is False)."""
+        begin = time.perf_counter()
+        scheduled = self.batcher.next()
+        plan = self.planner.plan(scheduled.batch)
+        result = self._run(scheduled, plan)
+        if result is None:
+            return []
+        self._commit(scheduled, result)
+        self.last_step = Step(scheduled, plan, time.perf_counter() - begin, result.seconds)
+        return list(scheduled.sequences)
+
+    @property
+    def idle(self) -> bool:
+        """True if no request is left."""
+        return self.batcher.idle
+
+    def _run(self, scheduled: Scheduled, plan: Plan) -> RunResult | None:
+        """The batch's result, or None if a rank was lost: the group is new then, and the sequences start over."""
+        choices = [self._choice(sequence) for sequence in scheduled.sequences]
+        try:
+            return self.controller.run(scheduled.batch, scheduled.tokens, choices, plan.program, plan.wire)
+        except WorkerLost as error:
+            self.restart(str(error))
+            return None
+
+    def restart(self, reason: str) -> None:
+        """A new group of workers. Raises `WorkerFailed` if that has been needed too often lately."""
+        now = time.monotonic()
+        self._restarts = [then for then in self._restarts if now - then < RESTART_SECONDS] + [now]
+        self.controller.stop()
+        if len(self._restarts) > MOST_RESTARTS:
+            raise WorkerFailed(f"workers were lost {len(self._restarts)} times within a minute; the last: {reason}")
+        self.started = self.controller.start(self.directory, self.model)
+        self.batcher.rewind()
+
+    def _choice(self, sequence: Sequence) -> Choice:
+        params = sequence.request.params
+        banned = sorted(self._ends(sequence)) if sequence.produced < params.min_tokens else []
+        if params.greedy and not (params.penalised or banned or params.logprobs is not None):
+            return Choice()
+        return Choice(
+            temperature=0.0 if params.greedy else params.temperature, top_p=params.top_p,
+            top_k=max(0, params.top_k), min_p=params.min_p, presence=params.presence_penalty,
+            frequency=params.frequency_penalty, repetition=params.repetition_penalty,
+            seed=self.completions[sequence].seed, index=sequence.produced, banned=banned,
+            prompt=list(sequence.request.prompt) if params.penalised else [],
+            output=list(sequence.output) if params.penalised else [], logprobs=params.logprobs,
+        )  # fmt: skip
+
+    def _ends(self, sequence: Sequence) -> frozenset[int]:
+        """Tokens that end this completion."""
+        params = sequence.request.params
+        own = frozenset(params.stop_token_ids or ())
+        return own if params.ignore_eos else own | self.end_ids
+
+    def _commit(self, scheduled: Scheduled, result: RunResult) -> None:
+        """Gives every sequence its token, and lets go of those that are complete."""
+        ended = []
+        for sequence, chosen in zip(scheduled.sequences, result.chosen, strict=True):
+            sequence.computed = len(sequence.tokens)
+            sequence.tokens.append(chosen.token)
+            self._grow(sequence, chosen)
+            if sequence.finish_reason:
+                ended.append(sequence)
+        self.forget(ended)
+
+    def _grow(self, sequence: Sequence, chosen: Chosen) -> None:
+        """Text, stop conditions and first-token time of one new token."""
+        completion = self.completions[sequence]
+        completion.chosen.append(chosen)
+        if completion.first_token is None:
+            completion.first_token = time.perf_counter() - self._began[sequence.request]
+        if chosen.token in self._ends(sequence):
+            sequence.finish_reason = "stop"
+            completion.stop_reason = None if chosen.token in self.end_ids else chosen.token
+            return
+        if completion.detokenizer is not None:
+            completion.text.grow(completion.detokenizer.step(chosen.token))
+        if completion.text.stopped is not None and sequence.produced >= sequence.request.params.min_tokens:
+            sequence.finish_reason, completion.stop_reason = "stop", completion.text.stopped
+        elif sequence.produced >= sequence.request.limit:
+            sequence.finish_reason = "length"
+
+    def forget(self, sequences: list[Sequence]) -> None:
+        """Takes sequences out and frees their memory; what they have so far stays with the caller."""
+        freed = self.batcher.leave(sequences)
+        if freed:
+            with suppress(WorkerLost):  # a lost rank has no memory to free, and the next run notices
+                self.controller.release(freed)
+
+    def settle(self, request: Request) -> list[Completion]:
+        """The request's completions, which the engine then forgets."""
+        self._began.pop(request, None)
+        return [self.completions.pop(sequence) for sequence in request.sequences]
+
+    def probe(self, tokens: list[int], plan: Plan, options: RunOptions) -> RunResult:
+        """Runs one prompt's prefill by a plan of the caller's, for measuring; between requests only."""
+        assert self.idle, "a probe would overwrite a running sequence's memory"
+        from weft.program.batch import one_prompt
+
+        return self.controller.run(
+            one_prompt(len(tokens)), tokens, [Choice()], plan.program, plan.wire, options
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self.controller.close()

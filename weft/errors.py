@@ -1,0 +1,15 @@
+"""Errors that a user can do something about. Knows no other room."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Something that the user gave can't be used: one line with what was given, what is allowed, what to do."""
+
+
+class WorkerLost(RuntimeError):
+    """A rank ended, or said that it can't go on, while a batch was under way; the batch can be run again."""
+
+
+class WorkerFailed(RuntimeError):
+    """A rank can't do what was asked, and would fail the same way again."""

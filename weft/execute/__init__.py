@@ -1,0 +1,1 @@
+"""Runs programs: lanes, executor, sampler, and the worker process around them."""

@@ -1,0 +1,247 @@
+"""The engine's end of a group of workers: brings it up, runs batches on it, notices when a rank is lost.
+
+Knows messages and processes; knows nothing of requests, text or plans. No torch.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import zmq
+
+from weft.config import EngineConfig, ModelConfig
+from weft.errors import InputError, WorkerFailed, WorkerLost
+from weft.execute import protocol as p
+from weft.launch.local import Launcher
+from weft.program.batch import Batch
+from weft.program.steps import Program
+from weft.timeline.timeline import Event, Timeline
+
+START_SECONDS = 120.0  # to import torch and to say hello, on a loaded machine
+LOOK_MILLISECONDS = 100  # how often the processes are looked at while a message is awaited
+
+M = TypeVar("M")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What to bring back besides tokens. `part`: "both", or one lane alone: "compute" or "network"."""
+
+    part: str = "both"
+    timeline: bool = False
+    checksums: bool = False
+    logits: bool = False
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a batch gave. `seconds`: the slowest rank's. `bytes_sent` and `checksums`: for each rank."""
+
+    chosen: list[p.Chosen]
+    seconds: float
+    bytes_sent: list[int]
+    timeline: Timeline | None
+    checksums: list[list[int]]
+    logits: bytes
+
+
+@dataclass(frozen=True)
+class Started:
+    """What each rank said when it was ready, and how long that took in seconds."""
+
+    loaded: tuple[p.Loaded, ...]
+    seconds: float
+
+
+class Controller:
+    """One group of workers. Not for several threads."""
+
+    def __init__(self, launcher: Launcher, config: EngineConfig) -> None:
+        self.launcher, self.config = launcher, config
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._folder = Path(tempfile.mkdtemp(prefix="weft-"))  # readable by this user only
+        self._socket: zmq.Socket[bytes] | None = None
+        self._ranks: list[bytes] = []  # identities, by rank
+        self._programs: dict[Program, int] = {}
+        self._number = 0
+
+    def start(self, directory: Path, model: ModelConfig, progress: Callable[[float], None] | None = None) -> Started:
+        """Starts the workers and loads the model on them. `progress` is given the share that is done, 0 to 1.
+
+        Raises `InputError` for what the user can change, `WorkerFailed` for the rest; no worker is left then.
+        """
+        begin = time.monotonic()
+        try:
+            self._bring_up()
+            loaded = self._load(directory, model, progress or (lambda share: None))
+        except BaseException:
+            self.stop()
+            raise
+        return Started(tuple(loaded), time.monotonic() - begin)
+
+    def _bring_up(self) -> None:
+        world, token = self.config.ranks, secrets.token_hex(32)
+        self._socket = p.engine_socket(self._context, token)
+        address = f"ipc://{self._folder / 'control'}"
+        self._socket.bind(address)
+        self.launcher.start(world, self.config.threads, address, token)
+        deadline = time.monotonic() + START_SECONDS
+        hellos = {i: hello for i, hello in (self._receive(p.Hello, deadline) for _ in range(world))}
+        # In the order of their start: with network namespaces, an address belongs to a place.
+        order = self.launcher.pids()
+        self._ranks = sorted(hellos, key=lambda identity: order.index(hellos[identity].pid))
+        for rank, identity in enumerate(self._ranks):
+            self._send(identity, p.Assign(rank, world, self.config.threads, self._cores(rank)))
+        if world > 1:
+            _, meeting = self._receive(p.Meeting, deadline)
+            for identity in self._ranks:
+                self._send(identity, p.Meet(meeting.address, meeting.port))
+        for _ in range(world):
+            self._receive(p.Joined, deadline)
+
+    def _cores(self, rank: int) -> list[int] | None:
+        if self.config.cores is None:
+            return None
+        threads = self.config.threads
+        return list(self.config.cores[rank * threads : (rank + 1) * threads])
+
+    def _load(self, directory: Path, model: ModelConfig, progress: Callable[[float], None]) -> list[p.Loaded]:
+        config = self.config
+        self._programs.clear()
+        for identity in self._ranks:
+            self._send(
+                identity,
+                p.Load(
+                    str(directory), model, list(config.shares), config.dtype, config.device, config.reproducible,
+                    config.max_length, config.max_sequences,
+                ),
+            )  # fmt: skip
+        layers = dict.fromkeys(self._ranks, 0.0)
+        ready: dict[bytes, p.Loaded] = {}
+        while len(ready) < len(self._ranks):
+            identity, message = self._receive((p.Loading, p.Loaded))
+            if isinstance(message, p.Loaded):
+                ready[identity] = message
+            else:
+                layers[identity] = message.done / message.total
+            progress(sum(layers.values()) / len(layers))
+        return [ready[identity] for identity in self._ranks]
+
+    def run(
+        self, batch: Batch, tokens: Sequence[int], choices: Sequence[p.Choice], program: Program, wire: str,
+        options: RunOptions = RunOptions(),  # noqa: B008 (frozen)
+    ) -> RunResult:  # fmt: skip
+        """Runs a program on every rank. Raises `WorkerLost` if a rank ends meanwhile."""
+        self._number += 1
+        message = self._message(batch, tokens, choices, program, wire, options)
+        for identity in self._ranks:
+            self._send(identity, message)
+        done: dict[bytes, p.Done] = {}
+        while len(done) < len(self._ranks):
+            identity, answer = self._receive(p.Done)
+            done[identity] = answer
+        answers = [done[identity] for identity in self._ranks]
+        return RunResult(
+            answers[0].chosen, max(answer.seconds for answer in answers), [a.bytes_sent for a in answers],
+            _timeline(program, answers) if options.timeline else None, [a.checksums for a in answers],
+            answers[0].logits,
+        )  # fmt: skip
+
+    def _message(
+        self, batch: Batch, tokens: Sequence[int], choices: Sequence[p.Choice], program: Program, wire: str,
+        options: RunOptions,
+    ) -> bytes:  # fmt: skip
+        known = self._programs.get(program)
+        number = self._programs.setdefault(program, len(self._programs))
+        segments = [(s.sequence, s.start, s.length, s.sampled) for s in batch.segments]
+        return p.encode(
+            p.Run(
+                self._number, number, None if known is not None else program.text, segments, list(tokens),
+                list(choices), wire, options.part, options.timeline, options.checksums, options.logits,
+            )
+        )  # fmt: skip
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Tells every rank that these sequences are over."""
+        for identity in self._ranks:
+            self._send(identity, p.Release(list(slots)))
+
+    def stop(self) -> None:
+        """Ends the workers; the controller can be started again."""
+        for identity in self._ranks:
+            try:
+                self._send(identity, p.Shutdown())
+            except WorkerLost:
+                continue
+        deadline = time.monotonic() + (1.0 if self._ranks else 0.0)
+        while self._ranks and time.monotonic() < deadline and len(self.launcher.dead()) < len(self._ranks):
+            time.sleep(0.01)
+        self.launcher.stop()
+        if self._socket is not None:
+            self._socket.close(0)
+        self._socket, self._ranks = None, []
+
+    def close(self) -> None:
+        """Ends everything and removes what it left on disk."""
+        self.stop()
+        self._context.term()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _send(self, identity: bytes, message: p.ToWorker | bytes) -> None:
+        assert self._socket is not None, "the group is not started"
+        data = message if isinstance(message, bytes) else p.encode(message)
+        try:
+            self._socket.send_multipart([identity, data])
+        except zmq.ZMQError as error:
+            raise WorkerLost(f"a worker can't be reached ({error})") from None
+
+    def _receive(self, kind: type[M] | tuple[type[M], ...], deadline: float | None = None) -> tuple[bytes, M]:
+        """The next message of this kind (progress of no interest is skipped), with its sender."""
+        assert self._socket is not None
+        while True:
+            if not self._socket.poll(LOOK_MILLISECONDS):
+                self._look(deadline)
+                continue
+            identity, data = self._socket.recv_multipart()
+            message = p.decode_to_engine(data)
+            if isinstance(message, kind):
+                return identity, message
+            if isinstance(message, p.Failed):
+                self._failed(message)
+
+    def _look(self, deadline: float | None) -> None:
+        """Raises if a worker has ended, or if the time is over."""
+        if dead := self.launcher.dead():
+            raise WorkerLost("; ".join(dead))
+        if deadline is not None and time.monotonic() > deadline:
+            raise WorkerFailed(f"the workers were not ready within {START_SECONDS:.0f} s; is the machine overloaded?")
+
+    def _failed(self, message: p.Failed) -> None:
+        if message.kind in ("input", "memory"):
+            raise InputError(message.message)
+        # A rank whose peer has died fails too, and may say so before the death is seen.
+        deadline = time.monotonic() + 1.0
+        while time.monotonic() < deadline:
+            if dead := self.launcher.dead():
+                raise WorkerLost("; ".join(dead))
+            time.sleep(0.01)
+        raise WorkerFailed(message.message)
+
+
+def _timeline(program: Program, answers: Sequence[p.Done]) -> Timeline:
+    """All ranks' spans on one clock (they share the machine's), from the first beginning on."""
+    begin = min(start for answer in answers for start, stop in answer.spans if stop > 0)
+    events = [
+        Event(rank, step.lane, step.kind, step.stage, step.rows, start - begin, stop - begin)
+        for rank, answer in enumerate(answers)
+        for step, (start, stop) in zip(program, answer.spans, strict=True)
+        if stop > 0
+    ]
+    return Timeline(tuple(events), "measured")

@@ -1,0 +1,188 @@
+"""Runs a program on one rank: walks its steps on the compute lane and hands collectives to the network lane.
+
+Knows programs, the model's four functions and the group; knows no strategy by name. Every partial has a buffer of
+its own, which nobody touches between its collective's submission and the wait for it.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from weft.execute.lanes import Lanes, Pending
+from weft.model.decoder import Forward, StageFunctions
+from weft.parallel.allreduce import all_reduce, gather_columns
+from weft.parallel.codec import Codec
+from weft.parallel.group import Group
+from weft.program.batch import Rows
+from weft.program.steps import Kind, Lane, Program, Step
+
+
+class Part(StrEnum):
+    """How much of a program to run: all of it, or one lane alone (the two terms of the bound)."""
+
+    BOTH = "both"
+    COMPUTE = "compute"  # a rank's own partial stands in for the sum: same work, meaningless numbers
+    NETWORK = "network"  # the same messages, with nothing computed
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run left on this rank.
+
+    `logits` [sampled rows, vocabulary], on rank 0 only. `spans`: start and end of every step, in seconds of this
+    machine's monotonic clock. `checksums`: one per collective, equal on all ranks.
+    """
+
+    logits: Tensor | None
+    spans: list[tuple[float, float]]
+    checksums: list[int]
+
+
+class _Pieces:
+    """Tensors that a later step takes, whole or in parts; each is let go with its last row."""
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[str, Rows, Tensor, list[int]]] = []
+
+    def put(self, step: Step, tensor: Tensor) -> None:
+        self._pieces.append((step.stage, step.rows, tensor, [step.rows.length]))
+
+    def take(self, step: Step) -> Tensor:
+        """The step's rows of the piece that holds them; all of it if the step takes all rows."""
+        for place, (stage, rows, tensor, left) in enumerate(self._pieces):
+            if stage == step.stage and rows.contains(step.rows):
+                left[0] -= step.rows.length
+                if left[0] == 0:
+                    del self._pieces[place]
+                if rows == step.rows:
+                    return tensor
+                return tensor[step.rows.start - rows.start : step.rows.stop - rows.start]
+        raise AssertionError(f"nothing holds the rows of {step.name!r}: the program was not checked")
+
+
+@dataclass
+class _Pass:
+    """The state of one run."""
+
+    hidden: Tensor
+    features: _Pieces = field(default_factory=_Pieces)
+    partials: _Pieces = field(default_factory=_Pieces)
+    arriving: list[tuple[Rows, StageFunctions, Tensor, Pending | None]] = field(default_factory=list)
+    logits: Tensor | None = None
+
+
+class Executor:
+    """Runs programs with one group and one pair of lanes."""
+
+    def __init__(self, group: Group, lanes: Lanes, vocabulary: list[int]) -> None:
+        self.group, self.lanes = group, lanes
+        self.vocabulary = vocabulary  # columns of the logits on each rank
+
+    def run(
+        self, program: Program, forward: Forward, codec: Codec, part: Part = Part.BOTH, checksums: bool = False
+    ) -> Result:
+        """One forward pass. Raises what a step raised, once every submitted collective has ended."""
+        return _Run(self, program, forward, codec, part, checksums).all_steps()
+
+
+class _Run:
+    def __init__(
+        self, owner: Executor, program: Program, forward: Forward, codec: Codec, part: Part, checksums: bool
+    ) -> None:
+        self.group, self.lanes, self.vocabulary = owner.group, owner.lanes, owner.vocabulary
+        self.program, self.codec, self.part = program, codec, part
+        self.forward = forward
+        self.checksums: list[int] | None = [] if checksums else None
+        self.stages = {step.stage: forward.stage(step.stage) for step in program}
+        self.spans = [(0.0, 0.0)] * len(program)
+        self.pending: dict[int, Pending] = {}
+        self.state = _Pass(forward.empty_hidden(forward.batch.tokens))
+
+    def all_steps(self) -> Result:
+        if self.part is Part.NETWORK:
+            self.state.hidden.zero_()  # committed before the clock matters
+        try:
+            for index, step in enumerate(self.program):
+                if step.lane is Lane.NETWORK:
+                    self._collective(index, step)
+                elif self.part is not Part.NETWORK:
+                    self._compute(index, step)
+        finally:
+            for waiting in self.pending.values():
+                waiting.wait()
+        return Result(self.state.logits, self.spans, self.checksums or [])
+
+    def _compute(self, index: int, step: Step) -> None:
+        for edge in step.after:
+            if edge in self.pending:
+                self.pending[edge].wait()
+        begin = time.perf_counter()
+        stage = self.stages[step.stage]
+        if step.kind is Kind.TAIL:
+            self._leave(step, stage, stage.tail(self.state.features.take(step)))
+        else:
+            self._absorb(step.rows)
+            rows = step.rows
+            features = stage.body(stage.enter(self.state.hidden[rows.start : rows.stop]), rows)
+            if step.kind is Kind.BODY:
+                self.state.features.put(step, features)
+            else:
+                self._leave(step, stage, stage.tail(features))
+        self.spans[index] = (begin, time.perf_counter())
+
+    def _leave(self, step: Step, stage: StageFunctions, partial: Tensor) -> None:
+        """A partial for the collective that follows; a stage without one is absorbed like the rest."""
+        if step.stage in self.program.collected:
+            self.state.partials.put(step, partial)
+        else:
+            self.state.arriving.append((step.rows, stage, partial, None))
+
+    def _absorb(self, rows: Rows) -> None:
+        """Adds every contribution that has arrived for some of `rows` to the residual stream."""
+        kept = []
+        for entry in self.state.arriving:
+            where, stage, total, pending = entry
+            if not where.intersects(rows):
+                kept.append(entry)
+                continue
+            if pending is not None:
+                pending.wait()
+            stage.absorb(self.state.hidden[where.start : where.stop], total)
+        self.state.arriving = kept
+
+    def _collective(self, index: int, step: Step) -> None:
+        if self.part is Part.NETWORK:
+            partial = self._stand_in(step)
+        else:
+            partial = self.state.partials.take(step)
+        if self.part is Part.COMPUTE:
+            pending = None
+        else:
+            pending = self.lanes.submit(lambda: self._communicate(index, step, partial), index in self.program.awaited_next)
+            self.pending[index] = pending
+        if step.kind is Kind.REDUCE:
+            self.state.arriving.append((step.rows, self.stages[step.stage], partial, pending))
+
+    def _communicate(self, index: int, step: Step, partial: Tensor) -> None:
+        """On the network lane. The sum replaces the partial in its own buffer."""
+        begin = time.perf_counter()
+        if step.kind is Kind.GATHER:
+            self.state.logits = gather_columns(self.group, partial, self.vocabulary)
+        else:
+            all_reduce(self.group, self.codec, partial)
+            if self.checksums is not None:
+                self.checksums.append(zlib.crc32(partial.view(torch.uint8).numpy()))
+        self.spans[index] = (begin, time.perf_counter())
+
+    def _stand_in(self, step: Step) -> Tensor:
+        """Memory of a partial's size, where nothing was computed."""
+        if step.kind is Kind.GATHER:
+            rows = len(self.forward.batch.sampled_rows)
+            return self.state.hidden.new_zeros(rows, self.vocabulary[self.group.rank]).float()
+        return self.state.hidden[step.rows.start : step.rows.stop]

@@ -1,0 +1,92 @@
+"""The two lanes of a rank: the only owner of threads (and, for devices that have them, of streams and events).
+
+The thread that walks a program is the compute lane; collectives run on the network lane in the order in which
+they were submitted. Knows callables; knows nothing of tensors or steps.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from queue import SimpleQueue
+from typing import Protocol
+
+
+class Pending(Protocol):
+    """A collective on its way."""
+
+    def wait(self) -> None:
+        """Returns when it has ended; raises what it raised."""
+        ...
+
+
+class Lanes(Protocol):
+    """What the executor needs of a device. On a GPU a lane is a stream, and waiting records an event."""
+
+    def submit(self, work: Callable[[], None], urgent: bool) -> Pending:
+        """Issues `work` on the network lane. `urgent`: the compute lane's next step waits for it."""
+        ...
+
+    def close(self) -> None:
+        """Ends the lanes; what was submitted is finished first."""
+        ...
+
+
+class _Task:
+    """One piece of network work, run by whichever thread takes it."""
+
+    __slots__ = ("_done", "_error", "_work")
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._error: BaseException | None = None
+        self._done = threading.Lock()  # held until done: the cheapest event that Python has
+        self._done.acquire()
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # kept for the compute lane, which waits for it
+            self._error = error
+        finally:
+            self._done.release()
+
+    def wait(self) -> None:
+        with self._done:
+            if self._error is not None:
+                raise self._error
+
+
+class ThreadLanes:
+    """Lanes of a CPU rank: the caller's thread and one more, which runs all its work inside `context()`."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
+        self._context = context
+        self._queue: SimpleQueue[_Task | None] = SimpleQueue()
+        self._last: _Task | None = None
+        self._thread = threading.Thread(target=self._network, name="weft-network-lane", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], None], urgent: bool) -> Pending:
+        """Runs urgent work at once, on the caller's thread, if the lane is idle: that saves two switches."""
+        task = _Task(work)
+        if urgent and self._idle():
+            task.run()
+        else:
+            self._queue.put(task)
+        self._last = task
+        return task
+
+    def _idle(self) -> bool:
+        return self._last is None or not self._last._done.locked()
+
+    def _network(self) -> None:
+        with self._context():
+            while (task := self._queue.get()) is not None:
+                task.run()
+
+    def close(self) -> None:
+        """Ends the network thread after what is queued."""
+        self._queue.put(None)
+        self._thread.join(timeout=10)

@@ -1,0 +1,194 @@
+"""What engine and workers say to each other: msgpack over ZeroMQ, never pickle. No torch.
+
+    worker -> engine   Hello, Meeting, Joined, Loading, Loaded, Done, Failed
+    engine -> worker   Assign, Meet, Load, Run, Release, Shutdown
+
+The socket is encrypted, and authenticated by the group's token: both ends derive the same keys from it, and who
+doesn't have them can't say a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import msgspec
+import zmq
+from zmq.utils import z85
+
+from weft.config import ModelConfig
+
+VERSION = 1
+TOKEN_VARIABLE = "WEFT_TOKEN"  # in the environment: a command line is seen by everyone
+LEASE_VARIABLE = "WEFT_LEASE"  # set by a launcher that holds the worker's standard input open while it lives
+
+
+class Hello(msgspec.Struct, tag=True, frozen=True):
+    """A worker has come."""
+
+    version: int
+    host: str
+    pid: int
+    address: str  # where other ranks reach it
+
+
+class Assign(msgspec.Struct, tag=True, frozen=True):
+    """You are this rank. `cores`: pin to these; None leaves it to the system."""
+
+    rank: int
+    world: int
+    threads: int
+    cores: list[int] | None = None
+
+
+class Meeting(msgspec.Struct, tag=True, frozen=True):
+    """Rank 0 has opened the group's meeting point here."""
+
+    address: str
+    port: int
+
+
+class Meet(msgspec.Struct, tag=True, frozen=True):
+    """Join the group there."""
+
+    address: str
+    port: int
+
+
+class Joined(msgspec.Struct, tag=True, frozen=True):
+    """The group is complete, as seen from this rank."""
+
+
+class Load(msgspec.Struct, tag=True, frozen=True):
+    """Load your share of this model and reserve key/value memory; replaces what was loaded before."""
+
+    directory: str
+    config: ModelConfig
+    shares: list[float]
+    dtype: str
+    device: str
+    exact_rows: bool
+    length: int
+    slots: int
+
+
+class Loading(msgspec.Struct, tag=True, frozen=True):
+    """Layers loaded so far."""
+
+    done: int
+    total: int
+
+
+class Loaded(msgspec.Struct, tag=True, frozen=True):
+    """Ready. Bytes; `peak` is what loading took at most beyond what the process had before."""
+
+    weights: int
+    peak: int
+    kv_bytes_per_token: int
+    packed: bool
+
+
+class Choice(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How to choose one sampled row's next token. `prompt` and `output` are there if penalties need them."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    repetition: float = 1.0
+    seed: int = 0
+    index: int = 0  # of the token in its completion: with the seed, all that the draw depends on
+    banned: list[int] = []
+    prompt: list[int] = []
+    output: list[int] = []
+    logprobs: int | None = None
+
+
+class Run(msgspec.Struct, tag=True, frozen=True):
+    """Run a program. `text` is given the first time that `program` (a number) is used."""
+
+    number: int
+    program: int
+    text: str | None
+    segments: list[tuple[int, int, int, bool]]  # sequence, start, length, sampled
+    tokens: list[int]
+    choices: list[Choice]
+    wire: str
+    part: str = "both"
+    spans: bool = False
+    checksums: bool = False
+    logits: bool = False
+
+
+class Chosen(msgspec.Struct, frozen=True):
+    """One sampled token; its log-probability and rank (1 is likeliest) and the likeliest tokens, if asked for."""
+
+    token: int
+    logprob: float = 0.0
+    rank: int = 0
+    top: list[tuple[int, float]] = []
+
+
+class Done(msgspec.Struct, tag=True, frozen=True):
+    """A program ended. `seconds`: of the program alone, on this rank. `spans`: start and end of every step."""
+
+    number: int
+    seconds: float
+    bytes_sent: int
+    chosen: list[Chosen] = []
+    spans: list[tuple[float, float]] = []
+    checksums: list[int] = []
+    logits: bytes = b""  # float32 [sampled rows, vocabulary]
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """It could not be done. `kind`: "input" (the user's), "memory", or "error"."""
+
+    kind: str
+    message: str
+
+
+class Release(msgspec.Struct, tag=True, frozen=True):
+    """These slots' sequences are over."""
+
+    slots: list[int]
+
+
+class Shutdown(msgspec.Struct, tag=True, frozen=True):
+    """End."""
+
+
+ToWorker = Assign | Meet | Load | Run | Release | Shutdown
+ToEngine = Hello | Meeting | Joined | Loading | Loaded | Done | Failed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+
+
+def engine_socket(context: zmq.Context[Any], token: str) -> zmq.Socket[bytes]:
+    """The engine's end: talks to many workers, by identity."""
+    socket = context.socket(zmq.ROUTER)
+    public, secret = _keys(token, "engine")
+    socket.curve_secretkey, socket.curve_publickey, socket.curve_server = secret, public, True
+    socket.linger = 0
+    socket.router_mandatory = True
+    return socket
+
+
+def worker_socket(context: zmq.Context[Any], token: str) -> zmq.Socket[bytes]:
+    """A worker's end. Only who knows the token can derive the key that the engine's end answers to."""
+    socket = context.socket(zmq.DEALER)
+    public, secret = _keys(token, "worker")
+    socket.curve_secretkey, socket.curve_publickey = secret, public
+    socket.curve_serverkey = _keys(token, "engine")[0]
+    socket.linger = 1000
+    return socket
+
+
+def _keys(token: str, role: str) -> tuple[bytes, bytes]:
+    """A CURVE key pair (public, secret) that follows from the token."""
+    secret: bytes = z85.encode(hashlib.sha256(f"weft/{role}/{token}".encode()).digest())
+    return zmq.curve_public(secret), secret

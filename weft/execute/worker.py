@@ -1,0 +1,269 @@
+"""A worker process: one rank. `python -m weft.execute.worker --join ADDRESS`, token in the environment.
+
+Owns a shard of the weights, key/value memory and an executor, and nothing that can't be rebuilt. Knows the
+engine's messages; knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import zmq
+
+from weft.cache.slabs import Slabs
+from weft.errors import InputError
+from weft.execute import protocol as p
+from weft.execute.executor import Executor, Part
+from weft.execute.lanes import ThreadLanes
+from weft.execute.sampler import sample
+from weft.model.checkpoint import Checkpoint
+from weft.model.decoder import Decoder
+from weft.model.families import flags_of
+from weft.model.kernels import packed_weights_work
+from weft.model.rope import Rope
+from weft.model.shares import Share, shares_of
+from weft.model.weights import load, shard_bytes
+from weft.parallel.codec import codec_named
+from weft.parallel.group import Group, host_store, join_store
+from weft.program.batch import Batch, Segment
+from weft.program.steps import Program
+
+
+@dataclass
+class _Loaded:
+    """A model that this rank can run."""
+
+    decoder: Decoder
+    slabs: Slabs
+    executor: Executor
+    programs: dict[int, Program]
+
+
+class Worker:
+    """Answers the engine's messages, one at a time."""
+
+    def __init__(self, control: zmq.Socket[bytes], address: str) -> None:
+        self.control, self.address = control, address
+        self.lanes = ThreadLanes(torch.inference_mode)
+        self.rank = self.world = 0
+        self.store: Any = None
+        self.group: Group | None = None
+        self.model: _Loaded | None = None
+
+    def say(self, message: p.ToEngine) -> None:
+        """Sends one message."""
+        self.control.send(p.encode(message))
+
+    def serve(self) -> None:
+        """Until the engine says that it is over."""
+        self.say(p.Hello(p.VERSION, socket.gethostname(), os.getpid(), self.address))
+        while True:
+            message = p.decode_to_worker(self.control.recv())
+            if isinstance(message, p.Shutdown):
+                return
+            try:
+                self.answer(message)
+            except InputError as error:
+                self.say(p.Failed("input", str(error)))
+            except MemoryError as error:
+                self.say(p.Failed("memory", str(error)))
+            except Exception as error:
+                if "can't allocate memory" in str(error):
+                    self.say(p.Failed("memory", str(error).splitlines()[0]))
+                    continue
+                import traceback
+
+                traceback.print_exc()
+                self.say(p.Failed("error", f"{type(error).__name__}: {str(error).splitlines()[0]}"))
+
+    def answer(self, message: p.ToWorker) -> None:
+        """Does what one message asks."""
+        match message:
+            case p.Assign():
+                self._assign(message)
+            case p.Meet():
+                store = self.store if self.rank == 0 else join_store(message.address, message.port)
+                self._join(store)
+            case p.Load():
+                self._load(message)
+            case p.Run():
+                self._run(message)
+            case p.Release():
+                for slot in message.slots:
+                    self._loaded.slabs.release(slot)
+                self._loaded.slabs.check_integrity()
+
+    @property
+    def _loaded(self) -> _Loaded:
+        assert self.model is not None, "the engine runs nothing before it has loaded a model"
+        return self.model
+
+    def _assign(self, message: p.Assign) -> None:
+        self.rank, self.world = message.rank, message.world
+        torch.set_num_threads(message.threads)
+        if message.cores and hasattr(os, "sched_setaffinity"):
+            for thread in os.listdir("/proc/self/task"):  # threads that exist already keep their own set
+                os.sched_setaffinity(int(thread), message.cores)
+        if self.world == 1:
+            self._join(None)
+        elif self.rank == 0:
+            self.store, port = host_store(self.address)
+            self.say(p.Meeting(self.address, port))
+
+    def _join(self, store: Any) -> None:
+        self.group = Group(self.rank, self.world, store)
+        self.group.barrier()
+        self.say(p.Joined())
+
+    def _load(self, m: p.Load) -> None:
+        assert self.group is not None
+        self.model = None
+        shares = shares_of(m.config, m.shares)
+        share, dtype = shares[self.rank], getattr(torch, m.dtype)
+        _demand_memory(m, share, dtype.itemsize)
+        flags = flags_of(m.config)
+        with _Peak() as peak:
+            weights = load(
+                Checkpoint(Path(m.directory)), m.config, flags, share, device=m.device, dtype=dtype,
+                exact_rows=m.exact_rows, progress=lambda done, total: self.say(p.Loading(done, total)),
+            )  # fmt: skip
+        kv_heads = len(share.kv_heads)
+        slabs = Slabs(m.slots, m.config.layers, kv_heads, m.length, m.config.head_dim, dtype, m.device)
+        decoder = Decoder(m.config, flags, share, weights, Rope(m.config, m.device), m.exact_rows)
+        executor = Executor(self.group, self.lanes, [len(s.vocabulary) for s in shares])
+        self.model = _Loaded(decoder, slabs, executor, {})
+        _keep_freed_memory()
+        self.say(
+            p.Loaded(
+                shard_bytes(m.config, share, dtype.itemsize), peak.taken, slabs.bytes_per_token,
+                packed_weights_work() and dtype is torch.float32,
+            )  # fmt: skip
+        )
+
+    @torch.inference_mode()
+    def _run(self, m: p.Run) -> None:
+        model = self._loaded
+        assert self.group is not None
+        if m.text is not None:
+            model.programs[m.program] = Program.parse(m.text)
+        batch = Batch(tuple(Segment(*values) for values in m.segments))
+        sent, begin = self.group.bytes_sent, time.perf_counter()
+        forward = model.decoder.begin(batch, m.tokens, model.slabs)
+        program, codec = model.programs[m.program], codec_named(m.wire)
+        result = model.executor.run(program, forward, codec, Part(m.part), m.checksums)
+        seconds = time.perf_counter() - begin
+        chosen, logits = [], b""
+        if result.logits is not None and m.choices:
+            chosen = sample(result.logits, m.choices)
+            logits = result.logits.numpy().tobytes() if m.logits else b""
+        spans = result.spans if m.spans else []
+        sent = self.group.bytes_sent - sent
+        self.say(p.Done(m.number, seconds, sent, chosen, spans, result.checksums, logits))
+
+
+def _memory() -> int:
+    """Bytes of this process that no file backs: what it takes from others."""
+    info = psutil.Process().memory_info()
+    return int(info.rss - getattr(info, "shared", 0))
+
+
+class _Peak:
+    """The highest memory of this process while the block runs, looked at every few milliseconds."""
+
+    def __enter__(self) -> _Peak:
+        self.before = self.highest = _memory()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="weft-peak", daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.002):
+            self.highest = max(self.highest, _memory())
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    @property
+    def taken(self) -> int:
+        """Bytes beyond what there was at the beginning."""
+        return self.highest - self.before
+
+
+def _demand_memory(m: p.Load, share: Share, itemsize: int) -> None:
+    """Raises MemoryError before anything is read if this rank's weights can't fit."""
+    needed, there = int(1.1 * shard_bytes(m.config, share, itemsize)), psutil.virtual_memory().available
+    if m.device == "cpu" and needed > there:
+        raise MemoryError(
+            f"rank {share.rank} needs {needed / 2**30:.1f} GiB for its weights and {there / 2**30:.1f} GiB are "
+            "free; use more machines, a smaller model or --shares"
+        )
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep freed blocks of up to 32 MiB for the next allocation.
+
+    Activations come and go every step; giving them back to the system each time costs a page fault for every
+    4 KiB. Elsewhere than on glibc nothing happens.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its maximum
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        return
+
+
+def _end_with_launcher() -> None:
+    """Ends this process when its launcher is gone, however that died: the pipe that it held then closes."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, name="weft-lease", daemon=True).start()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Joins an engine and serves until it ends."""
+    parser = argparse.ArgumentParser(prog="python -m weft.execute.worker", description=__doc__)
+    parser.add_argument("--join", required=True, help="the engine's control address, such as tcp://10.0.0.1:9000")
+    parser.add_argument("--address", default="127.0.0.1", help="address at which other ranks reach this one")
+    given = parser.parse_args(arguments)
+    token = os.environ.pop(p.TOKEN_VARIABLE, "")
+    if not token:
+        print(f"{p.TOKEN_VARIABLE} is not set; it holds the token that the engine printed", file=sys.stderr)
+        return 2
+    if os.environ.get(p.LEASE_VARIABLE):
+        _end_with_launcher()
+    context = zmq.Context()
+    control = p.worker_socket(context, token)
+    control.connect(given.join)
+    worker = Worker(control, given.address)
+    try:
+        worker.serve()
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        control.close()
+    # Not `return`: a collective whose peer is gone may still block the network thread.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

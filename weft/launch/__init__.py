@@ -1,0 +1,1 @@
+"""Launchers: each only starts the worker command, somewhere."""

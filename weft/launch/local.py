@@ -1,0 +1,118 @@
+"""Starts workers as child processes of this one. Knows processes; knows nothing of what workers do.
+
+No child outlives the launcher: each holds the read end of a pipe and ends when the other end closes, however this
+process died.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Protocol
+
+from weft.execute.protocol import LEASE_VARIABLE, TOKEN_VARIABLE
+
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+
+
+class Launcher(Protocol):
+    """What the engine needs of whatever starts its workers."""
+
+    def start(self, count: int, threads: int, address: str, token: str) -> None:
+        """Starts `count` workers that join `address`."""
+        ...
+
+    def pids(self) -> list[int]:
+        """Process ids of what was started, in no particular order."""
+        ...
+
+    def dead(self) -> list[str]:
+        """What is known of workers that have ended: a line each."""
+        ...
+
+    def stop(self) -> None:
+        """Ends all workers; returns when none is left."""
+        ...
+
+
+class LocalLauncher:
+    """Children on this machine, reached over loopback. `prefix(index)` goes before each command."""
+
+    def __init__(self) -> None:
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._logs: list[IO[bytes]] = []
+
+    def start(self, count: int, threads: int, address: str, token: str) -> None:
+        """Starts the children, each with its own environment and a log of what it prints."""
+        for index in range(count):
+            log = tempfile.TemporaryFile(prefix="weft-worker-")
+            command = [*self.prefix(index), sys.executable, "-m", "weft.execute.worker", "--join", address]
+            child = subprocess.Popen(
+                [*command, "--address", self.data_address(index)],
+                env=self.environment(index, threads, token), stdin=subprocess.PIPE, stdout=log, stderr=log,
+                start_new_session=True,  # Ctrl-C is for the engine, which then ends its workers
+            )  # fmt: skip
+            self._children.append(child)
+            self._logs.append(log)
+
+    def prefix(self, index: int) -> Sequence[str]:
+        """A command that runs the worker's command; none here."""
+        return ()
+
+    def data_address(self, index: int) -> str:
+        """Where other ranks reach this one."""
+        return "127.0.0.1"
+
+    def interface(self, index: int) -> str:
+        """The network device of the data plane."""
+        return LOOPBACK
+
+    def environment(self, index: int, threads: int, token: str) -> dict[str, str]:
+        """The worker's environment."""
+        package = str(Path(__file__).resolve().parents[2])
+        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        return os.environ | {
+            TOKEN_VARIABLE: token, LEASE_VARIABLE: "1", "GLOO_SOCKET_IFNAME": self.interface(index),
+            "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
+            "PYTHONPATH": os.pathsep.join(paths),
+        }  # fmt: skip
+
+    def pids(self) -> list[int]:
+        """Process ids of the children."""
+        return [child.pid for child in self._children]
+
+    def dead(self) -> list[str]:
+        """A line for each child that has ended, with the last line that it printed."""
+        return [
+            f"worker {child.pid} {_how(child.returncode)}{self._last_line(log)}"
+            for child, log in zip(self._children, self._logs, strict=True)
+            if child.poll() is not None
+        ]
+
+    def _last_line(self, log: IO[bytes]) -> str:
+        log.seek(0)
+        lines = [line for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        return f": {lines[-1].strip()}" if lines else ""
+
+    def stop(self) -> None:
+        """Kills what is left, waits for it, and closes every pipe and log."""
+        for child in self._children:
+            if child.poll() is None:
+                child.kill()
+        for child, log in zip(self._children, self._logs, strict=True):
+            child.wait()
+            if child.stdin:
+                child.stdin.close()
+            log.close()
+        self._children, self._logs = [], []
+
+
+def _how(code: int) -> str:
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"ended with code {code}"

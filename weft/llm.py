@@ -1,0 +1,193 @@
+"""`LLM`: the Python front, with the names and meanings that vLLM's users know. Knows the engine only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypedDict
+
+from weft.batching.params import SamplingParams
+from weft.batching.request import Request
+from weft.config import EngineConfig, ModelConfig
+from weft.engine import Completion, Engine
+from weft.errors import InputError
+from weft.hub import locate
+from weft.launch.local import Launcher
+from weft.text import generation_defaults
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids."""
+
+    prompt_token_ids: list[int]
+
+
+Prompt = str | TokensPrompt
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token's log-probability under the model (before temperature and penalties), its rank and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One completion. `finish_reason`: "stop" or "length"; `stop_reason`: the stop text or token, if one ended it."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None
+    cumulative_logprob: float | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A prompt and its completions. `time_to_first_token`: seconds from when the request was queued."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    time_to_first_token: float
+
+
+class LLM:
+    """A model, split over `tensor_parallel_size` ranks. Also a context manager; `close()` ends the workers.
+
+    model: directory, hub id, or None for the model in the package. overlap, wire: as on the command line.
+    shares: relative sizes of the ranks' parts. reproducible: see docs/reproducible.md. num_threads: of each rank.
+    max_model_len: tokens of prompt and answer. max_num_seqs, max_num_batched_tokens: limits of a batch.
+    cores: pins the ranks to these. launcher, progress: see `Engine`.
+
+    Raises `InputError` (a ValueError) for whatever the caller can change.
+    """
+
+    def __init__(
+        self, model: str | Path | None = None, *, tensor_parallel_size: int = 1, overlap: str = "serial",
+        wire: str = "exact", shares: Sequence[float] | None = None, reproducible: bool = False,
+        num_threads: int | None = None, dtype: str = "float32", max_model_len: int | None = None,
+        max_num_seqs: int = 16, max_num_batched_tokens: int = 8192, cores: Sequence[int] | None = None,
+        launcher: Launcher | None = None, progress: Callable[[float], None] | None = None,
+    ) -> None:  # fmt: skip
+        directory = locate(model)
+        model_config = ModelConfig.from_directory(directory)
+        config = EngineConfig.resolve(
+            model_config, ranks=tensor_parallel_size, shares=tuple(shares) if shares else None, overlap=overlap,
+            wire=wire, reproducible=reproducible, threads=num_threads, dtype=dtype, max_length=max_model_len,
+            max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens,
+            cores=tuple(cores) if cores else None,
+        )  # fmt: skip
+        self.engine = Engine(directory, config, model_config, launcher, progress)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self.engine.close()
+
+    def get_default_sampling_params(self, **changes: Any) -> SamplingParams:
+        """What the checkpoint's `generation_config.json` proposes, with these changes."""
+        proposed = generation_defaults(self.engine.directory)
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        taken = {name: proposed[name] for name in names if proposed.get(name) is not None}
+        if proposed.get("do_sample") is False:
+            taken["temperature"] = 0.0
+        return SamplingParams(**{**taken, **changes})
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """Completes every prompt, in batches, and returns the outputs in the order of the prompts."""
+        listed: list[Prompt] = [prompts] if isinstance(prompts, str | dict) else list(prompts)
+        wishes = self._wishes(sampling_params, len(listed))
+        encoded = [self._encode(prompt) for prompt in listed]  # all are looked at before any is run
+        requests: list[Request] = []
+        try:
+            for ids, params in zip(encoded, wishes, strict=True):
+                requests.append(self.engine.add(ids, params))
+            while not self.engine.idle:
+                self.engine.step()
+        except BaseException:
+            for request in requests:
+                self._abandon(request)
+            raise
+        return [self._output(prompt, request) for prompt, request in zip(listed, requests, strict=True)]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str | RequestOutput]:
+        """Yields the first completion's text as it grows, by whole characters, and the whole output last."""
+        request = self.engine.add(self._encode(prompt), self._wishes(sampling_params, 1)[0])
+        first, shown = request.sequences[0], 0
+        try:
+            while not request.finished:
+                self.engine.step()
+                text = self.engine.completions[first].text
+                until = len(text.text) if first.finish_reason else text.settled
+                if until > shown:
+                    yield text.text[shown:until]
+                    shown = until
+        except BaseException:
+            self._abandon(request)
+            raise
+        yield self._output(prompt, request)
+
+    def _abandon(self, request: Request) -> None:
+        self.engine.forget([sequence for sequence in request.sequences if not sequence.finish_reason])
+        self.engine.settle(request)
+
+    def _wishes(
+        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> Sequence[SamplingParams]:  # fmt: skip
+        if given is None:
+            given = self.get_default_sampling_params()
+        wishes = [given] * count if isinstance(given, SamplingParams) else list(given)
+        if len(wishes) != count:
+            raise InputError(f"{len(wishes)} sampling parameters for {count} prompts; give one, or one for each")
+        return wishes
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, dict):
+            return list(prompt["prompt_token_ids"])
+        if not prompt:
+            raise InputError("the prompt is empty; give at least one character")
+        if self.engine.tokenizer is None:
+            raise InputError(f"{self.engine.directory} has no tokenizer.json; give prompts as prompt_token_ids")
+        return self.engine.tokenizer.encode(prompt)
+
+    def _output(self, prompt: Prompt, request: Request) -> RequestOutput:
+        completions = self.engine.settle(request)
+        outputs = [
+            self._completion(index, completion, list(sequence.output), sequence.finish_reason)
+            for index, (sequence, completion) in enumerate(zip(request.sequences, completions, strict=True))
+        ]
+        first = min(c.first_token for c in completions if c.first_token is not None)
+        text = prompt if isinstance(prompt, str) else None
+        return RequestOutput(str(request.number), text, list(request.prompt), outputs, True, first)
+
+    def _completion(self, index: int, completion: Completion, tokens: list[int], reason: str | None) -> CompletionOutput:
+        asked = any(chosen.rank for chosen in completion.chosen)
+        logprobs = [self._logprobs(chosen) for chosen in completion.chosen] if asked else None
+        total = sum(chosen.logprob for chosen in completion.chosen) if asked else None
+        return CompletionOutput(
+            index, completion.text.text, tokens, logprobs, total, reason, completion.stop_reason
+        )
+
+    def _logprobs(self, chosen: Any) -> dict[int, Logprob]:
+        entries = {token: (value, rank) for rank, (token, value) in enumerate(chosen.top, start=1)}
+        entries[chosen.token] = (chosen.logprob, chosen.rank)
+        decode = self.engine.tokenizer.decode if self.engine.tokenizer else (lambda ids: "")
+        return {token: Logprob(value, rank, decode([token])) for token, (value, rank) in entries.items()}

@@ -1,0 +1,109 @@
+"""Attention of some new tokens of one sequence over its key/value memory.
+
+A chunk over a past runs as two calls, past (every key, no mask) and present (causal), merged by their
+log-sum-exp: no mask matrix, and no work on masked pairs. Knows keys and values of one layer; knows nothing of
+weights, batches or ranks.
+
+Shapes: H query heads, G key/value heads, n new tokens, S keys, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+GRANULE = 128  # positions; with exact rows, attention always runs in blocks of these, wherever the batch was cut
+WINDOW_BLOCK = 256  # query positions to one masked call when attention is limited to a window
+
+
+def attend(
+    query_HnD: Tensor, keys_GSD: Tensor, values_GSD: Tensor, start: int, window: int | None, exact_rows: bool
+) -> Tensor:
+    """Attention of the tokens at positions start, start + 1, … over keys 0 … start + n: [n, H * D].
+
+    The keys and values of the new tokens are already in memory. `window`: positions that a token sees, itself
+    included. `exact_rows`: bits of a row do not depend on where the sequence was cut, as long as `start` is a
+    multiple of GRANULE; raises ValueError if it isn't and n > 1.
+    """
+    count, end = query_HnD.shape[1], start + query_HnD.shape[1]
+    if count == 1:
+        first = 0 if window is None else max(0, end - window)
+        return _one_token(query_HnD, keys_GSD[:, first:end], values_GSD[:, first:end])
+    if exact_rows and start % GRANULE:
+        raise ValueError(f"a chunk starts at position {start}, which is not a multiple of {GRANULE}")
+    block = GRANULE if exact_rows else count
+    if window is not None and end > window:
+        block = min(block, WINDOW_BLOCK)
+    else:
+        window = None
+    pieces = [
+        _block(query_HnD[:, at : at + block], keys_GSD, values_GSD, start + at, window)
+        for at in range(0, count, block)
+    ]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _one_token(query_H1D: Tensor, keys_GSD: Tensor, values_GSD: Tensor) -> Tensor:
+    """One new token: the heads of a group are rows of one query block, which saves reading the keys again."""
+    groups, width = keys_GSD.shape[0], keys_GSD.shape[2]
+    query = query_H1D.reshape(groups, -1, width)
+    out, _ = _call(query, keys_GSD, values_GSD, causal=False)
+    return out.reshape(1, -1)
+
+
+def _block(query_HnD: Tensor, keys_GSD: Tensor, values_GSD: Tensor, start: int, window: int | None) -> Tensor:
+    """[n, H * D] of consecutive positions from `start`."""
+    count, end = query_HnD.shape[1], start + query_HnD.shape[1]
+    if window is not None:
+        first = max(0, start - window + 1)
+        mask = _window_mask(count, end - first, window).to(query_HnD)
+        out, _ = _call(query_HnD, keys_GSD[:, first:end], values_GSD[:, first:end], causal=False, mask=mask)
+        return _rows(out)
+    out, weight = _call(query_HnD, keys_GSD[:, start:end], values_GSD[:, start:end], causal=True)
+    if start > 0:
+        past, past_weight = _call(query_HnD, keys_GSD[:, :start], values_GSD[:, :start], causal=False)
+        out = torch.lerp(out, past, torch.sigmoid(past_weight - weight).to(out.dtype)[..., None])
+    return _rows(out)
+
+
+def _rows(out_HnD: Tensor) -> Tensor:
+    return out_HnD.transpose(0, 1).flatten(1)
+
+
+@lru_cache(maxsize=64)
+def _window_mask(count: int, keys: int, window: int) -> Tensor:
+    """[n, S] for the last n of S positions: 0 where a token sees a key, minus infinity elsewhere."""
+    query = torch.arange(keys - count, keys)[:, None]
+    key = torch.arange(keys)[None, :]
+    seen = (key <= query) & (key > query - window)
+    return torch.zeros(count, keys).masked_fill_(~seen, -math.inf)
+
+
+def _call(
+    query_HnD: Tensor, keys_GSD: Tensor, values_GSD: Tensor, *, causal: bool, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output [H, n, D] and log-sum-exp of the scores [H, n]. `causal` wants n == S."""
+    if query_HnD.device.type == "cpu":
+        out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query_HnD[None], keys_GSD[None], values_GSD[None], 0.0, causal, attn_mask=mask
+        )
+        return out[0], weight[0]
+    return _plain(query_HnD, keys_GSD, values_GSD, causal, mask)
+
+
+def _plain(
+    query_HnD: Tensor, keys_GSD: Tensor, values_GSD: Tensor, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same in plain operations, for devices whose fused kernel doesn't return the log-sum-exp."""
+    group = query_HnD.shape[0] // keys_GSD.shape[0]
+    keys, values = (tensor.repeat_interleave(group, dim=0) for tensor in (keys_GSD, values_GSD))
+    scores = (query_HnD @ keys.transpose(1, 2)).float() / math.sqrt(query_HnD.shape[2])
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+    if mask is not None:
+        scores = scores + mask
+    weight = torch.logsumexp(scores, dim=2)
+    return (scores - weight[..., None]).exp().to(values.dtype) @ values, weight

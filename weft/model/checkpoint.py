@@ -1,0 +1,96 @@
+"""Safetensors checkpoints, read lazily: only the rows and columns that are asked for leave the disk.
+
+Knows files and tensor names; knows nothing of ranks or of what the tensors are for. Pickle is never read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from weft.errors import InputError
+
+
+class Checkpoint:
+    """The tensors of a directory, by name.
+
+    Raises `InputError` on opening if there is no safetensors file, if a file that the index names is missing,
+    or if a file is truncated or corrupt.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._file_of = self._find()
+        self._open: tuple[Path, safe_open] | None = None
+
+    def _find(self) -> dict[str, Path]:
+        index = self.directory / "model.safetensors.index.json"
+        if index.is_file():
+            return self._from_index(index)
+        single = self.directory / "model.safetensors"
+        if single.is_file():
+            return dict.fromkeys(_names(single), single)
+        if any(self.directory.glob("*.bin")) or any(self.directory.glob("*.pt*")):
+            raise InputError(
+                f"{self.directory} has its weights as pickle (.bin) only, which can run code when it is read; "
+                "weft reads safetensors: convert with transformers' save_pretrained"
+            )
+        raise InputError(f"{self.directory} has no model.safetensors and no model.safetensors.index.json")
+
+    def _from_index(self, index: Path) -> dict[str, Path]:
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+        except (ValueError, KeyError, OSError) as error:
+            raise InputError(f"{index} can't be read ({error!r}); download the file again") from None
+        for name in sorted(set(weight_map.values())):
+            if Path(name).name != name:
+                raise InputError(f"{index} names {name!r}, which is not a file of this directory")
+            if not (self.directory / name).is_file():
+                raise InputError(f"{self.directory / name} is missing, but {index.name} names it; download it again")
+            _names(self.directory / name)
+        return {tensor: self.directory / name for tensor, name in weight_map.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def read(self, name: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
+        """A copy of a tensor, or of these rows or columns of it, in the stored dtype."""
+        if name not in self._file_of:
+            raise InputError(f"{self.directory} has no tensor {name!r}, which config.json calls for")
+        path = self._file_of[name]
+        if self._open is None or self._open[0] != path:
+            self._open = (path, _opened(path))
+        try:
+            part = self._open[1].get_slice(name)
+            first = slice(rows.start, rows.stop) if rows is not None else slice(None)
+            if columns is not None:
+                return part[first, columns.start : columns.stop]
+            return part[first]
+        except SafetensorError as error:
+            raise InputError(f"{path}: {name} can't be read ({error}); download the file again") from None
+
+    def shape(self, name: str) -> list[int]:
+        """The tensor's shape, from the header alone."""
+        if name not in self._file_of:
+            raise InputError(f"{self.directory} has no tensor {name!r}, which config.json calls for")
+        with _opened(self._file_of[name]) as file:
+            return list(file.get_slice(name).get_shape())
+
+    def forget(self) -> None:
+        """Closes the file that is mapped, so that its pages stop counting as this process's memory."""
+        self._open = None
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is truncated or corrupt ({error}); download the file again") from None
+
+
+def _names(path: Path) -> list[str]:
+    with _opened(path) as file:
+        return list(file.keys())

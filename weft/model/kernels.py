@@ -1,0 +1,107 @@
+"""The few operations that the decoder is made of, each in its fastest form on this machine.
+
+`exact_rows=True` chooses forms whose result for a row depends on that row alone, bit for bit: not on how many
+rows are computed with it, where it stands among them, or how threads share the work. Vectorised kernels handle
+the last few elements of an array by other instructions (torch's silu and complex product do, with other bits),
+so there these functions are written in operations that are rounded the same way in either.
+Knows nothing of layers.
+
+Shapes: T rows, K inputs, W outputs, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+PACKED_ROWS = 1024  # MKL lays the weight out for this many rows; it then serves any count
+EXACT_BLOCK = 64  # rows of one matrix product where packed weights are missing and row bits are asked for
+
+
+@cache
+def packed_weights_work() -> bool:
+    """True if MKL's packed matrix product exists here and gives row results independent of the row count.
+
+    The operators are private to torch, so their presence and their promise are tried once, on odd sizes.
+    """
+    try:
+        weight, rows = torch.randn(96, 100), torch.randn(37, 100)
+        product = _packed_product(rows, _pack(weight), 96, None)
+        alone = _packed_product(rows[5:6].contiguous(), _pack(weight), 96, None)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    return bool(torch.allclose(product, rows @ weight.T, atol=1e-3) and torch.equal(product[5:6], alone))
+
+
+def _pack(weight_WK: Tensor) -> Tensor:
+    return torch.ops.mkl._mkl_reorder_linear_weight(weight_WK, PACKED_ROWS)  # type: ignore[no-any-return]
+
+
+def _packed_product(rows_TK: Tensor, packed: Tensor, width: int, bias: Tensor | None) -> Tensor:
+    # The third argument is read for its shape only, so the unpacked weight need not be kept.
+    shape = torch.empty(1).expand(width, rows_TK.shape[1])
+    return torch.ops.mkl._mkl_linear(rows_TK, packed, shape, bias, rows_TK.shape[0])  # type: ignore[no-any-return]
+
+
+class Linear:
+    """`rows @ weight.T + bias`, with the weight packed for MKL where that works (float32 on a CPU)."""
+
+    def __init__(
+        self, weight_WK: Tensor, bias_W: Tensor | None = None, *, exact_rows: bool = False, packed: bool = True
+    ) -> None:
+        self.width, self.inputs = weight_WK.shape
+        self.bias = bias_W
+        fits = weight_WK.device.type == "cpu" and weight_WK.dtype == torch.float32 and weight_WK.numel() > 0
+        self.packed = packed and fits and packed_weights_work()
+        self.blocked = exact_rows and not self.packed
+        self.weight = _pack(weight_WK) if self.packed else weight_WK
+        self._shape = torch.empty(1).expand(self.width, self.inputs) if self.packed else None
+
+    def __call__(self, rows_TK: Tensor) -> Tensor:
+        """[T, K] -> [T, W]."""
+        if self.packed:
+            # Inlined `_packed_product`: decoding calls this a few times a layer for one row.
+            return torch.ops.mkl._mkl_linear(rows_TK, self.weight, self._shape, self.bias, rows_TK.shape[0])  # type: ignore[no-any-return]
+        if self.blocked:
+            return _in_blocks(rows_TK, self.weight, self.bias)
+        return functional.linear(rows_TK, self.weight, self.bias)
+
+
+def _in_blocks(rows_TK: Tensor, weight_WK: Tensor, bias_W: Tensor | None) -> Tensor:
+    """Always the same matrix product, of EXACT_BLOCK rows, the last ones padded with zeros."""
+    count = rows_TK.shape[0]
+    padded = functional.pad(rows_TK, (0, 0, 0, -count % EXACT_BLOCK))
+    blocks = [functional.linear(block, weight_WK, bias_W) for block in padded.split(EXACT_BLOCK)]
+    return torch.cat(blocks)[:count] if blocks else rows_TK.new_empty(0, weight_WK.shape[0])
+
+
+def swiglu(gate_up_T2W: Tensor, exact_rows: bool) -> Tensor:
+    """silu(gate) * up of [T, 2W], gate first -> [T, W]."""
+    gate, up = gate_up_T2W.chunk(2, dim=1)
+    if not exact_rows:
+        return functional.silu(gate).mul_(up)
+    divisor = torch.neg(gate).exp_().add_(1)
+    return torch.div(gate, divisor, out=divisor).mul_(up)
+
+
+def rotate(heads_THD: Tensor, angles: Tensor, exact_rows: bool) -> Tensor:
+    """Rotary embedding in place: each head's neighbouring pairs as complex numbers, times `angles` [T, 1, D/2].
+
+    Weights are loaded with their rows in pairs (see weights.py), so that one product does it.
+    """
+    pairs = heads_THD.unflatten(2, (-1, 2))
+    if not exact_rows:
+        torch.view_as_complex(pairs).mul_(angles)
+        return heads_THD
+    real, imaginary, cosine, sine = *pairs.unbind(3), angles.real, angles.imag
+    turned = real * cosine - imaginary * sine, real * sine + imaginary * cosine
+    pairs.copy_(torch.stack(turned, dim=3))
+    return heads_THD
+
+
+def rms_norm(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Root-mean-square norm over the last dimension."""
+    return functional.rms_norm(rows, weight.shape[-1:], weight, epsilon)

@@ -1,0 +1,1 @@
+"""Ranks and what travels between them: the only user of torch.distributed."""

@@ -1,0 +1,101 @@
+"""Sums over ranks, in rank order, for any codec.
+
+two-shot (large)  encode, exchange shards, decode and sum, encode, exchange sums, decode: bandwidth-optimal
+one-shot (small)  encode, gather everything everywhere, decode and sum: one hop
+
+An element's sum is p0 + p1 + p2 + … in either, so it depends neither on the algorithm nor on where the batch was
+cut; and every rank decodes the same bytes, its own contribution included, so all end with the same bits.
+Direct sends and receives, because gloo's all_to_all and all_gather don't use both directions of a link at once.
+Knows groups and codecs; knows nothing of stages.
+
+Shapes: T rows, M width, N ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weft.parallel.codec import Codec
+from weft.parallel.group import Group, wait_all
+
+ONE_SHOT_BYTES = 64 * 1024  # of the encoded partial; above, two-shot's fewer bytes pay for its second hop
+
+
+def all_reduce(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
+    """The sum of every rank's partial [T, M], the same bits on all of them. May reuse the partial's memory."""
+    if group.world == 1:
+        return partial_TM
+    if codec.empty(partial_TM[:1]).nbytes * partial_TM.shape[0] <= ONE_SHOT_BYTES:
+        return one_shot(group, codec, partial_TM)
+    return two_shot(group, codec, partial_TM)
+
+
+def one_shot(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
+    """Gathers all partials and sums them here."""
+    gathered = group.all_gather(codec.encode(partial_TM))
+    codec.decode(gathered[0], partial_TM)
+    for encoded in gathered[1:]:
+        codec.add(partial_TM, encoded, partial_TM)
+    return partial_TM
+
+
+def two_shot(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
+    """Sums one shard of the rows here and fetches the others' sums. Shards may be empty."""
+    shards = torch.tensor_split(partial_TM, group.world)
+    encoded_sum = _reduce_scatter(group, codec, shards)
+    _all_gather(group, codec, shards, encoded_sum)
+    return partial_TM
+
+
+def _reduce_scatter(group: Group, codec: Codec, shards: tuple[Tensor, ...]) -> Tensor:
+    """Sums this rank's shard in place, in rank order; returns it as it will travel."""
+    mine = shards[group.rank]
+    received = {peer: codec.empty(mine) for peer in group.peers}
+    receiving = {peer: group.receive(buffer, peer) for peer, buffer in received.items()}
+    outgoing = {peer: codec.encode(shards[peer]) for peer in group.peers}  # kept until they are sent
+    sending = [group.send(encoded, peer) for peer, encoded in outgoing.items()]
+    received[group.rank] = codec.encode(mine)
+    _sum_in_rank_order(group, codec, mine, received, receiving)
+    wait_all(sending)
+    return codec.encode(mine)
+
+
+def _sum_in_rank_order(group: Group, codec: Codec, mine: Tensor, encoded: dict[int, Tensor], receiving: dict) -> None:  # type: ignore[type-arg]
+    """mine = p0 + p1 + …; each term is awaited just before it is added."""
+    # Exact encoding leaves this rank's term in `mine` itself, so sums of earlier ranks' terms gather elsewhere.
+    total = torch.empty_like(mine) if group.rank > 0 else mine
+    for peer in range(group.world):
+        if peer in receiving:
+            receiving[peer].wait()
+        if peer == 0:
+            codec.decode(encoded[0], total)
+        else:
+            target = mine if peer >= group.rank else total
+            codec.add(total, encoded[peer], target)
+            total = target
+
+
+def _all_gather(group: Group, codec: Codec, shards: tuple[Tensor, ...], encoded_sum: Tensor) -> None:
+    """Sends this rank's sum and decodes everyone's, its own included, so that all hold the same bits."""
+    received = {peer: codec.landing(shards[peer]) for peer in group.peers}
+    receiving = {peer: group.receive(buffer, peer) for peer, buffer in received.items()}
+    sending = [group.send(encoded_sum, peer) for peer in group.peers]
+    codec.decode(encoded_sum, shards[group.rank])
+    for peer, work in receiving.items():
+        work.wait()
+        codec.decode(received[peer], shards[peer])
+    wait_all(sending)
+
+
+def gather_columns(group: Group, part: Tensor, widths: list[int]) -> Tensor | None:
+    """Every rank's columns [rows, widths[rank]] side by side on rank 0; None on the others."""
+    if group.world == 1:
+        return part
+    if group.rank != 0:
+        group.send(part.contiguous(), 0).wait()
+        return None
+    received = {peer: part.new_empty(part.shape[0], widths[peer]) for peer in group.peers}
+    receiving = [group.receive(buffer, peer) for peer, buffer in received.items()]
+    wait_all(receiving)
+    return torch.cat([part, *(received[peer] for peer in range(1, group.world))], dim=1)

@@ -1,0 +1,95 @@
+"""Wire formats: how a partial travels.
+
+A codec turns rows of numbers into what is sent and back. Exact and lossy sums share their algorithm and its
+order; only the codec differs. Knows tensors; knows nothing of ranks or messages.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from weft.config import WIRES
+from weft.errors import InputError
+
+
+class Codec(Protocol):
+    """One wire format. `values` are [rows, width], contiguous, in the computation's dtype."""
+
+    name: str
+
+    def empty(self, values: Tensor) -> Tensor:
+        """A buffer for what `encode(values)` of another rank would be."""
+        ...
+
+    def landing(self, values: Tensor) -> Tensor:
+        """The same, when the result is to replace `values`: their own memory if they travel as they are."""
+        ...
+
+    def encode(self, values: Tensor) -> Tensor:
+        """What is sent; `values` itself if nothing has to change."""
+        ...
+
+    def decode(self, encoded: Tensor, out: Tensor) -> None:
+        """Writes the values into `out` [rows, width]."""
+        ...
+
+    def add(self, left: Tensor, encoded: Tensor, out: Tensor) -> None:
+        """out = left + decoded, rounded once to `out`'s dtype; `left` may be `out`."""
+        ...
+
+
+class Exact:
+    """The computation's own numbers."""
+
+    name = "exact"
+
+    def empty(self, values: Tensor) -> Tensor:
+        return torch.empty_like(values)
+
+    def landing(self, values: Tensor) -> Tensor:
+        return values
+
+    def encode(self, values: Tensor) -> Tensor:
+        return values
+
+    def decode(self, encoded: Tensor, out: Tensor) -> None:
+        if encoded.data_ptr() != out.data_ptr():
+            out.copy_(encoded)
+
+    def add(self, left: Tensor, encoded: Tensor, out: Tensor) -> None:
+        torch.add(left, encoded, out=out)
+
+
+class BFloat16:
+    """Half the bytes of float32: 8 bits of mantissa, the same range."""
+
+    name = "bf16"
+
+    def empty(self, values: Tensor) -> Tensor:
+        return torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
+
+    def landing(self, values: Tensor) -> Tensor:
+        return self.empty(values)
+
+    def encode(self, values: Tensor) -> Tensor:
+        return values.to(torch.bfloat16)
+
+    def decode(self, encoded: Tensor, out: Tensor) -> None:
+        out.copy_(encoded)
+
+    def add(self, left: Tensor, encoded: Tensor, out: Tensor) -> None:
+        torch.add(left, encoded, out=out)
+
+
+_CODECS: dict[str, Codec] = {"exact": Exact(), "bf16": BFloat16()}
+assert tuple(_CODECS) == WIRES
+
+
+def codec_named(name: str) -> Codec:
+    """The codec of a wire. Raises `InputError` that lists the known ones."""
+    if name not in _CODECS:
+        raise InputError(f"--wire {name!r} is not known; allowed: {', '.join(WIRES)}")
+    return _CODECS[name]

@@ -1,0 +1,80 @@
+"""A group of ranks: point-to-point messages and one gathering primitive, with every sent byte counted.
+
+Knows torch.distributed; knows nothing of what is sent or why. A group is an object of its own, not the process's
+default group: tests run several ranks as threads of one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=10)  # a safety net only: the engine notices a lost or hung rank long before
+
+
+class Group:
+    """`rank` of `world`; use from one thread at a time, in the same order on every rank."""
+
+    def __init__(self, rank: int, world: int, store: dist.Store | None) -> None:
+        self.rank, self.world = rank, world
+        self.bytes_sent = 0
+        self._backend: dist.ProcessGroupGloo | None = None
+        if world > 1:
+            assert store is not None, "more than one rank needs a store to meet at"
+            self._backend = dist.ProcessGroupGloo(store, rank, world, TIMEOUT)
+
+    @property
+    def peers(self) -> list[int]:
+        """All other ranks, those after this one first, so that not all ranks send to rank 0 at once."""
+        return [(self.rank + step) % self.world for step in range(1, self.world)]
+
+    def send(self, tensor: Tensor, to: int) -> dist.Work:
+        """Starts sending; the tensor must stay untouched until `.wait()` returned."""
+        self.bytes_sent += tensor.nbytes
+        return self._gloo.send([tensor], to, 0)
+
+    def receive(self, tensor: Tensor, source: int) -> dist.Work:
+        """Starts receiving into `tensor`; messages of one sender arrive in the order of their sending."""
+        return self._gloo.recv([tensor], source, 0)
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's `tensor` (all of one shape), in rank order."""
+        gathered = [torch.empty_like(tensor) for _ in range(self.world)]
+        self.bytes_sent += tensor.nbytes * (self.world - 1)
+        self._gloo.allgather([gathered], [tensor]).wait()
+        return gathered
+
+    def barrier(self) -> None:
+        """Returns when every rank has called it."""
+        if self.world > 1:
+            self._gloo.barrier().wait()
+
+    def abort(self) -> None:
+        """Ends what is under way with an error, here and thereby on the other ranks."""
+        self._backend = None
+
+    @property
+    def _gloo(self) -> dist.ProcessGroupGloo:
+        assert self._backend is not None, "a group of one rank sends nothing"
+        return self._backend
+
+
+def wait_all(works: Sequence[dist.Work]) -> None:
+    """Waits for every message. Raises RuntimeError if a peer went away."""
+    for work in works:
+        work.wait()
+
+
+def host_store(address: str) -> tuple[dist.Store, int]:
+    """Opens the meeting point of a group on `address` and returns it with its port (chosen free)."""
+    store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    return store, store.port
+
+
+def join_store(address: str, port: int) -> dist.Store:
+    """Connects to a meeting point that another rank hosts."""
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))

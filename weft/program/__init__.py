@@ -1,0 +1,1 @@
+"""Programs: what a forward pass does, in which order, on which lane. No torch."""

@@ -1,0 +1,95 @@
+"""The shape of a batch: which tokens of which sequences one forward pass computes.
+
+Knows lengths and positions; knows nothing of token ids, weights or ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+
+class Rows(NamedTuple):
+    """A half-open range of the flattened batch: the coordinate that every step names. Prints as `0:512`."""
+
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.stop}"
+
+    @property
+    def length(self) -> int:
+        """Number of rows."""
+        return self.stop - self.start
+
+    def intersects(self, other: Rows) -> bool:
+        """True if at least one row is in both."""
+        return self.start < other.stop and other.start < self.stop
+
+    def contains(self, other: Rows) -> bool:
+        """True if every row of `other` is in this range."""
+        return self.start <= other.start and other.stop <= self.stop
+
+    def clip(self, other: Rows) -> Rows:
+        """The rows that are in both; empty (start == stop) when there are none."""
+        start = max(self.start, other.start)
+        return Rows(start, max(start, min(self.stop, other.stop)))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`length` consecutive tokens of one sequence, the first at position `start` of that sequence.
+
+    `sequence` is the slot of key/value memory. `sampled`: the last token goes through the output head.
+    """
+
+    sequence: int
+    start: int
+    length: int
+    sampled: bool = True
+
+    @property
+    def end(self) -> int:
+        """Position after the last token."""
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The segments of one forward pass, flattened in this order."""
+
+    segments: tuple[Segment, ...]
+
+    @cached_property
+    def tokens(self) -> int:
+        """Number of rows."""
+        return sum(segment.length for segment in self.segments)
+
+    @cached_property
+    def spans(self) -> tuple[Rows, ...]:
+        """The rows of each segment."""
+        spans, offset = [], 0
+        for segment in self.segments:
+            spans.append(Rows(offset, offset + segment.length))
+            offset += segment.length
+        return tuple(spans)
+
+    @cached_property
+    def sampled_rows(self) -> tuple[int, ...]:
+        """The rows that go through the output head: the last one of every sampled segment."""
+        pairs = zip(self.segments, self.spans, strict=True)
+        return tuple(span.stop - 1 for segment, span in pairs if segment.sampled)
+
+    def within(self, rows: Rows) -> Iterator[tuple[Segment, Rows]]:
+        """Each segment that has tokens in `rows`, with those of its rows."""
+        for segment, span in zip(self.segments, self.spans, strict=True):
+            if span.intersects(rows):
+                yield segment, span.clip(rows)
+
+
+def one_prompt(tokens: int) -> Batch:
+    """A batch of one new prompt of `tokens` tokens, in slot 0."""
+    return Batch((Segment(0, 0, tokens),))

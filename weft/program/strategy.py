@@ -1,0 +1,149 @@
+"""Strategies as users write them, and the cuts that they mean for a batch.
+
+    serial               no overlap
+    iso, iso:3, iso:2/4  attention's rows in N even chunks, the other stages' in N or M
+    iso@300,700/150      cuts at these offsets of the flattened batch; after the slash, those of the other stages
+    tiles, tiles:8       whole rows, but the last projection of each stage in K tiles
+    requests, requests:3 cut between sequences only, into groups of about equal size
+
+Knows text and offsets; the programs themselves are made in build.py.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from weft.errors import InputError
+from weft.program.batch import Batch, Rows
+
+SYNTAX = "serial, iso[:N[/M]], iso@CUT,…[/CUT,…], tiles[:K], requests[:N]"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A parsed strategy; `str()` gives back its canonical text.
+
+    `cuts` and `other_cuts` hold offsets (tokens) when they were written out, else the counts of chunks decide.
+    """
+
+    name: str
+    chunks: int = 1
+    other_chunks: int = 1
+    tiles: int = 1
+    cuts: tuple[int, ...] | None = None
+    other_cuts: tuple[int, ...] | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Strategy:
+        """Reads the forms above. Raises `InputError` that lists them."""
+        match = re.fullmatch(r"(\w+)(?:([:@])([\d,]+)(?:/([\d,]+))?)?", text.strip())
+        name, mark, first, second = match.groups() if match else ("", None, None, None)
+        try:
+            if name == "serial" and mark is None:
+                return cls("serial")
+            if name == "iso" and mark == "@":
+                cuts = _offsets(first)
+                return cls("iso", cuts=cuts, other_cuts=_offsets(second) if second else cuts)
+            if name in ("iso", "tiles", "requests") and mark != "@" and (second is None or name == "iso"):
+                return cls._counted(name, first, second)
+        except ValueError:
+            pass
+        raise InputError(f"--overlap {text!r} is not a strategy; allowed: {SYNTAX} (counts from 1 to 64)")
+
+    @classmethod
+    def _counted(cls, name: str, first: str | None, second: str | None) -> Strategy:
+        count = _count(first, 4 if name == "tiles" else 2)
+        if name == "tiles":
+            return cls(name, tiles=count)
+        return cls(name, chunks=count, other_chunks=_count(second, count))
+
+    def __str__(self) -> str:
+        if self.cuts is not None and self.other_cuts is not None:
+            first, second = (",".join(map(str, cuts)) for cuts in (self.cuts, self.other_cuts))
+            return f"iso@{first}" + (f"/{second}" if second != first else "")
+        if self.name == "serial":
+            return "serial"
+        if self.name == "tiles":
+            return f"tiles:{self.tiles}"
+        second = f"/{self.other_chunks}" if self.other_chunks != self.chunks else ""
+        return f"{self.name}:{self.chunks}{second}"
+
+
+def _count(text: str | None, default: int) -> int:
+    count = default if text is None else int(text)
+    if not 1 <= count <= 64:
+        raise ValueError
+    return count
+
+
+def _offsets(text: str) -> tuple[int, ...]:
+    offsets = tuple(int(part) for part in text.split(","))
+    if list(offsets) != sorted(set(offsets)) or offsets[0] < 1:
+        raise ValueError
+    return offsets
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Where the flattened batch is cut: offsets for attention, offsets for the other stages, tiles of a tail."""
+
+    attention: tuple[int, ...] = ()
+    others: tuple[int, ...] = ()
+    tiles: int = 1
+
+
+def place(strategy: Strategy, batch: Batch, granule: int = 1) -> Cuts:
+    """The cuts that `strategy` means for `batch`.
+
+    `granule`: a cut inside a sequence falls on a multiple of it, counted in positions of that sequence. Even
+    cuts are moved there; raises `InputError` for a written cut that is elsewhere. Written cuts beyond the end of
+    the batch do not apply to it.
+    """
+    if strategy.cuts is not None and strategy.other_cuts is not None:
+        return Cuts(*(_written(batch, cuts, granule) for cuts in (strategy.cuts, strategy.other_cuts)))
+    if strategy.name == "requests":
+        return Cuts(*[_between_sequences(batch, strategy.chunks)] * 2)
+    attention = _even(batch, strategy.chunks, granule)
+    return Cuts(attention, _even(batch, strategy.other_chunks, granule), strategy.tiles)
+
+
+def _even(batch: Batch, chunks: int, granule: int) -> tuple[int, ...]:
+    wanted = {_on_granule(batch, round(batch.tokens * i / chunks), granule) for i in range(1, chunks)}
+    return tuple(sorted(wanted - {0, batch.tokens}))
+
+
+def _on_granule(batch: Batch, offset: int, granule: int) -> int:
+    """The nearest offset that is a sequence's boundary or a multiple of `granule` of its positions."""
+    for segment, span in zip(batch.segments, batch.spans, strict=True):
+        if span.start < offset < span.stop:
+            position = round((segment.start + offset - span.start) / granule) * granule
+            return span.start + min(max(position, segment.start), segment.end) - segment.start
+    return offset
+
+
+def _written(batch: Batch, cuts: tuple[int, ...], granule: int) -> tuple[int, ...]:
+    """The written cuts that fall inside this batch (a decoding step is shorter than the prompt they are for)."""
+    inside = tuple(offset for offset in cuts if offset < batch.tokens)
+    for offset in inside:
+        if (nearest := _on_granule(batch, offset, granule)) != offset:
+            raise InputError(
+                f"the cut {offset} is not on the granule of {granule} positions that --reproducible needs; "
+                f"the nearest is {nearest}"
+            )
+    return inside
+
+
+def _between_sequences(batch: Batch, groups: int) -> tuple[int, ...]:
+    """The sequences' boundaries that come nearest to even groups."""
+    boundaries = [span.stop for span in batch.spans[:-1]]
+    if not boundaries:
+        return ()
+    wanted = (batch.tokens * i / groups for i in range(1, groups))
+    return tuple(sorted({min(boundaries, key=lambda b, w=w: abs(b - w)) for w in wanted}))  # type: ignore[misc]
+
+
+def chunks(tokens: int, cuts: tuple[int, ...]) -> tuple[Rows, ...]:
+    """The rows between the cuts."""
+    edges = (0, *cuts, tokens)
+    return tuple(Rows(a, b) for a, b in zip(edges, edges[1:], strict=False))
