@@ -1,0 +1,46 @@
+"""Random models of given sizes, for benchmarks: speed doesn't depend on what the weights are."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import gettempdir
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Llama's dimensions."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocabulary: int = 32000
+
+
+SIZES = {
+    "h1024": Size(1024, 6, 16, 16, 2816, 8192),  # 12 h² parameters a layer
+    "h2048": Size(2048, 3, 32, 32, 5632, 8192),
+    "483m": Size(2048, 8, 16, 4, 5632),  # a Llama of 483 M parameters, embedding and head included
+}
+
+
+def random_llama(name: str) -> Path:
+    """The directory of a random float32 Llama of this size, made on first use and kept with the temporary files."""
+    directory = Path(gettempdir()) / f"weft-benchmark-{os.getuid()}-{name}"
+    if (directory / "model.safetensors").is_file():
+        return directory
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = SIZES[name]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=size.hidden, num_hidden_layers=size.layers, num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads, intermediate_size=size.intermediate, vocab_size=size.vocabulary,
+        max_position_embeddings=8192, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory, max_shard_size="8GB")
+    return directory

@@ -1,0 +1,121 @@
+"""Ranks as threads of the test's process: the real executor, lanes and gloo, without the processes' start-up time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from weft.cache.slabs import Slabs
+from weft.config import ModelConfig
+from weft.execute.executor import Executor, Part, Result
+from weft.execute.lanes import ThreadLanes
+from weft.model.checkpoint import Checkpoint
+from weft.model.decoder import Decoder
+from weft.model.families import flags_of
+from weft.model.rope import Rope
+from weft.model.shares import shares_of
+from weft.model.weights import load
+from weft.parallel.codec import codec_named
+from weft.parallel.group import Group
+from weft.program.batch import Batch, Segment
+from weft.program.build import build
+from weft.program.check import check
+from weft.program.steps import Program, decoder_stages
+from weft.program.strategy import Strategy
+
+T = TypeVar("T")
+SECONDS = 60.0
+
+
+class Threads:
+    """One persistent thread a rank; `each(work)` runs `work(rank)` on all of them and returns the answers."""
+
+    def __init__(self, world: int) -> None:
+        self.pools = [ThreadPoolExecutor(1) for _ in range(world)]
+
+    def each(self, work: Callable[[int], T]) -> list[T]:
+        futures = [pool.submit(work, rank) for rank, pool in enumerate(self.pools)]
+        return [future.result(timeout=SECONDS) for future in futures]
+
+    def close(self) -> None:
+        for pool in self.pools:
+            pool.shutdown()
+
+
+class Ranks:
+    """A model split over some ranks."""
+
+    def __init__(self, directory: Path, shares: Sequence[float], exact_rows: bool = False, slots: int = 4) -> None:
+        torch.set_num_threads(1)
+        self.config = ModelConfig.from_directory(directory)
+        self.stages = decoder_stages(self.config.layers)
+        self.shares = shares_of(self.config, shares)
+        self.threads = Threads(len(shares))
+        store, flags = dist.HashStore(), flags_of(self.config)
+
+        def rank(r: int) -> tuple[Decoder, Executor, Slabs]:
+            share = self.shares[r]
+            weights = load(Checkpoint(directory), self.config, flags, share, exact_rows=exact_rows)
+            decoder = Decoder(self.config, flags, share, weights, Rope(self.config), exact_rows)
+            group = Group(r, len(shares), store if len(shares) > 1 else None)
+            executor = Executor(group, ThreadLanes(torch.no_grad), [len(s.vocabulary) for s in self.shares])
+            heads = len(share.kv_heads)
+            slabs = Slabs(slots, self.config.layers, heads, self.config.max_length, self.config.head_dim)
+            return decoder, executor, slabs
+
+        self.parts = self.threads.each(rank)
+
+    def plan(self, batch: Batch, strategy: str, granule: int = 1) -> Program:
+        """The checked program of a strategy."""
+        program = build(Strategy.parse(strategy), self.stages, batch, granule)
+        check(program, self.stages, batch)
+        return program
+
+    def run(
+        self, batch: Batch, tokens: Sequence[int], program: Program | str, wire: str = "exact", part: Part = Part.BOTH
+    ) -> list[Result]:  # fmt: skip
+        """One forward pass on all ranks; asserts that their hidden states agree after every collective."""
+        chosen = self.plan(batch, program) if isinstance(program, str) else program
+
+        def rank(r: int) -> Result:
+            decoder, executor, slabs = self.parts[r]
+            forward = decoder.begin(batch, tokens, slabs)
+            return executor.run(chosen, forward, codec_named(wire), part, checksums=True)
+
+        results = self.threads.each(rank)
+        for result in results:
+            assert result.checksums == results[0].checksums, "ranks differ after a collective"
+        return results
+
+    def logits(self, prompts: Sequence[Sequence[int]], program: Program | str, wire: str = "exact") -> Any:
+        """Logits [prompts, vocabulary] of a batch of new prompts."""
+        segments = tuple(Segment(slot, 0, len(prompt)) for slot, prompt in enumerate(prompts))
+        flat = [token for prompt in prompts for token in prompt]
+        return self.run(Batch(segments), flat, program, wire)[0].logits
+
+    def greedy(self, prompts: Sequence[Sequence[int]], program: str, tokens: int) -> tuple[Any, list[list[int]]]:
+        """Logits after the prompts, and the greedy tokens that follow each."""
+        first = logits = self.logits(prompts, program)
+        lengths, outputs = [len(prompt) for prompt in prompts], [[] for _ in prompts]
+        for step in range(tokens):
+            new = logits.argmax(dim=1).tolist()
+            for output, token in zip(outputs, new, strict=True):
+                output.append(token)
+            if step < tokens - 1:
+                segments = tuple(Segment(slot, length + step, 1) for slot, length in enumerate(lengths))
+                logits = self.run(Batch(segments), new, program)[0].logits
+        return first, outputs
+
+    def check_integrity(self) -> None:
+        """Of every rank's key/value memory."""
+        for _, _, slabs in self.parts:
+            slabs.check_integrity()
+
+    def close(self) -> None:
+        self.threads.each(lambda r: self.parts[r][1].lanes.close())
+        self.threads.close()

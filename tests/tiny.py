@@ -1,0 +1,91 @@
+"""Tiny random models of every family, made by transformers, and what transformers says of a prompt.
+
+Weights are drawn wide, so that attention, positions and norms all matter: a decoder that gets one of them wrong is
+off by far more than rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+SMALL: dict[str, Any] = dict(
+    vocab_size=131, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
+    num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.25, bos_token_id=None,
+    eos_token_id=None, pad_token_id=None,
+)  # fmt: skip
+
+
+def _rope(kind: str, **values: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **values}}
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-one-group": ("Llama", {"num_key_value_heads": 6}),
+    "llama-biased-tied": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama-llama3": ("Llama", _rope("llama3", **LLAMA3)),
+    "llama-linear": ("Llama", _rope("linear", factor=2.0)),
+    "llama-dynamic": ("Llama", {"max_position_embeddings": 256} | _rope("dynamic", factor=4.0)),
+    "llama-yarn": ("Llama", _rope("yarn", factor=4.0, original_max_position_embeddings=256)),
+    "mistral": ("Mistral", {"sliding_window": 96}),
+    "mistral-whole": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+}
+
+
+class Checkpoints:
+    """Saves each model on first use."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def directory(self, name: str) -> Path:
+        """A checkpoint in Hugging Face format."""
+        path = self.folder / name
+        if not path.exists():
+            self.model(name).save_pretrained(path)
+        return path
+
+    @cache  # noqa: B019 (one for the whole session)
+    def model(self, name: str) -> Any:
+        """transformers' own model."""
+        family, changes = MODELS[name]
+        config = getattr(transformers, f"{family}Config")(**{**SMALL, **changes})
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if "norm" in parameter_name or "bias" in parameter_name:
+                    parameter += 0.3 * torch.randn_like(parameter)
+        return model
+
+    @cache  # noqa: B019
+    def reference(self, name: str, prompt: tuple[int, ...], tokens: int = 32) -> tuple[torch.Tensor, list[int]]:
+        """Logits after the prompt, and the greedy tokens that follow, as transformers computes them."""
+        model = self.model(name)
+        if "dynamic" in name:  # its rotary embedding remembers the longest prompt that it has seen
+            model = copy.deepcopy(model)
+        with torch.no_grad():
+            out = model(torch.tensor([prompt]), use_cache=True)
+            first, cache_, greedy = out.logits[0, -1], out.past_key_values, []
+            logits = first
+            for _ in range(tokens):
+                greedy.append(int(logits.argmax()))
+                step = model(torch.tensor([[greedy[-1]]]), past_key_values=cache_, use_cache=True)
+                logits, cache_ = step.logits[0, -1], step.past_key_values
+        return first, greedy
+
+
+def prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
+    """Random token ids."""
+    generator = torch.Generator().manual_seed(1000 * length + seed)
+    return tuple(torch.randint(0, SMALL["vocab_size"], (length,), generator=generator).tolist())

@@ -1,0 +1,118 @@
+"""`weft doctor`: what this machine has, and what is missing for what."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Annotated
+
+import psutil
+import typer
+from rich.console import Console
+from rich.table import Table
+
+HELP = """Say what this machine has, and what is missing for what.
+
+Examples:
+
+  weft doctor
+
+  weft doctor --json
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `ok`: True, or False where something falls back or is not possible."""
+
+    what: str
+    ok: bool
+    value: str
+    meaning: str
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False) -> None:
+    """See HELP."""
+    found = findings()
+    if as_json:
+        print(json.dumps({"weft": version("weft"), "findings": [asdict(finding) for finding in found]}))
+        return
+    table = Table(title=f"weft {version('weft')} on this machine", expand=False)
+    for column in ("", "what", "found", "what it is for"):
+        table.add_column(column)
+    for finding in found:
+        table.add_row("[green]✓[/]" if finding.ok else "[yellow]–[/]", finding.what, finding.value, finding.meaning)
+    Console().print(table)
+
+
+def findings() -> list[Finding]:
+    """Everything that weft makes use of, in the order of weight."""
+    return [_system(), *_processor(), *_kernels(), *_devices(), *_links(), _hub()]
+
+
+def _system() -> Finding:
+    import torch
+
+    text = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.system()} {platform.machine()}"
+    return Finding("system", sys.version_info >= (3, 11), text, "Python 3.11 or newer")
+
+
+def _processor() -> list[Finding]:
+    from weft.config import available_cores
+
+    cores, memory = available_cores(), psutil.virtual_memory()
+    pinning = hasattr(os, "sched_setaffinity")
+    return [
+        Finding("cores", True, str(cores), f"up to {cores} ranks of one thread without sharing a core"),
+        Finding("memory", True, f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
+                "weights (4 bytes a parameter in float32) and key/value memory"),
+        Finding("pinning", pinning, "yes" if pinning else "not on this system",
+                "LLM(cores=...): ranks that keep to their cores" + ("" if pinning else "; ranks wander instead")),
+    ]  # fmt: skip
+
+
+def _kernels() -> list[Finding]:
+    import torch
+
+    from weft.model.kernels import EXACT_BLOCK, packed_weights_work
+
+    packed = packed_weights_work()
+    capability = torch.backends.cpu.get_cpu_capability()
+    fallback = f"plain products; --reproducible computes in blocks of {EXACT_BLOCK} rows, slower"
+    return [
+        Finding("instructions", True, capability, "vector instructions that torch uses"),
+        Finding("packed weights", packed, "MKL" if packed else "missing",
+                "products that lose nothing when the batch is cut" if packed else fallback),
+    ]  # fmt: skip
+
+
+def _devices() -> list[Finding]:
+    import torch
+
+    gloo, cuda = torch.distributed.is_gloo_available(), torch.cuda.is_available()
+    return [
+        Finding("gloo", gloo, "yes" if gloo else "missing", "more than one rank on CPUs"),
+        Finding("GPU", cuda, torch.cuda.get_device_name() if cuda else "none",
+                "lanes for GPUs are not built yet: weft computes on the CPU"),
+    ]  # fmt: skip
+
+
+def _links() -> list[Finding]:
+    root = hasattr(os, "geteuid") and os.geteuid() == 0
+    tools = [name for name in ("ip", "tc") if shutil.which(name) is None]
+    missing = ([] if root else ["root"]) + ([f"iproute2 ({', '.join(tools)})"] if tools else [])
+    return [
+        Finding("shaped links", not missing, "yes" if not missing else "missing: " + ", ".join(missing),
+                "benchmarks over a link of known speed, between network namespaces"),
+    ]  # fmt: skip
+
+
+def _hub() -> Finding:
+    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    return Finding("hub", not offline, "offline" if offline else "online",
+                   "models by id; HF_HUB_OFFLINE=1 keeps to the cache")  # fmt: skip

@@ -1,0 +1,244 @@
+"""`weft generate`: one prompt, completed on the terminal, with what it achieved."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from weft.compare import Comparison, compare
+from weft.config import available_cores
+from weft.errors import InputError
+from weft.llm import LLM, RequestOutput
+from weft.program.batch import one_prompt
+from weft.timeline.draw import terminal
+
+HELP = """Complete PROMPT with MODEL, and say how fast it was.
+
+MODEL is a directory in Hugging Face format or a hub id; without it, the small model in the package. Without
+PROMPT, standard input is read.
+
+Examples:
+
+  weft generate "The for statement is used to"
+
+  weft generate Qwen/Qwen3-0.6B "Once upon a time" --tp 2 --overlap iso:2 --max-tokens 64
+
+  weft generate ./llama --tp 3 --shares 2,1,1 --temperature 0 --json < prompt.txt
+
+  weft generate "def main(" --tp 2 --overlap iso:2/4 --compare
+"""
+
+Options = "Options"
+
+
+@dataclass(frozen=True)
+class _Timing:
+    """Seconds and tokens of one generation."""
+
+    first_token: float
+    seconds: float
+    prompt_tokens: int
+    tokens: int
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens a second after the first one."""
+        rest = self.seconds - self.first_token
+        return (self.tokens - 1) / rest if self.tokens > 1 and rest > 0 else None
+
+
+def generate(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", show_default=False)] = None,
+    tp: Annotated[int, typer.Option("--tp", help="Ranks that the model is split over.")] = 1,
+    overlap: Annotated[
+        str, typer.Option(help="serial, iso[:N[/M]], iso@CUT,…[/CUT,…], tiles[:K] or requests[:N].")
+    ] = "serial",
+    wire: Annotated[str, typer.Option(help="How partials travel: exact or bf16.")] = "exact",
+    shares: Annotated[str | None, typer.Option(help="Relative sizes of the ranks' parts, as in 2,1.")] = None,
+    reproducible: Annotated[
+        bool, typer.Option("--reproducible", help="The same bits whatever the strategy and the rest of the batch.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads of each rank; default: cores / ranks.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: the checkpoint's.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens with this mass.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many likeliest tokens; 0 is all.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Leave out tokens less likely than this part of the top.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 avoids tokens that were there.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same draw again.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the completion; may be repeated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+    compare_with_serial: Annotated[
+        bool, typer.Option("--compare", help="Then measure this prompt: serial, overlapped, bound; draw it.")
+    ] = False,
+    timeline: Annotated[
+        Path | None, typer.Option(help="With --compare: save the measured timeline to this .json file.")
+    ] = None,
+) -> None:
+    """See HELP."""
+    model, text = _model_and_prompt(model, prompt)
+    if timeline is not None and (timeline.suffix != ".json" or not compare_with_serial):
+        raise InputError(f"--timeline {timeline}: give a file that ends in .json, together with --compare")
+    errors = Console(stderr=True)
+    given = {
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }  # fmt: skip
+    with _loaded(
+        errors, model, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=_shares(shares),
+        reproducible=reproducible, num_threads=threads,
+    ) as llm:  # fmt: skip
+        params = llm.get_default_sampling_params(
+            **{name: value for name, value in given.items() if value is not None},
+            max_tokens=max_tokens, seed=seed, stop=stop or None,
+        )  # fmt: skip
+        output, timing = _stream(llm, text, params, show=not as_json)
+        comparison = None
+        if compare_with_serial:
+            comparison = _compared(errors, llm, output.prompt_token_ids, overlap)
+            if timeline is not None:
+                _save(comparison, timeline)
+        if as_json:
+            print(json.dumps(_as_json(llm, output, timing, comparison), ensure_ascii=False))
+        else:
+            _report(errors, llm, timing, comparison)
+
+
+def _model_and_prompt(first: str | None, second: str | None) -> tuple[str | None, str]:
+    """One argument is the prompt, unless it is a directory or has the form of a hub id."""
+    if first is not None and second is None and not _names_a_model(first):
+        first, second = None, first
+    if second is None:
+        if sys.stdin.isatty():
+            raise InputError('no prompt was given; try: weft generate "The for statement is used to"')
+        second = sys.stdin.read()
+    if not second:
+        raise InputError("the prompt is empty; give at least one character")
+    return first, second
+
+
+def _names_a_model(text: str) -> bool:
+    return Path(text).is_dir() or re.fullmatch(r"[\w.~-]*(/[\w.-]+)+/?", text) is not None
+
+
+def _shares(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--shares {text!r} is not a list of numbers; give one a rank, as in 2,1") from None
+
+
+def _loaded(errors: Console, model: str | None, **options: Any) -> LLM:
+    """The model, loaded under a progress bar; warns where ranks outnumber cores."""
+    ranks = options["tensor_parallel_size"]
+    if ranks > available_cores():
+        errors.print(f"[yellow]warning:[/] {ranks} ranks share {available_cores()} cores, so they will be slow")
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task(f"starting {ranks} rank{'s' if ranks > 1 else ''}", total=1.0)
+        return LLM(model, **options, progress=lambda done: bar.update(task, completed=done, description="loading"))
+
+
+def _stream(llm: LLM, prompt: str, params: Any, show: bool) -> tuple[RequestOutput, _Timing]:
+    """Prints the text as it comes."""
+    import time
+
+    begin = time.perf_counter()
+    for piece in llm.stream(prompt, params):
+        if isinstance(piece, RequestOutput):
+            output = piece
+        elif show:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    seconds = time.perf_counter() - begin
+    if show:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    tokens = sum(len(completion.token_ids) for completion in output.outputs)
+    return output, _Timing(output.time_to_first_token, seconds, len(output.prompt_token_ids), tokens)
+
+
+def _compared(errors: Console, llm: LLM, tokens: list[int], overlap: str, rounds: int = 5) -> Comparison:
+    with Progress(console=errors, transient=True) as bar:
+        task = bar.add_task("measuring", total=rounds + 1)
+        return compare(llm.engine, tokens, [overlap], rounds, lambda: bar.advance(task))
+
+
+def _save(comparison: Comparison, path: Path) -> None:
+    try:
+        comparison.strategies[0].timeline.save(path)
+    except OSError as error:
+        raise InputError(f"{path} can't be written ({error.strerror}); choose another file") from None
+
+
+def _as_json(llm: LLM, output: RequestOutput, timing: _Timing, comparison: Comparison | None) -> dict[str, Any]:
+    first = output.outputs[0]
+    result: dict[str, Any] = {
+        "model": str(llm.engine.directory), "prompt": output.prompt, "text": first.text,
+        "token_ids": first.token_ids, "finish_reason": first.finish_reason, "prompt_tokens": timing.prompt_tokens,
+        "time_to_first_token": timing.first_token, "decode_tokens_per_second": timing.decode_rate,
+        "plan": llm.engine.planner.plan(one_prompt(timing.prompt_tokens)).describe(),
+    }  # fmt: skip
+    if comparison is not None:
+        best = comparison.strategies[0]
+        result["comparison"] = {
+            "tokens": comparison.tokens, "compute_alone": comparison.compute_alone,
+            "network_alone": comparison.network_alone, "bound": comparison.bound,
+            "serial_median": comparison.serial, "overlap": best.overlap, "seconds": best.seconds,
+            "median": best.median, "saving": best.saving, "saving_bound": best.saving_bound,
+            "overlap_efficiency": best.overlap_efficiency, "bytes_on_wire": best.bytes_on_wire,
+        }  # fmt: skip
+    return result
+
+
+def _report(console: Console, llm: LLM, timing: _Timing, comparison: Comparison | None) -> None:
+    plan = llm.engine.planner.plan(one_prompt(timing.prompt_tokens))
+    decode = f"{timing.decode_rate:.1f} tokens/s after it" if timing.decode_rate else "one token"
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("prompt", f"{timing.prompt_tokens} tokens, first token after {timing.first_token * 1e3:.1f} ms")
+    table.add_row("answer", f"{timing.tokens} tokens, {decode}")
+    table.add_row("plan", plan.describe())
+    console.print(table)
+    if comparison is not None:
+        _report_comparison(console, comparison)
+
+
+def _report_comparison(console: Console, comparison: Comparison) -> None:
+    best = comparison.strategies[0]
+    table = Table(title=f"prefill of {comparison.tokens} tokens, medians of {len(comparison.rounds)} rounds")
+    for column in ("", "ms", "of serial"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = {
+        "compute alone": comparison.compute_alone, "network alone": comparison.network_alone,
+        "bound: the larger one": comparison.bound, "serial": comparison.serial, best.overlap: best.median,
+    }  # fmt: skip
+    for name, seconds in rows.items():
+        table.add_row(name, f"{seconds * 1e3:.2f}", f"{seconds / comparison.serial:.0%}")
+    console.print(table)
+    console.print(_verdict(best.saving, best.saving_bound, best.overlap_efficiency))
+    console.print(terminal(best.timeline, width=max(20, min(100, console.width - 18))))
+
+
+def _verdict(saving: float, possible: float, efficiency: float | None) -> str:
+    if efficiency is None or possible < 0.02:
+        return "On this link there is next to nothing to hide: the bound is serial's own time."
+    line = f"saves {saving:.1%} of serial's time; possible {possible:.1%}; overlap efficiency {efficiency:.2f}"
+    if saving < 0:
+        line += ". The link is too fast for this prompt: cutting costs more than it hides; use serial"
+    return line
+
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -1,0 +1,47 @@
+"""`weft`: the commands, and how errors leave them.
+
+What the user can change ends with one line and code 2, a failure with one line and code 1, Ctrl-C with 130.
+Knows options and terminals; all work is done in the other rooms.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from weft.cli import doctor, generate
+from weft.errors import InputError, WorkerFailed
+
+app = typer.Typer(
+    name="weft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="LLM inference over slow links: tensor parallelism that hides its communication.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+app.command("generate", help=generate.HELP)(generate.generate)
+app.command("doctor", help=doctor.HELP)(doctor.doctor)
+
+
+def main() -> None:
+    """The `weft` command."""
+    # Progress bars and hints of the libraries beneath would be mixed into weft's own.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except InputError as error:
+        _end(f"weft: {error}", 2)
+    except WorkerFailed as error:
+        _end(f"weft: {error}", 1)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _end(line: str, code: int) -> None:
+    print(" ".join(line.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

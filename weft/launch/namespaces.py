@@ -1,0 +1,157 @@
+"""Starts workers on this machine as if on several: each in a network namespace, over a link of known speed.
+
+The traffic is real: TCP through the kernel, shaped by a token bucket at both ends. Needs root and iproute2 on
+Linux. Knows namespaces and links; knows nothing of what travels. Everything is removed by `stop()` and `close()`,
+and what a killed run has left is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from weft.errors import InputError
+from weft.launch.local import LocalLauncher
+
+# A burst below a segmentation-offload packet (64 KiB) makes the kernel split each one: the processor time of
+# communication quadruples.
+BURST = "burst 256kb latency 200ms"
+PREFIX = "weft"
+SUBNET = "10.213.77."  # inside the namespaces only
+
+
+def parse_link(text: str) -> str | None:
+    """A rate as `tc` takes it, or None for "none". Raises `InputError` for anything else."""
+    if text == "none":
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", text)
+    if match is None or float(match[1]) == 0:
+        raise InputError(f"--link {text!r} is not a speed; write it like 500mbit, 2.5gbit or none")
+    return text
+
+
+def demand_namespaces() -> None:
+    """Raises `InputError` that says what is missing where shaped links can't be built."""
+    missing = [name for name in ("ip", "tc") if shutil.which(name) is None]
+    if missing:
+        raise InputError(f"a shaped link needs {' and '.join(missing)}; install the package iproute2")
+    if os.geteuid() != 0:
+        raise InputError("a shaped link needs root, because it builds network namespaces; run as root, or --link none")
+
+
+class NamespaceLauncher(LocalLauncher):
+    """Each worker in a namespace of its own; two are joined directly, more by a bridge in one more namespace."""
+
+    def __init__(self, link: str | None = None) -> None:
+        super().__init__()
+        demand_namespaces()
+        self.link = link
+        self._names: list[str] = []
+        self._ends: list[tuple[str, str]] = []  # every (namespace, device) that sends
+
+    def start(self, count: int, threads: int, address: str, token: str) -> None:
+        """Builds the network, then starts the workers in it."""
+        remove_leftovers()
+        try:
+            self._build(count)
+            self.shape(self.link)
+        except subprocess.CalledProcessError as error:
+            self._remove()
+            reason = error.stderr.decode().strip() or str(error)
+            raise InputError(f"the network namespaces can't be built: {reason}") from None
+        super().start(count, threads, address, token)
+
+    def _build(self, count: int) -> None:
+        self._names = [f"{PREFIX}-{os.getpid()}-{index}" for index in range(count)]
+        for index, name in enumerate(self._names):
+            _ip("netns", "add", name)
+            _in(name, "ip", "link", "set", "lo", "up")
+            if count > 2:
+                continue
+            if index == 1:
+                self._wire(self._names[0], "data0", name, "data0")
+        if count > 2:
+            self._build_bridge()
+        for index, name in enumerate(self._names):
+            if count > 1:
+                _in(name, "ip", "address", "add", f"{SUBNET}{index + 1}/24", "dev", "data0")
+
+    def _build_bridge(self) -> None:
+        hub = f"{PREFIX}-{os.getpid()}-hub"
+        _ip("netns", "add", hub)
+        _in(hub, "ip", "link", "add", "bridge", "type", "bridge")
+        _in(hub, "ip", "link", "set", "bridge", "up")
+        for index, name in enumerate(self._names):
+            self._wire(name, "data0", hub, f"port{index}")
+            _in(hub, "ip", "link", "set", f"port{index}", "master", "bridge")
+        self._names.append(hub)
+
+    def _wire(self, left: str, left_device: str, right: str, right_device: str) -> None:
+        _in(left, "ip", "link", "add", left_device, "type", "veth", "peer", "name", right_device, "netns", right)
+        for name, device in ((left, left_device), (right, right_device)):
+            _in(name, "ip", "link", "set", device, "up")
+            self._ends.append((name, device))
+
+    def shape(self, link: str | None) -> None:
+        """Sets the speed of every link, also while workers run; None is as fast as the kernel goes."""
+        self.link = link
+        for name, device in self._ends:
+            with suppress(subprocess.CalledProcessError):  # nothing there to remove the first time
+                _in(name, "tc", "qdisc", "del", "dev", device, "root")
+            if link is not None:
+                _in(name, "tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", link, *BURST.split())
+
+    def sent_bytes(self, index: int) -> int:
+        """Bytes that a worker's device has sent so far, headers included, as the kernel counts them."""
+        text = _in(self._names[index], "cat", "/sys/class/net/data0/statistics/tx_bytes")
+        return int(text)
+
+    def prefix(self, index: int) -> Sequence[str]:
+        """Runs a worker inside its namespace."""
+        return ("ip", "netns", "exec", self._names[index])
+
+    def data_address(self, index: int) -> str:
+        """Inside the namespaces' own subnet."""
+        return f"{SUBNET}{index + 1}"
+
+    def interface(self, index: int) -> str:
+        """The shaped device."""
+        return "data0"
+
+    def stop(self) -> None:
+        """Ends the workers and removes the network."""
+        super().stop()
+        self._remove()
+
+    def _remove(self) -> None:
+        for name in self._names:
+            with suppress(subprocess.CalledProcessError):
+                _ip("netns", "delete", name)
+        self._names, self._ends = [], []
+
+
+def remove_leftovers() -> None:
+    """Removes namespaces of earlier runs whose process is gone."""
+    for line in _ip("netns", "list").splitlines():
+        name = line.split()[0] if line.split() else ""
+        match = re.fullmatch(PREFIX + r"-(\d+)-\w+", name)
+        if match and not Path(f"/proc/{match[1]}").exists():
+            with suppress(subprocess.CalledProcessError):
+                _ip("netns", "delete", name)
+
+
+def _ip(*arguments: str) -> str:
+    return _run("ip", *arguments)
+
+
+def _in(namespace: str, *command: str) -> str:
+    return _run("ip", "netns", "exec", namespace, *command)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, timeout=30).stdout.decode()
