@@ -73,7 +73,7 @@ class _Pass:
     hidden: Tensor
     features: _Pieces = field(default_factory=_Pieces)
     partials: _Pieces = field(default_factory=_Pieces)
-    arriving: list[tuple[Rows, StageFunctions, Tensor, Pending | None]] = field(default_factory=list)
+    arriving: list[tuple[Rows, StageFunctions, Tensor]] = field(default_factory=list)
     logits: Tensor | None = None
 
 
@@ -141,19 +141,20 @@ class _Run:
         if step.stage in self.program.collected:
             self.state.partials.put(step, partial)
         else:
-            self.state.arriving.append((step.rows, stage, partial, None))
+            self.state.arriving.append((step.rows, stage, partial))
 
     def _absorb(self, rows: Rows) -> None:
-        """Adds every contribution that has arrived for some of `rows` to the residual stream."""
+        """Adds every contribution to some of `rows` to the residual stream.
+
+        They have arrived: a legal program's step waits for the collectives of its rows.
+        """
         kept = []
         for entry in self.state.arriving:
-            where, stage, total, pending = entry
-            if not where.intersects(rows):
+            where, stage, total = entry
+            if where.intersects(rows):
+                stage.absorb(self.state.hidden[where.start : where.stop], total)
+            else:
                 kept.append(entry)
-                continue
-            if pending is not None:
-                pending.wait()
-            stage.absorb(self.state.hidden[where.start : where.stop], total)
         self.state.arriving = kept
 
     def _collective(self, index: int, step: Step) -> None:
@@ -161,13 +162,11 @@ class _Run:
             partial = self._stand_in(step)
         else:
             partial = self.state.partials.take(step)
-        if self.part is Part.COMPUTE:
-            pending = None
-        else:
-            pending = self.lanes.submit(lambda: self._communicate(index, step, partial), index in self.program.awaited_next)
-            self.pending[index] = pending
+        if self.part is not Part.COMPUTE:
+            urgent = index in self.program.awaited_next
+            self.pending[index] = self.lanes.submit(lambda: self._communicate(index, step, partial), urgent)
         if step.kind is Kind.REDUCE:
-            self.state.arriving.append((step.rows, self.stages[step.stage], partial, pending))
+            self.state.arriving.append((step.rows, self.stages[step.stage], partial))
 
     def _communicate(self, index: int, step: Step, partial: Tensor) -> None:
         """On the network lane. The sum replaces the partial in its own buffer."""
