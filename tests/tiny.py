@@ -65,7 +65,7 @@ class Checkpoints:
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
                 if "norm" in parameter_name or "bias" in parameter_name:
-                    parameter += 0.3 * torch.randn_like(parameter)
+                    parameter.add_(torch.randn_like(parameter), alpha=0.3)
         return model
 
     @cache  # noqa: B019

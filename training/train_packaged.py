@@ -149,10 +149,18 @@ def write(out: Path, model, tokenizer, tests, seen: int, seconds: float, argumen
     )
     (out / "README.md").write_text(
         CARD.format(
-            parameters=parameters / 1e6, seen=seen / 1e6, minutes=seconds / 60, rows=rows, date=date.today(),
-            python=platform.python_version(), torch=torch.__version__, device=model.device.type,
-            threads=torch.get_num_threads(), requested=arguments.minutes, vocabulary=VOCABULARY,
-        )  # fmt: skip
+            parameters=parameters / 1e6,
+            seen=seen / 1e6,
+            minutes=seconds / 60,
+            rows=rows,
+            date=date.today(),
+            python=platform.python_version(),
+            torch=torch.__version__,
+            device=model.device.type,
+            threads=torch.get_num_threads(),
+            requested=arguments.minutes,
+            vocabulary=VOCABULARY,
+        )
     )
     print(json.dumps({name: {"nats": nats, "bits_per_byte": bits} for name, (nats, bits, _) in measured.items()}))
 

@@ -58,7 +58,7 @@ class ModelConfig:
         """The same from the parsed JSON. Whether weft knows the family is for `model.families` to say."""
         hf = huggingface_config(raw)
         if hf is None:  # unknown to transformers too: families.py gives the error, with the list of known ones
-            return cls(str(raw["model_type"]), _architecture(raw), *[0] * 7, 0.0, "", False, 0, raw)
+            return cls(str(raw["model_type"]), _architecture(raw), 0, 0, 0, 0, 0, 0, 0, 0.0, "", False, 0, raw)
         head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
         fields = hf.to_dict()
         return cls(

@@ -22,7 +22,8 @@ from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, WorkerFailed, WorkerLost
 from weft.execute.controller import Controller, RunOptions, RunResult, Started
 from weft.execute.protocol import Choice, Chosen
-from weft.launch.local import Launcher, LocalLauncher
+from weft.launch.launcher import Launcher
+from weft.launch.local import LocalLauncher
 from weft.model.families import flags_of
 from weft.plan.planner import Plan, Planner
 from weft.program.steps import decoder_stages

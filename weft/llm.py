@@ -14,7 +14,7 @@ from weft.config import EngineConfig, ModelConfig
 from weft.engine import Completion, Engine
 from weft.errors import InputError
 from weft.hub import locate
-from weft.launch.local import Launcher
+from weft.launch.launcher import Launcher
 from weft.text import generation_defaults
 
 
@@ -178,13 +178,13 @@ class LLM:
         text = prompt if isinstance(prompt, str) else None
         return RequestOutput(str(request.number), text, list(request.prompt), outputs, True, first)
 
-    def _completion(self, index: int, completion: Completion, tokens: list[int], reason: str | None) -> CompletionOutput:
+    def _completion(
+        self, index: int, completion: Completion, tokens: list[int], reason: str | None
+    ) -> CompletionOutput:
         asked = any(chosen.rank for chosen in completion.chosen)
         logprobs = [self._logprobs(chosen) for chosen in completion.chosen] if asked else None
         total = sum(chosen.logprob for chosen in completion.chosen) if asked else None
-        return CompletionOutput(
-            index, completion.text.text, tokens, logprobs, total, reason, completion.stop_reason
-        )
+        return CompletionOutput(index, completion.text.text, tokens, logprobs, total, reason, completion.stop_reason)
 
     def _logprobs(self, chosen: Any) -> dict[int, Logprob]:
         entries = {token: (value, rank) for rank, (token, value) in enumerate(chosen.top, start=1)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from hypothesis import strategies as st
 
@@ -14,9 +15,11 @@ TOKENS = 40
 
 
 def _chunks(draw: st.DrawFn, rows: Rows, most: int) -> list[Rows]:
-    inside = st.sets(st.integers(rows.start + 1, rows.stop - 1), max_size=most - 1) if rows.length > 1 else st.just(set())
+    inside = (
+        st.sets(st.integers(rows.start + 1, rows.stop - 1), max_size=most - 1) if rows.length > 1 else st.just(set())
+    )
     edges = [rows.start, *sorted(draw(inside)), rows.stop]
-    return [Rows(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [Rows(a, b) for a, b in pairwise(edges)]
 
 
 @st.composite

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import sys
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -73,5 +74,5 @@ class Slabs:
     def check_integrity(self) -> None:
         """Asserts that slots lie apart, and that nothing is said to be filled beyond a slab."""
         begins = sorted(slab.data_ptr() for slab in self._slabs if slab.numel())
-        assert all(b - a >= self._bytes for a, b in zip(begins, begins[1:], strict=False)), "slabs overlap"
+        assert all(b - a >= self._bytes for a, b in pairwise(begins)), "slabs overlap"
         assert all(0 <= filled <= self.shape[2] for filled in self._filled), "a slab is fuller than it is long"

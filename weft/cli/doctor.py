@@ -36,7 +36,9 @@ class Finding:
     meaning: str
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
     """See HELP."""
     found = findings()
     if as_json:
@@ -94,7 +96,9 @@ def _kernels() -> list[Finding]:
 def _devices() -> list[Finding]:
     import torch
 
-    gloo, cuda = torch.distributed.is_gloo_available(), torch.cuda.is_available()
+    from weft.parallel.group import gloo_available
+
+    gloo, cuda = gloo_available(), torch.cuda.is_available()
     return [
         Finding("gloo", gloo, "yes" if gloo else "missing", "more than one rank on CPUs"),
         Finding("GPU", cuda, torch.cuda.get_device_name() if cuda else "none",

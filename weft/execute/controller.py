@@ -19,7 +19,7 @@ import zmq
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, WorkerFailed, WorkerLost
 from weft.execute import protocol as p
-from weft.launch.local import Launcher
+from weft.launch.launcher import Launcher
 from weft.program.batch import Batch
 from weft.program.steps import Program
 from weft.timeline.timeline import Event, Timeline
@@ -27,7 +27,7 @@ from weft.timeline.timeline import Event, Timeline
 START_SECONDS = 120.0  # to import torch and to say hello, on a loaded machine
 LOOK_MILLISECONDS = 100  # how often the processes are looked at while a message is awaited
 
-M = TypeVar("M")
+M = TypeVar("M", bound=p.ToEngine)
 
 
 @dataclass(frozen=True)
@@ -126,17 +126,17 @@ class Controller:
         layers = dict.fromkeys(self._ranks, 0.0)
         ready: dict[bytes, p.Loaded] = {}
         while len(ready) < len(self._ranks):
-            identity, message = self._receive((p.Loading, p.Loaded))
+            identity, message = self._next()
             if isinstance(message, p.Loaded):
                 ready[identity] = message
-            else:
+            elif isinstance(message, p.Loading):
                 layers[identity] = message.done / message.total
             progress(sum(layers.values()) / len(layers))
         return [ready[identity] for identity in self._ranks]
 
     def run(
         self, batch: Batch, tokens: Sequence[int], choices: Sequence[p.Choice], program: Program, wire: str,
-        options: RunOptions = RunOptions(),  # noqa: B008 (frozen)
+        options: RunOptions = RunOptions(),
     ) -> RunResult:  # fmt: skip
         """Runs a program on every rank. Raises `WorkerLost` if a rank ends meanwhile."""
         self._number += 1
@@ -202,19 +202,23 @@ class Controller:
         except zmq.ZMQError as error:
             raise WorkerLost(f"a worker can't be reached ({error})") from None
 
-    def _receive(self, kind: type[M] | tuple[type[M], ...], deadline: float | None = None) -> tuple[bytes, M]:
-        """The next message of this kind (progress of no interest is skipped), with its sender."""
-        assert self._socket is not None
+    def _receive(self, kind: type[M], deadline: float | None = None) -> tuple[bytes, M]:
+        """The next message of this kind, with its sender; others are of no interest at that moment."""
         while True:
-            if not self._socket.poll(LOOK_MILLISECONDS):
-                self._look(deadline)
-                continue
-            identity, data = self._socket.recv_multipart()
-            message = p.decode_to_engine(data)
+            identity, message = self._next(deadline)
             if isinstance(message, kind):
                 return identity, message
-            if isinstance(message, p.Failed):
-                self._failed(message)
+
+    def _next(self, deadline: float | None = None) -> tuple[bytes, p.ToEngine]:
+        """The next message. Raises if a rank failed or ended, or if it is too late (seconds, monotonic)."""
+        assert self._socket is not None, "the group is not started"
+        while not self._socket.poll(LOOK_MILLISECONDS):
+            self._look(deadline)
+        identity, data = self._socket.recv_multipart()
+        message = p.decode_to_engine(data)
+        if isinstance(message, p.Failed):
+            self._failed(message)
+        return identity, message
 
     def _look(self, deadline: float | None) -> None:
         """Raises if a worker has ended, or if the time is over."""

@@ -158,10 +158,7 @@ class _Run:
         self.state.arriving = kept
 
     def _collective(self, index: int, step: Step) -> None:
-        if self.part is Part.NETWORK:
-            partial = self._stand_in(step)
-        else:
-            partial = self.state.partials.take(step)
+        partial = self._stand_in(step) if self.part is Part.NETWORK else self.state.partials.take(step)
         if self.part is not Part.COMPUTE:
             urgent = index in self.program.awaited_next
             self.pending[index] = self.lanes.submit(lambda: self._communicate(index, step, partial), urgent)
@@ -176,7 +173,7 @@ class _Run:
         else:
             all_reduce(self.group, self.codec, partial)
             if self.checksums is not None:
-                self.checksums.append(zlib.crc32(partial.view(torch.uint8).numpy()))
+                self.checksums.append(zlib.crc32(partial.view(torch.uint8).numpy().tobytes()))
         self.spans[index] = (begin, time.perf_counter())
 
     def _stand_in(self, step: Step) -> Tensor:

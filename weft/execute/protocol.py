@@ -19,8 +19,6 @@ from zmq.utils import z85
 from weft.config import ModelConfig
 
 VERSION = 1
-TOKEN_VARIABLE = "WEFT_TOKEN"  # in the environment: a command line is seen by everyone
-LEASE_VARIABLE = "WEFT_LEASE"  # set by a launcher that holds the worker's standard input open while it lives
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
@@ -170,7 +168,7 @@ decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 
 def engine_socket(context: zmq.Context[Any], token: str) -> zmq.Socket[bytes]:
     """The engine's end: talks to many workers, by identity."""
-    socket = context.socket(zmq.ROUTER)
+    socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     public, secret = _keys(token, "engine")
     socket.curve_secretkey, socket.curve_publickey, socket.curve_server = secret, public, True
     socket.linger = 0
@@ -180,7 +178,7 @@ def engine_socket(context: zmq.Context[Any], token: str) -> zmq.Socket[bytes]:
 
 def worker_socket(context: zmq.Context[Any], token: str) -> zmq.Socket[bytes]:
     """A worker's end. Only who knows the token can derive the key that the engine's end answers to."""
-    socket = context.socket(zmq.DEALER)
+    socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
     public, secret = _keys(token, "worker")
     socket.curve_secretkey, socket.curve_publickey = secret, public
     socket.curve_serverkey = _keys(token, "engine")[0]

@@ -7,11 +7,9 @@ engine's messages; knows nothing of requests.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import socket
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,9 @@ from weft.errors import InputError
 from weft.execute import protocol as p
 from weft.execute.executor import Executor, Part
 from weft.execute.lanes import ThreadLanes
+from weft.execute.process import Peak, end_with_launcher, keep_freed_memory, pin
 from weft.execute.sampler import sample
+from weft.launch.launcher import LEASE_VARIABLE, TOKEN_VARIABLE
 from weft.model.checkpoint import Checkpoint
 from weft.model.decoder import Decoder
 from weft.model.families import flags_of
@@ -112,9 +112,8 @@ class Worker:
     def _assign(self, message: p.Assign) -> None:
         self.rank, self.world = message.rank, message.world
         torch.set_num_threads(message.threads)
-        if message.cores and hasattr(os, "sched_setaffinity"):
-            for thread in os.listdir("/proc/self/task"):  # threads that exist already keep their own set
-                os.sched_setaffinity(int(thread), message.cores)
+        if message.cores:
+            pin(message.cores)
         if self.world == 1:
             self._join(None)
         elif self.rank == 0:
@@ -133,7 +132,7 @@ class Worker:
         share, dtype = shares[self.rank], getattr(torch, m.dtype)
         _demand_memory(m, share, dtype.itemsize)
         flags = flags_of(m.config)
-        with _Peak() as peak:
+        with Peak() as peak:
             weights = load(
                 Checkpoint(Path(m.directory)), m.config, flags, share, device=m.device, dtype=dtype,
                 exact_rows=m.exact_rows, progress=lambda done, total: self.say(p.Loading(done, total)),
@@ -143,13 +142,9 @@ class Worker:
         decoder = Decoder(m.config, flags, share, weights, Rope(m.config, m.device), m.exact_rows)
         executor = Executor(self.group, self.lanes, [len(s.vocabulary) for s in shares])
         self.model = _Loaded(decoder, slabs, executor, {})
-        _keep_freed_memory()
-        self.say(
-            p.Loaded(
-                shard_bytes(m.config, share, dtype.itemsize), peak.taken, slabs.bytes_per_token,
-                packed_weights_work() and dtype is torch.float32,
-            )  # fmt: skip
-        )
+        keep_freed_memory()
+        size, packed = shard_bytes(m.config, share, dtype.itemsize), packed_weights_work() and dtype is torch.float32
+        self.say(p.Loaded(size, peak.taken, slabs.bytes_per_token, packed))
 
     @torch.inference_mode()
     def _run(self, m: p.Run) -> None:
@@ -172,36 +167,6 @@ class Worker:
         self.say(p.Done(m.number, seconds, sent, chosen, spans, result.checksums, logits))
 
 
-def _memory() -> int:
-    """Bytes of this process that no file backs: what it takes from others."""
-    info = psutil.Process().memory_info()
-    return int(info.rss - getattr(info, "shared", 0))
-
-
-class _Peak:
-    """The highest memory of this process while the block runs, looked at every few milliseconds."""
-
-    def __enter__(self) -> _Peak:
-        self.before = self.highest = _memory()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="weft-peak", daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.002):
-            self.highest = max(self.highest, _memory())
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    @property
-    def taken(self) -> int:
-        """Bytes beyond what there was at the beginning."""
-        return self.highest - self.before
-
-
 def _demand_memory(m: p.Load, share: Share, itemsize: int) -> None:
     """Raises MemoryError before anything is read if this rank's weights can't fit."""
     needed, there = int(1.1 * shard_bytes(m.config, share, itemsize)), psutil.virtual_memory().available
@@ -212,43 +177,18 @@ def _demand_memory(m: p.Load, share: Share, itemsize: int) -> None:
         )
 
 
-def _keep_freed_memory() -> None:
-    """Lets glibc keep freed blocks of up to 32 MiB for the next allocation.
-
-    Activations come and go every step; giving them back to the system each time costs a page fault for every
-    4 KiB. Elsewhere than on glibc nothing happens.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its maximum
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-    except (OSError, AttributeError):
-        return
-
-
-def _end_with_launcher() -> None:
-    """Ends this process when its launcher is gone, however that died: the pipe that it held then closes."""
-
-    def watch() -> None:
-        while os.read(0, 1):
-            pass
-        os._exit(0)
-
-    threading.Thread(target=watch, name="weft-lease", daemon=True).start()
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Joins an engine and serves until it ends."""
     parser = argparse.ArgumentParser(prog="python -m weft.execute.worker", description=__doc__)
     parser.add_argument("--join", required=True, help="the engine's control address, such as tcp://10.0.0.1:9000")
     parser.add_argument("--address", default="127.0.0.1", help="address at which other ranks reach this one")
     given = parser.parse_args(arguments)
-    token = os.environ.pop(p.TOKEN_VARIABLE, "")
+    token = os.environ.pop(TOKEN_VARIABLE, "")
     if not token:
-        print(f"{p.TOKEN_VARIABLE} is not set; it holds the token that the engine printed", file=sys.stderr)
+        print(f"{TOKEN_VARIABLE} is not set; it holds the token that the engine printed", file=sys.stderr)
         return 2
-    if os.environ.get(p.LEASE_VARIABLE):
-        _end_with_launcher()
+    if os.environ.get(LEASE_VARIABLE):
+        end_with_launcher()
     context = zmq.Context()
     control = p.worker_socket(context, token)
     control.connect(given.join)

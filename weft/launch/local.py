@@ -13,31 +13,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
-from weft.execute.protocol import LEASE_VARIABLE, TOKEN_VARIABLE
+from weft.launch.launcher import LEASE_VARIABLE, TOKEN_VARIABLE
 
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-
-
-class Launcher(Protocol):
-    """What the engine needs of whatever starts its workers."""
-
-    def start(self, count: int, threads: int, address: str, token: str) -> None:
-        """Starts `count` workers that join `address`."""
-        ...
-
-    def pids(self) -> list[int]:
-        """Process ids of what was started, in no particular order."""
-        ...
-
-    def dead(self) -> list[str]:
-        """What is known of workers that have ended: a line each."""
-        ...
-
-    def stop(self) -> None:
-        """Ends all workers; returns when none is left."""
-        ...
 
 
 class LocalLauncher:
@@ -50,7 +30,7 @@ class LocalLauncher:
     def start(self, count: int, threads: int, address: str, token: str) -> None:
         """Starts the children, each with its own environment and a log of what it prints."""
         for index in range(count):
-            log = tempfile.TemporaryFile(prefix="weft-worker-")
+            log = tempfile.TemporaryFile(prefix="weft-worker-")  # noqa: SIM115 (closed by stop)
             command = [*self.prefix(index), sys.executable, "-m", "weft.execute.worker", "--join", address]
             child = subprocess.Popen(
                 [*command, "--address", self.data_address(index)],

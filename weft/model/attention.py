@@ -40,8 +40,7 @@ def attend(
     else:
         window = None
     pieces = [
-        _block(query_HnD[:, at : at + block], keys_GSD, values_GSD, start + at, window)
-        for at in range(0, count, block)
+        _block(query_HnD[:, at : at + block], keys_GSD, values_GSD, start + at, window) for at in range(0, count, block)
     ]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +25,7 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._file_of = self._find()
-        self._open: tuple[Path, safe_open] | None = None
+        self._open: tuple[Path, Any] | None = None
 
     def _find(self) -> dict[str, Path]:
         index = self.directory / "model.safetensors.index.json"
@@ -64,11 +65,10 @@ class Checkpoint:
         if self._open is None or self._open[0] != path:
             self._open = (path, _opened(path))
         try:
-            part = self._open[1].get_slice(name)
+            part: Any = self._open[1].get_slice(name)
             first = slice(rows.start, rows.stop) if rows is not None else slice(None)
-            if columns is not None:
-                return part[first, columns.start : columns.stop]
-            return part[first]
+            values: torch.Tensor = part[first] if columns is None else part[first, columns.start : columns.stop]
+            return values
         except SafetensorError as error:
             raise InputError(f"{path}: {name} can't be read ({error}); download the file again") from None
 
@@ -84,7 +84,7 @@ class Checkpoint:
         self._open = None
 
 
-def _opened(path: Path) -> safe_open:
+def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

@@ -132,9 +132,9 @@ class Attention:
         """This rank's query, key and value heads, in this order, turned by position: [T, H + 2G, D]."""
         decoder = self.forward.decoder
         share, config = decoder.share, decoder.config
-        heads = self.weights.qkv(input_TM).unflatten(1, (-1, config.head_dim)) if share.heads else None
-        if heads is None:
+        if not share.heads:
             return input_TM.new_empty(input_TM.shape[0], 0, config.head_dim)
+        heads = torch.unflatten(self.weights.qkv(input_TM), 1, (-1, config.head_dim))
         turned = heads[:, : len(share.heads) + len(share.kv_heads)]
         if self.weights.qk_norm is not None:
             unit = torch.ones_like(self.weights.qk_norm[0])

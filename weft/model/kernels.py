@@ -74,7 +74,7 @@ def _in_blocks(rows_TK: Tensor, weight_WK: Tensor, bias_W: Tensor | None) -> Ten
     """Always the same matrix product, of EXACT_BLOCK rows, the last ones padded with zeros."""
     count = rows_TK.shape[0]
     padded = functional.pad(rows_TK, (0, 0, 0, -count % EXACT_BLOCK))
-    blocks = [functional.linear(block, weight_WK, bias_W) for block in padded.split(EXACT_BLOCK)]
+    blocks = [functional.linear(block, weight_WK, bias_W) for block in torch.split(padded, EXACT_BLOCK)]
     return torch.cat(blocks)[:count] if blocks else rows_TK.new_empty(0, weight_WK.shape[0])
 
 
@@ -92,11 +92,12 @@ def rotate(heads_THD: Tensor, angles: Tensor, exact_rows: bool) -> Tensor:
 
     Weights are loaded with their rows in pairs (see weights.py), so that one product does it.
     """
-    pairs = heads_THD.unflatten(2, (-1, 2))
+    pairs = torch.unflatten(heads_THD, 2, (-1, 2))
     if not exact_rows:
         torch.view_as_complex(pairs).mul_(angles)
         return heads_THD
-    real, imaginary, cosine, sine = *pairs.unbind(3), angles.real, angles.imag
+    cosine, sine = torch.view_as_real(angles).unbind(-1)
+    real, imaginary = pairs.unbind(3)
     turned = real * cosine - imaginary * sine, real * sine + imaginary * cosine
     pairs.copy_(torch.stack(turned, dim=3))
     return heads_THD

@@ -93,7 +93,8 @@ def _pairs(heads: Tensor) -> Tensor:
     Queries and keys are reordered alike, so their products stay what they were. [..., D, ...] with D second.
     """
     count, width = heads.shape[:2]
-    return heads.unflatten(1, (2, width // 2)).transpose(1, 2).reshape(count, width, *heads.shape[2:])
+    halves = torch.unflatten(heads, 1, (2, width // 2))
+    return halves.transpose(1, 2).reshape(count, width, *heads.shape[2:])
 
 
 class _Reader:

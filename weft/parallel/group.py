@@ -8,21 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Work = dist.Work
 TIMEOUT = timedelta(minutes=10)  # a safety net only: the engine notices a lost or hung rank long before
 
 
 class Group:
     """`rank` of `world`; use from one thread at a time, in the same order on every rank."""
 
-    def __init__(self, rank: int, world: int, store: dist.Store | None) -> None:
+    def __init__(self, rank: int, world: int, store: Any | None) -> None:
         self.rank, self.world = rank, world
         self.bytes_sent = 0
-        self._backend: dist.ProcessGroupGloo | None = None
+        # torch has no types for its process groups: Any here, checked by the tests.
+        self._backend: Any = None
         if world > 1:
             assert store is not None, "more than one rank needs a store to meet at"
             self._backend = dist.ProcessGroupGloo(store, rank, world, TIMEOUT)
@@ -32,14 +35,16 @@ class Group:
         """All other ranks, those after this one first, so that not all ranks send to rank 0 at once."""
         return [(self.rank + step) % self.world for step in range(1, self.world)]
 
-    def send(self, tensor: Tensor, to: int) -> dist.Work:
+    def send(self, tensor: Tensor, to: int) -> Work:
         """Starts sending; the tensor must stay untouched until `.wait()` returned."""
         self.bytes_sent += tensor.nbytes
-        return self._gloo.send([tensor], to, 0)
+        work: Work = self._gloo.send([tensor], to, 0)
+        return work
 
-    def receive(self, tensor: Tensor, source: int) -> dist.Work:
+    def receive(self, tensor: Tensor, source: int) -> Work:
         """Starts receiving into `tensor`; messages of one sender arrive in the order of their sending."""
-        return self._gloo.recv([tensor], source, 0)
+        work: Work = self._gloo.recv([tensor], source, 0)
+        return work
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's `tensor` (all of one shape), in rank order."""
@@ -53,28 +58,31 @@ class Group:
         if self.world > 1:
             self._gloo.barrier().wait()
 
-    def abort(self) -> None:
-        """Ends what is under way with an error, here and thereby on the other ranks."""
-        self._backend = None
-
     @property
-    def _gloo(self) -> dist.ProcessGroupGloo:
+    def _gloo(self) -> Any:
         assert self._backend is not None, "a group of one rank sends nothing"
         return self._backend
 
 
-def wait_all(works: Sequence[dist.Work]) -> None:
+def gloo_available() -> bool:
+    """True if torch was built with gloo, which ranks on CPUs talk through."""
+    return dist.is_gloo_available()
+
+
+def wait_all(works: Sequence[Work]) -> None:
     """Waits for every message. Raises RuntimeError if a peer went away."""
     for work in works:
         work.wait()
 
 
-def host_store(address: str) -> tuple[dist.Store, int]:
+def host_store(address: str) -> tuple[Any, int]:
     """Opens the meeting point of a group on `address` and returns it with its port (chosen free)."""
-    store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
+    )
     return store, store.port
 
 
-def join_store(address: str, port: int) -> dist.Store:
+def join_store(address: str, port: int) -> Any:
     """Connects to a meeting point that another rank hosts."""
-    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ Knows nothing of costs: which cuts are good is the planner's question.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from weft.program.batch import Batch, Rows
 from weft.program.steps import Kind, Program, Stage, Step
@@ -64,4 +65,4 @@ class _Weaver:
 
 def _even_tiles(rows: Rows, count: int) -> tuple[Rows, ...]:
     edges = sorted({rows.start + round(rows.length * i / count) for i in range(count + 1)})
-    return tuple(Rows(a, b) for a, b in zip(edges, edges[1:], strict=False))
+    return tuple(Rows(a, b) for a, b in pairwise(edges))

@@ -137,14 +137,13 @@ class Program:
     @cached_property
     def text(self) -> str:
         """One line a step."""
-        width = max((len(step.stage) for step in self.steps), default=0)
-        return "".join(self._line(step, width) + "\n" for step in self.steps)
+        stages = max((len(step.stage) for step in self.steps), default=0)
+        rows = max((len(str(step.rows)) for step in self.steps), default=0)
+        lines = (f"{s.kind:<7}  {s.stage:<{stages}}  {s.rows!s:<{rows}}  {self._after(s)}" for s in self.steps)
+        return "".join(line.rstrip() + "\n" for line in lines)
 
-    def _line(self, step: Step, width: int) -> str:
-        line = f"{step.kind:<7}  {step.stage:<{width}}  {step.rows}"
-        if step.after:
-            line = f"{line:<{width + 22}}  after " + ", ".join(self.steps[index].name for index in step.after)
-        return line
+    def _after(self, step: Step) -> str:
+        return "after " + ", ".join(self.steps[index].name for index in step.after) if step.after else ""
 
     @classmethod
     def parse(cls, text: str) -> Program:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 from weft.errors import InputError
 from weft.program.batch import Batch, Rows
@@ -42,7 +43,7 @@ class Strategy:
         try:
             if name == "serial" and mark is None:
                 return cls("serial")
-            if name == "iso" and mark == "@":
+            if name == "iso" and mark == "@" and first is not None:
                 cuts = _offsets(first)
                 return cls("iso", cuts=cuts, other_cuts=_offsets(second) if second else cuts)
             if name in ("iso", "tiles", "requests") and mark != "@" and (second is None or name == "iso"):
@@ -101,9 +102,10 @@ def place(strategy: Strategy, batch: Batch, granule: int = 1) -> Cuts:
     the batch do not apply to it.
     """
     if strategy.cuts is not None and strategy.other_cuts is not None:
-        return Cuts(*(_written(batch, cuts, granule) for cuts in (strategy.cuts, strategy.other_cuts)))
+        return Cuts(_written(batch, strategy.cuts, granule), _written(batch, strategy.other_cuts, granule))
     if strategy.name == "requests":
-        return Cuts(*[_between_sequences(batch, strategy.chunks)] * 2)
+        between = _between_sequences(batch, strategy.chunks)
+        return Cuts(between, between)
     attention = _even(batch, strategy.chunks, granule)
     return Cuts(attention, _even(batch, strategy.other_chunks, granule), strategy.tiles)
 
@@ -146,4 +148,4 @@ def _between_sequences(batch: Batch, groups: int) -> tuple[int, ...]:
 def chunks(tokens: int, cuts: tuple[int, ...]) -> tuple[Rows, ...]:
     """The rows between the cuts."""
     edges = (0, *cuts, tokens)
-    return tuple(Rows(a, b) for a, b in zip(edges, edges[1:], strict=False))
+    return tuple(Rows(a, b) for a, b in pairwise(edges))

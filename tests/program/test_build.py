@@ -1,0 +1,57 @@
+"""Builders: the schedules that the design describes."""
+
+from __future__ import annotations
+
+import pytest
+
+from weft.program.batch import Batch, Segment, one_prompt
+from weft.program.build import build
+from weft.program.check import check
+from weft.program.steps import decoder_stages
+from weft.program.strategy import Strategy
+
+SERIAL = """\
+compute  embed         0:8
+compute  L0.attention  0:8
+reduce   L0.attention  0:8
+compute  L0.mlp        0:8  after reduce L0.attention 0:8
+reduce   L0.mlp        0:8
+compute  head          0:8  after reduce L0.mlp 0:8
+gather   head          0:8
+"""
+
+ISO = """\
+compute  embed         0:8
+compute  L0.attention  0:4
+reduce   L0.attention  0:4
+compute  L0.attention  4:8
+reduce   L0.attention  4:8
+compute  L0.mlp        0:4  after reduce L0.attention 0:4
+reduce   L0.mlp        0:4
+compute  L0.mlp        4:8  after reduce L0.attention 4:8
+reduce   L0.mlp        4:8
+"""
+
+TILES = """\
+body     L0.attention  0:8
+tail     L0.attention  0:4
+reduce   L0.attention  0:4
+tail     L0.attention  4:8
+reduce   L0.attention  4:8
+body     L0.mlp        0:8  after reduce L0.attention 0:4, reduce L0.attention 4:8
+"""
+
+
+@pytest.mark.parametrize(("strategy", "part"), [("serial", SERIAL), ("iso:2", ISO), ("tiles:2", TILES)])
+def test_schedules(strategy: str, part: str) -> None:
+    assert part in str(build(Strategy.parse(strategy), decoder_stages(1), one_prompt(8)))
+
+
+@pytest.mark.parametrize(
+    "strategy", ["serial", "iso:2", "iso:3", "iso:2/4", "iso:4/2", "iso@3,9/5", "tiles:4", "requests"]
+)
+@pytest.mark.parametrize("lengths", [(1,), (2,), (17,), (700,), (3, 1, 90), (1, 1, 1, 1)])
+def test_built_programs_are_legal(strategy: str, lengths: tuple[int, ...]) -> None:
+    batch = Batch(tuple(Segment(slot, 5 * slot, length) for slot, length in enumerate(lengths)))
+    stages = decoder_stages(3)
+    check(build(Strategy.parse(strategy), stages, batch), stages, batch)

@@ -1,0 +1,50 @@
+"""Promises about the rooms themselves."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+TORCH_FREE = (
+    "weft", "weft.errors", "weft.config", "weft.program.check", "weft.program.build", "weft.timeline.draw",
+    "weft.plan.planner", "weft.batching.batcher", "weft.batching.params", "weft.execute.protocol",
+    "weft.execute.controller", "weft.launch.namespaces", "weft.model.families", "weft.model.shares",
+)  # fmt: skip
+
+
+def test_rooms_without_torch_do_not_import_it() -> None:
+    code = f"import sys, {', '.join(TORCH_FREE)}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def importers(module: str) -> set[str]:
+    """Files of the package that import a module or something below it."""
+    found = set()
+    for path in Path("weft").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name == module or name.startswith(module + ".") for name in names):
+                found.add(str(path))
+    return found
+
+
+def test_only_parallel_uses_torch_distributed() -> None:
+    assert importers("torch.distributed") == {"weft/parallel/group.py"}
+
+
+def test_only_lanes_and_process_own_threads() -> None:
+    assert importers("threading") | importers("concurrent") == {"weft/execute/lanes.py", "weft/execute/process.py"}
+
+
+def test_nothing_reads_pickle() -> None:
+    assert importers("pickle") == set()
+
+
+def test_the_engine_and_the_attention_agree_on_the_granule() -> None:
+    from weft import engine
+    from weft.model import attention
+
+    assert engine.GRANULE == attention.GRANULE
