@@ -62,7 +62,7 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", show_default=False)] = None,
     tp: Annotated[int, typer.Option("--tp", help="Ranks that the model is split over.")] = 1,
     overlap: Annotated[
-        str, typer.Option(help="serial, iso[:N[/M]], iso@CUT,…[/CUT,…], tiles[:K] or requests[:N].")
+        str, typer.Option(help="serial, iso:2, iso:2/4, iso@300,700, tiles:4 or requests; see docs/strategies.md.")
     ] = "serial",
     wire: Annotated[str, typer.Option(help="How partials travel: exact or bf16.")] = "exact",
     shares: Annotated[str | None, typer.Option(help="Relative sizes of the ranks' parts, as in 2,1.")] = None,

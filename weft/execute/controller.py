@@ -200,7 +200,7 @@ class Controller:
         try:
             self._socket.send_multipart([identity, data])
         except zmq.ZMQError as error:
-            raise WorkerLost(f"a worker can't be reached ({error})") from None
+            raise WorkerLost("; ".join(self.launcher.dead()) or f"a worker can't be reached ({error})") from None
 
     def _receive(self, kind: type[M], deadline: float | None = None) -> tuple[bytes, M]:
         """The next message of this kind, with its sender; others are of no interest at that moment."""

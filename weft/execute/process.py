@@ -50,17 +50,28 @@ class Peak:
         return self.highest - self.before
 
 
-def keep_freed_memory() -> None:
-    """Lets glibc keep freed blocks of up to 32 MiB for the next allocation.
+def give_back_freed_memory() -> None:
+    """Has glibc return freed blocks to the system at once: while loading, matrices come and go.
 
-    Activations come and go every step; giving them back to the system each time costs a page fault for every
-    4 KiB. Elsewhere than on glibc nothing happens.
+    Else it keeps them for later blocks of the same size, and a third more than the weights stays taken.
     """
+    _tune_malloc(mmap_threshold=128 << 10, trim_threshold=128 << 10)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep freed blocks of up to 32 MiB for the next allocation: while running, activations come and go.
+
+    Giving them back each time would cost a page fault for every 4 KiB of the next one.
+    """
+    _tune_malloc(mmap_threshold=32 << 20, trim_threshold=1 << 30)
+
+
+def _tune_malloc(mmap_threshold: int, trim_threshold: int) -> None:
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its maximum
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-    except (OSError, AttributeError):
+        libc.mallopt(-3, mmap_threshold)  # M_MMAP_THRESHOLD, at most 32 MiB
+        libc.mallopt(-1, trim_threshold)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):  # another C library
         return
 
 

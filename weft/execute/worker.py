@@ -24,7 +24,7 @@ from weft.errors import InputError
 from weft.execute import protocol as p
 from weft.execute.executor import Executor, Part
 from weft.execute.lanes import ThreadLanes
-from weft.execute.process import Peak, end_with_launcher, keep_freed_memory, pin
+from weft.execute.process import Peak, end_with_launcher, give_back_freed_memory, keep_freed_memory, pin
 from weft.execute.sampler import sample
 from weft.launch.launcher import LEASE_VARIABLE, TOKEN_VARIABLE
 from weft.model.checkpoint import Checkpoint
@@ -132,6 +132,7 @@ class Worker:
         share, dtype = shares[self.rank], getattr(torch, m.dtype)
         _demand_memory(m, share, dtype.itemsize)
         flags = flags_of(m.config)
+        give_back_freed_memory()
         with Peak() as peak:
             weights = load(
                 Checkpoint(Path(m.directory)), m.config, flags, share, device=m.device, dtype=dtype,

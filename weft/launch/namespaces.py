@@ -68,21 +68,17 @@ class NamespaceLauncher(LocalLauncher):
 
     def _build(self, count: int) -> None:
         self._names = [f"{PREFIX}-{os.getpid()}-{index}" for index in range(count)]
-        for index, name in enumerate(self._names):
+        for name in self._names:
             _ip("netns", "add", name)
             _in(name, "ip", "link", "set", "lo", "up")
-            if count > 2:
-                continue
-            if index == 1:
-                self._wire(self._names[0], "data0", name, "data0")
-        if count > 2:
-            self._build_bridge()
-        for index, name in enumerate(self._names):
-            if count > 1:
-                _in(name, "ip", "address", "add", f"{SUBNET}{index + 1}/24", "dev", "data0")
+        if count == 2:
+            self._wire(self._names[0], "data0", self._names[1], "data0")
+        elif count > 2:
+            self._build_bridge(f"{PREFIX}-{os.getpid()}-hub")
+        for index in range(count if count > 1 else 0):
+            _in(self._names[index], "ip", "address", "add", f"{SUBNET}{index + 1}/24", "dev", "data0")
 
-    def _build_bridge(self) -> None:
-        hub = f"{PREFIX}-{os.getpid()}-hub"
+    def _build_bridge(self, hub: str) -> None:
         _ip("netns", "add", hub)
         _in(hub, "ip", "link", "add", "bridge", "type", "bridge")
         _in(hub, "ip", "link", "set", "bridge", "up")

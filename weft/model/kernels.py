@@ -93,7 +93,7 @@ def rotate(heads_THD: Tensor, angles: Tensor, exact_rows: bool) -> Tensor:
     Weights are loaded with their rows in pairs (see weights.py), so that one product does it.
     """
     pairs = torch.unflatten(heads_THD, 2, (-1, 2))
-    if not exact_rows:
+    if not exact_rows and heads_THD.dtype is torch.float32:  # torch has no complex bfloat16
         torch.view_as_complex(pairs).mul_(angles)
         return heads_THD
     cosine, sine = torch.view_as_real(angles).unbind(-1)

@@ -1,0 +1,27 @@
+"""The command line's form is a promise: a change to it is a change to this list."""
+
+from __future__ import annotations
+
+import typer.main
+
+from weft.cli.main import app
+
+FORM = {
+    "doctor": ["--json"],
+    "generate": [
+        "--compare", "--json", "--max-tokens", "--min-p", "--overlap", "--repetition-penalty", "--reproducible",
+        "--seed", "--shares", "--stop", "--temperature", "--threads", "--timeline", "--top-k", "--top-p", "--tp",
+        "--wire", "model", "prompt",
+    ],
+}  # fmt: skip
+
+
+def test_form() -> None:
+    group = typer.main.get_command(app)
+    form = {
+        name: sorted(
+            option for parameter in command.params for option in parameter.opts if option not in ("-h", "--help")
+        )
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+    }
+    assert form == FORM

@@ -1,0 +1,80 @@
+"""Choosing tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from weft.execute.protocol import Choice
+from weft.execute.sampler import sample
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, 3.0])
+
+
+def draws(choice: dict, count: int = 2000) -> Counter:
+    rows = LOGITS.expand(count, -1)
+    return Counter(c.token for c in sample(rows, [Choice(**choice, index=i, seed=5) for i in range(count)]))
+
+
+def test_greedy() -> None:
+    assert [c.token for c in sample(torch.stack([LOGITS, -LOGITS]), [Choice(), Choice()])] == [4, 3]
+
+
+def test_frequencies_follow_the_probabilities() -> None:
+    counts, expected = draws({"temperature": 0.7}, 4000), torch.softmax(LOGITS / 0.7, 0)
+    for token, probability in enumerate(expected.tolist()):
+        assert abs(counts[token] / 4000 - probability) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"),
+    [({"top_k": 2}, {4, 0}), ({"top_p": 0.6}, {4}), ({"top_p": 0.8}, {4, 0}), ({"min_p": 0.3}, {4, 0}),
+     ({"top_k": 3, "top_p": 0.99}, {4, 0, 1})],
+)  # fmt: skip
+def test_limits(limit: dict, left: set[int]) -> None:
+    assert set(draws({"temperature": 1.0, **limit})) == left
+
+
+def test_seed_and_index_decide() -> None:
+    rows = LOGITS.expand(50, -1)
+    first, again, other = (
+        [c.token for c in sample(rows, [Choice(temperature=1.0, seed=seed, index=i) for i in range(50)])]
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_a_choice_does_not_depend_on_its_neighbours() -> None:
+    choice = Choice(temperature=0.9, seed=3, index=4)
+    alone = sample(LOGITS[None], [choice])[0].token
+    assert sample(torch.stack([-LOGITS, LOGITS]), [Choice(), choice])[1].token == alone
+
+
+def test_penalties() -> None:
+    assert sample(LOGITS[None], [Choice(repetition=2.0, prompt=[4])])[0].token == 0
+    assert sample(LOGITS[None], [Choice(presence=1.5, output=[4])])[0].token == 0
+    assert sample(LOGITS[None], [Choice(presence=1.5, prompt=[4])])[0].token == 4  # prompts don't count here
+    assert sample(LOGITS[None], [Choice(frequency=0.6, output=[4, 4])])[0].token == 0
+    assert sample(LOGITS[None], [Choice(frequency=0.6, output=[4])])[0].token == 4
+    assert sample(-LOGITS[None], [Choice(repetition=4.0, prompt=[3, 2])])[0].token == 3
+    assert sample(-LOGITS[None], [Choice(repetition=4.0, prompt=[3, 2, 1], output=[3])])[0].token == 3
+
+
+def test_banned_tokens() -> None:
+    assert sample(LOGITS[None], [Choice(banned=[4, 0])])[0].token == 1
+
+
+def test_logprobs_are_the_models_own() -> None:
+    chosen = sample(LOGITS[None], [Choice(temperature=0.5, top_k=1, banned=[4], logprobs=2)])[0]
+    logprobs = torch.log_softmax(LOGITS, 0)
+    assert chosen.token == 0 and chosen.rank == 2
+    assert chosen.logprob == pytest.approx(float(logprobs[0]))
+    assert [token for token, _ in chosen.top] == [4, 0]
+
+
+def test_logits_are_left_alone() -> None:
+    logits = LOGITS[None].clone()
+    sample(logits, [Choice(repetition=2.0, prompt=[4], banned=[1])])
+    assert torch.equal(logits, LOGITS[None])

@@ -1,0 +1,123 @@
+"""Checkpoints as users have them, whole and broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import Checkpoints
+from weft.config import ModelConfig
+from weft.errors import InputError
+from weft.model.checkpoint import Checkpoint
+from weft.model.families import flags_of
+from weft.model.shares import shares_of
+from weft.model.weights import load
+
+NAME = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def copy(checkpoints: Checkpoints, tmp_path: Path) -> Path:
+    """A checkpoint that a test may break."""
+    return Path(shutil.copytree(checkpoints.directory("llama"), tmp_path / "model"))
+
+
+@pytest.fixture
+def sharded(checkpoints: Checkpoints, tmp_path: Path) -> Path:
+    """The same in several files with an index."""
+    checkpoints.model("llama").save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    return tmp_path / "sharded"
+
+
+def load_all(directory: Path) -> None:
+    config = ModelConfig.from_directory(directory)
+    load(Checkpoint(directory), config, flags_of(config), shares_of(config, (1.0,))[0])
+
+
+def test_reads_rows_and_columns_of_single_and_sharded_files(checkpoints, copy: Path, sharded: Path) -> None:
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    expected = checkpoints.model("llama").state_dict()[NAME]
+    for directory in (copy, sharded):
+        checkpoint = Checkpoint(directory)
+        assert torch.equal(checkpoint.read(NAME), expected)
+        assert torch.equal(checkpoint.read(NAME, rows=range(3, 9)), expected[3:9])
+        assert torch.equal(checkpoint.read(NAME, columns=range(5, 50)), expected[:, 5:50])
+        assert checkpoint.shape(NAME) == list(expected.shape) and NAME in checkpoint
+        load_all(directory)
+
+
+def test_missing_config(copy: Path) -> None:
+    (copy / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config.json is missing"):
+        load_all(copy)
+
+
+def test_config_that_is_no_json(copy: Path) -> None:
+    (copy / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"can't be read as JSON"):
+        load_all(copy)
+
+
+@pytest.mark.parametrize("keep", [0, 6, 5000, -7])
+def test_truncated_file(copy: Path, keep: int) -> None:
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match="model.safetensors is truncated or corrupt"):
+        load_all(copy)
+
+
+def test_corrupt_header(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[8:30] = b"\xff" * 22
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="truncated or corrupt"):
+        load_all(copy)
+
+
+def test_shard_missing_from_the_directory(sharded: Path) -> None:
+    victim = sorted(sharded.glob("*.safetensors"))[1]
+    victim.unlink()
+    with pytest.raises(InputError, match=f"{victim.name} is missing, but model.safetensors.index.json names it"):
+        load_all(sharded)
+
+
+def test_tensor_missing_from_the_index(sharded: Path) -> None:
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"][NAME]
+    path.write_text(json.dumps(index))
+    with pytest.raises(InputError, match=f"no tensor '{NAME}'"):
+        load_all(sharded)
+
+
+def test_an_index_can_not_point_out_of_the_directory(sharded: Path) -> None:
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][NAME] = "../../secret.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(InputError, match="not a file of this directory"):
+        load_all(sharded)
+
+
+def test_pickle_is_refused(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(InputError, match="pickle .* weft reads safetensors"):
+        load_all(copy)
+
+
+def test_no_weights_at_all(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"has no model\.safetensors"):
+        load_all(copy)
+
+
+def test_shapes_that_are_not_the_configurations(copy: Path) -> None:
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 96}))
+    with pytest.raises(InputError, match=r"gate_proj.weight has the shape \[80, 48\], but config.json calls for"):
+        load_all(copy)

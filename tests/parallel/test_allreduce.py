@@ -1,0 +1,84 @@
+"""Sums over ranks: in rank order, the same bits everywhere, whatever the algorithm, the codec and the cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import Threads
+from weft.errors import InputError
+from weft.parallel.allreduce import ONE_SHOT_BYTES, all_reduce, gather_columns, one_shot, two_shot
+from weft.parallel.codec import codec_named
+from weft.parallel.group import Group
+
+
+@pytest.fixture(params=[2, 3, 4], scope="module")
+def world(request: pytest.FixtureRequest):
+    torch.set_num_threads(1)
+    threads, store = Threads(request.param), dist.HashStore()
+    groups = threads.each(lambda rank: Group(rank, request.param, store))
+    yield threads, groups
+    threads.close()
+
+
+def partials(count: int, rows: int, width: int = 24) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    return [torch.randn(rows, width, generator=generator) for _ in range(count)]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 50, 1001])
+@pytest.mark.parametrize("algorithm", [one_shot, two_shot, all_reduce])
+def test_exact_sums_are_in_rank_order(world, rows: int, algorithm) -> None:
+    threads, groups = world
+    parts = partials(len(groups), rows)
+    expected = parts[0].clone()
+    for part in parts[1:]:
+        expected += part
+    sums = threads.each(lambda rank: algorithm(groups[rank], codec_named("exact"), parts[rank].clone()))
+    assert all(torch.equal(total, expected) for total in sums)
+
+
+@pytest.mark.parametrize("wire", ["exact", "bf16"])
+@pytest.mark.parametrize("algorithm", [one_shot, two_shot])
+def test_ranks_agree_and_cuts_do_not_matter(world, wire: str, algorithm) -> None:
+    threads, groups = world
+    parts, codec = partials(len(groups), 200), codec_named(wire)
+    whole = threads.each(lambda rank: algorithm(groups[rank], codec, parts[rank].clone()))
+    cut = threads.each(
+        lambda rank: torch.cat([algorithm(groups[rank], codec, p.clone()) for p in parts[rank].split([31, 64, 105])])
+    )
+    assert all(torch.equal(total, whole[0]) for total in whole + cut)
+    assert torch.allclose(whole[0], sum(parts), atol=0.1 if wire == "bf16" else 1e-5)
+
+
+@pytest.mark.parametrize("wire", ["exact", "bf16"])
+def test_bytes_are_counted(world, wire: str) -> None:
+    threads, groups = world
+    rows, size = 1200 * len(groups), 4 if wire == "exact" else 2
+    parts = partials(len(groups), rows)
+    assert rows * 24 * size > ONE_SHOT_BYTES
+    before = [group.bytes_sent for group in groups]
+    threads.each(lambda rank: all_reduce(groups[rank], codec_named(wire), parts[rank].clone()))
+    others = len(groups) - 1
+    expected = 2 * others * (rows // len(groups)) * 24 * size  # a shard to each other rank, twice
+    assert [group.bytes_sent - b for group, b in zip(groups, before, strict=True)] == [expected] * len(groups)
+
+
+def test_columns_are_gathered_on_rank_0(world) -> None:
+    threads, groups = world
+    widths = [3, 5, 2, 4][: len(groups)]
+    parts = [torch.full((2, width), float(rank)) for rank, width in enumerate(widths)]
+    gathered = threads.each(lambda rank: gather_columns(groups[rank], parts[rank], widths))
+    assert torch.equal(gathered[0], torch.cat(parts, dim=1)) and gathered[1:] == [None] * (len(groups) - 1)
+
+
+def test_one_rank_sums_nothing() -> None:
+    group, part = Group(0, 1, None), torch.randn(3, 4)
+    assert all_reduce(group, codec_named("exact"), part) is part
+    assert gather_columns(group, part, [4]) is part and group.bytes_sent == 0
+
+
+def test_unknown_wire() -> None:
+    with pytest.raises(InputError, match="'int3' is not known; allowed: exact, bf16"):
+        codec_named("int3")

@@ -1,0 +1,84 @@
+"""Detokenisation by whole characters, and stop texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weft.errors import InputError
+from weft.text import StopText, Tokenizer, generation_defaults
+
+
+@pytest.fixture(scope="module")
+def tokenizer(packaged: Path) -> Tokenizer:
+    return Tokenizer(packaged)
+
+
+@pytest.mark.parametrize("text", ["def main():\n    pass\n", " héllo wörld", "日本語 und 🎉🎉 done", "a\t\tb"])
+def test_text_grows_by_whole_characters(tokenizer: Tokenizer, text: str) -> None:
+    prompt = tuple(tokenizer.encode("x = 1\n"))
+    stream, pieces = tokenizer.stream(prompt, True), []
+    for token in tokenizer.encode(text):
+        pieces.append(stream.step(token))
+        assert "\ufffd" not in pieces[-1]
+    assert "".join(pieces) == text
+
+
+def test_an_unfinished_character_is_never_emitted(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode("🎉")
+    assert len(tokens) > 1
+    stream = tokenizer.stream((), True)
+    assert [stream.step(token) for token in tokens[:-1]] == [""] * (len(tokens) - 1)
+
+
+def test_special_tokens(tokenizer: Tokenizer) -> None:
+    end = next(iter(tokenizer.end_ids))
+    assert tokenizer.stream((), True).step(end) == "" and tokenizer.stream((), False).step(end) != ""
+
+
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3), st.data())
+def test_stop_texts_whatever_the_pieces(text: str, stops: list[str], data: st.DataObject) -> None:
+    """Cut at the earliest stop text, and nothing shown before is taken back."""
+    growing, at, shown = StopText(tuple(stops), keep_stop=False), 0, ""
+    while at < len(text) and growing.stopped is None:
+        size = data.draw(st.integers(1, 3))
+        growing.grow(text[at : at + size])
+        at += size
+        assert growing.text.startswith(shown)
+        shown = growing.text[: growing.settled]
+    grown = text[:at]
+    places = [grown.find(stop) for stop in stops if stop in grown]
+    assert growing.text == (grown[: min(places)] if places else grown)
+    assert (growing.stopped is not None) == bool(places)
+
+
+def test_the_stop_text_can_be_kept() -> None:
+    kept = StopText(("END",), keep_stop=True)
+    for piece in ("abcE", "N", "Dxyz"):
+        kept.grow(piece)
+    assert kept.text == "abcEND" and kept.stopped == "END"
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"tokenizer\.json is missing"):
+        Tokenizer(tmp_path)
+
+
+def test_corrupt_tokenizer(tmp_path: Path, packaged: Path) -> None:
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((packaged / name).read_bytes())
+    (tmp_path / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(InputError, match="the tokenizer can't be read"):
+        Tokenizer(tmp_path)
+
+
+def test_generation_defaults(tmp_path: Path) -> None:
+    assert generation_defaults(tmp_path) == {}
+    (tmp_path / "generation_config.json").write_text('{"top_k": 20}')
+    assert generation_defaults(tmp_path) == {"top_k": 20}
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(InputError, match="can't be read as JSON"):
+        generation_defaults(tmp_path)
