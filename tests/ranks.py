@@ -63,7 +63,7 @@ class Ranks:
             weights = load(Checkpoint(directory), self.config, flags, share, exact_rows=exact_rows)
             decoder = Decoder(self.config, flags, share, weights, Rope(self.config), exact_rows)
             group = Group(r, len(shares), store if len(shares) > 1 else None)
-            executor = Executor(group, ThreadLanes(torch.no_grad), [len(s.vocabulary) for s in self.shares])
+            executor = Executor(decoder, group, ThreadLanes(torch.no_grad), [len(s.vocabulary) for s in self.shares])
             heads = len(share.kv_heads)
             slabs = Slabs(slots, self.config.layers, heads, self.config.max_length, self.config.head_dim)
             return decoder, executor, slabs

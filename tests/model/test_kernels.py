@@ -7,7 +7,7 @@ import torch
 
 from weft.model import kernels
 from weft.model.attention import GRANULE, attend
-from weft.model.kernels import Linear, rms_norm, rotate, swiglu
+from weft.model.kernels import Linear, rotate, swiglu, unit_rows
 
 ROWS = 300
 PARTS = [(0, 1), (7, 8), (3, 20), (64, 192), (100, 300), (17, 150)]
@@ -21,16 +21,14 @@ def threads(request: pytest.FixtureRequest):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("one_by_one", [True, False])
 @pytest.mark.parametrize(("width", "inputs"), [(96, 64), (37, 100), (704, 256), (1000, 999)])
-def test_exact_rows_of_products(threads, packed: bool, width: int, inputs: int) -> None:
+def test_exact_rows_of_products(threads, one_by_one: bool, width: int, inputs: int) -> None:
     weight, bias, rows = torch.randn(width, inputs), torch.randn(width), torch.randn(ROWS, inputs)
-    linear = Linear(weight, bias, exact_rows=True, packed=packed)
+    linear = Linear(weight, bias, exact_rows=True, one_by_one=one_by_one)
     whole = linear(rows)
     assert torch.allclose(whole, rows @ weight.T + bias, atol=1e-3)
-    # Blocks of a fixed size keep a row's bits where a cut falls on the block; packed products keep them anywhere.
-    parts = PARTS if linear.packed else [(0, 64), (64, 192), (128, 300)]
-    for start, stop in parts:
+    for start, stop in PARTS:
         assert torch.equal(linear(rows[start:stop].contiguous()), whole[start:stop])
 
 
@@ -62,9 +60,20 @@ def test_exact_rows_of_rotate(threads, heads: int, width: int) -> None:
 @pytest.mark.parametrize("width", [64, 100, 2048])
 def test_exact_rows_of_the_norm(threads, width: int) -> None:
     rows, weight = torch.randn(ROWS, width), torch.randn(width)
-    whole = rms_norm(rows, weight, 1e-5)
+    whole = unit_rows(rows, 1e-5)
+    expected = torch.nn.functional.rms_norm(rows, (width,), weight, 1e-5)
+    assert torch.allclose(whole * weight * width**0.5, expected, atol=1e-5)
     for start, stop in PARTS:
-        assert torch.equal(rms_norm(rows[start:stop], weight, 1e-5), whole[start:stop])
+        assert torch.equal(unit_rows(rows[start:stop], 1e-5), whole[start:stop])
+
+
+def test_blocks_keep_row_bits_on_the_block(threads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where packed weights are missing: products of a fixed size, if cuts fall on it."""
+    monkeypatch.setattr(kernels, "packed_weights_work", lambda: False)
+    linear, rows = Linear(torch.randn(100, 64), exact_rows=True), torch.randn(ROWS, 64)
+    whole = linear(rows)
+    for start, stop in ((0, 64), (64, 192), (128, 300)):
+        assert torch.equal(linear(rows[start:stop]), whole[start:stop])
 
 
 def test_fallback_without_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,10 @@ class Slabs:
         if device == "cpu" and size:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
             self._memory = mmap.mmap(-1, self._bytes * slots, flags=flags)
-        self._slabs: list[Tensor] = [self._slab(slot) for slot in range(slots)]
+        self._slabs = [self._slab(slot) for slot in range(slots)]
+        # Views for every slot and layer, made once: a decoding step takes them a few times a layer.
+        self._layers = [list(slab.unbind(0)) for slab in self._slabs]
+        self._pairs = [[(layer[:kv_heads], layer[kv_heads:]) for layer in layers] for layers in self._layers]
 
     def _slab(self, slot: int) -> Tensor:
         if self._memory is None:
@@ -45,14 +48,13 @@ class Slabs:
 
     def write(self, slot: int, layer: int, start: int, keys_values_n2GD: Tensor) -> None:
         """Stores the keys and then values of the tokens at positions start, start + 1, …"""
-        end = start + keys_values_n2GD.shape[0]
-        self._slabs[slot][layer][:, start:end].copy_(keys_values_n2GD.transpose(0, 1))
-        self._filled[slot] = max(self._filled[slot], end)
+        count = keys_values_n2GD.shape[0]
+        self._layers[slot][layer].narrow(1, start, count).copy_(keys_values_n2GD.transpose(0, 1))
+        self._filled[slot] = max(self._filled[slot], start + count)
 
     def read(self, slot: int, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values [G, length, D] of one layer: views, valid up to what was written."""
-        keys, values = self._slabs[slot][layer].chunk(2)
-        return keys, values
+        return self._pairs[slot][layer]
 
     def release(self, slot: int) -> None:
         """Forgets a sequence and gives its pages back."""

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from weft.execute.lanes import Lanes, Pending
-from weft.model.decoder import Forward, StageFunctions
+from weft.model.decoder import Decoder, Forward, StageFunctions
 from weft.parallel.allreduce import all_reduce, gather_columns
 from weft.parallel.codec import Codec
 from weft.parallel.group import Group
 from weft.program.batch import Rows
-from weft.program.steps import Kind, Lane, Program, Step
+from weft.program.steps import Kind, Program, Step
 
 
 class Part(StrEnum):
@@ -78,10 +78,10 @@ class _Pass:
 
 
 class Executor:
-    """Runs programs with one group and one pair of lanes."""
+    """Runs programs of one model with one group and one pair of lanes."""
 
-    def __init__(self, group: Group, lanes: Lanes, vocabulary: list[int]) -> None:
-        self.group, self.lanes = group, lanes
+    def __init__(self, decoder: Decoder, group: Group, lanes: Lanes, vocabulary: list[int]) -> None:
+        self.decoder, self.group, self.lanes = decoder, group, lanes
         self.vocabulary = vocabulary  # columns of the logits on each rank
 
     def run(
@@ -96,20 +96,19 @@ class _Run:
         self, owner: Executor, program: Program, forward: Forward, codec: Codec, part: Part, checksums: bool
     ) -> None:
         self.group, self.lanes, self.vocabulary = owner.group, owner.lanes, owner.vocabulary
-        self.program, self.codec, self.part = program, codec, part
-        self.forward = forward
+        self.program, self.forward, self.codec, self.part = program, forward, codec, part
         self.checksums: list[int] | None = [] if checksums else None
-        self.stages = {step.stage: forward.stage(step.stage) for step in program}
+        self.stages = owner.decoder.stages
         self.spans = [(0.0, 0.0)] * len(program)
         self.pending: dict[int, Pending] = {}
-        self.state = _Pass(forward.empty_hidden(forward.batch.tokens))
+        self.state = _Pass(owner.decoder.empty_hidden(forward.batch.tokens))
 
     def all_steps(self) -> Result:
         if self.part is Part.NETWORK:
             self.state.hidden.zero_()  # committed before the clock matters
         try:
-            for index, step in enumerate(self.program):
-                if step.lane is Lane.NETWORK:
+            for index, step in enumerate(self.program.steps):
+                if index in self.program.collectives:
                     self._collective(index, step)
                 elif self.part is not Part.NETWORK:
                     self._compute(index, step)
@@ -128,13 +127,16 @@ class _Run:
             self._leave(step, stage, stage.tail(self.state.features.take(step)))
         else:
             self._absorb(step.rows)
-            rows = step.rows
-            features = stage.body(stage.enter(self.state.hidden[rows.start : rows.stop]), rows)
+            features = stage.body(self.forward, stage.enter(self._hidden(step.rows)), step.rows)
             if step.kind is Kind.BODY:
                 self.state.features.put(step, features)
             else:
                 self._leave(step, stage, stage.tail(features))
         self.spans[index] = (begin, time.perf_counter())
+
+    def _hidden(self, rows: Rows) -> Tensor:
+        """These rows of the residual stream."""
+        return self.state.hidden[rows.start : rows.stop]
 
     def _leave(self, step: Step, stage: StageFunctions, partial: Tensor) -> None:
         """A partial for the collective that follows; a stage without one is absorbed like the rest."""
@@ -148,22 +150,23 @@ class _Run:
 
         They have arrived: a legal program's step waits for the collectives of its rows.
         """
-        kept = []
-        for entry in self.state.arriving:
+        arriving, self.state.arriving = self.state.arriving, []
+        for entry in arriving:
             where, stage, total = entry
             if where.intersects(rows):
-                stage.absorb(self.state.hidden[where.start : where.stop], total)
+                stage.absorb(self._hidden(where), total)
             else:
-                kept.append(entry)
-        self.state.arriving = kept
+                self.state.arriving.append(entry)
 
     def _collective(self, index: int, step: Step) -> None:
         partial = self._stand_in(step) if self.part is Part.NETWORK else self.state.partials.take(step)
-        if self.part is not Part.COMPUTE:
-            urgent = index in self.program.awaited_next
-            self.pending[index] = self.lanes.submit(lambda: self._communicate(index, step, partial), urgent)
         if step.kind is Kind.REDUCE:
             self.state.arriving.append((step.rows, self.stages[step.stage], partial))
+        if self.group.world == 1:  # nothing travels: a partial is the sum already
+            self.state.logits = partial
+        elif self.part is not Part.COMPUTE:
+            urgent = index in self.program.awaited_next
+            self.pending[index] = self.lanes.submit(lambda: self._communicate(index, step, partial), urgent)
 
     def _communicate(self, index: int, step: Step, partial: Tensor) -> None:
         """On the network lane. The sum replaces the partial in its own buffer."""
@@ -181,4 +184,4 @@ class _Run:
         if step.kind is Kind.GATHER:
             rows = len(self.forward.batch.sampled_rows)
             return self.state.hidden.new_zeros(rows, self.vocabulary[self.group.rank]).float()
-        return self.state.hidden[step.rows.start : step.rows.stop]
+        return self._hidden(step.rows)

@@ -141,7 +141,7 @@ class Worker:
         kv_heads = len(share.kv_heads)
         slabs = Slabs(m.slots, m.config.layers, kv_heads, m.length, m.config.head_dim, dtype, m.device)
         decoder = Decoder(m.config, flags, share, weights, Rope(m.config, m.device), m.exact_rows)
-        executor = Executor(self.group, self.lanes, [len(s.vocabulary) for s in shares])
+        executor = Executor(decoder, self.group, self.lanes, [len(s.vocabulary) for s in shares])
         self.model = _Loaded(decoder, slabs, executor, {})
         keep_freed_memory()
         size, packed = shard_bytes(m.config, share, dtype.itemsize), packed_weights_work() and dtype is torch.float32

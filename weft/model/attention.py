@@ -47,10 +47,10 @@ def attend(
 
 def _one_token(query_H1D: Tensor, keys_GSD: Tensor, values_GSD: Tensor) -> Tensor:
     """One new token: the heads of a group are rows of one query block, which saves reading the keys again."""
-    groups, width = keys_GSD.shape[0], keys_GSD.shape[2]
-    query = query_H1D.reshape(groups, -1, width)
+    groups, _, width = keys_GSD.shape
+    query = query_H1D.view(groups, -1, width)
     out, _ = _call(query, keys_GSD, values_GSD, causal=False)
-    return out.reshape(1, -1)
+    return out.view(1, -1)
 
 
 def _block(query_HnD: Tensor, keys_GSD: Tensor, values_GSD: Tensor, start: int, window: int | None) -> Tensor:
@@ -86,10 +86,10 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     """Output [H, n, D] and log-sum-exp of the scores [H, n]. `causal` wants n == S."""
     if query_HnD.device.type == "cpu":
-        out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query_HnD[None], keys_GSD[None], values_GSD[None], 0.0, causal, attn_mask=mask
+        out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
+            query_HnD.unsqueeze(0), keys_GSD.unsqueeze(0), values_GSD.unsqueeze(0), 0.0, causal, attn_mask=mask
         )
-        return out[0], weight[0]
+        return out.squeeze(0), weight.squeeze(0)
     return _plain(query_HnD, keys_GSD, values_GSD, causal, mask)
 
 

@@ -1,12 +1,12 @@
 """A rank's decoder: every stage as four functions, and what of them concerns one batch.
 
-    enter(stage, hidden) -> input              row-wise: the norm
-    body(stage, input, rows) -> features       up to the input of the stage's last projection
-    tail(stage, features) -> partial           row-wise: that projection; the sum over ranks is the contribution
-    absorb(stage, hidden, total) -> hidden     row-wise: adds the contribution to the residual stream
+    enter(hidden) -> input                  row-wise: the norm
+    body(forward, input, rows) -> features  up to the input of the stage's last projection
+    tail(features) -> partial               row-wise: that projection; the sum over ranks is the contribution
+    absorb(hidden, total)                   row-wise: adds the contribution to the residual stream
 
-The caller may run them for any rows, in any order that `program.check` allows. Knows nothing of lanes, programs
-or other ranks.
+The caller may run them for any rows, in any order that `program.check` allows. Stages hold weights and constants;
+what belongs to one batch comes in as a `Forward`. Knows nothing of lanes, programs or other ranks.
 
 Shapes: T rows of the call, M model width, H this rank's query heads, G its key/value heads, D head width.
 """
@@ -14,7 +14,7 @@ Shapes: T rows of the call, M model width, H this rank's query heads, G its key/
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,74 +23,78 @@ from weft.cache.slabs import Slabs
 from weft.config import ModelConfig
 from weft.model.attention import attend
 from weft.model.families import Flags
-from weft.model.kernels import rms_norm, rotate, swiglu
+from weft.model.kernels import Linear, rotate, swiglu, unit_rows
 from weft.model.rope import Rope
-from weft.model.shares import Share
+from weft.model.shares import HeadRun, Share
 from weft.model.weights import AttentionWeights, MlpWeights, Weights
 from weft.program.batch import Batch, Rows
 
 
-@dataclass(frozen=True)
 class Decoder:
-    """A rank's weights with all that is needed to apply them. The same for every batch."""
+    """A rank's weights with all that is needed to apply them: `stages` by the names that programs use."""
 
-    config: ModelConfig
-    flags: Flags
-    share: Share
-    weights: Weights
-    rope: Rope
-    exact_rows: bool = False
+    def __init__(
+        self, config: ModelConfig, flags: Flags, share: Share, weights: Weights, rope: Rope, exact_rows: bool = False
+    ) -> None:
+        self.width, self.embedding, self.rope = config.hidden, weights.embedding, rope
+        epsilon = config.norm_epsilon
+        self.stages: dict[str, StageFunctions] = {"embed": Embed(weights.embedding)}
+        for layer, window in enumerate(flags.windows):
+            shape = AttentionShape(len(share.heads), len(share.kv_heads), config.head_dim, share.runs, window)
+            attention, mlp = weights.attention[layer], weights.mlp[layer]
+            self.stages[f"L{layer}.attention"] = Attention(layer, attention, shape, epsilon, exact_rows)
+            self.stages[f"L{layer}.mlp"] = Mlp(mlp, epsilon, exact_rows)
+        self.stages["head"] = Head(weights.head, weights.scale, epsilon)
 
     def begin(self, batch: Batch, tokens: Sequence[int], slabs: Slabs) -> Forward:
         """One forward pass of `tokens` (one id a row of the batch) over the key/value memory in `slabs`."""
-        device = self.weights.embedding.device
-        ids = torch.tensor(tokens, device=device)
+        ids = torch.tensor(tokens, device=self.embedding.device)
         spans = [self.rope.angles(s.start, s.end, s.end) for s in batch.segments]
         angles = spans[0] if len(spans) == 1 else torch.cat(spans)
-        return Forward(self, batch, ids, angles[:, None], slabs)
+        return Forward(batch, ids, angles[:, None], slabs)
+
+    def empty_hidden(self, rows: int) -> Tensor:
+        """An uninitialised residual stream [rows, M]."""
+        return self.embedding.new_empty(rows, self.width)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Forward:
-    """The four functions, for one batch."""
+    """What the stages need to know of one batch."""
 
-    decoder: Decoder
     batch: Batch
     tokens: Tensor  # [all rows]
     angles: Tensor  # [all rows, 1, D/2], complex
     slabs: Slabs
+    _pieces: dict[Rows, list[tuple[slice, int, int]]] = field(default_factory=dict)
 
-    def stage(self, name: str) -> StageFunctions:
-        """The stage's functions, by the name that programs use."""
-        if name == "embed":
-            return Embed(self)
-        if name == "head":
-            return Head(self)
-        layer, _, part = name.partition(".")
-        number = int(layer.removeprefix("L"))
-        weights = self.decoder.weights
-        if part == "attention":
-            return Attention(self, number, weights.attention[number])
-        return Mlp(self, weights.mlp[number])
+    def pieces(self, rows: Rows) -> list[tuple[slice, int, int]]:
+        """The sequences that have tokens in `rows`: where in `rows`, which slot, and the first one's position."""
+        if rows not in self._pieces:  # every layer asks for the same few rows
+            self._pieces[rows] = [
+                (slice(part.start - rows.start, part.stop - rows.start), segment.sequence, self._position(part))
+                for segment, part in self.batch.within(rows)
+            ]
+        return self._pieces[rows]
 
-    def empty_hidden(self, rows: int) -> Tensor:
-        """An uninitialised residual stream [rows, M]."""
-        return self.decoder.weights.embedding.new_empty(rows, self.decoder.config.hidden)
+    def _position(self, part: Rows) -> int:
+        pairs = zip(self.batch.segments, self.batch.spans, strict=True)
+        return next(segment.start + part.start - span.start for segment, span in pairs if span.contains(part))
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Embed:
     """Token ids to the residual stream; whole on every rank, no collective."""
 
-    forward: Forward
+    embedding: Tensor
 
     def enter(self, hidden_TM: Tensor) -> Tensor:
         """Nothing to prepare."""
         return hidden_TM
 
-    def body(self, _: Tensor, rows: Rows) -> Tensor:
+    def body(self, forward: Forward, _: Tensor, rows: Rows) -> Tensor:
         """The embedding of the rows' tokens [T, M]."""
-        return self.forward.decoder.weights.embedding[self.forward.tokens[rows.start : rows.stop]]
+        return self.embedding[forward.tokens[rows.start : rows.stop]]
 
     def tail(self, features_TM: Tensor) -> Tensor:
         """No projection."""
@@ -101,61 +105,65 @@ class Embed:
         hidden_TM.copy_(total_TM)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """One layer's attention on this rank: H, G, D, which heads share keys, and how far a token sees."""
+
+    queries: int
+    groups: int
+    width: int
+    runs: tuple[HeadRun, ...]
+    window: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """One layer's attention, for this rank's heads."""
 
-    forward: Forward
     layer: int
     weights: AttentionWeights
+    shape: AttentionShape
+    epsilon: float
+    exact_rows: bool
 
     def enter(self, hidden_TM: Tensor) -> Tensor:
         """The norm before the projections."""
-        return rms_norm(hidden_TM, self.weights.norm, self.forward.decoder.config.norm_epsilon)
+        return unit_rows(hidden_TM, self.epsilon)
 
-    def body(self, input_TM: Tensor, rows: Rows) -> Tensor:
+    def body(self, forward: Forward, input_TM: Tensor, rows: Rows) -> Tensor:
         """Projects, turns, stores keys and values, attends: [T, H * D]."""
-        heads_TnD = self._project(input_TM, rows)
-        decoder, forward = self.forward.decoder, self.forward
-        queries = len(decoder.share.heads)
-        query_HTD = heads_TnD[:, :queries].transpose(0, 1)
-        kv = heads_TnD[:, queries:]
-        outputs = []
-        for segment, part in forward.batch.within(rows):
-            here = slice(part.start - rows.start, part.stop - rows.start)
-            start = segment.end - (self._stop_of(part) - part.start)
-            forward.slabs.write(segment.sequence, self.layer, start, kv[here])
-            outputs.append(self._attend(query_HTD[:, here], segment.sequence, start))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if not self.shape.runs:  # more ranks than heads
+            return input_TM.new_empty(input_TM.shape[0], 0)
+        heads_TnD = self._project(forward, input_TM, rows)
+        pieces = forward.pieces(rows)
+        if len(pieces) == 1:
+            _, slot, start = pieces[0]
+            return self._attend(forward.slabs, heads_TnD, slot, start)
+        return torch.cat([self._attend(forward.slabs, heads_TnD[here], slot, at) for here, slot, at in pieces])
 
-    def _project(self, input_TM: Tensor, rows: Rows) -> Tensor:
+    def _project(self, forward: Forward, input_TM: Tensor, rows: Rows) -> Tensor:
         """This rank's query, key and value heads, in this order, turned by position: [T, H + 2G, D]."""
-        decoder = self.forward.decoder
-        share, config = decoder.share, decoder.config
-        if not share.heads:
-            return input_TM.new_empty(input_TM.shape[0], 0, config.head_dim)
-        heads = torch.unflatten(self.weights.qkv(input_TM), 1, (-1, config.head_dim))
-        turned = heads[:, : len(share.heads) + len(share.kv_heads)]
-        if self.weights.qk_norm is not None:
-            unit = torch.ones_like(self.weights.qk_norm[0])
-            turned.copy_(rms_norm(turned, unit, config.norm_epsilon).mul_(self.weights.qk_norm))
-        rotate(turned, self.forward.angles[rows.start : rows.stop], decoder.exact_rows)
+        shape, scales = self.shape, self.weights.qk_norm
+        heads = self.weights.qkv(input_TM).view(input_TM.shape[0], -1, shape.width)
+        turned = heads[:, : shape.queries + shape.groups]
+        if scales is not None:
+            turned.copy_(unit_rows(turned, self.epsilon).mul_(scales))
+        rotate(turned, forward.angles[rows.start : rows.stop], self.exact_rows)
         return heads
 
-    def _stop_of(self, part: Rows) -> int:
-        return next(span.stop for span in self.forward.batch.spans if span.contains(part))
-
-    def _attend(self, query_HnD: Tensor, slot: int, start: int) -> Tensor:
-        decoder = self.forward.decoder
-        keys, values = self.forward.slabs.read(slot, self.layer)
-        window = decoder.flags.windows[self.layer]
+    def _attend(self, slabs: Slabs, heads_TnD: Tensor, slot: int, start: int) -> Tensor:
+        """Tokens of one sequence, from position `start` on: [T, H * D]."""
+        shape = self.shape
+        query_HTD = heads_TnD[:, : shape.queries].transpose(0, 1)
+        slabs.write(slot, self.layer, start, heads_TnD[:, shape.queries :])
+        keys, values = slabs.read(slot, self.layer)
+        if len(shape.runs) == 1:
+            return attend(query_HTD, keys, values, start, shape.window, self.exact_rows)
         pieces = [
-            attend(query_HnD[run.query], keys[run.key], values[run.key], start, window, decoder.exact_rows)
-            for run in decoder.share.runs
+            attend(query_HTD[run.query], keys[run.key], values[run.key], start, shape.window, self.exact_rows)
+            for run in shape.runs
         ]
-        if not pieces:
-            return query_HnD.new_empty(query_HnD.shape[1], 0)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        return torch.cat(pieces, dim=1)
 
     def tail(self, features: Tensor) -> Tensor:
         """The output projection: this rank's partial [T, M]."""
@@ -166,20 +174,21 @@ class Attention:
         hidden_TM.add_(total_TM)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Mlp:
     """One layer's MLP, for this rank's part of its width."""
 
-    forward: Forward
     weights: MlpWeights
+    epsilon: float
+    exact_rows: bool
 
     def enter(self, hidden_TM: Tensor) -> Tensor:
         """The norm before the projections."""
-        return rms_norm(hidden_TM, self.weights.norm, self.forward.decoder.config.norm_epsilon)
+        return unit_rows(hidden_TM, self.epsilon)
 
-    def body(self, input_TM: Tensor, _: Rows) -> Tensor:
+    def body(self, _: Forward, input_TM: Tensor, __: Rows) -> Tensor:
         """The gated activation [T, width of this rank]."""
-        return swiglu(self.weights.gate_up(input_TM), self.forward.decoder.exact_rows)
+        return swiglu(self.weights.gate_up(input_TM), self.exact_rows)
 
     def tail(self, features: Tensor) -> Tensor:
         """The down projection: this rank's partial [T, M]."""
@@ -190,25 +199,27 @@ class Mlp:
         hidden_TM.add_(total_TM)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Head:
     """The output head, for this rank's part of the vocabulary, on the sampled rows only."""
 
-    forward: Forward
+    projection: Linear
+    scale: Tensor
+    epsilon: float
 
     def enter(self, hidden_TM: Tensor) -> Tensor:
         """Nothing: the norm waits until `body` has picked the rows."""
         return hidden_TM
 
-    def body(self, input_TM: Tensor, rows: Rows) -> Tensor:
+    def body(self, forward: Forward, input_TM: Tensor, rows: Rows) -> Tensor:
         """The last norm of those rows that are sampled: [sampled rows, M]."""
-        decoder, sampled = self.forward.decoder, self.forward.batch.sampled_rows
-        picked = [row - rows.start for row in sampled if rows.start <= row < rows.stop]
-        return rms_norm(input_TM[picked], decoder.weights.norm, decoder.config.norm_epsilon)
+        picked = [row - rows.start for row in forward.batch.sampled_rows if rows.start <= row < rows.stop]
+        chosen = input_TM if len(picked) == len(input_TM) else input_TM[picked]
+        return unit_rows(chosen, self.epsilon).mul_(self.scale)
 
     def tail(self, features: Tensor) -> Tensor:
         """Logits of this rank's vocabulary [sampled rows, vocabulary of this rank], float32."""
-        return self.forward.decoder.weights.head(features).float()
+        return self.projection(features).float()
 
     def absorb(self, hidden_TM: Tensor, total_TM: Tensor) -> None:
         """The end: nothing follows."""

@@ -19,6 +19,8 @@ from torch.nn import functional
 
 PACKED_ROWS = 1024  # MKL lays the weight out for this many rows; it then serves any count
 EXACT_BLOCK = 64  # rows of one matrix product where packed weights are missing and row bits are asked for
+# Below this, MKL's packed product keeps to one thread, and the plain one with two was twice as fast (docs/log.md).
+PACKED_BYTES = 1 << 20
 
 
 @cache
@@ -43,38 +45,44 @@ def _pack(weight_WK: Tensor) -> Tensor:
 def _packed_product(rows_TK: Tensor, packed: Tensor, width: int, bias: Tensor | None) -> Tensor:
     # The third argument is read for its shape only, so the unpacked weight need not be kept.
     shape = torch.empty(1).expand(width, rows_TK.shape[1])
-    return torch.ops.mkl._mkl_linear(rows_TK, packed, shape, bias, rows_TK.shape[0])  # type: ignore[no-any-return]
+    return torch.ops.mkl._mkl_linear.default(rows_TK, packed, shape, bias, rows_TK.shape[0])  # type: ignore[no-any-return]
 
 
 class Linear:
-    """`rows @ weight.T + bias`, with the weight packed for MKL where that works (float32 on a CPU)."""
+    """`rows @ weight.T + bias`, with the weight packed for MKL where that works and pays (float32 on a CPU).
+
+    `one_by_one`: for the output head, which few rows go through; a matrix-vector product reads the plain weight
+    fastest, and with `exact_rows` each row has a product of its own.
+    """
 
     def __init__(
-        self, weight_WK: Tensor, bias_W: Tensor | None = None, *, exact_rows: bool = False, packed: bool = True
+        self, weight_WK: Tensor, bias_W: Tensor | None = None, *, exact_rows: bool = False, one_by_one: bool = False
     ) -> None:
         self.width, self.inputs = weight_WK.shape
         self.bias = bias_W
         fits = weight_WK.device.type == "cpu" and weight_WK.dtype == torch.float32 and weight_WK.numel() > 0
-        self.packed = packed and fits and packed_weights_work()
-        self.blocked = exact_rows and not self.packed
+        pays = exact_rows or weight_WK.nbytes >= PACKED_BYTES or torch.get_num_threads() == 1
+        self.packed = fits and pays and not one_by_one and packed_weights_work()
+        self.block = 0 if self.packed or not exact_rows else 1 if one_by_one else EXACT_BLOCK
         self.weight = _pack(weight_WK) if self.packed else weight_WK
+        # Looked up once, and written out below: decoding calls this a few times a layer for one row.
+        self._product = torch.ops.mkl._mkl_linear.default if self.packed else None
         self._shape = torch.empty(1).expand(self.width, self.inputs) if self.packed else None
 
     def __call__(self, rows_TK: Tensor) -> Tensor:
         """[T, K] -> [T, W]."""
-        if self.packed:
-            # Inlined `_packed_product`: decoding calls this a few times a layer for one row.
-            return torch.ops.mkl._mkl_linear(rows_TK, self.weight, self._shape, self.bias, rows_TK.shape[0])  # type: ignore[no-any-return]
-        if self.blocked:
-            return _in_blocks(rows_TK, self.weight, self.bias)
+        if self._product is not None:
+            return self._product(rows_TK, self.weight, self._shape, self.bias, rows_TK.shape[0])  # type: ignore[no-any-return]
+        if self.block:
+            return _in_blocks(rows_TK, self.weight, self.bias, self.block)
         return functional.linear(rows_TK, self.weight, self.bias)
 
 
-def _in_blocks(rows_TK: Tensor, weight_WK: Tensor, bias_W: Tensor | None) -> Tensor:
-    """Always the same matrix product, of EXACT_BLOCK rows, the last ones padded with zeros."""
+def _in_blocks(rows_TK: Tensor, weight_WK: Tensor, bias_W: Tensor | None, size: int) -> Tensor:
+    """Always the same matrix product, of `size` rows, the last ones padded with zeros."""
     count = rows_TK.shape[0]
-    padded = functional.pad(rows_TK, (0, 0, 0, -count % EXACT_BLOCK))
-    blocks = [functional.linear(block, weight_WK, bias_W) for block in torch.split(padded, EXACT_BLOCK)]
+    padded = functional.pad(rows_TK, (0, 0, 0, -count % size))
+    blocks = [functional.linear(block, weight_WK, bias_W) for block in torch.split(padded, size)]
     return torch.cat(blocks)[:count] if blocks else rows_TK.new_empty(0, weight_WK.shape[0])
 
 
@@ -103,6 +111,11 @@ def rotate(heads_THD: Tensor, angles: Tensor, exact_rows: bool) -> Tensor:
     return heads_THD
 
 
-def rms_norm(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Root-mean-square norm over the last dimension."""
-    return functional.rms_norm(rows, weight.shape[-1:], weight, epsilon)
+def unit_rows(rows_TK: Tensor, epsilon: float) -> Tensor:
+    """Each row over sqrt(its sum of squares + K * epsilon).
+
+    Times sqrt(K) this is the root-mean-square norm; whoever loads weights folds sqrt(K) and the norm's own weight
+    into the projection that follows, so that two passes over the rows are enough.
+    """
+    length: Tensor = torch.linalg.vector_norm(rows_TK, dim=-1, keepdim=True)
+    return rows_TK / length.square_().add_(rows_TK.shape[-1] * epsilon).sqrt_()

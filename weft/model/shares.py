@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, groupby
 
 from weft.config import ModelConfig
@@ -32,14 +33,14 @@ class Share:
     vocabulary: range
     kv_group: int  # query heads that share one key/value head, in the whole model
 
-    @property
+    @cached_property
     def kv_heads(self) -> range:
         """Key/value heads that this rank's query heads use; a head on a border is held by both ranks."""
         if not self.heads:
             return range(0)
         return range(self.heads.start // self.kv_group, (self.heads.stop - 1) // self.kv_group + 1)
 
-    @property
+    @cached_property
     def runs(self) -> tuple[HeadRun, ...]:
         """The rank's heads as runs of equal groups, so that each run is one attention call."""
         users = [len([h for h in self.heads if h // self.kv_group == kv]) for kv in self.kv_heads]

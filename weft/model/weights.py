@@ -3,7 +3,7 @@
     q, k, v, gate, up   by rows: each rank computes its own heads and its own part of the MLP
     o, down             by columns: each rank adds a partial of the whole width
     embedding           whole on every rank; output head by rows (vocabulary)
-    norms               whole on every rank
+    norms               whole on every rank, folded into the projection that follows (see kernels.unit_rows)
 
 Matrices are read, fused, converted and packed one at a time, so that loading peaks at the shard and one matrix.
 Knows names and shares; knows nothing of how the weights are used.
@@ -11,6 +11,7 @@ Knows names and shares; knows nothing of how the weights are used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,9 +28,8 @@ from weft.model.shares import Share
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """Norm [hidden], fused query/key/value and output projections, and the per-head norms [heads, D] if any."""
+    """Fused query/key/value and output projections, and the scales of per-head norms [heads, D] if any."""
 
-    norm: Tensor
     qkv: Linear
     output: Linear
     qk_norm: Tensor | None
@@ -37,21 +37,20 @@ class AttentionWeights:
 
 @dataclass(frozen=True)
 class MlpWeights:
-    """Norm [hidden], fused gate and up projection, down projection."""
+    """Fused gate and up projection, down projection."""
 
-    norm: Tensor
     gate_up: Linear
     down: Linear
 
 
 @dataclass(frozen=True)
 class Weights:
-    """All that one rank holds."""
+    """All that one rank holds. `scale` [hidden]: of the last norm, which a tied head can't take in."""
 
     embedding: Tensor
     attention: tuple[AttentionWeights, ...]
     mlp: tuple[MlpWeights, ...]
-    norm: Tensor
+    scale: Tensor
     head: Linear
 
 
@@ -73,9 +72,9 @@ def load(
         progress(layer + 1, config.layers)
     embedding = reader.whole("model.embed_tokens.weight", config.vocabulary, config.hidden)
     head = reader.head(embedding)
-    norm = reader.whole("model.norm.weight", config.hidden)
+    scale = reader.scale("model.norm.weight", config.hidden)
     checkpoint.forget()
-    return Weights(embedding, tuple(attention), tuple(mlp), norm, head)
+    return Weights(embedding, tuple(attention), tuple(mlp), scale, head)
 
 
 def shard_bytes(config: ModelConfig, share: Share, itemsize: int) -> int:
@@ -109,14 +108,18 @@ class _Reader:
         self._demand(name, *shape)
         return self.checkpoint.read(name).to(self.device, self.dtype)
 
+    def scale(self, name: str, width: int) -> Tensor:
+        """A norm's weight times sqrt(width): what is left of the norm after `kernels.unit_rows`."""
+        return self.whole(name, width) * math.sqrt(width)
+
     def attention(self, prefix: str) -> AttentionWeights:
         config, flags, prefix_ = self.config, self.flags, prefix + "self_attn."
         parts = [self._heads(f"{prefix_}{p}_proj", heads, p != "v") for p, heads in self._qkv()]
         weight = torch.cat([weight for weight, _ in parts])
+        weight *= self.scale(prefix + "input_layernorm.weight", config.hidden)
         bias = torch.cat([b for _, b in parts if b is not None]) if flags.qkv_bias else None
         output = self._columns(f"{prefix_}o_proj", self._spread(self.share.heads), config.heads, flags.output_bias)
-        norm = self.whole(prefix + "input_layernorm.weight", config.hidden)
-        return AttentionWeights(norm, self._linear(weight, bias), output, self._qk_norm(prefix_))
+        return AttentionWeights(self._linear(weight, bias), output, self._qk_norm(prefix_))
 
     def _qkv(self) -> tuple[tuple[str, tuple[range, int]], ...]:
         query, kv = (self.share.heads, self.config.heads), (self.share.kv_heads, self.config.kv_heads)
@@ -144,7 +147,7 @@ class _Reader:
         if not self.flags.qk_norm:
             return None
         width = self.config.head_dim
-        query, key = (_pairs(self.whole(f"{prefix}{p}_norm.weight", width)[None]) for p in ("q", "k"))
+        query, key = (_pairs(self.scale(f"{prefix}{p}_norm.weight", width)[None]) for p in ("q", "k"))
         return torch.cat([query.expand(len(self.share.heads), -1), key.expand(len(self.share.kv_heads), -1)])
 
     def mlp(self, prefix: str) -> MlpWeights:
@@ -153,19 +156,19 @@ class _Reader:
         for name in names:
             self._demand(name + ".weight", config.intermediate, config.hidden)
         weight = torch.cat([self._rows(name + ".weight", width) for name in names])
+        weight *= self.scale(prefix + "post_attention_layernorm.weight", config.hidden)
         bias = torch.cat([self._rows(name + ".bias", width) for name in names]) if flags.mlp_bias else None
         gate_up = self._linear(weight, bias)
         del weight  # before the next matrix is read: one at a time
         down = self._columns(f"{prefix}mlp.down_proj", width, None, flags.mlp_bias)
-        norm = self.whole(prefix + "post_attention_layernorm.weight", config.hidden)
-        return MlpWeights(norm, gate_up, down)
+        return MlpWeights(gate_up, down)
 
     def head(self, embedding: Tensor) -> Linear:
         rows, config = self.share.vocabulary, self.config
-        if config.tied_embeddings:  # a view of the embedding; packing it would store it twice
-            return Linear(embedding[rows.start : rows.stop], exact_rows=self.exact_rows, packed=False)
+        if config.tied_embeddings:  # a view of the embedding
+            return Linear(embedding[rows.start : rows.stop], exact_rows=self.exact_rows, one_by_one=True)
         self._demand("lm_head.weight", config.vocabulary, config.hidden)
-        return self._linear(self._rows("lm_head.weight", rows), None)
+        return Linear(self._rows("lm_head.weight", rows), exact_rows=self.exact_rows, one_by_one=True)
 
     def _columns(self, name: str, columns: range, heads: int | None, biased: bool) -> Linear:
         inputs = self.config.intermediate if heads is None else heads * self.config.head_dim

@@ -118,9 +118,14 @@ class Program:
         return self.text
 
     @cached_property
+    def collectives(self) -> frozenset[int]:
+        """The steps of the network lane."""
+        return frozenset(index for index, step in enumerate(self.steps) if step.lane is Lane.NETWORK)
+
+    @cached_property
     def collected(self) -> frozenset[str]:
         """The stages whose partials a collective takes."""
-        return frozenset(step.stage for step in self.steps if step.lane is Lane.NETWORK)
+        return frozenset(self.steps[index].stage for index in self.collectives)
 
     @cached_property
     def awaited_next(self) -> frozenset[int]:
