@@ -21,11 +21,11 @@ def threads(request: pytest.FixtureRequest):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("one_by_one", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(("width", "inputs"), [(96, 64), (37, 100), (704, 256), (1000, 999)])
-def test_exact_rows_of_products(threads, one_by_one: bool, width: int, inputs: int) -> None:
+def test_exact_rows_of_products(threads, packed: bool, width: int, inputs: int) -> None:
     weight, bias, rows = torch.randn(width, inputs), torch.randn(width), torch.randn(ROWS, inputs)
-    linear = Linear(weight, bias, exact_rows=True, one_by_one=one_by_one)
+    linear = Linear(weight, bias, exact_rows=True, packed=packed)
     whole = linear(rows)
     assert torch.allclose(whole, rows @ weight.T + bias, atol=1e-3)
     for start, stop in PARTS:
@@ -60,11 +60,13 @@ def test_exact_rows_of_rotate(threads, heads: int, width: int) -> None:
 @pytest.mark.parametrize("width", [64, 100, 2048])
 def test_exact_rows_of_the_norm(threads, width: int) -> None:
     rows, weight = torch.randn(ROWS, width), torch.randn(width)
-    whole = unit_rows(rows, 1e-5)
+    epsilon = torch.tensor(1e-5 * width).sqrt()
+    whole = unit_rows(rows, epsilon, True)
     expected = torch.nn.functional.rms_norm(rows, (width,), weight, 1e-5)
-    assert torch.allclose(whole * weight * width**0.5, expected, atol=1e-5)
+    for exact in (True, False):
+        assert torch.allclose(unit_rows(rows, epsilon, exact) * weight * width**0.5, expected, atol=1e-5)
     for start, stop in PARTS:
-        assert torch.equal(unit_rows(rows[start:stop], 1e-5), whole[start:stop])
+        assert torch.equal(unit_rows(rows[start:stop], epsilon, True), whole[start:stop])
 
 
 def test_blocks_keep_row_bits_on_the_block(threads, monkeypatch: pytest.MonkeyPatch) -> None:

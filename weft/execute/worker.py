@@ -7,6 +7,7 @@ engine's messages; knows nothing of requests.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import socket
 import sys
@@ -144,6 +145,7 @@ class Worker:
         executor = Executor(decoder, self.group, self.lanes, [len(s.vocabulary) for s in shares])
         self.model = _Loaded(decoder, slabs, executor, {})
         keep_freed_memory()
+        gc.freeze()  # what is loaded stays: collections need not look at it again
         size, packed = shard_bytes(m.config, share, dtype.itemsize), packed_weights_work() and dtype is torch.float32
         self.say(p.Loaded(size, peak.taken, slabs.bytes_per_token, packed))
 

@@ -13,6 +13,7 @@ Shapes: T rows of the call, M model width, H this rank's query heads, G its key/
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -37,14 +38,18 @@ class Decoder:
         self, config: ModelConfig, flags: Flags, share: Share, weights: Weights, rope: Rope, exact_rows: bool = False
     ) -> None:
         self.width, self.embedding, self.rope = config.hidden, weights.embedding, rope
-        epsilon = config.norm_epsilon
+        epsilon, head_epsilon = (
+            torch.tensor(math.sqrt(width * config.norm_epsilon), device=self.embedding.device)
+            for width in (config.hidden, config.head_dim)
+        )
         self.stages: dict[str, StageFunctions] = {"embed": Embed(weights.embedding)}
         for layer, window in enumerate(flags.windows):
-            shape = AttentionShape(len(share.heads), len(share.kv_heads), config.head_dim, share.runs, window)
+            heads = len(share.heads), len(share.kv_heads), config.head_dim
+            shape = AttentionShape(*heads, share.runs, window, head_epsilon)
             attention, mlp = weights.attention[layer], weights.mlp[layer]
             self.stages[f"L{layer}.attention"] = Attention(layer, attention, shape, epsilon, exact_rows)
             self.stages[f"L{layer}.mlp"] = Mlp(mlp, epsilon, exact_rows)
-        self.stages["head"] = Head(weights.head, weights.scale, epsilon)
+        self.stages["head"] = Head(weights.head, weights.scale, epsilon, exact_rows)
 
     def begin(self, batch: Batch, tokens: Sequence[int], slabs: Slabs) -> Forward:
         """One forward pass of `tokens` (one id a row of the batch) over the key/value memory in `slabs`."""
@@ -107,13 +112,17 @@ class Embed:
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """One layer's attention on this rank: H, G, D, which heads share keys, and how far a token sees."""
+    """One layer's attention on this rank: H, G, D, which heads share keys, how far a token sees.
+
+    `epsilon`: of the norm of each head, if there is one.
+    """
 
     queries: int
     groups: int
     width: int
     runs: tuple[HeadRun, ...]
     window: int | None
+    epsilon: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +132,12 @@ class Attention:
     layer: int
     weights: AttentionWeights
     shape: AttentionShape
-    epsilon: float
+    epsilon: Tensor
     exact_rows: bool
 
     def enter(self, hidden_TM: Tensor) -> Tensor:
         """The norm before the projections."""
-        return unit_rows(hidden_TM, self.epsilon)
+        return unit_rows(hidden_TM, self.epsilon, self.exact_rows)
 
     def body(self, forward: Forward, input_TM: Tensor, rows: Rows) -> Tensor:
         """Projects, turns, stores keys and values, attends: [T, H * D]."""
@@ -147,7 +156,7 @@ class Attention:
         heads = self.weights.qkv(input_TM).view(input_TM.shape[0], -1, shape.width)
         turned = heads[:, : shape.queries + shape.groups]
         if scales is not None:
-            turned.copy_(unit_rows(turned, self.epsilon).mul_(scales))
+            turned.copy_(unit_rows(turned, shape.epsilon, self.exact_rows).mul_(scales))
         rotate(turned, forward.angles[rows.start : rows.stop], self.exact_rows)
         return heads
 
@@ -179,12 +188,12 @@ class Mlp:
     """One layer's MLP, for this rank's part of its width."""
 
     weights: MlpWeights
-    epsilon: float
+    epsilon: Tensor
     exact_rows: bool
 
     def enter(self, hidden_TM: Tensor) -> Tensor:
         """The norm before the projections."""
-        return unit_rows(hidden_TM, self.epsilon)
+        return unit_rows(hidden_TM, self.epsilon, self.exact_rows)
 
     def body(self, _: Forward, input_TM: Tensor, __: Rows) -> Tensor:
         """The gated activation [T, width of this rank]."""
@@ -205,7 +214,8 @@ class Head:
 
     projection: Linear
     scale: Tensor
-    epsilon: float
+    epsilon: Tensor
+    exact_rows: bool
 
     def enter(self, hidden_TM: Tensor) -> Tensor:
         """Nothing: the norm waits until `body` has picked the rows."""
@@ -215,7 +225,7 @@ class Head:
         """The last norm of those rows that are sampled: [sampled rows, M]."""
         picked = [row - rows.start for row in forward.batch.sampled_rows if rows.start <= row < rows.stop]
         chosen = input_TM if len(picked) == len(input_TM) else input_TM[picked]
-        return unit_rows(chosen, self.epsilon).mul_(self.scale)
+        return unit_rows(chosen, self.epsilon, self.exact_rows).mul_(self.scale)
 
     def tail(self, features: Tensor) -> Tensor:
         """Logits of this rank's vocabulary [sampled rows, vocabulary of this rank], float32."""

@@ -51,19 +51,19 @@ def _packed_product(rows_TK: Tensor, packed: Tensor, width: int, bias: Tensor | 
 class Linear:
     """`rows @ weight.T + bias`, with the weight packed for MKL where that works and pays (float32 on a CPU).
 
-    `one_by_one`: for the output head, which few rows go through; a matrix-vector product reads the plain weight
-    fastest, and with `exact_rows` each row has a product of its own.
+    `packed=False`: for what few rows go through. A matrix-vector product reads the plain weight a little faster;
+    with `exact_rows` each row then has a product of its own.
     """
 
     def __init__(
-        self, weight_WK: Tensor, bias_W: Tensor | None = None, *, exact_rows: bool = False, one_by_one: bool = False
+        self, weight_WK: Tensor, bias_W: Tensor | None = None, *, exact_rows: bool = False, packed: bool = True
     ) -> None:
         self.width, self.inputs = weight_WK.shape
         self.bias = bias_W
         fits = weight_WK.device.type == "cpu" and weight_WK.dtype == torch.float32 and weight_WK.numel() > 0
         pays = exact_rows or weight_WK.nbytes >= PACKED_BYTES or torch.get_num_threads() == 1
-        self.packed = fits and pays and not one_by_one and packed_weights_work()
-        self.block = 0 if self.packed or not exact_rows else 1 if one_by_one else EXACT_BLOCK
+        self.packed = fits and pays and packed and packed_weights_work()
+        self.block = 0 if self.packed or not exact_rows else EXACT_BLOCK if packed else 1
         self.weight = _pack(weight_WK) if self.packed else weight_WK
         # Looked up once, and written out below: decoding calls this a few times a layer for one row.
         self._product = torch.ops.mkl._mkl_linear.default if self.packed else None
@@ -111,11 +111,13 @@ def rotate(heads_THD: Tensor, angles: Tensor, exact_rows: bool) -> Tensor:
     return heads_THD
 
 
-def unit_rows(rows_TK: Tensor, epsilon: float) -> Tensor:
-    """Each row over sqrt(its sum of squares + K * epsilon).
+def unit_rows(rows_TK: Tensor, epsilon: Tensor, exact_rows: bool) -> Tensor:
+    """Each row over sqrt(its sum of squares + epsilon²), where epsilon² is K times the norm's own epsilon.
 
     Times sqrt(K) this is the root-mean-square norm; whoever loads weights folds sqrt(K) and the norm's own weight
     into the projection that follows, so that two passes over the rows are enough.
     """
     length: Tensor = torch.linalg.vector_norm(rows_TK, dim=-1, keepdim=True)
-    return rows_TK / length.square_().add_(rows_TK.shape[-1] * epsilon).sqrt_()
+    if exact_rows:
+        return rows_TK / length.square_().add_(epsilon.square()).sqrt_()
+    return rows_TK / torch.hypot(length, epsilon)

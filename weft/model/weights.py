@@ -166,9 +166,9 @@ class _Reader:
     def head(self, embedding: Tensor) -> Linear:
         rows, config = self.share.vocabulary, self.config
         if config.tied_embeddings:  # a view of the embedding
-            return Linear(embedding[rows.start : rows.stop], exact_rows=self.exact_rows, one_by_one=True)
+            return Linear(embedding[rows.start : rows.stop], exact_rows=self.exact_rows, packed=False)
         self._demand("lm_head.weight", config.vocabulary, config.hidden)
-        return Linear(self._rows("lm_head.weight", rows), exact_rows=self.exact_rows, one_by_one=True)
+        return Linear(self._rows("lm_head.weight", rows), exact_rows=self.exact_rows, packed=False)
 
     def _columns(self, name: str, columns: range, heads: int | None, biased: bool) -> Linear:
         inputs = self.config.intermediate if heads is None else heads * self.config.head_dim
