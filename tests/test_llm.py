@@ -60,7 +60,8 @@ def test_text_in_text_out(two_ranks: LLM) -> None:
     [output] = two_ranks.generate("The for statement is used to", GREEDY)
     assert output.prompt == "The for statement is used to" and len(output.outputs[0].text) > 20
     assert two_ranks.engine.tokenizer is not None
-    assert output.outputs[0].text == two_ranks.engine.tokenizer.decode(output.outputs[0].token_ids)
+    # A character that the last token leaves unfinished is not shown.
+    assert output.outputs[0].text == two_ranks.engine.tokenizer.decode(output.outputs[0].token_ids).rstrip("\ufffd")
 
 
 def test_stream_gives_the_same_text(two_ranks: LLM) -> None:

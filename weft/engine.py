@@ -1,4 +1,4 @@
-"""The engine: batch -> plan -> run -> commit.
+"""The engine: batch -> plan -> submit -> collect -> commit.
 
 Owns every request; the workers own nothing that can't be rebuilt, so a lost rank costs time and no request.
 Knows all rooms by their fronts; knows nothing of HTTP or the command line.
@@ -20,7 +20,7 @@ from weft.batching.params import SamplingParams
 from weft.batching.request import Request, Sequence
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, WorkerFailed, WorkerLost
-from weft.execute.controller import Controller, RunOptions, RunResult, Started
+from weft.execute.controller import Controller, RunOptions, RunResult, Started, Submitted
 from weft.execute.protocol import Choice, Chosen
 from weft.launch.launcher import Launcher
 from weft.launch.local import LocalLauncher
@@ -45,6 +45,15 @@ class Completion:
     chosen: list[Chosen] = field(default_factory=list)
     stop_reason: int | str | None = None
     first_token: float | None = None  # seconds after the request came
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A batch under way."""
+
+    scheduled: Scheduled
+    plan: Plan
+    submitted: Submitted
 
 
 @dataclass
@@ -77,6 +86,7 @@ class Engine:
         )
         self.completions: dict[Sequence, Completion] = {}
         self.last_step: Step | None = None
+        self._ahead: Flight | None = None
         self._restarts: list[float] = []
         self._began: dict[Request, float] = {}
         self.controller = Controller(launcher or LocalLauncher(), config)
@@ -142,49 +152,63 @@ class Engine:
     def step(self) -> list[Sequence]:
         """One turn; returns the sequences that got a token. There must be something to do (`idle` is False)."""
         begin = time.perf_counter()
-        scheduled = self.batcher.next()
-        plan = self.planner.plan(scheduled.batch)
-        result = self._run(scheduled, plan)
-        if result is None:
+        try:
+            flight = self._ahead or self._submit(self.batcher.next())
+            self._ahead = self._look_ahead(flight.scheduled)
+            result = self.controller.collect(flight.submitted)
+        except WorkerLost as error:
+            self.restart(str(error))
             return []
-        self._commit(scheduled, result)
-        self.last_step = Step(scheduled, plan, time.perf_counter() - begin, result.seconds)
-        return list(scheduled.sequences)
+        alive = self._commit(flight.scheduled, result)
+        self.last_step = Step(flight.scheduled, flight.plan, time.perf_counter() - begin, result.seconds)
+        return alive
 
     @property
     def idle(self) -> bool:
         """True if no request is left."""
         return self.batcher.idle
 
-    def _run(self, scheduled: Scheduled, plan: Plan) -> RunResult | None:
-        """The batch's result, or None if a rank was lost: the group is new then, and the sequences start over."""
-        choices = [self._choice(sequence) for sequence in scheduled.sequences]
-        try:
-            return self.controller.run(scheduled.batch, scheduled.tokens, choices, plan.program, plan.wire)
-        except WorkerLost as error:
-            self.restart(str(error))
-            return None
+    def _submit(self, scheduled: Scheduled, after: int = 0) -> Flight:
+        """Sends a batch off. `after`: tokens that its sequences will have got by then, beyond those they have."""
+        plan = self.planner.plan(scheduled.batch)
+        choices = [self._choice(sequence, after) for sequence in scheduled.sequences]
+        submitted = self.controller.submit(scheduled.batch, scheduled.tokens, choices, plan.program, plan.wire)
+        return Flight(scheduled, plan, submitted)
+
+    def _look_ahead(self, scheduled: Scheduled) -> Flight | None:
+        """Sends the next batch off too, where it can be foreseen: the worker then never waits for the engine.
+
+        With several ranks only one of them knows the tokens that were chosen, so there it waits.
+        """
+        following = self.batcher.ahead(scheduled) if self.config.ranks == 1 else None
+        return self._submit(following, after=1) if following is not None else None
 
     def restart(self, reason: str) -> None:
         """A new group of workers. Raises `WorkerFailed` if that has been needed too often lately."""
-        now = time.monotonic()
-        self._restarts = [then for then in self._restarts if now - then < RESTART_SECONDS] + [now]
-        self.controller.stop()
-        if len(self._restarts) > MOST_RESTARTS:
-            raise WorkerFailed(f"workers were lost {len(self._restarts)} times within a minute; the last: {reason}")
-        self.started = self.controller.start(self.directory, self.model)
+        self._ahead = None
         self.batcher.rewind()
+        while True:
+            now = time.monotonic()
+            self._restarts = [then for then in self._restarts if now - then < RESTART_SECONDS] + [now]
+            self.controller.stop()
+            if len(self._restarts) > MOST_RESTARTS:
+                raise WorkerFailed(f"workers were lost {len(self._restarts)} times within a minute; the last: {reason}")
+            try:
+                self.started = self.controller.start(self.directory, self.model)
+                return
+            except WorkerLost as error:
+                reason = str(error)
 
-    def _choice(self, sequence: Sequence) -> Choice:
-        params = sequence.request.params
-        banned = sorted(self._ends(sequence)) if sequence.produced < params.min_tokens else []
+    def _choice(self, sequence: Sequence, after: int = 0) -> Choice:
+        params, index = sequence.request.params, sequence.produced + after
+        banned = sorted(self._ends(sequence)) if index < params.min_tokens else []
         if params.greedy and not (params.penalised or banned or params.logprobs is not None):
             return Choice()
         return Choice(
             temperature=0.0 if params.greedy else params.temperature, top_p=params.top_p,
             top_k=max(0, params.top_k), min_p=params.min_p, presence=params.presence_penalty,
             frequency=params.frequency_penalty, repetition=params.repetition_penalty,
-            seed=self.completions[sequence].seed, index=sequence.produced, banned=banned,
+            seed=self.completions[sequence].seed, index=index, banned=banned,
             prompt=list(sequence.request.prompt) if params.penalised else [],
             output=list(sequence.output) if params.penalised else [], logprobs=params.logprobs,
         )  # fmt: skip
@@ -195,16 +219,15 @@ class Engine:
         own = frozenset(params.stop_token_ids or ())
         return own if params.ignore_eos else own | self.end_ids
 
-    def _commit(self, scheduled: Scheduled, result: RunResult) -> None:
-        """Gives every sequence its token, and lets go of those that are complete."""
-        ended = []
-        for sequence, chosen in zip(scheduled.sequences, result.chosen, strict=True):
+    def _commit(self, scheduled: Scheduled, result: RunResult) -> list[Sequence]:
+        """Gives every sequence that is still alive its token, and lets go of those that are complete."""
+        pairs = [(s, chosen) for s, chosen in zip(scheduled.sequences, result.chosen, strict=True) if s.alive]
+        for sequence, chosen in pairs:
             sequence.computed = len(sequence.tokens)
             sequence.tokens.append(chosen.token)
             self._grow(sequence, chosen)
-            if sequence.finish_reason:
-                ended.append(sequence)
-        self.forget(ended)
+        self.forget([sequence for sequence, _ in pairs if sequence.finish_reason])
+        return [sequence for sequence, _ in pairs]
 
     def _grow(self, sequence: Sequence, chosen: Chosen) -> None:
         """Text, stop conditions and first-token time of one new token."""
@@ -226,6 +249,8 @@ class Engine:
     def forget(self, sequences: list[Sequence]) -> None:
         """Takes sequences out and frees their memory; what they have so far stays with the caller."""
         freed = self.batcher.leave(sequences)
+        if self._ahead is not None and not any(s.alive for s in self._ahead.scheduled.sequences):
+            self._ahead = None  # nobody waits for it; its result is dropped when the next one is collected
         if freed:
             with suppress(WorkerLost):  # a lost rank has no memory to free, and the next run notices
                 self.controller.release(freed)

@@ -16,7 +16,10 @@ from weft.program.batch import Batch, Segment
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A batch, the sequence behind each of its segments, and the token of each of its rows."""
+    """A batch, the sequence behind each of its segments, and the token of each of its rows.
+
+    A token below zero is not known yet: -1 - i stands for what the batch before gives its i-th sequence.
+    """
 
     batch: Batch
     sequences: tuple[Sequence, ...]
@@ -50,6 +53,18 @@ class Batcher:
             self.running.append(sequence)
             tokens += len(sequence.tokens)
         return _scheduled(self._within_budget())
+
+    def ahead(self, scheduled: Scheduled) -> Scheduled | None:
+        """The batch that follows `scheduled`, made before its tokens are known; None if that can't be foreseen.
+
+        It can if the same sequences all go on, whatever their next token is. One that a stop token ends meanwhile
+        has then been computed once too often, which costs a row and changes nothing.
+        """
+        same = list(scheduled.sequences) == self.running and not (self.waiting and self._free)
+        if not same or any(not s.foreseeable or s.produced + 1 >= s.request.limit for s in scheduled.sequences):
+            return None
+        segments = tuple(Segment(segment.sequence, segment.end, 1) for segment in scheduled.batch.segments)
+        return Scheduled(Batch(segments), scheduled.sequences, tuple(-1 - i for i in range(len(segments))))
 
     def _may_start(self, tokens: int) -> bool:
         """True if the first waiting sequence fits; alone it always does."""

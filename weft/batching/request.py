@@ -52,6 +52,16 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def foreseeable(self) -> bool:
+        """True if how its next token is chosen doesn't depend on what the one before it was."""
+        return not self.request.params.penalised
+
+    @property
+    def alive(self) -> bool:
+        """True while it runs: it has a slot and has not ended."""
+        return self.slot is not None and self.finish_reason is None
+
+    @property
     def room(self) -> int:
         """Tokens of key/value memory that it may come to need."""
         return len(self.request.prompt) + self.request.limit

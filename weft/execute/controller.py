@@ -41,6 +41,15 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
+class Submitted:
+    """A run under way."""
+
+    number: int
+    program: Program
+    options: RunOptions
+
+
+@dataclass(frozen=True)
 class RunResult:
     """What a batch gave. `seconds`: the slowest rank's. `bytes_sent` and `checksums`: for each rank."""
 
@@ -139,19 +148,31 @@ class Controller:
         options: RunOptions = RunOptions(),
     ) -> RunResult:  # fmt: skip
         """Runs a program on every rank. Raises `WorkerLost` if a rank ends meanwhile."""
+        return self.collect(self.submit(batch, tokens, choices, program, wire, options))
+
+    def submit(
+        self, batch: Batch, tokens: Sequence[int], choices: Sequence[p.Choice], program: Program, wire: str,
+        options: RunOptions = RunOptions(),
+    ) -> Submitted:  # fmt: skip
+        """Has every rank run a program after what it was given before."""
         self._number += 1
         message = self._message(batch, tokens, choices, program, wire, options)
         for identity in self._ranks:
             self._send(identity, message)
+        return Submitted(self._number, program, options)
+
+    def collect(self, submitted: Submitted) -> RunResult:
+        """Waits for what was submitted; results of earlier submissions that nobody collected are dropped."""
         done: dict[bytes, p.Done] = {}
         while len(done) < len(self._ranks):
             identity, answer = self._receive(p.Done)
-            done[identity] = answer
+            if answer.number == submitted.number:
+                done[identity] = answer
         answers = [done[identity] for identity in self._ranks]
         return RunResult(
             answers[0].chosen, max(answer.seconds for answer in answers), [a.bytes_sent for a in answers],
-            _timeline(program, answers) if options.timeline else None, [a.checksums for a in answers],
-            answers[0].logits,
+            _timeline(submitted.program, answers) if submitted.options.timeline else None,
+            [a.checksums for a in answers], answers[0].logits,
         )  # fmt: skip
 
     def _message(

@@ -105,7 +105,10 @@ class Choice(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Run(msgspec.Struct, tag=True, frozen=True):
-    """Run a program. `text` is given the first time that `program` (a number) is used."""
+    """Run a program. `text` is given the first time that `program` (a number) is used.
+
+    A token below zero, -1 - i, is the i-th that was chosen by the run before (one rank only: the one that samples).
+    """
 
     number: int
     program: int

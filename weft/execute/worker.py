@@ -61,6 +61,7 @@ class Worker:
         self.store: Any = None
         self.group: Group | None = None
         self.model: _Loaded | None = None
+        self.chosen: list[p.Chosen] = []  # by the last run
 
     def say(self, message: p.ToEngine) -> None:
         """Sends one message."""
@@ -156,18 +157,19 @@ class Worker:
         if m.text is not None:
             model.programs[m.program] = Program.parse(m.text)
         batch = Batch(tuple(Segment(*values) for values in m.segments))
+        tokens = [token if token >= 0 else self.chosen[-1 - token].token for token in m.tokens]
         sent, begin = self.group.bytes_sent, time.perf_counter()
-        forward = model.decoder.begin(batch, m.tokens, model.slabs)
+        forward = model.decoder.begin(batch, tokens, model.slabs)
         program, codec = model.programs[m.program], codec_named(m.wire)
         result = model.executor.run(program, forward, codec, Part(m.part), m.checksums)
         seconds = time.perf_counter() - begin
-        chosen, logits = [], b""
+        self.chosen, logits = [], b""
         if result.logits is not None and m.choices:
-            chosen = sample(result.logits, m.choices)
+            self.chosen = sample(result.logits, m.choices)
             logits = result.logits.numpy().tobytes() if m.logits else b""
         spans = result.spans if m.spans else []
         sent = self.group.bytes_sent - sent
-        self.say(p.Done(m.number, seconds, sent, chosen, spans, result.checksums, logits))
+        self.say(p.Done(m.number, seconds, sent, self.chosen, spans, result.checksums, logits))
 
 
 def _demand_memory(m: p.Load, share: Share, itemsize: int) -> None:

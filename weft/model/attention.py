@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 GRANULE = 128  # positions; with exact rows, attention always runs in blocks of these, wherever the batch was cut
 WINDOW_BLOCK = 256  # query positions to one masked call when attention is limited to a window
@@ -48,9 +49,9 @@ def attend(
 def _one_token(query_H1D: Tensor, keys_GSD: Tensor, values_GSD: Tensor) -> Tensor:
     """One new token: the heads of a group are rows of one query block, which saves reading the keys again."""
     groups, _, width = keys_GSD.shape
-    query = query_H1D.view(groups, -1, width)
-    out, _ = _call(query, keys_GSD, values_GSD, causal=False)
-    return out.view(1, -1)
+    query = query_H1D.view(1, groups, -1, width)
+    out = functional.scaled_dot_product_attention(query, keys_GSD.unsqueeze(0), values_GSD.unsqueeze(0))
+    return out.reshape(1, -1)
 
 
 def _block(query_HnD: Tensor, keys_GSD: Tensor, values_GSD: Tensor, start: int, window: int | None) -> Tensor:
