@@ -36,8 +36,8 @@ DECODED = 48
 class Weft:
     """One rank, as a caller sees it."""
 
-    def __init__(self, model: Path, threads: int) -> None:
-        self.llm = LLM(model, num_threads=threads)
+    def __init__(self, model: Path, threads: int, reproducible: bool = False) -> None:
+        self.llm = LLM(model, num_threads=threads, reproducible=reproducible)
         self.overheads: list[float] = []
 
     def prefill(self, tokens: list[int]) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from weft.engine import Engine
-from weft.execute.controller import RunOptions
+from weft.execute.controller import RunOptions, RunResult
 from weft.plan.planner import Plan, Planner
 from weft.program.batch import one_prompt
 from weft.timeline.timeline import Timeline, bound, median, overlap_efficiency
@@ -83,40 +83,38 @@ def compare(
     engine: Engine, tokens: list[int], overlaps: Sequence[str], rounds: int = 5,
     tick: Callable[[], None] = lambda: None,
 ) -> Comparison:  # fmt: skip
-    """Runs serial, both lanes alone and every strategy once a round; the first round warms up and doesn't count."""
+    """Runs serial, both lanes alone and every strategy once a round; the first round warms up and doesn't count.
+
+    The order rotates from round to round, so that nothing always follows the same.
+    """
     batch, old = one_prompt(len(tokens)), engine.planner
     plans = {name: Planner(old.stages, name, old.wire, old.granule).plan(batch) for name in ("serial", *overlaps)}
-    timelines: dict[str, tuple[float, Timeline]] = {}
-    sent: dict[str, int] = {}
+    runs = [(name, "both") for name in plans] + [("serial", "compute"), ("serial", "network")]
+    best: dict[str, RunResult] = {}
     kept: list[Round] = []
     for number in range(rounds + 1):
-        times = {}
-        for name in overlaps:
-            times[name], sent[name], timeline = _timed(engine, tokens, plans[name])
-            if number and times[name] < timelines.get(name, (float("inf"), timeline))[0]:
-                timelines[name] = times[name], timeline
-        serial, _, _ = _timed(engine, tokens, plans["serial"])
-        alone = [engine.probe(tokens, plans["serial"], RunOptions(part)).seconds for part in ("compute", "network")]
+        seconds: dict[tuple[str, str], float] = {}
+        for run in runs[number % len(runs) :] + runs[: number % len(runs)]:
+            name, part = run
+            result = engine.probe(tokens, plans[name], RunOptions(part, timeline=True))
+            seconds[run] = result.seconds
+            if number and part == "both" and (name not in best or result.seconds < best[name].seconds):
+                best[name] = result
         if number:
-            kept.append(Round(alone[0], alone[1], serial, times))
+            both = {name: seconds[name, "both"] for name in plans}
+            kept.append(Round(seconds["serial", "compute"], seconds["serial", "network"], both["serial"], both))
         tick()
-    return Comparison(
-        len(tokens), kept, [_measured(n, plans[n], kept, sent[n], timelines[n][1]) for n in overlaps]
-    )  # fmt: skip
+    return Comparison(len(tokens), kept, [_measured(name, plans[name], kept, best[name]) for name in overlaps])
 
 
-def _timed(engine: Engine, tokens: list[int], plan: Plan) -> tuple[float, int, Timeline]:
-    result = engine.probe(tokens, plan, RunOptions(timeline=True))
-    assert result.timeline is not None
-    return result.seconds, max(result.bytes_sent), result.timeline
-
-
-def _measured(name: str, plan: Plan, rounds: list[Round], sent: int, timeline: Timeline) -> Measured:
+def _measured(name: str, plan: Plan, rounds: list[Round], best: RunResult) -> Measured:
     efficiencies = [overlap_efficiency(r.serial, r.strategies[name], r.bound) for r in rounds]
     known = [value for value in efficiencies if value is not None]
+    assert best.timeline is not None
     return Measured(
         overlap=name, plan=plan.describe(), seconds=[r.strategies[name] for r in rounds],
         saving=median(1 - r.strategies[name] / r.serial for r in rounds),
         saving_bound=median(1 - r.bound / r.serial for r in rounds),
-        overlap_efficiency=median(known) if known else None, bytes_on_wire=sent, timeline=timeline,
+        overlap_efficiency=median(known) if known else None, bytes_on_wire=max(best.bytes_sent),
+        timeline=best.timeline,
     )  # fmt: skip

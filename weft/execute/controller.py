@@ -262,7 +262,7 @@ class Controller:
 
 def _timeline(program: Program, answers: Sequence[p.Done]) -> Timeline:
     """All ranks' spans on one clock (they share the machine's), from the first beginning on."""
-    begin = min(start for answer in answers for start, stop in answer.spans if stop > 0)
+    begin = min((start for answer in answers for start, stop in answer.spans if stop > 0), default=0.0)
     events = [
         Event(rank, step.lane, step.kind, step.stage, step.rows, start - begin, stop - begin)
         for rank, answer in enumerate(answers)
