@@ -82,3 +82,30 @@ def test_generation_defaults(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(InputError, match="can't be read as JSON"):
         generation_defaults(tmp_path)
+
+
+def test_chat_by_the_checkpoints_own_template(tmp_path: Path, packaged: Path) -> None:
+    import shutil
+
+    directory = Path(shutil.copytree(packaged, tmp_path / "model"))
+    messages = [{"role": "user", "content": "What is a list?"}]
+    with pytest.raises(InputError, match="no chat template"):
+        Tokenizer(directory).chat(messages)
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    (directory / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer(directory)
+    assert tokenizer.decode(tokenizer.chat(messages)) == "user: What is a list?\nassistant:"
+    (directory / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(InputError, match="refuses these messages: roles must alternate"):
+        Tokenizer(directory).chat(messages)
+
+
+def test_a_hostile_chat_template_stays_in_the_sandbox(tmp_path: Path, packaged: Path) -> None:
+    import shutil
+
+    directory, victim = Path(shutil.copytree(packaged, tmp_path / "model")), tmp_path / "owned"
+    attack = f"{{{{ cycler.__init__.__globals__.os.system('touch {victim}') }}}}"
+    (directory / "chat_template.jinja").write_text(attack)
+    with pytest.raises(InputError, match="refuses these messages"):
+        Tokenizer(directory).chat([{"role": "user", "content": "hi"}])
+    assert not victim.exists()

@@ -25,6 +25,7 @@ from weft.execute.protocol import Choice, Chosen
 from weft.launch.launcher import Launcher
 from weft.launch.local import LocalLauncher
 from weft.model.families import flags_of
+from weft.model.shares import shard_bytes, shares_of
 from weft.plan.planner import Plan, Planner
 from weft.program.steps import decoder_stages
 from weft.text import Detokenizer, StopText, Tokenizer, generation_defaults
@@ -79,6 +80,7 @@ class Engine:
         self.directory, self.config = directory, config
         self.model = model or ModelConfig.from_directory(directory)
         flags_of(self.model)  # says so now if the family is unknown
+        _demand_memory(self.model, config)
         self.tokenizer = Tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
         self.end_ids = self._end_ids()
         self.planner = Planner(
@@ -272,3 +274,15 @@ class Engine:
     def close(self) -> None:
         """Ends the workers."""
         self.controller.close()
+
+
+def _demand_memory(model: ModelConfig, config: EngineConfig) -> None:
+    """Raises `InputError` before anything is started if the weights of all ranks of this machine can't fit."""
+    size = {"float32": 4, "bfloat16": 2}[config.dtype]
+    needed = sum(shard_bytes(model, share, size) for share in shares_of(model, config.shares))
+    free = psutil.virtual_memory().available
+    if config.device == "cpu" and needed > free:
+        raise InputError(
+            f"the weights need {needed / 2**30:.1f} GiB in {config.dtype} over {config.ranks} ranks, and "
+            f"{free / 2**30:.1f} GiB are free; use a smaller model, dtype bfloat16 or a machine with more memory"
+        )

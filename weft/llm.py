@@ -128,6 +128,15 @@ class LLM:
             raise
         return [self._output(prompt, request) for prompt, request in zip(listed, requests, strict=True)]
 
+    def chat(
+        self, messages: list[dict[str, str]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """The assistant's answer to `[{"role": "user", "content": ...}, ...]`, by the checkpoint's own template."""
+        if self.engine.tokenizer is None:
+            raise InputError(f"{self.engine.directory} has no tokenizer.json; give prompts as prompt_token_ids")
+        return self.generate({"prompt_token_ids": self.engine.tokenizer.chat(messages)}, sampling_params)
+
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str | RequestOutput]:
         """Yields the first completion's text as it grows, by whole characters, and the whole output last."""
         request = self.engine.add(self._encode(prompt), self._wishes(sampling_params, 1)[0])

@@ -34,6 +34,20 @@ class Tokenizer:
         """Token ids, with the special tokens that the checkpoint puts around a text."""
         return list(self._hf(text)["input_ids"])
 
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's answer begins.
+
+        Renders the checkpoint's own template in transformers' sandbox. Raises `InputError` if there is none, or if
+        it refuses these messages.
+        """
+        if not self._hf.chat_template:
+            raise InputError("this model has no chat template; give a prompt instead of messages")
+        try:
+            ids = self._hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # templates raise jinja2's errors, for their own reasons
+            raise InputError(f"the chat template refuses these messages: {str(error).splitlines()[0]}") from None
+        return list(ids)
+
     def decode(self, ids: list[int]) -> str:
         """The text of some tokens, special ones included."""
         return str(self._hf.decode(ids))

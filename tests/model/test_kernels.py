@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from weft.model import kernels
+from weft.model import attention, kernels
 from weft.model.attention import GRANULE, attend
 from weft.model.kernels import Linear, rotate, swiglu, unit_rows
 
@@ -106,6 +106,15 @@ def test_attention_in_chunks_is_attention_in_one(window: int | None, exact: bool
     pieces = [attend(query[:, a:b], keys, values, a, window, exact) for a, b in zip(cuts, cuts[1:], strict=False)]
     together = torch.cat(pieces)
     assert torch.equal(together, whole) if exact else torch.allclose(together, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_attention_without_the_fused_kernel(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, keys, values = (torch.randn(n, 200, 16) for n in (4, 2, 2))
+    fused = [attend(query[:, a:b], keys, values, a, window, False) for a, b in ((0, 90), (90, 200))]
+    monkeypatch.setattr(attention, "fused_attention_works", lambda: False)
+    plain = [attend(query[:, a:b], keys, values, a, window, False) for a, b in ((0, 90), (90, 200))]
+    assert torch.allclose(torch.cat(fused), torch.cat(plain), atol=1e-5)
 
 
 def test_exact_attention_wants_the_granule() -> None:

@@ -81,15 +81,18 @@ def _processor() -> list[Finding]:
 def _kernels() -> list[Finding]:
     import torch
 
+    from weft.model.attention import fused_attention_works
     from weft.model.kernels import EXACT_BLOCK, packed_weights_work
 
-    packed = packed_weights_work()
+    packed, fused = packed_weights_work(), fused_attention_works()
     capability = torch.backends.cpu.get_cpu_capability()
     fallback = f"plain products; --reproducible computes in blocks of {EXACT_BLOCK} rows, slower"
     return [
         Finding("instructions", True, capability, "vector instructions that torch uses"),
         Finding("packed weights", packed, "MKL" if packed else "missing",
                 "products that lose nothing when the batch is cut" if packed else fallback),
+        Finding("fused attention", fused, "yes" if fused else "missing",
+                "attention without a mask matrix" + ("" if fused else "; plain operations instead, slower")),
     ]  # fmt: skip
 
 

@@ -103,6 +103,8 @@ class Controller:
         self.launcher.start(world, self.config.threads, address, token)
         deadline = time.monotonic() + START_SECONDS
         hellos = {i: hello for i, hello in (self._receive(p.Hello, deadline) for _ in range(world))}
+        if any(hello.version != p.VERSION for hello in hellos.values()):
+            raise InputError(f"a worker runs another version of weft; this engine speaks protocol {p.VERSION}")
         # In the order of their start: with network namespaces, an address belongs to a place.
         order = self.launcher.pids()
         self._ranks = sorted(hellos, key=lambda identity: order.index(hellos[identity].pid))

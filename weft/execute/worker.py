@@ -12,11 +12,11 @@ import os
 import socket
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import zmq
 
@@ -33,8 +33,8 @@ from weft.model.decoder import Decoder
 from weft.model.families import flags_of
 from weft.model.kernels import packed_weights_work
 from weft.model.rope import Rope
-from weft.model.shares import Share, shares_of
-from weft.model.weights import load, shard_bytes
+from weft.model.shares import shard_bytes, shares_of
+from weft.model.weights import load
 from weft.parallel.codec import codec_named
 from weft.parallel.group import Group, host_store, join_store
 from weft.program.batch import Batch, Segment
@@ -76,18 +76,8 @@ class Worker:
                 return
             try:
                 self.answer(message)
-            except InputError as error:
-                self.say(p.Failed("input", str(error)))
-            except MemoryError as error:
-                self.say(p.Failed("memory", str(error)))
-            except Exception as error:
-                if "can't allocate memory" in str(error):
-                    self.say(p.Failed("memory", str(error).splitlines()[0]))
-                    continue
-                import traceback
-
-                traceback.print_exc()
-                self.say(p.Failed("error", f"{type(error).__name__}: {str(error).splitlines()[0]}"))
+            except Exception as error:  # whatever it is, the engine decides what follows
+                self.say(_failure(error))
 
     def answer(self, message: p.ToWorker) -> None:
         """Does what one message asks."""
@@ -132,7 +122,6 @@ class Worker:
         self.model = None
         shares = shares_of(m.config, m.shares)
         share, dtype = shares[self.rank], getattr(torch, m.dtype)
-        _demand_memory(m, share, dtype.itemsize)
         flags = flags_of(m.config)
         give_back_freed_memory()
         with Peak() as peak:
@@ -172,14 +161,15 @@ class Worker:
         self.say(p.Done(m.number, seconds, sent, self.chosen, spans, result.checksums, logits))
 
 
-def _demand_memory(m: p.Load, share: Share, itemsize: int) -> None:
-    """Raises MemoryError before anything is read if this rank's weights can't fit."""
-    needed, there = int(1.1 * shard_bytes(m.config, share, itemsize)), psutil.virtual_memory().available
-    if m.device == "cpu" and needed > there:
-        raise MemoryError(
-            f"rank {share.rank} needs {needed / 2**30:.1f} GiB for its weights and {there / 2**30:.1f} GiB are "
-            "free; use more machines, a smaller model or --shares"
-        )
+def _failure(error: Exception) -> p.Failed:
+    """What the engine is told of an error; one that is nobody's wish also goes to the log, whole."""
+    line = next(iter(str(error).splitlines()), "")
+    if isinstance(error, InputError):
+        return p.Failed("input", line)
+    if isinstance(error, MemoryError) or "can't allocate memory" in line:  # torch raises RuntimeError for it
+        return p.Failed("memory", f"a rank ran out of memory: {line or 'no more is free'}")
+    traceback.print_exception(error)
+    return p.Failed("error", f"{type(error).__name__}: {line}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -67,6 +67,15 @@ def shares_of(config: ModelConfig, shares: Sequence[float]) -> tuple[Share, ...]
     return tuple(Share(rank, *part, kv_group=group) for rank, part in enumerate(parts))
 
 
+def shard_bytes(config: ModelConfig, share: Share, itemsize: int) -> int:
+    """Bytes that `share` of the weights takes in memory, embedding included."""
+    heads, kv = len(share.heads), len(share.kv_heads)
+    attention = config.hidden * config.head_dim * 2 * (heads + kv)
+    layers = config.layers * (attention + 3 * config.hidden * len(share.width))
+    head = 0 if config.tied_embeddings else len(share.vocabulary) * config.hidden
+    return itemsize * (layers + config.vocabulary * config.hidden + head)
+
+
 def _unit(total: int, shares: Sequence[float], wanted: int) -> int:
     """`wanted` if splitting in such units is no less even than in single ones by more than 2%, else 1.
 

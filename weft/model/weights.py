@@ -77,15 +77,6 @@ def load(
     return Weights(embedding, tuple(attention), tuple(mlp), scale, head)
 
 
-def shard_bytes(config: ModelConfig, share: Share, itemsize: int) -> int:
-    """Bytes that `share` of the weights takes in memory, embedding included."""
-    heads, kv = len(share.heads), len(share.kv_heads)
-    attention = config.hidden * config.head_dim * 2 * (heads + kv)
-    layers = config.layers * (attention + 3 * config.hidden * len(share.width))
-    head = 0 if config.tied_embeddings else len(share.vocabulary) * config.hidden
-    return itemsize * (layers + config.vocabulary * config.hidden + head)
-
-
 def _pairs(heads: Tensor) -> Tensor:
     """Reorders a head's width D from halves (x, x + D/2) to neighbours, as `kernels.rotate` wants it.
 
