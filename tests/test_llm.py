@@ -60,8 +60,10 @@ def test_text_in_text_out(two_ranks: LLM) -> None:
     [output] = two_ranks.generate("The for statement is used to", GREEDY)
     assert output.prompt == "The for statement is used to" and len(output.outputs[0].text) > 20
     assert two_ranks.engine.tokenizer is not None
-    # A character that the last token leaves unfinished is not shown.
-    assert output.outputs[0].text == two_ranks.engine.tokenizer.decode(output.outputs[0].token_ids).rstrip("\ufffd")
+    whole = two_ranks.engine.tokenizer.decode(output.outputs[0].token_ids)
+    text = output.outputs[0].text
+    assert whole.startswith(text)
+    assert text == whole or "\ufffd" in whole[len(text) :]  # a last token with half a character is not shown
 
 
 def test_stream_gives_the_same_text(two_ranks: LLM) -> None:
@@ -181,14 +183,14 @@ def test_a_killed_rank_is_noticed_and_the_batch_completes(packaged: Path, victim
 
 def test_workers_that_keep_dying_end_with_one_line(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM(packaged, num_threads=1) as llm:
-        run = llm.engine.controller.run
+        submit = llm.engine.controller.submit
 
         def dying(*arguments: object) -> object:
             os.kill(llm.engine.controller.launcher.pids()[0], signal.SIGKILL)
             time.sleep(0.2)
-            return run(*arguments)  # type: ignore[arg-type]
+            return submit(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(llm.engine.controller, "run", dying)
+        monkeypatch.setattr(llm.engine.controller, "submit", dying)
         with pytest.raises(WorkerFailed, match="workers were lost 4 times within a minute; .*SIGKILL"):
             llm.generate("x", GREEDY)
 
