@@ -6,8 +6,8 @@ PROMPT := examples/prompt.txt
 .PHONY: run test test-all lint clean
 
 run: .venv/ready
-	$(BIN)/weft generate --tp 2 --threads 1 --overlap iso:2 --max-tokens 96 --temperature 0.7 --top-k 40 \
-		--repetition-penalty 1.1 --seed 7 --compare < $(PROMPT)
+	$(BIN)/weft generate --tp 2 --threads 1 --overlap iso:2 --max-tokens 96 --temperature 0 \
+		--compare < $(PROMPT)
 
 test: .venv/ready-dev system-packages lint
 	$(BIN)/python -m pytest -q
