@@ -69,18 +69,6 @@ class ModelConfig:
             tied_embeddings=bool(hf.tie_word_embeddings), max_length=_max_length(fields), fields=fields,
         )  # fmt: skip
 
-    @property
-    def parameters(self) -> int:
-        """Number of weights, without biases and norms (below 0.1% of the total)."""
-        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        layer = attention + 3 * self.hidden * self.intermediate
-        return self.layers * layer + self.embedding_parameters
-
-    @property
-    def embedding_parameters(self) -> int:
-        """Weights of the token embedding and, if it is a matrix of its own, of the output head."""
-        return self.vocabulary * self.hidden * (1 if self.tied_embeddings else 2)
-
 
 def huggingface_config(raw: dict[str, Any]) -> Any | None:
     """transformers' configuration object for `config.json`'s content; None for a type without one weft could use."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,8 +36,6 @@ Examples:
 
   weft generate "def main(" --tp 2 --overlap iso:2/4 --compare
 """
-
-Options = "Options"
 
 
 @dataclass(frozen=True)
@@ -239,6 +236,3 @@ def _verdict(saving: float, possible: float, efficiency: float | None) -> str:
     if saving < 0:
         line += ". The link is too fast for this prompt: cutting costs more than it hides; use serial"
     return line
-
-
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -50,7 +50,7 @@ class NamespaceLauncher(LocalLauncher):
     def __init__(self, link: str | None = None) -> None:
         super().__init__()
         demand_namespaces()
-        self.link = link
+        self.link = parse_link(link) if link is not None else None
         self._names: list[str] = []
         self._ends: list[tuple[str, str]] = []  # every (namespace, device) that sends
 
@@ -95,12 +95,12 @@ class NamespaceLauncher(LocalLauncher):
 
     def shape(self, link: str | None) -> None:
         """Sets the speed of every link, also while workers run; None is as fast as the kernel goes."""
-        self.link = link
+        self.link = parse_link(link) if link is not None else None
         for name, device in self._ends:
             with suppress(subprocess.CalledProcessError):  # nothing there to remove the first time
                 _in(name, "tc", "qdisc", "del", "dev", device, "root")
-            if link is not None:
-                _in(name, "tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", link, *BURST.split())
+            if self.link is not None:
+                _in(name, "tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", self.link, *BURST.split())
 
     def sent_bytes(self, index: int) -> int:
         """Bytes that a worker's device has sent so far, headers included, as the kernel counts them."""

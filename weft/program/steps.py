@@ -45,11 +45,6 @@ class Kind(StrEnum):
         """The lane that the step occupies."""
         return Lane.NETWORK if self in (Kind.REDUCE, Kind.GATHER) else Lane.COMPUTE
 
-    @property
-    def makes_partial(self) -> bool:
-        """True if the step leaves a partial for a collective."""
-        return self in (Kind.COMPUTE, Kind.TAIL)
-
 
 @dataclass(frozen=True)
 class Stage:
