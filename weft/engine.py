@@ -28,9 +28,9 @@ from weft.model.families import flags_of
 from weft.model.shares import shard_bytes, shares_of
 from weft.plan.planner import Plan, Planner
 from weft.program.steps import decoder_stages
+from weft.program.strategy import GRANULE
 from weft.text import Detokenizer, StopText, Tokenizer, generation_defaults
 
-GRANULE = 128  # positions; model.attention's granule, which a test holds equal to this one
 MOST_RESTARTS = 3  # within RESTART_SECONDS; then whatever ends the workers will not go away by itself
 RESTART_SECONDS = 60.0
 MEMORY_PART = 0.9  # of what is free after loading may become key/value memory

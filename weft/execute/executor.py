@@ -163,7 +163,7 @@ class _Run:
         if step.kind is Kind.REDUCE:
             self.state.arriving.append((step.rows, self.stages[step.stage], partial))
         if self.group.world == 1:  # nothing travels: a partial is the sum already
-            self.state.logits = partial
+            self.state.logits = partial if step.kind is Kind.GATHER else None
         elif self.part is not Part.COMPUTE:
             urgent = index in self.program.awaited_next
             self.pending[index] = self.lanes.submit(lambda: self._communicate(index, step, partial), urgent)

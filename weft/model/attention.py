@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-GRANULE = 128  # positions; with exact rows, attention always runs in blocks of these, wherever the batch was cut
+from weft.program.strategy import GRANULE
+
 WINDOW_BLOCK = 256  # query positions to one masked call when attention is limited to a window
 
 

@@ -18,6 +18,8 @@ from itertools import pairwise
 from weft.errors import InputError
 from weft.program.batch import Batch, Rows
 
+# Positions. With --reproducible, cuts inside a sequence fall on multiples of it, and attention runs in blocks of it.
+GRANULE = 128
 SYNTAX = "serial, iso[:N[/M]], iso@CUT,…[/CUT,…], tiles[:K], requests[:N]"
 
 
