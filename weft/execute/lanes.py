@@ -39,14 +39,18 @@ class _Task:
     __slots__ = ("_done", "_error", "_work")
 
     def __init__(self, work: Callable[[], None]) -> None:
-        self._work = work
+        self._work: Callable[[], None] | None = work
         self._error: BaseException | None = None
         self._done = threading.Lock()  # held until done: the cheapest event that Python has
         self._done.acquire()
 
     def run(self) -> None:
+        # Let go of the work with the partial that it holds: whoever keeps the task for its end alone (the run, which
+        # the work knows) would else keep every partial of the pass, in a cycle, until some garbage collection.
+        work, self._work = self._work, None
+        assert work is not None, "a task runs once"
         try:
-            self._work()
+            work()
         except BaseException as error:  # kept for the compute lane, which waits for it
             self._error = error
         finally:
