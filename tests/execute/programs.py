@@ -1,4 +1,4 @@
-"""Random legal programs: any cuts, any tiles, any order of issue that the rules allow."""
+"""Random legal programs: any cuts, any tiles, any order of issue that the rules allow, sums whole or scattered."""
 
 from __future__ import annotations
 
@@ -14,77 +14,121 @@ SEGMENTS = (Segment(0, 0, 23), Segment(1, 0, 1), Segment(2, 0, 16))
 TOKENS = 40
 
 
-def _chunks(draw: st.DrawFn, rows: Rows, most: int) -> list[Rows]:
-    inside = (
-        st.sets(st.integers(rows.start + 1, rows.stop - 1), max_size=most - 1) if rows.length > 1 else st.just(set())
-    )
-    edges = [rows.start, *sorted(draw(inside)), rows.stop]
-    return [Rows(a, b) for a, b in pairwise(edges)]
-
-
 @st.composite
 def legal_programs(draw: st.DrawFn, stages: Sequence[Stage]) -> Program:
     """Draws chunks for every stage, then issues whatever may come next in any order."""
-    whole, todo = Rows(0, TOKENS), {}
-    for stage in stages:
-        cut = stage.collective is not Kind.GATHER
-        todo[stage.name] = _chunks(draw, whole, 4) if cut else [whole]
-    steps: list[Step] = []
-    tails: list[tuple[Stage, Rows]] = []
-    collectives: list[tuple[Stage, Rows]] = []
-    collected: dict[str, list[int]] = {stage.name: [] for stage in stages}
-    while any(todo.values()) or tails or collectives:
-        ready = _ready(stages, todo, steps, collected)
-        choices = [("compute", item) for item in ready]
-        choices += [("tail", item) for item in tails] + [("collective", item) for item in collectives]
-        what, (stage, rows) = draw(st.sampled_from(choices))
-        if what == "compute":
-            todo[stage.name].remove(rows)
-            before = stages[list(stages).index(stage) - 1] if stage is not stages[0] else None
-            after = tuple(i for i in collected[before.name] if steps[i].rows.intersects(rows)) if before else ()
-            if stage.collective is Kind.REDUCE and draw(st.booleans()):
-                steps.append(Step(Kind.BODY, stage.name, rows, after))
-                tails += [(stage, tile) for tile in _chunks(draw, rows, 3)]
-                continue
-            steps.append(Step(Kind.COMPUTE, stage.name, rows, after))
-        elif what == "tail":
-            tails.remove((stage, rows))
-            steps.append(Step(Kind.TAIL, stage.name, rows))
+    return _Drawn(draw, stages).program()
+
+
+class _Drawn:
+    """`spread`: the pieces that each rank has its part of, in the stages from `scatters_from` on."""
+
+    def __init__(self, draw: st.DrawFn, stages: Sequence[Stage]) -> None:
+        self.draw, self.stages = draw, list(stages)
+        reducing = [i for i, stage in enumerate(stages) if stage.collective is Kind.REDUCE]
+        self.scatters_from = draw(st.sampled_from([*reducing, len(stages), len(stages)]))
+        whole = Rows(0, TOKENS)
+        self.spread = self._chunks(whole, 4)
+        self.todo = {
+            stage.name: [whole] if stage.collective is Kind.GATHER else self._pieces(stage, whole, 4)
+            for stage in stages
+        }
+        self.steps: list[Step] = []
+        self.issuable: list[tuple[Kind, Stage, Rows]] = []  # tails, collectives and enters
+        self.there: dict[str, list[int]] = {stage.name: [] for stage in stages}  # steps that bring a stage's input
+
+    def program(self) -> Program:
+        while any(self.todo.values()) or self.issuable:
+            ready = [(Kind.COMPUTE, stage, rows) for stage in self.stages for rows in self._ready(stage)]
+            choice = self.draw(st.sampled_from(ready + self.issuable))
+            if choice in self.issuable:
+                self.issuable.remove(choice)
+            self._issue(*choice)
+        return Program(tuple(self.steps))
+
+    def _issue(self, kind: Kind, stage: Stage, rows: Rows) -> None:
+        if kind is Kind.COMPUTE:
+            self._compute(stage, rows)
+        elif kind is Kind.TAIL:
+            self.steps.append(Step(kind, stage.name, rows))
+            self._collectives(stage, rows)
+        elif kind is Kind.ENTER:
+            before = self.stages[self.stages.index(stage) - 1]
+            scattered = self.steps.index(Step(Kind.REDUCE_SCATTER, before.name, rows))
+            self.steps.append(Step(kind, stage.name, rows, (scattered,)))
+            self.issuable.append((Kind.ALL_GATHER, stage, rows))
         else:
-            collectives.remove((stage, rows))
-            collected[stage.name].append(len(steps))
-            steps.append(Step(stage.collective, stage.name, rows))
-            continue
-        if stage.collective is Kind.REDUCE:
-            collectives += [(stage, piece) for piece in _chunks(draw, rows, 2)]
-        elif stage.collective is Kind.GATHER:
-            collectives.append((stage, rows))
-    return Program(tuple(steps))
+            self._collective(kind, stage, rows)
+
+    def _compute(self, stage: Stage, rows: Rows) -> None:
+        self.todo[stage.name].remove(rows)
+        after = tuple(i for i in self.there[stage.name] if self.steps[i].rows.intersects(rows))
+        if stage.collective is Kind.REDUCE and self.draw(st.booleans()):
+            self.steps.append(Step(Kind.BODY, stage.name, rows, after))
+            self.issuable += [(Kind.TAIL, stage, tile) for tile in self._pieces(stage, rows, 3)]
+            return
+        self.steps.append(Step(Kind.COMPUTE, stage.name, rows, after))
+        self._collectives(stage, rows)
+
+    def _collectives(self, stage: Stage, rows: Rows) -> None:
+        """What may travel once a partial of these rows is there."""
+        if stage.collective is Kind.GATHER:
+            self.issuable.append((Kind.GATHER, stage, rows))
+        elif stage.collective is Kind.REDUCE and self._scatters(stage):
+            self.issuable += [(Kind.REDUCE_SCATTER, stage, piece) for piece in self.spread if rows.contains(piece)]
+        elif stage.collective is Kind.REDUCE:
+            self.issuable += [(Kind.REDUCE, stage, piece) for piece in self._chunks(rows, 2)]
+
+    def _collective(self, kind: Kind, stage: Stage, rows: Rows) -> None:
+        self.steps.append(Step(kind, stage.name, rows))
+        following = self.stages[self.stages.index(stage) + 1 :]
+        if kind is Kind.REDUCE_SCATTER:
+            self.issuable.append((Kind.ENTER, following[0], rows))
+        elif kind is Kind.ALL_GATHER:
+            self.there[stage.name].append(len(self.steps) - 1)
+        elif following:
+            self.there[following[0].name].append(len(self.steps) - 1)
+
+    def _scatters(self, stage: Stage) -> bool:
+        return self.stages.index(stage) >= self.scatters_from
+
+    def _pieces(self, stage: Stage, rows: Rows, most: int) -> list[Rows]:
+        """Some chunks; where sums are scattered, of whole pieces of what is spread."""
+        if not self._scatters(stage):
+            return self._chunks(rows, most)
+        edges = [piece.start for piece in self.spread if rows.start < piece.start < rows.stop]
+        return _between(rows, self.draw(st.sets(st.sampled_from(edges))) if edges else set())
+
+    def _chunks(self, rows: Rows, most: int) -> list[Rows]:
+        if rows.length == 1:
+            return [rows]
+        return _between(rows, self.draw(st.sets(st.integers(rows.start + 1, rows.stop - 1), max_size=most - 1)))
+
+    def _ready(self, stage: Stage) -> list[Rows]:
+        """Chunks whose inputs have been issued; in ordered stages only the first of what is left of a sequence."""
+        left = self.todo[stage.name]
+        return [
+            rows for rows in left
+            if self._input_there(stage, rows) and not (stage.ordered and _follows_another(rows, left))
+        ]  # fmt: skip
+
+    def _input_there(self, stage: Stage, rows: Rows) -> bool:
+        index = self.stages.index(stage)
+        if index == 0:
+            return True
+        before = self.stages[index - 1]
+        if before.collective is None:
+            return not any(left.intersects(rows) for left in self.todo[before.name])
+        return sum(self.steps[i].rows.clip(rows).length for i in self.there[stage.name]) == rows.length
 
 
-def _ready(stages, todo, steps, collected):
-    """Chunks whose inputs have been issued; in ordered stages only the first chunk of what is left of a sequence."""
-    ready = []
-    for index, stage in enumerate(stages):
-        for rows in todo[stage.name]:
-            if index and not _inputs_there(stages[index - 1], rows, todo, steps, collected):
-                continue
-            if stage.ordered and not _first_of_its_sequences(rows, todo[stage.name]):
-                continue
-            ready.append((stage, rows))
-    return ready
+def _between(rows: Rows, inside: set[int]) -> list[Rows]:
+    return [Rows(a, b) for a, b in pairwise([rows.start, *sorted(inside), rows.stop])]
 
 
-def _inputs_there(before, rows, todo, steps, collected) -> bool:
-    if before.collective is None:
-        return not any(left.intersects(rows) for left in todo[before.name])
-    return sum(steps[i].rows.clip(rows).length for i in collected[before.name]) == rows.length
-
-
-def _first_of_its_sequences(rows, left) -> bool:
-    batch = Batch(SEGMENTS)
-    return not any(
+def _follows_another(rows: Rows, left: list[Rows]) -> bool:
+    return any(
         other.start < rows.start and other.intersects(span) and rows.intersects(span)
         for other in left
-        for span in batch.spans
+        for span in Batch(SEGMENTS).spans
     )

@@ -8,7 +8,16 @@ import torch.distributed as dist
 
 from tests.ranks import Threads
 from weft.errors import InputError
-from weft.parallel.allreduce import ONE_SHOT_BYTES, all_reduce, gather_columns, one_shot, two_shot
+from weft.parallel.allreduce import (
+    ONE_SHOT_BYTES,
+    all_gather,
+    all_reduce,
+    gather_columns,
+    one_shot,
+    reduce_scatter,
+    shard,
+    two_shot,
+)
 from weft.parallel.codec import codec_named
 from weft.parallel.group import Group
 
@@ -52,6 +61,23 @@ def test_ranks_agree_and_cuts_do_not_matter(world, wire: str, algorithm) -> None
     assert torch.allclose(whole[0], sum(parts), atol=0.1 if wire == "bf16" else 1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 50])
+def test_halves_of_a_sum(world, rows: int) -> None:
+    threads, groups = world
+    parts, codec = partials(len(groups), rows), codec_named("exact")
+    whole = threads.each(lambda rank: two_shot(groups[rank], codec, parts[rank].clone()))
+    mine = threads.each(lambda rank: reduce_scatter(groups[rank], codec, parts[rank].clone()))
+    for group, part in zip(groups, mine, strict=True):
+        assert torch.equal(part, whole[0][shard(group, rows)])
+
+    def gather(rank: int) -> torch.Tensor:
+        rows_of_all = torch.full_like(parts[rank], float("nan"))
+        rows_of_all[shard(groups[rank], rows)] = mine[rank]
+        return all_gather(groups[rank], codec, rows_of_all)
+
+    assert all(torch.equal(gathered, whole[0]) for gathered in threads.each(gather))
+
+
 @pytest.mark.parametrize("wire", ["exact", "bf16"])
 def test_bytes_are_counted(world, wire: str) -> None:
     threads, groups = world
@@ -76,6 +102,8 @@ def test_columns_are_gathered_on_rank_0(world) -> None:
 def test_one_rank_sums_nothing() -> None:
     group, part = Group(0, 1, None), torch.randn(3, 4)
     assert all_reduce(group, codec_named("exact"), part) is part
+    assert torch.equal(reduce_scatter(group, codec_named("exact"), part), part)
+    assert all_gather(group, codec_named("exact"), part) is part and shard(group, 3) == slice(0, 3)
     assert gather_columns(group, part, [4]) is part and group.bytes_sent == 0
 
 

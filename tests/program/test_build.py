@@ -42,13 +42,47 @@ body     L0.mlp        0:8  after reduce L0.attention 0:4, reduce L0.attention 4
 """
 
 
-@pytest.mark.parametrize(("strategy", "part"), [("serial", SERIAL), ("iso:2", ISO), ("tiles:2", TILES)])
+SCATTERED = """\
+compute         L0.attention  0:4
+reduce_scatter  L0.attention  0:4
+compute         L0.attention  4:8
+enter           L0.mlp        0:4  after reduce_scatter L0.attention 0:4
+all_gather      L0.mlp        0:4
+reduce_scatter  L0.attention  4:8
+compute         L0.mlp        0:4  after all_gather L0.mlp 0:4
+enter           L0.mlp        4:8  after reduce_scatter L0.attention 4:8
+all_gather      L0.mlp        4:8
+reduce_scatter  L0.mlp        0:4
+compute         L0.mlp        4:8  after all_gather L0.mlp 4:8
+"""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "part"), [("serial", SERIAL), ("iso:2", ISO), ("tiles:2", TILES), ("iso:2+rs", SCATTERED)]
+)
 def test_schedules(strategy: str, part: str) -> None:
     assert part in str(build(Strategy.parse(strategy), decoder_stages(1), one_prompt(8)))
 
 
 @pytest.mark.parametrize(
-    "strategy", ["serial", "iso:2", "iso:3", "iso:2/4", "iso:4/2", "iso@3,9/5", "tiles:4", "requests"]
+    "strategy",
+    [
+        "serial",
+        "iso:2",
+        "iso:3",
+        "iso:2/4",
+        "iso:4/2",
+        "iso@3,9/5",
+        "tiles:4",
+        "requests",
+        "iso:2/4+tiles:3",
+        "requests:2+tiles:2",
+        "rs",
+        "iso:2+rs",
+        "iso:4+rs",
+        "iso@3,9+rs",
+        "requests+rs",
+    ],
 )
 @pytest.mark.parametrize("lengths", [(1,), (2,), (17,), (700,), (3, 1, 90), (1, 1, 1, 1)])
 def test_built_programs_are_legal(strategy: str, lengths: tuple[int, ...]) -> None:

@@ -57,6 +57,69 @@ def test_each_rule(old: str, new: str, complaint: str) -> None:
         check(Program.parse(GOOD.replace(old, new, 1)), STAGES, one_prompt(8))
 
 
+SCATTERED = """\
+compute         embed         0:8
+compute         L0.attention  0:8
+reduce_scatter  L0.attention  0:4
+reduce_scatter  L0.attention  4:8
+enter           L0.mlp        0:4  after reduce_scatter L0.attention 0:4
+all_gather      L0.mlp        0:4
+enter           L0.mlp        4:8  after reduce_scatter L0.attention 4:8
+all_gather      L0.mlp        4:8
+compute         L0.mlp        0:8  after all_gather L0.mlp 4:8
+reduce_scatter  L0.mlp        0:4
+reduce_scatter  L0.mlp        4:8
+enter           head          0:4  after reduce_scatter L0.mlp 0:4
+all_gather      head          0:4
+enter           head          4:8  after reduce_scatter L0.mlp 4:8
+all_gather      head          4:8
+compute         head          0:8  after all_gather head 0:4, all_gather head 4:8
+gather          head          0:8
+"""
+
+
+def test_scattered_sums_pass() -> None:
+    check(Program.parse(SCATTERED), STAGES, one_prompt(8))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("  after reduce_scatter L0.attention 4:8", "", "not after everything that L0.attention leaves"),
+        ("  after all_gather L0.mlp 4:8", "", "not after an all_gather of everything in its rows"),
+        ("reduce_scatter  L0.mlp        0:4\n", "reduce  L0.mlp  0:4\nEND", "each rank has its part of the rows 0:4"),
+        (
+            "reduce_scatter  L0.mlp        0:4\nreduce_scatter  L0.mlp        4:8\n",
+            "reduce_scatter  L0.mlp  0:8\nEND",
+            "each rank has its part of the rows 0:4",
+        ),
+        (
+            "enter           L0.mlp        0:4", "enter  L0.mlp  0:3 after reduce_scatter L0.attention 0:4\nEND",
+            "no reduce_scatter of just these",
+        ),
+        ("all_gather      L0.mlp        0:4", "all_gather      L0.mlp        0:3\nEND", "no enter of just these rows"),
+        ("all_gather      L0.mlp        4:8", "reduce_scatter  head  0:8\nEND", "head 0:8.*this stage ends in gather"),
+        ("compute         head", "enter           L0.mlp  0:4\ncompute         head", "the program already has"),
+        ("reduce_scatter  L0.attention  4:8\n", "reduce  L0.attention  4:8\n", "does not stand before"),
+    ],
+)  # fmt: skip
+def test_each_rule_of_scattered_sums(old: str, new: str, complaint: str) -> None:
+    assert old in SCATTERED
+    with pytest.raises(ProgramError, match=complaint):
+        check(Program.parse(SCATTERED.replace(old, new, 1).partition("END")[0]), STAGES, one_prompt(8))
+
+
+def test_a_stage_is_gathered_whole_or_not_at_all() -> None:
+    """Rows 4:8 were summed everywhere, and the stage takes its input from all_gathers."""
+    mixed = SCATTERED.replace("reduce_scatter  L0.attention  4:8\n", "reduce          L0.attention  4:8\n")
+    mixed = mixed.replace("enter           L0.mlp        4:8  after reduce_scatter L0.attention 4:8\n", "")
+    mixed = mixed.replace("all_gather      L0.mlp        4:8\n", "").replace(
+        "L0.mlp 4:8\nreduce_s", "L0.mlp 0:4\nreduce_s"
+    )
+    with pytest.raises(ProgramError, match=r"compute L0.mlp 0:8.*not after an all_gather"):
+        check(Program.parse(mixed), STAGES, one_prompt(8))
+
+
 def test_chunks_of_one_sequence_keep_their_order() -> None:
     lines = GOOD.splitlines(keepends=True)
     swapped = "".join([lines[0], *lines[3:5], *lines[1:3], *lines[5:]])
@@ -83,5 +146,5 @@ def test_random_legal_programs_pass(program: Program) -> None:
 def test_without_its_last_edges_a_program_is_refused(program: Program) -> None:
     """The head's edges include one to the last collective, which nothing else waits for."""
     steps = [Step(s.kind, s.stage, s.rows, () if s.stage == "head" else s.after) for s in program]
-    with pytest.raises(ProgramError, match="compute head"):
+    with pytest.raises(ProgramError, match="(compute|enter) head"):
         check(Program(tuple(steps)), decoder_stages(2), Batch(SEGMENTS))

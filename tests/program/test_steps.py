@@ -37,7 +37,7 @@ def test_text_round_trips(program: Program) -> None:
     assert Program.parse(str(program)) == program
 
 
-@pytest.mark.parametrize("strategy", ["serial", "iso:2", "iso:2/4", "iso@3,9/5", "tiles:4", "requests"])
+@pytest.mark.parametrize("strategy", ["serial", "iso:2", "iso:2/4", "iso@3,9/5", "tiles:4", "requests", "iso+rs"])
 def test_text_of_built_programs_round_trips(strategy: str) -> None:
     batch = Batch((Segment(0, 0, 10), Segment(1, 4, 7)))
     program = build(Strategy.parse(strategy), decoder_stages(3), batch)
@@ -49,7 +49,10 @@ def test_text_of_built_programs_round_trips(strategy: str) -> None:
     ("text", "complaint"),
     [
         ("compute L0.mlp", "line 1: 'compute L0.mlp' is not a step"),
-        ("dance L0.mlp 0:4", "unknown kind 'dance'; known are compute, body, tail, reduce, gather"),
+        (
+            "dance L0.mlp 0:4",
+            "unknown kind 'dance'; known are compute, body, tail, enter, reduce, reduce_scatter, all_gather, gather",
+        ),
         ("compute L0.mlp 4:4", "rows 4:4 are empty"),
         ("compute L0.mlp 0:4\ncompute L0.mlp 0:4", "line 2: the program already has"),
         ("compute L0.mlp 0:4 after reduce L0.attention 0:4", "does not stand before it"),

@@ -14,7 +14,9 @@ from weft.program.strategy import Cuts, Strategy, chunks, place
     [
         ("serial", "serial"), ("iso", "iso:2"), ("iso:3", "iso:3"), ("iso:2/4", "iso:2/4"), ("iso:2/2", "iso:2"),
         ("iso@300,700", "iso@300,700"), ("iso@300/150,450", "iso@300/150,450"), ("tiles", "tiles:4"),
-        ("tiles:8", "tiles:8"), ("requests", "requests:2"), ("requests:3", "requests:3"),
+        ("tiles:8", "tiles:8"), ("requests", "requests:2"), ("requests:3", "requests:3"), ("rs", "rs"),
+        ("iso+tiles", "iso:2+tiles:4"), ("iso:2/4+tiles:8", "iso:2/4+tiles:8"), ("iso:4+rs", "iso:4+rs"),
+        ("iso@300,700+rs", "iso@300,700+rs"), ("requests:3+tiles:2", "requests:3+tiles:2"), ("iso:1", "serial"),
     ],
 )  # fmt: skip
 def test_text(text: str, canonical: str) -> None:
@@ -24,10 +26,38 @@ def test_text(text: str, canonical: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "fast", "iso:", "iso:0", "iso:65", "iso@", "iso@5,5", "iso@7,3", "iso@0", "tiles:2/3", "tiles@5", "serial:2"],
+    [
+        "",
+        "fast",
+        "iso:",
+        "iso:0",
+        "iso:65",
+        "iso@",
+        "iso@5,5",
+        "iso@7,3",
+        "iso@0",
+        "tiles:2/3",
+        "tiles@5",
+        "serial:2",
+        "rs:2",
+        "+rs",
+        "iso+",
+        "iso+iso",
+        "tiles+rs",
+        "rs+tiles",
+        "iso:2+tiles:4+rs",
+        "iso:2+serial",
+        "requests:2/3",
+    ],
 )
 def test_what_is_no_strategy_is_refused_with_what_is(text: str) -> None:
     with pytest.raises(InputError, match="is not a strategy; allowed: serial, iso"):
+        Strategy.parse(text)
+
+
+@pytest.mark.parametrize("text", ["iso:2/4+rs", "iso@300/150+rs"])
+def test_scattered_sums_need_the_same_cuts_everywhere(text: str) -> None:
+    with pytest.raises(InputError, match="rs needs the same cuts in every stage; leave out what follows the /"):
         Strategy.parse(text)
 
 
@@ -40,6 +70,8 @@ def test_what_is_no_strategy_is_refused_with_what_is(text: str) -> None:
         ("iso@10,90/40", Cuts((10, 90), (40,))),
         ("iso@10,200", Cuts((10,), (10,))),
         ("tiles:4", Cuts(tiles=4)),
+        ("iso:2+tiles:4", Cuts((50,), (50,), tiles=4)),
+        ("iso:2+rs", Cuts((50,), (50,), scattered=True)),
         ("requests", Cuts()),
     ],
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from weft.execute.lanes import Lanes, Pending
 from weft.model.decoder import Decoder, Forward, StageFunctions
-from weft.parallel.allreduce import all_reduce, gather_columns
+from weft.parallel.allreduce import all_gather, all_reduce, gather_columns, reduce_scatter, shard
 from weft.parallel.codec import Codec
 from weft.parallel.group import Group
 from weft.program.batch import Rows
@@ -54,16 +54,23 @@ class _Pieces:
         self._pieces.append((step.stage, step.rows, tensor, [step.rows.length]))
 
     def take(self, step: Step) -> Tensor:
-        """The step's rows of the piece that holds them; all of it if the step takes all rows."""
-        for place, (stage, rows, tensor, left) in enumerate(self._pieces):
-            if stage == step.stage and rows.contains(step.rows):
-                left[0] -= step.rows.length
-                if left[0] == 0:
-                    del self._pieces[place]
-                if rows == step.rows:
-                    return tensor
-                return tensor[step.rows.start - rows.start : step.rows.stop - rows.start]
-        raise AssertionError(f"nothing holds the rows of {step.name!r}: the program was not checked")
+        """The step's rows, from the piece or the pieces that hold them."""
+        taken, kept, missing = [], [], step.rows.length
+        for piece in self._pieces:
+            stage, rows, tensor, left = piece
+            here = step.rows.clip(rows) if stage == step.stage else Rows(0, 0)
+            if here.length:
+                left[0] -= here.length
+                missing -= here.length
+                part = tensor if here == rows else tensor[here.start - rows.start : here.stop - rows.start]
+                taken.append((here.start, part))
+            if left[0]:
+                kept.append(piece)
+        self._pieces = kept
+        assert not missing, f"nothing holds all rows of {step.name!r}: the program was not checked"
+        if len(taken) == 1:
+            return taken[0][1]
+        return torch.cat([part for _, part in sorted(taken, key=lambda entry: entry[0])])
 
 
 @dataclass
@@ -71,6 +78,7 @@ class _Pass:
     """The state of one run."""
 
     hidden: Tensor
+    inputs: _Pieces = field(default_factory=_Pieces)
     features: _Pieces = field(default_factory=_Pieces)
     partials: _Pieces = field(default_factory=_Pieces)
     arriving: list[tuple[Rows, StageFunctions, Tensor]] = field(default_factory=list)
@@ -123,16 +131,32 @@ class _Run:
                 self.pending[edge].wait()
         begin = time.perf_counter()
         stage = self.stages[step.stage]
-        if step.kind is Kind.TAIL:
+        if step.kind is Kind.ENTER:
+            self._enter(step, stage)
+        elif step.kind is Kind.TAIL:
             self._leave(step, stage, stage.tail(self.state.features.take(step)))
         else:
-            self._absorb(step.rows)
-            features = stage.body(self.forward, stage.enter(self._hidden(step.rows)), step.rows)
+            features = stage.body(self.forward, self._input(step, stage), step.rows)
             if step.kind is Kind.BODY:
                 self.state.features.put(step, features)
             else:
                 self._leave(step, stage, stage.tail(features))
         self.spans[index] = (begin, time.perf_counter())
+
+    def _input(self, step: Step, stage: StageFunctions) -> Tensor:
+        """A stage's input: brought by an all_gather, or entered here."""
+        if step.stage in self.program.gathered:
+            return self.state.inputs.take(step)
+        self._absorb(step.rows)
+        return stage.enter(self._hidden(step.rows))
+
+    def _enter(self, step: Step, stage: StageFunctions) -> None:
+        """This rank's part of the rows; the all_gather that follows fills in the rest, in the same memory."""
+        self._absorb(step.rows)
+        hidden, mine = self._hidden(step.rows), shard(self.group, step.rows.length)
+        whole = torch.empty_like(hidden) if self.part is Part.BOTH else hidden.clone()
+        whole[mine] = stage.enter(hidden[mine])
+        self.state.inputs.put(step, whole)
 
     def _hidden(self, rows: Rows) -> Tensor:
         """These rows of the residual stream."""
@@ -159,24 +183,40 @@ class _Run:
                 self.state.arriving.append(entry)
 
     def _collective(self, index: int, step: Step) -> None:
-        partial = self._stand_in(step) if self.part is Part.NETWORK else self.state.partials.take(step)
+        tensor = self._stand_in(step) if self.part is Part.NETWORK else self._outgoing(step)
         if step.kind is Kind.REDUCE:
-            self.state.arriving.append((step.rows, self.stages[step.stage], partial))
+            self.state.arriving.append((step.rows, self.stages[step.stage], tensor))
+        elif step.kind is Kind.REDUCE_SCATTER:
+            mine = shard(self.group, step.rows.length)
+            rows = Rows(step.rows.start + mine.start, step.rows.start + mine.stop)
+            self.state.arriving.append((rows, self.stages[step.stage], tensor[mine]))
+        elif step.kind is Kind.ALL_GATHER:
+            self.state.inputs.put(step, tensor)
         if self.group.world == 1:  # nothing travels: a partial is the sum already
-            self.state.logits = partial if step.kind is Kind.GATHER else None
+            self.state.logits = tensor if step.kind is Kind.GATHER else None
         elif self.part is not Part.COMPUTE:
             urgent = index in self.program.awaited_next
-            self.pending[index] = self.lanes.submit(lambda: self._communicate(index, step, partial), urgent)
+            self.pending[index] = self.lanes.submit(lambda: self._communicate(index, step, tensor), urgent)
 
-    def _communicate(self, index: int, step: Step, partial: Tensor) -> None:
-        """On the network lane. The sum replaces the partial in its own buffer."""
+    def _outgoing(self, step: Step) -> Tensor:
+        """What the collective takes: all of it is this rank's partial, or the rows that it entered."""
+        pieces = self.state.inputs if step.kind is Kind.ALL_GATHER else self.state.partials
+        return pieces.take(step)
+
+    def _communicate(self, index: int, step: Step, tensor: Tensor) -> None:
+        """On the network lane. What arrives replaces what is sent, in its own buffer."""
         begin = time.perf_counter()
-        if step.kind is Kind.GATHER:
-            self.state.logits = gather_columns(self.group, partial, self.vocabulary)
-        else:
-            all_reduce(self.group, self.codec, partial)
-            if self.checksums is not None:
-                self.checksums.append(zlib.crc32(partial.view(torch.uint8).numpy().tobytes()))
+        match step.kind:
+            case Kind.GATHER:
+                self.state.logits = gather_columns(self.group, tensor, self.vocabulary)
+            case Kind.REDUCE:
+                all_reduce(self.group, self.codec, tensor)
+            case Kind.REDUCE_SCATTER:
+                reduce_scatter(self.group, self.codec, tensor)
+            case Kind.ALL_GATHER:
+                all_gather(self.group, self.codec, tensor)
+        if self.checksums is not None and step.kind in (Kind.REDUCE, Kind.ALL_GATHER):  # what all ranks hold alike
+            self.checksums.append(zlib.crc32(tensor.view(torch.uint8).numpy().tobytes()))
         self.spans[index] = (begin, time.perf_counter())
 
     def _stand_in(self, step: Step) -> Tensor:

@@ -42,15 +42,23 @@ def one_shot(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
 
 def two_shot(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
     """Sums one shard of the rows here and fetches the others' sums. Shards may be empty."""
+    reduce_scatter(group, codec, partial_TM)
+    return all_gather(group, codec, partial_TM)
+
+
+def shard(group: Group, rows: int) -> slice:
+    """This rank's part of so many rows: the first ranks take one more where they don't divide."""
+    size, larger = divmod(rows, group.world)
+    start = group.rank * size + min(group.rank, larger)
+    return slice(start, start + size + (group.rank < larger))
+
+
+def reduce_scatter(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
+    """The sum, in rank order, of this rank's shard of the rows: a view of the partial, whose other rows are left."""
     shards = torch.tensor_split(partial_TM, group.world)
-    encoded_sum = _reduce_scatter(group, codec, shards)
-    _all_gather(group, codec, shards, encoded_sum)
-    return partial_TM
-
-
-def _reduce_scatter(group: Group, codec: Codec, shards: tuple[Tensor, ...]) -> Tensor:
-    """Sums this rank's shard in place, in rank order; returns it as it will travel."""
     mine = shards[group.rank]
+    if group.world == 1:
+        return mine
     received = {peer: codec.empty(mine) for peer in group.peers}
     receiving = {peer: group.receive(buffer, peer) for peer, buffer in received.items()}
     outgoing = {peer: codec.encode(shards[peer]) for peer in group.peers}  # kept until they are sent
@@ -58,7 +66,7 @@ def _reduce_scatter(group: Group, codec: Codec, shards: tuple[Tensor, ...]) -> T
     received[group.rank] = codec.encode(mine)
     _sum_in_rank_order(group, codec, mine, received, receiving)
     wait_all(sending)
-    return codec.encode(mine)
+    return mine
 
 
 def _sum_in_rank_order(group: Group, codec: Codec, mine: Tensor, encoded: dict[int, Tensor], receiving: dict) -> None:  # type: ignore[type-arg]
@@ -76,16 +84,21 @@ def _sum_in_rank_order(group: Group, codec: Codec, mine: Tensor, encoded: dict[i
             total = target
 
 
-def _all_gather(group: Group, codec: Codec, shards: tuple[Tensor, ...], encoded_sum: Tensor) -> None:
-    """Sends this rank's sum and decodes everyone's, its own included, so that all hold the same bits."""
+def all_gather(group: Group, codec: Codec, rows_TM: Tensor) -> Tensor:
+    """Fills in the other ranks' shards of the rows; all are decoded, the own one included: the same bits everywhere."""
+    if group.world == 1:
+        return rows_TM
+    shards = torch.tensor_split(rows_TM, group.world)
+    encoded = codec.encode(shards[group.rank])
     received = {peer: codec.landing(shards[peer]) for peer in group.peers}
     receiving = {peer: group.receive(buffer, peer) for peer, buffer in received.items()}
-    sending = [group.send(encoded_sum, peer) for peer in group.peers]
-    codec.decode(encoded_sum, shards[group.rank])
+    sending = [group.send(encoded, peer) for peer in group.peers]
+    codec.decode(encoded, shards[group.rank])
     for peer, work in receiving.items():
         work.wait()
         codec.decode(received[peer], shards[peer])
     wait_all(sending)
+    return rows_TM
 
 
 def gather_columns(group: Group, part: Tensor, widths: list[int]) -> Tensor | None:

@@ -51,7 +51,7 @@ class Planner:
 
     @property
     def _by_sequence(self) -> bool:
-        return self.granule > 1 or self.strategy.name == "requests"
+        return self.granule > 1 or self.strategy.requests
 
     def _make(self, batch: Batch) -> Plan:
         program = build(self.strategy, self.stages, batch, self.granule)

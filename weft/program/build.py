@@ -1,7 +1,8 @@
 """Builders: from stages and cuts to a program.
 
-One weave serves every strategy, because a strategy is only where rows are cut: serial has no cut, ISO cuts
-inside a sequence, request overlap between sequences, GEMM-tile overlap cuts each stage's last projection alone.
+One weave serves every strategy, because a strategy is only where rows are cut and how sums travel: serial has no
+cut, ISO cuts inside a sequence, request overlap between sequences, GEMM-tile overlap cuts each stage's last
+projection alone, and a sum travels whole or as reduce-scatter and all-gather.
 Knows nothing of costs: which cuts are good is the planner's question.
 """
 
@@ -26,41 +27,75 @@ def weave(stages: Sequence[Stage], tokens: int, cuts: Cuts) -> Program:
     A chunk waits for those collectives of the stage before that hold its rows, and for nothing else: so the
     collective of the last chunks travels while the next stage computes the first ones.
     """
-    weaver = _Weaver()
-    for stage in stages:
+    weaver = (_ScatteringWeaver if cuts.scattered else _Weaver)(cuts.tiles)
+    for stage, following in zip(stages, [*stages[1:], None], strict=True):
         offsets = cuts.attention if stage.ordered else cuts.others if stage.collective is Kind.REDUCE else ()
         for rows in chunks(tokens, offsets):
-            weaver.chunk(stage, rows, cuts.tiles)
-        weaver.next_stage()
+            weaver.chunk(stage, rows, following)
     return Program(tuple(weaver.steps))
 
 
 class _Weaver:
-    """Appends steps and remembers which collectives the next stage has to wait for."""
+    """Appends steps and remembers which collectives a later stage has to wait for."""
 
-    def __init__(self) -> None:
+    def __init__(self, tiles: int) -> None:
         self.steps: list[Step] = []
-        self._previous: list[int] = []  # collectives of the stage before
-        self._current: list[int] = []  # collectives of this stage
+        self._tiles = tiles
+        self._awaited: dict[Stage | None, list[int]] = {}  # by the stage that waits
 
-    def chunk(self, stage: Stage, rows: Rows, tiles: int) -> None:
-        after = tuple(i for i in self._previous if self.steps[i].rows.intersects(rows))
-        if stage.collective is not Kind.REDUCE or tiles == 1:
-            self.steps.append(Step(Kind.COMPUTE, stage.name, rows, after))
-            self._collective(stage, rows)
+    def chunk(self, stage: Stage, rows: Rows, following: Stage | None) -> None:
+        """One chunk of a stage; `following` is the stage that comes next."""
+        after = tuple(i for i in self._awaited.get(stage, ()) if self.steps[i].rows.intersects(rows))
+        if stage.collective is not Kind.REDUCE or self._tiles == 1:
+            self._add(Kind.COMPUTE, stage, rows, *after)
+            self._collective(stage, rows, following)
             return
-        self.steps.append(Step(Kind.BODY, stage.name, rows, after))
-        for tile in _even_tiles(rows, tiles):
-            self.steps.append(Step(Kind.TAIL, stage.name, tile))
-            self._collective(stage, tile)
+        self._add(Kind.BODY, stage, rows, *after)
+        for tile in _even_tiles(rows, self._tiles):
+            self._add(Kind.TAIL, stage, tile)
+            self._collective(stage, tile, following)
 
-    def _collective(self, stage: Stage, rows: Rows) -> None:
+    def _collective(self, stage: Stage, rows: Rows, following: Stage | None) -> None:
         if stage.collective is not None:
-            self._current.append(len(self.steps))
-            self.steps.append(Step(stage.collective, stage.name, rows))
+            self._awaits(following, self._add(stage.collective, stage, rows))
 
-    def next_stage(self) -> None:
-        self._previous, self._current = self._current, []
+    def _awaits(self, stage: Stage | None, collective: int) -> None:
+        self._awaited.setdefault(stage, []).append(collective)
+
+    def _add(self, kind: Kind, stage: Stage, rows: Rows, *after: int) -> int:
+        self.steps.append(Step(kind, stage.name, rows, after))
+        return len(self.steps) - 1
+
+
+class _ScatteringWeaver(_Weaver):
+    """Sums as reduce-scatter, `enter` on each rank's part of the rows, all-gather.
+
+    The last two of a chunk come one chunk later, so that the reduce-scatter travels behind that chunk's computation.
+    """
+
+    def __init__(self, tiles: int) -> None:
+        super().__init__(tiles)
+        self._scattered: tuple[Stage, Rows, int] | None = None  # the stage that wants them, rows, reduce_scatter
+
+    def chunk(self, stage: Stage, rows: Rows, following: Stage | None) -> None:
+        if self._scattered is not None and self._scattered[0] is stage and self._scattered[1].intersects(rows):
+            self._gather()  # no chunk lies between
+        super().chunk(stage, rows, following)
+
+    def _collective(self, stage: Stage, rows: Rows, following: Stage | None) -> None:
+        self._gather()
+        if stage.collective is not Kind.REDUCE or following is None:
+            super()._collective(stage, rows, following)
+        else:
+            self._scattered = following, rows, self._add(Kind.REDUCE_SCATTER, stage, rows)
+
+    def _gather(self) -> None:
+        """What the chunk before left, if it is not under way yet."""
+        if self._scattered is not None:
+            stage, rows, scattered = self._scattered
+            self._add(Kind.ENTER, stage, rows, scattered)
+            self._awaits(stage, self._add(Kind.ALL_GATHER, stage, rows))
+            self._scattered = None
 
 
 def _even_tiles(rows: Rows, count: int) -> tuple[Rows, ...]:

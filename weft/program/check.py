@@ -17,6 +17,8 @@ from weft.program.steps import Kind, Lane, Program, ProgramError, Stage, Step
 class _Progress:
     """What has been issued of one stage so far."""
 
+    entered: list[Rows] = field(default_factory=list)  # each rank its part
+    gathered: list[tuple[Rows, int]] = field(default_factory=list)  # input, with the all_gather's place on its lane
     started: list[Rows] = field(default_factory=list)  # by compute or body
     bodies: list[Rows] = field(default_factory=list)
     partials: list[Rows] = field(default_factory=list)  # by compute or tail
@@ -37,6 +39,8 @@ class _Checker:
         self.before = dict(zip(names[1:], stages, strict=False))
         self.progress = {name: _Progress() for name in names}
         self.network: dict[int, int] = {}  # step index -> place on the network lane
+        # Rows whose residual stream each rank has its part of only: from their first reduce_scatter on.
+        self.spread: list[Rows] = []
         # Both lanes run in order, so one number says all that the compute lane knows to have arrived.
         self.arrived = -1
 
@@ -46,7 +50,8 @@ class _Checker:
                 raise ProgramError(f"{step.name!r}: no such stage in this model")
             if not self.whole.contains(step.rows):
                 raise ProgramError(f"{step.name!r}: the batch has only the rows {self.whole}")
-            if self.stages[step.stage].collective is Kind.GATHER and step.rows != self.whole:
+            in_parts = step.kind in (Kind.ENTER, Kind.ALL_GATHER)
+            if self.stages[step.stage].collective is Kind.GATHER and step.rows != self.whole and not in_parts:
                 raise ProgramError(f"{step.name!r}: this stage runs once, for the rows {self.whole}")
             if any(edge >= index for edge in step.after):
                 raise ProgramError(f"{step.name!r}: waits for a step that is issued later")
@@ -60,17 +65,23 @@ class _Checker:
             return
         waited = [self.network[edge] for edge in step.after if edge in self.network]
         self.arrived = max([self.arrived, *waited])
-        if step.kind is Kind.TAIL:
-            self._tail(step)
-        else:
-            self._compute(step)
+        match step.kind:
+            case Kind.ENTER:
+                self._enter(step)
+            case Kind.TAIL:
+                self._tail(step)
+            case _:
+                self._compute(step)
 
     def _compute(self, step: Step) -> None:
         stage, progress = self.stages[step.stage], self.progress[step.stage]
         _once(progress.started, step)
         if step.kind is Kind.BODY and stage.collective is not Kind.REDUCE:
             raise ProgramError(f"{step.name!r}: only a stage that ends in a reduce has a tail")
-        self._inputs_arrived(step)
+        if progress.entered or any(rows.intersects(step.rows) for rows in self.spread):
+            self._input_gathered(step)
+        else:
+            self._sums_arrived(step)
         if stage.ordered:
             self._keeps_order(step, progress.started)
         progress.started.append(step.rows)
@@ -86,17 +97,46 @@ class _Checker:
         _once(progress.partials, step)
         progress.partials.append(step.rows)
 
+    def _enter(self, step: Step) -> None:
+        progress = self.progress[step.stage]
+        _once(progress.entered, step)
+        if progress.started and not progress.gathered:
+            raise ProgramError(f"{step.name!r}: {step.stage} was computed without an all_gather before")
+        if step.rows not in self.spread:
+            raise ProgramError(f"{step.name!r}: no reduce_scatter of just these rows was issued before")
+        self._sums_arrived(step)
+        progress.entered.append(step.rows)
+
     def _collective(self, index: int, step: Step) -> None:
-        stage, progress = self.stages[step.stage], self.progress[step.stage]
-        if stage.collective is not step.kind:
-            raise ProgramError(f"{step.name!r}: this stage ends in {stage.collective or 'no collective'}")
+        progress = self.progress[step.stage]
+        self.network[index] = len(self.network)
+        if step.kind is Kind.ALL_GATHER:
+            if step.rows not in progress.entered:
+                raise ProgramError(f"{step.name!r}: no enter of just these rows was issued before")
+            _once([rows for rows, _ in progress.gathered], step)
+            progress.gathered.append((step.rows, self.network[index]))
+            return
+        self._may_end_in(step)
         if not any(partial.contains(step.rows) for partial in progress.partials):
             raise ProgramError(f"{step.name!r}: no single partial holds these rows yet")
         _once([rows for rows, _ in progress.collected], step)
-        self.network[index] = len(self.network)
         progress.collected.append((step.rows, self.network[index]))
 
-    def _inputs_arrived(self, step: Step) -> None:
+    def _may_end_in(self, step: Step) -> None:
+        """The stage ends in this collective, and rows that are spread over the ranks stay spread alike."""
+        collective = self.stages[step.stage].collective
+        scatters = step.kind is Kind.REDUCE_SCATTER
+        if collective is not (Kind.REDUCE if scatters else step.kind):
+            raise ProgramError(f"{step.name!r}: this stage ends in {collective or 'no collective'}")
+        if step.kind is Kind.GATHER:
+            return
+        spread = [rows for rows in self.spread if rows.intersects(step.rows)]
+        if spread and not (scatters and spread == [step.rows]):
+            raise ProgramError(f"{step.name!r}: since a reduce_scatter, each rank has its part of the rows {spread[0]}")
+        if scatters and not spread:
+            self.spread.append(step.rows)
+
+    def _sums_arrived(self, step: Step) -> None:
         before = self.before.get(step.stage)
         if before is None:
             return
@@ -107,6 +147,11 @@ class _Checker:
             there = [rows for rows, place in progress.collected if place <= self.arrived]
         if _covered(there, step.rows) < step.rows.length:
             raise ProgramError(f"{step.name!r}: not after everything that {before.name} leaves in its rows")
+
+    def _input_gathered(self, step: Step) -> None:
+        there = [rows for rows, place in self.progress[step.stage].gathered if place <= self.arrived]
+        if _covered(there, step.rows) < step.rows.length:
+            raise ProgramError(f"{step.name!r}: not after an all_gather of everything in its rows")
 
     def _keeps_order(self, step: Step, started: list[Rows]) -> None:
         for _, rows in self.batch.within(step.rows):

@@ -37,13 +37,19 @@ class Kind(StrEnum):
     COMPUTE = "compute"  # a stage's body and tail
     BODY = "body"  # a stage's computation up to the input of its last projection
     TAIL = "tail"  # that projection, for all or some rows of a body
-    REDUCE = "reduce"  # sums the partials of all ranks, everywhere
+    ENTER = "enter"  # adds what a reduce_scatter left and takes the stage's norm, each rank for its part of the rows
+    REDUCE = "reduce"  # all-reduce: sums the partials of all ranks, everywhere
+    REDUCE_SCATTER = "reduce_scatter"  # the same, but each rank gets its part of the rows only
+    ALL_GATHER = "all_gather"  # collects everywhere what `enter` left on each rank: a stage's input
     GATHER = "gather"  # collects the ranks' slices of the logits on rank 0
 
     @property
     def lane(self) -> Lane:
         """The lane that the step occupies."""
-        return Lane.NETWORK if self in (Kind.REDUCE, Kind.GATHER) else Lane.COMPUTE
+        return Lane.NETWORK if self in _COLLECTIVES else Lane.COMPUTE
+
+
+_COLLECTIVES = frozenset({Kind.REDUCE, Kind.REDUCE_SCATTER, Kind.ALL_GATHER, Kind.GATHER})
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,13 @@ class Program:
     @cached_property
     def collected(self) -> frozenset[str]:
         """The stages whose partials a collective takes."""
-        return frozenset(self.steps[index].stage for index in self.collectives)
+        steps = (self.steps[index] for index in self.collectives)
+        return frozenset(step.stage for step in steps if step.kind is not Kind.ALL_GATHER)
+
+    @cached_property
+    def gathered(self) -> frozenset[str]:
+        """The stages whose input an all_gather brings."""
+        return frozenset(step.stage for step in self.steps if step.kind is Kind.ALL_GATHER)
 
     @cached_property
     def awaited_next(self) -> frozenset[int]:
@@ -137,9 +149,10 @@ class Program:
     @cached_property
     def text(self) -> str:
         """One line a step."""
+        kinds = max((len(step.kind) for step in self.steps), default=0)
         stages = max((len(step.stage) for step in self.steps), default=0)
         rows = max((len(str(step.rows)) for step in self.steps), default=0)
-        lines = (f"{s.kind:<7}  {s.stage:<{stages}}  {s.rows!s:<{rows}}  {self._after(s)}" for s in self.steps)
+        lines = (f"{s.kind:<{kinds}}  {s.stage:<{stages}}  {s.rows!s:<{rows}}  {self._after(s)}" for s in self.steps)
         return "".join(line.rstrip() + "\n" for line in lines)
 
     def _after(self, step: Step) -> str:

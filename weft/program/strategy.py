@@ -3,8 +3,10 @@
     serial               no overlap
     iso, iso:3, iso:2/4  attention's rows in N even chunks, the other stages' in N or M
     iso@300,700/150      cuts at these offsets of the flattened batch; after the slash, those of the other stages
-    tiles, tiles:8       whole rows, but the last projection of each stage in K tiles
     requests, requests:3 cut between sequences only, into groups of about equal size
+    tiles, tiles:8       the last projection of each stage in K tiles; alone, or of each chunk: iso:2+tiles:4
+    rs                   each sum as a reduce-scatter and an all-gather, with the norm on 1/N of the rows between
+                         them; alone, or of each chunk: iso:4+rs
 
 Knows text and offsets; the programs themselves are made in build.py.
 """
@@ -12,7 +14,7 @@ Knows text and offsets; the programs themselves are made in build.py.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from weft.errors import InputError
@@ -20,7 +22,7 @@ from weft.program.batch import Batch, Rows
 
 # Positions. With --reproducible, cuts inside a sequence fall on multiples of it, and attention runs in blocks of it.
 GRANULE = 128
-SYNTAX = "serial, iso[:N[/M]], iso@CUT,…[/CUT,…], tiles[:K], requests[:N]"
+SYNTAX = "serial, iso[:N[/M]], iso@CUT,…[/CUT,…], requests[:N], tiles[:K], rs, and iso or requests with +tiles or +rs"
 
 
 @dataclass(frozen=True)
@@ -28,49 +30,84 @@ class Strategy:
     """A parsed strategy; `str()` gives back its canonical text.
 
     `cuts` and `other_cuts` hold offsets (tokens) when they were written out, else the counts of chunks decide.
+    `requests`: chunks are groups of whole sequences. `tiles`: of each chunk's last projection. `scattered`: sums
+    are reduce-scatter and all-gather.
     """
 
-    name: str
     chunks: int = 1
     other_chunks: int = 1
     tiles: int = 1
     cuts: tuple[int, ...] | None = None
     other_cuts: tuple[int, ...] | None = None
+    requests: bool = False
+    scattered: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Strategy:
         """Reads the forms above. Raises `InputError` that lists them."""
-        match = re.fullmatch(r"(\w+)(?:([:@])([\d,]+)(?:/([\d,]+))?)?", text.strip())
-        name, mark, first, second = match.groups() if match else ("", None, None, None)
+        if text.strip() == "serial":
+            return cls()
+        cutting, plus, added = text.strip().partition("+")
+        if not plus and not cutting.startswith(("iso", "requests")):
+            cutting, added = "", cutting
         try:
-            if name == "serial" and mark is None:
-                return cls("serial")
-            if name == "iso" and mark == "@" and first is not None:
-                cuts = _offsets(first)
-                return cls("iso", cuts=cuts, other_cuts=_offsets(second) if second else cuts)
-            if name in ("iso", "tiles", "requests") and mark != "@" and (second is None or name == "iso"):
-                return cls._counted(name, first, second)
+            strategy = _cut(cutting) if cutting or plus else cls()
+            if plus or not cutting:
+                strategy = _added(strategy, added)
         except ValueError:
-            pass
-        raise InputError(f"--overlap {text!r} is not a strategy; allowed: {SYNTAX} (counts from 1 to 64)")
-
-    @classmethod
-    def _counted(cls, name: str, first: str | None, second: str | None) -> Strategy:
-        count = _count(first, 4 if name == "tiles" else 2)
-        if name == "tiles":
-            return cls(name, tiles=count)
-        return cls(name, chunks=count, other_chunks=_count(second, count))
+            raise InputError(f"--overlap {text!r} is not a strategy; allowed: {SYNTAX} (counts from 1 to 64)") from None
+        if strategy.scattered and (strategy.chunks, strategy.cuts) != (strategy.other_chunks, strategy.other_cuts):
+            raise InputError(f"--overlap {text!r}: rs needs the same cuts in every stage; leave out what follows the /")
+        return strategy
 
     def __str__(self) -> str:
+        parts = [part for part in (self._cutting(), self._tiling(), "rs" if self.scattered else "") if part]
+        return "+".join(parts) or "serial"
+
+    def _cutting(self) -> str:
         if self.cuts is not None and self.other_cuts is not None:
             first, second = (",".join(map(str, cuts)) for cuts in (self.cuts, self.other_cuts))
             return f"iso@{first}" + (f"/{second}" if second != first else "")
-        if self.name == "serial":
-            return "serial"
-        if self.name == "tiles":
-            return f"tiles:{self.tiles}"
-        second = f"/{self.other_chunks}" if self.other_chunks != self.chunks else ""
-        return f"{self.name}:{self.chunks}{second}"
+        if self.requests:
+            return f"requests:{self.chunks}"
+        if (self.chunks, self.other_chunks) == (1, 1):
+            return ""
+        return f"iso:{self.chunks}" + (f"/{self.other_chunks}" if self.other_chunks != self.chunks else "")
+
+    def _tiling(self) -> str:
+        return f"tiles:{self.tiles}" if self.tiles > 1 else ""
+
+
+_CUT = re.compile(r"(iso|requests)(?:([:@])([\d,]+)(?:/([\d,]+))?)?")
+_ADDED = re.compile(r"rs|tiles(?::(\d+))?")
+
+
+def _cut(text: str) -> Strategy:
+    """The part before a plus sign, where rows are cut. Raises ValueError."""
+    match = _CUT.fullmatch(text)
+    if match is None:
+        raise ValueError
+    name, mark, first, second = match.groups()
+    if name == "requests":
+        if mark == "@" or second is not None:
+            raise ValueError
+        count = _count(first, 2)
+        return Strategy(chunks=count, other_chunks=count, requests=True)
+    if mark == "@":
+        cuts = _offsets(first)
+        return Strategy(cuts=cuts, other_cuts=_offsets(second) if second else cuts)
+    count = _count(first, 2)
+    return Strategy(chunks=count, other_chunks=_count(second, count))
+
+
+def _added(strategy: Strategy, text: str) -> Strategy:
+    """The part that says how a chunk's sums travel. Raises ValueError."""
+    match = _ADDED.fullmatch(text)
+    if match is None:
+        raise ValueError
+    if text.startswith("tiles"):
+        return replace(strategy, tiles=_count(match[1], 4))
+    return replace(strategy, scattered=True)
 
 
 def _count(text: str | None, default: int) -> int:
@@ -89,11 +126,15 @@ def _offsets(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Cuts:
-    """Where the flattened batch is cut: offsets for attention, offsets for the other stages, tiles of a tail."""
+    """Where the flattened batch is cut: offsets for attention, offsets for the other stages, tiles of a tail.
+
+    `scattered`: sums are reduce-scatter and all-gather.
+    """
 
     attention: tuple[int, ...] = ()
     others: tuple[int, ...] = ()
     tiles: int = 1
+    scattered: bool = False
 
 
 def place(strategy: Strategy, batch: Batch, granule: int = 1) -> Cuts:
@@ -103,13 +144,18 @@ def place(strategy: Strategy, batch: Batch, granule: int = 1) -> Cuts:
     cuts are moved there; raises `InputError` for a written cut that is elsewhere. Written cuts beyond the end of
     the batch do not apply to it.
     """
+    attention, others = _offsets_of(strategy, batch, granule)
+    return Cuts(attention, others, strategy.tiles, strategy.scattered)
+
+
+def _offsets_of(strategy: Strategy, batch: Batch, granule: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """For attention and for the other stages."""
     if strategy.cuts is not None and strategy.other_cuts is not None:
-        return Cuts(_written(batch, strategy.cuts, granule), _written(batch, strategy.other_cuts, granule))
-    if strategy.name == "requests":
+        return _written(batch, strategy.cuts, granule), _written(batch, strategy.other_cuts, granule)
+    if strategy.requests:
         between = _between_sequences(batch, strategy.chunks)
-        return Cuts(between, between)
-    attention = _even(batch, strategy.chunks, granule)
-    return Cuts(attention, _even(batch, strategy.other_chunks, granule), strategy.tiles)
+        return between, between
+    return _even(batch, strategy.chunks, granule), _even(batch, strategy.other_chunks, granule)
 
 
 def _even(batch: Batch, chunks: int, granule: int) -> tuple[int, ...]:
