@@ -43,9 +43,10 @@ class Weft:
     def prefill(self, tokens: list[int]) -> float:
         """Seconds until the logits of the last token are sampled."""
         engine = self.llm.engine
-        plan = engine.planner.plan(one_prompt(len(tokens)))
+        batch = one_prompt(len(tokens))
+        plan = engine.planner.plan(batch)
         begin = time.perf_counter()
-        engine.probe(tokens, plan, RunOptions())
+        engine.probe(batch, tokens, plan, RunOptions())
         return time.perf_counter() - begin
 
     def decode(self, tokens: list[int]) -> float:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 TORCH_FREE = (
-    "weft", "weft.errors", "weft.config", "weft.program.check", "weft.program.build", "weft.timeline.draw",
+    "weft", "weft.errors", "weft.config", "weft.program.check", "weft.program.build", "weft.timeline.terminal",
     "weft.plan.planner", "weft.batching.batcher", "weft.batching.params", "weft.execute.protocol",
     "weft.execute.controller", "weft.launch.namespaces", "weft.model.families", "weft.model.shares",
 )  # fmt: skip

@@ -1,47 +1,70 @@
-"""Measures strategies against each other on one prompt: interleaved rounds, with both terms of the bound.
+"""Measures strategies against each other on one batch: interleaved rounds, with both terms of the bound.
 
 Knows the engine's probe; knows nothing of how results are shown. Links and machines drift, so every figure that
-compares is the median of per-round ratios.
+compares is the median of per-round ratios, and like is compared with like: each wire with its own serial.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from weft.engine import Engine
 from weft.execute.controller import RunOptions, RunResult
 from weft.plan.planner import Plan, Planner
-from weft.program.batch import one_prompt
+from weft.program.batch import Batch, one_prompt
 from weft.timeline.timeline import Timeline, bound, median, overlap_efficiency
+
+
+class Variant(NamedTuple):
+    """What is compared."""
+
+    overlap: str
+    wire: str
 
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds of one round: both lanes alone, serial, and each strategy by its name."""
+    """Seconds of one round: computation alone, each wire's messages alone, and each variant."""
 
     compute_alone: float
-    network_alone: float
-    serial: float
-    strategies: dict[str, float]
+    network_alone: dict[str, float]
+    seconds: dict[Variant, float]
 
-    @property
-    def bound(self) -> float:
+    def bound(self, wire: str) -> float:
         """What no schedule of two lanes goes below."""
-        return bound(self.compute_alone, self.network_alone)
+        return bound(self.compute_alone, self.network_alone[wire])
+
+    def serial(self, wire: str) -> float:
+        """Seconds of serial on this wire."""
+        return self.seconds[Variant("serial", wire)]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One strategy's figures over all rounds. Times in seconds; `timeline` is of its fastest round."""
+    """One variant's figures over all rounds: medians, but for `seconds` (every round) and `saving_range`.
+
+    Times in seconds. `exposed`: beyond computation alone. `bytes_on_wire`: as the program counts them, on the rank
+    that sends most; `bytes_on_device`: as that rank's network device counts them, headers included, where it is one
+    that nothing else uses. `timeline`: of the fastest round.
+    """
 
     overlap: str
+    wire: str
     plan: str
     seconds: list[float]
+    compute_alone: float
+    network_alone: float
+    bound: float
+    serial_median: float
     saving: float
+    saving_range: tuple[float, float]
     saving_bound: float
     overlap_efficiency: float | None
+    exposed: float
     bytes_on_wire: int
+    bytes_on_device: int | None
     timeline: Timeline
 
     @property
@@ -49,72 +72,95 @@ class Measured:
         """Of its seconds."""
         return median(self.seconds)
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """All rounds of one prompt, and what each strategy came to."""
-
-    tokens: int
-    rounds: list[Round]
-    strategies: list[Measured]
-
     @property
-    def compute_alone(self) -> float:
-        """Median seconds."""
-        return median(r.compute_alone for r in self.rounds)
+    def above_ceiling(self) -> bool:
+        """True if it saves more than can be saved: then something was measured wrongly, or the machine drifted."""
+        return self.saving > self.saving_bound + TOLERANCE
 
-    @property
-    def network_alone(self) -> float:
-        """Median seconds."""
-        return median(r.network_alone for r in self.rounds)
 
-    @property
-    def serial(self) -> float:
-        """Median seconds."""
-        return median(r.serial for r in self.rounds)
+# Of a saving, in parts of serial's time: what runs of one round differ by on a quiet machine.
+TOLERANCE = 0.02
+SENT = Callable[[], list[int]]  # bytes that each rank's device has sent so far
 
-    @property
-    def bound(self) -> float:
-        """Median seconds."""
-        return median(r.bound for r in self.rounds)
+
+class Comparing:
+    """One batch, measured round by round. The first round warms up and doesn't count.
+
+    tokens: ids of the flattened batch. `sent`: reads the devices' counters, where there are devices of their own.
+    """
+
+    def __init__(
+        self, engine: Engine, batch: Batch, tokens: list[int], variants: Sequence[Variant], sent: SENT | None = None
+    ) -> None:
+        self._engine, self._batch, self._tokens, self._sent = engine, batch, tokens, sent
+        wires = list(dict.fromkeys(variant.wire for variant in variants))
+        both = list(dict.fromkeys([*(Variant("serial", wire) for wire in wires), *variants]))
+        self._plans = {variant: self._plan(variant) for variant in both}
+        self._runs = [(variant, "both") for variant in both]
+        self._runs += [(Variant("serial", wire), "network") for wire in wires] + [(both[0], "compute")]
+        self._best: dict[Variant, tuple[RunResult, list[int] | None]] = {}
+        self._started = 0
+        self.rounds: list[Round] = []
+
+    def _plan(self, variant: Variant) -> Plan:
+        old = self._engine.planner
+        return Planner(old.stages, variant.overlap, variant.wire, old.granule).plan(self._batch)
+
+    def round(self) -> None:
+        """Runs everything once. The order rotates from round to round, so that nothing always follows the same."""
+        shift = self._started % len(self._runs)
+        seconds = {run: self._run(*run) for run in self._runs[shift:] + self._runs[:shift]}
+        compute = next(seconds[run] for run in self._runs if run[1] == "compute")
+        network = {variant.wire: seconds[variant, part] for variant, part in self._runs if part == "network"}
+        if self._started:
+            both = {variant: seconds[variant, part] for variant, part in self._runs if part == "both"}
+            self.rounds.append(Round(compute, network, both))
+        self._started += 1
+
+    def _run(self, variant: Variant, part: str) -> float:
+        before = self._sent() if self._sent and part == "both" else None
+        result = self._engine.probe(self._batch, self._tokens, self._plans[variant], RunOptions(part, timeline=True))
+        if part == "both" and self._started:
+            best = self._best.get(variant)
+            if best is None or result.seconds < best[0].seconds:
+                after = self._sent() if self._sent else []
+                device = [b - a for a, b in zip(before, after, strict=True)] if before is not None else None
+                self._best[variant] = result, device
+        return result.seconds
+
+    def result(self) -> list[Measured]:
+        """What the rounds came to so far (at least one), in the order of the variants, each wire's serial first."""
+        return [self._measured(variant, *self._best[variant]) for variant in self._plans]
+
+    def _measured(self, variant: Variant, best: RunResult, device: list[int] | None) -> Measured:
+        rounds, wire = self.rounds, variant.wire
+        savings = [1 - r.seconds[variant] / r.serial(wire) for r in rounds]
+        efficiencies = [overlap_efficiency(r.serial(wire), r.seconds[variant], r.bound(wire)) for r in rounds]
+        known = [value for value in efficiencies if value is not None]
+        most = max(range(len(best.bytes_sent)), key=lambda rank: best.bytes_sent[rank])
+        assert best.timeline is not None
+        return Measured(
+            overlap=variant.overlap, wire=wire, plan=self._plans[variant].describe(),
+            seconds=[r.seconds[variant] for r in rounds], compute_alone=median(r.compute_alone for r in rounds),
+            network_alone=median(r.network_alone[wire] for r in rounds), bound=median(r.bound(wire) for r in rounds),
+            serial_median=median(r.serial(wire) for r in rounds), saving=median(savings),
+            saving_range=(min(savings), max(savings)),
+            saving_bound=median(1 - r.bound(wire) / r.serial(wire) for r in rounds),
+            overlap_efficiency=median(known) if known else None,
+            exposed=median(r.seconds[variant] - r.compute_alone for r in rounds),
+            bytes_on_wire=best.bytes_sent[most], bytes_on_device=device[most] if device is not None else None,
+            timeline=replace(best.timeline, title=f"{variant.overlap}, wire {wire}"),
+        )  # fmt: skip
 
 
 def compare(
     engine: Engine, tokens: list[int], overlaps: Sequence[str], rounds: int = 5,
     tick: Callable[[], None] = lambda: None,
-) -> Comparison:  # fmt: skip
-    """Runs serial, both lanes alone and every strategy once a round; the first round warms up and doesn't count.
-
-    The order rotates from round to round, so that nothing always follows the same.
-    """
-    batch, old = one_prompt(len(tokens)), engine.planner
-    plans = {name: Planner(old.stages, name, old.wire, old.granule).plan(batch) for name in ("serial", *overlaps)}
-    runs = [(name, "both") for name in plans] + [("serial", "compute"), ("serial", "network")]
-    best: dict[str, RunResult] = {}
-    kept: list[Round] = []
-    for number in range(rounds + 1):
-        seconds: dict[tuple[str, str], float] = {}
-        for run in runs[number % len(runs) :] + runs[: number % len(runs)]:
-            name, part = run
-            result = engine.probe(tokens, plans[name], RunOptions(part, timeline=True))
-            seconds[run] = result.seconds
-            if number and part == "both" and (name not in best or result.seconds < best[name].seconds):
-                best[name] = result
-        if number:
-            both = {name: seconds[name, "both"] for name in plans}
-            kept.append(Round(seconds["serial", "compute"], seconds["serial", "network"], both["serial"], both))
+) -> list[Measured]:  # fmt: skip
+    """Serial and every strategy on one prompt, on the engine's own wire. `tick` is called after every round."""
+    variants = [Variant(overlap, engine.config.wire) for overlap in overlaps]
+    comparing = Comparing(engine, one_prompt(len(tokens)), tokens, variants)
+    for _ in range(rounds + 1):
+        comparing.round()
         tick()
-    return Comparison(len(tokens), kept, [_measured(name, plans[name], kept, best[name]) for name in overlaps])
-
-
-def _measured(name: str, plan: Plan, rounds: list[Round], best: RunResult) -> Measured:
-    efficiencies = [overlap_efficiency(r.serial, r.strategies[name], r.bound) for r in rounds]
-    known = [value for value in efficiencies if value is not None]
-    assert best.timeline is not None
-    return Measured(
-        overlap=name, plan=plan.describe(), seconds=[r.strategies[name] for r in rounds],
-        saving=median(1 - r.strategies[name] / r.serial for r in rounds),
-        saving_bound=median(1 - r.bound / r.serial for r in rounds),
-        overlap_efficiency=median(known) if known else None, bytes_on_wire=max(best.bytes_sent),
-        timeline=best.timeline,
-    )  # fmt: skip
+    return comparing.result()

@@ -27,6 +27,7 @@ from weft.launch.local import LocalLauncher
 from weft.model.families import flags_of
 from weft.model.shares import shard_bytes, shares_of
 from weft.plan.planner import Plan, Planner
+from weft.program.batch import Batch
 from weft.program.steps import decoder_stages
 from weft.program.strategy import GRANULE
 from weft.text import Detokenizer, StopText, Tokenizer, generation_defaults
@@ -262,14 +263,11 @@ class Engine:
         self._began.pop(request, None)
         return [self.completions.pop(sequence) for sequence in request.sequences]
 
-    def probe(self, tokens: list[int], plan: Plan, options: RunOptions) -> RunResult:
-        """Runs one prompt's prefill by a plan of the caller's, for measuring; between requests only."""
+    def probe(self, batch: Batch, tokens: list[int], plan: Plan, options: RunOptions) -> RunResult:
+        """Runs a batch of new prompts by a plan of the caller's, for measuring; between requests only."""
         assert self.idle, "a probe would overwrite a running sequence's memory"
-        from weft.program.batch import one_prompt
-
-        return self.controller.run(
-            one_prompt(len(tokens)), tokens, [Choice()], plan.program, plan.wire, options
-        )  # fmt: skip
+        choices = [Choice() for _ in batch.sampled_rows]
+        return self.controller.run(batch, tokens, choices, plan.program, plan.wire, options)
 
     def close(self) -> None:
         """Ends the workers."""

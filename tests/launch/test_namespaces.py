@@ -51,9 +51,9 @@ def test_a_shaped_pair_is_as_fast_as_said_and_bytes_agree(packaged) -> None:
     with LLM(packaged, tensor_parallel_size=2, num_threads=1, launcher=launcher) as llm:
         tokens = [n % 1000 for n in range(512)]
         compare(llm.engine, tokens, ["iso:2"], rounds=1)  # connections are made
-        before = launcher.sent_bytes(0)
+        before = launcher.sent()[0]
         comparison = compare(llm.engine, tokens, ["iso:2"], rounds=2)
-        on_device = launcher.sent_bytes(0) - before
+        on_device = launcher.sent()[0] - before
         [measured] = comparison.strategies
         counted = measured.bytes_on_wire * 3 * 3  # a warm-up and two rounds of serial, iso and network alone
         assert on_device == pytest.approx(counted, rel=0.03)

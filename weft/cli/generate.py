@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from weft.compare import Comparison, compare
+from weft.cli.options import relative_shares
+from weft.compare import Measured, compare
 from weft.config import available_cores
 from weft.errors import InputError
 from weft.llm import LLM, RequestOutput
 from weft.program.batch import one_prompt
-from weft.timeline.draw import terminal
+from weft.timeline.files import demand_form, demand_writable, timelines_as, write
+from weft.timeline.terminal import terminal
 
 HELP = """Complete PROMPT with MODEL, and say how fast it was.
 
@@ -80,20 +82,23 @@ def generate(
         bool, typer.Option("--compare", help="Then measure this prompt: serial, overlapped, bound; draw it.")
     ] = False,
     timeline: Annotated[
-        Path | None, typer.Option(help="With --compare: save the measured timeline to this .json file.")
+        Path | None, typer.Option(help="With --compare: write the timeline to this .json, .svg or .html file.")
     ] = None,
 ) -> None:
     """See HELP."""
     model, text = _model_and_prompt(model, prompt)
-    if timeline is not None and (timeline.suffix != ".json" or not compare_with_serial):
-        raise InputError(f"--timeline {timeline}: give a file that ends in .json, together with --compare")
+    if timeline is not None:
+        demand_form(timeline, "--timeline")
+        demand_writable(timeline, "--timeline")
+        if not compare_with_serial:
+            raise InputError(f"--timeline {timeline} shows what --compare measures; give both")
     errors = Console(stderr=True)
     given = {
         "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }  # fmt: skip
     with _loaded(
-        errors, model, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=_shares(shares),
+        errors, model, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=relative_shares(shares),
         reproducible=reproducible, num_threads=threads,
     ) as llm:  # fmt: skip
         params = llm.get_default_sampling_params(
@@ -105,7 +110,7 @@ def generate(
         if compare_with_serial:
             comparison = _compared(errors, llm, output.prompt_token_ids, overlap)
             if timeline is not None:
-                _save(comparison, timeline)
+                write(timeline, timelines_as(timeline, [measured.timeline for measured in comparison[::-1]]))
         if as_json:
             print(json.dumps(_as_json(llm, output, timing, comparison), ensure_ascii=False))
         else:
@@ -127,15 +132,6 @@ def _model_and_prompt(first: str | None, second: str | None) -> tuple[str | None
 
 def _names_a_model(text: str) -> bool:
     return Path(text).is_dir() or re.fullmatch(r"[\w.~-]*(/[\w.-]+)+/?", text) is not None
-
-
-def _shares(text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"--shares {text!r} is not a list of numbers; give one a rank, as in 2,1") from None
 
 
 def _loaded(errors: Console, model: str | None, **options: Any) -> LLM:
@@ -168,20 +164,14 @@ def _stream(llm: LLM, prompt: str, params: Any, show: bool) -> tuple[RequestOutp
     return output, _Timing(output.time_to_first_token, seconds, len(output.prompt_token_ids), tokens)
 
 
-def _compared(errors: Console, llm: LLM, tokens: list[int], overlap: str, rounds: int = 5) -> Comparison:
+def _compared(errors: Console, llm: LLM, tokens: list[int], overlap: str, rounds: int = 5) -> list[Measured]:
+    """Serial first, then the strategy."""
     with Progress(console=errors, transient=True) as bar:
         task = bar.add_task("measuring", total=rounds + 1)
         return compare(llm.engine, tokens, [overlap], rounds, lambda: bar.advance(task))
 
 
-def _save(comparison: Comparison, path: Path) -> None:
-    try:
-        comparison.strategies[0].timeline.save(path)
-    except OSError as error:
-        raise InputError(f"{path} can't be written ({error.strerror}); choose another file") from None
-
-
-def _as_json(llm: LLM, output: RequestOutput, timing: _Timing, comparison: Comparison | None) -> dict[str, Any]:
+def _as_json(llm: LLM, output: RequestOutput, timing: _Timing, comparison: list[Measured] | None) -> dict[str, Any]:
     first = output.outputs[0]
     result: dict[str, Any] = {
         "model": str(llm.engine.directory), "prompt": output.prompt, "text": first.text,
@@ -190,18 +180,12 @@ def _as_json(llm: LLM, output: RequestOutput, timing: _Timing, comparison: Compa
         "plan": llm.engine.planner.plan(one_prompt(timing.prompt_tokens)).describe(),
     }  # fmt: skip
     if comparison is not None:
-        best = comparison.strategies[0]
-        result["comparison"] = {
-            "tokens": comparison.tokens, "compute_alone": comparison.compute_alone,
-            "network_alone": comparison.network_alone, "bound": comparison.bound,
-            "serial_median": comparison.serial, "overlap": best.overlap, "seconds": best.seconds,
-            "median": best.median, "saving": best.saving, "saving_bound": best.saving_bound,
-            "overlap_efficiency": best.overlap_efficiency, "bytes_on_wire": best.bytes_on_wire,
-        }  # fmt: skip
+        plain = asdict(comparison[-1]) | {"tokens": timing.prompt_tokens, "median": comparison[-1].median}
+        result["comparison"] = {name: value for name, value in plain.items() if name != "timeline"}
     return result
 
 
-def _report(console: Console, llm: LLM, timing: _Timing, comparison: Comparison | None) -> None:
+def _report(console: Console, llm: LLM, timing: _Timing, comparison: list[Measured] | None) -> None:
     plan = llm.engine.planner.plan(one_prompt(timing.prompt_tokens))
     decode = f"{timing.decode_rate:.1f} tokens/s after it" if timing.decode_rate else "one token"
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -210,20 +194,19 @@ def _report(console: Console, llm: LLM, timing: _Timing, comparison: Comparison 
     table.add_row("plan", plan.describe())
     console.print(table)
     if comparison is not None:
-        _report_comparison(console, comparison)
+        _report_comparison(console, timing.prompt_tokens, comparison[-1])
 
 
-def _report_comparison(console: Console, comparison: Comparison) -> None:
-    best = comparison.strategies[0]
-    table = Table(title=f"prefill of {comparison.tokens} tokens, medians of {len(comparison.rounds)} rounds")
+def _report_comparison(console: Console, tokens: int, best: Measured) -> None:
+    table = Table(title=f"prefill of {tokens} tokens, medians of {len(best.seconds)} rounds")
     for column in ("", "ms", "of serial"):
         table.add_column(column, justify="left" if not column else "right")
     rows = {
-        "compute alone": comparison.compute_alone, "network alone": comparison.network_alone,
-        "bound: the larger one": comparison.bound, "serial": comparison.serial, best.overlap: best.median,
+        "compute alone": best.compute_alone, "network alone": best.network_alone,
+        "bound: the larger one": best.bound, "serial": best.serial_median, best.overlap: best.median,
     }  # fmt: skip
     for name, seconds in rows.items():
-        table.add_row(name, f"{seconds * 1e3:.2f}", f"{seconds / comparison.serial:.0%}")
+        table.add_row(name, f"{seconds * 1e3:.2f}", f"{seconds / best.serial_median:.0%}")
     console.print(table)
     console.print(_verdict(best.saving, best.saving_bound, best.overlap_efficiency))
     console.print(terminal(best.timeline, width=max(20, min(100, console.width - 18))))

@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from weft.cli import doctor, generate
+from weft.cli import bench, doctor, generate, timeline
 from weft.errors import InputError, WorkerFailed
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 app.command("generate", help=generate.HELP)(generate.generate)
+app.command("bench", help=bench.HELP)(bench.bench)
+app.command("timeline", help=timeline.HELP)(timeline.timeline)
 app.command("doctor", help=doctor.HELP)(doctor.doctor)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import pairwise
+from typing import Any
 
 from weft.errors import InputError
 from weft.program.batch import Rows
@@ -35,10 +36,11 @@ class Event:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Events of all ranks. `source` says how they came about: "measured" or "predicted"."""
+    """Events of all ranks. `source` says how they came about: "measured" or "predicted"; `title` of what."""
 
     events: tuple[Event, ...]
     source: str
+    title: str = ""
 
     @property
     def ranks(self) -> list[int]:
@@ -46,11 +48,19 @@ class Timeline:
         return sorted({event.rank for event in self.events})
 
     @property
+    def begin(self) -> float:
+        """When the first event starts."""
+        return min((event.start for event in self.events), default=0.0)
+
+    @property
+    def end(self) -> float:
+        """When the last event stops."""
+        return max((event.stop for event in self.events), default=0.0)
+
+    @property
     def seconds(self) -> float:
-        """From the first event's start to the last one's stop."""
-        if not self.events:
-            return 0.0
-        return max(e.stop for e in self.events) - min(e.start for e in self.events)
+        """From begin to end."""
+        return self.end - self.begin
 
     def lane(self, rank: int, lane: Lane) -> list[Event]:
         """One lane's events in order of time."""
@@ -69,29 +79,81 @@ class Timeline:
             for n in network
         )
 
+    def waits(self, rank: int) -> list[Wait]:
+        """When a rank's compute lane does nothing between the timeline's begin and end, split where the network
+        lane starts or stops a step."""
+        edges = [self.begin, *(t for e in self.lane(rank, Lane.COMPUTE) for t in (e.start, e.stop)), self.end]
+        network = self.lane(rank, Lane.NETWORK)
+        found = []
+        for start, stop in zip(edges[::2], edges[1::2], strict=True):
+            inside = {t for e in network for t in (e.start, e.stop) if start < t < stop}
+            for left, right in pairwise([start, *sorted(inside), stop]):
+                if right > left:
+                    behind = next((e for e in network if e.start <= left and right <= e.stop), None)
+                    found.append(Wait(left, right, behind))
+        return found
+
+    def exposed(self, rank: int) -> float:
+        """Seconds in which a rank communicates and doesn't compute."""
+        return sum(wait.stop - wait.start for wait in self.waits(rank) if wait.behind is not None)
+
+    def verdict(self) -> str:
+        """Is it really overlapping, and what is exposed? One line, for the rank that waits most."""
+        if not any(event.lane is Lane.NETWORK for event in self.events):
+            return f"{self.seconds * 1e3:.1f} ms, nothing is communicated"
+        rank = max(self.ranks, key=self.exposed)
+        network = sum(event.seconds for event in self.lane(rank, Lane.NETWORK))
+        exposed = self.exposed(rank)
+        return (
+            f"{max(0.0, 1 - exposed / network):.0%} of the communication is hidden; {exposed * 1e3:.1f} of "
+            f"{self.seconds * 1e3:.1f} ms wait for it"
+        )
+
     def to_json(self) -> str:
-        """The form that `save` writes."""
-        rows = [[e.rank, e.kind, e.stage, str(e.rows), round(e.start, 7), round(e.stop, 7)] for e in self.events]
-        return json.dumps({"weft_timeline": 1, "source": self.source, "events": rows})
+        """Chrome's trace format, which Perfetto and chrome://tracing open; ranks are processes, lanes threads."""
+        names = [
+            {"ph": "M", "name": name, "pid": rank, "tid": tid, "args": {"name": text}}
+            for rank in self.ranks
+            for tid, (name, text) in enumerate([("process_name", f"rank {rank}"), *(("thread_name", x) for x in Lane)])
+        ]
+        steps = [
+            {
+                "ph": "X", "name": f"{e.stage} {e.rows}", "cat": e.kind, "pid": e.rank,
+                "tid": list(Lane).index(e.lane) + 1, "ts": round(e.start * 1e6, 1),
+                "dur": round(round(e.stop * 1e6, 1) - round(e.start * 1e6, 1), 1),
+                "args": {"stage": e.stage, "rows": str(e.rows)},
+            }
+            for e in self.events
+        ]  # fmt: skip
+        about = {"weft_timeline": 2, "source": self.source, "title": self.title}
+        return json.dumps({"traceEvents": names + steps, "displayTimeUnit": "ms", "otherData": about})
 
     @classmethod
     def from_json(cls, text: str) -> Timeline:
         """Reads `to_json`'s form. Raises `InputError` for anything else."""
         try:
             data = json.loads(text)
-            return cls(tuple(_event(*row) for row in data["events"]), data["source"])
-        except (ValueError, KeyError, TypeError) as error:
+            about = data["otherData"]
+            events = tuple(_event(entry) for entry in data["traceEvents"] if entry["ph"] == "X")
+            return cls(events, about["source"], about["title"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"this is not a timeline that weft saved ({error!r})") from None
 
-    def save(self, path: Path) -> None:
-        """Writes the JSON form."""
-        path.write_text(self.to_json() + "\n", "utf-8")
+
+@dataclass(frozen=True)
+class Wait:
+    """A time in which a compute lane does nothing; `behind` is what its rank's network lane does meanwhile."""
+
+    start: float
+    stop: float
+    behind: Event | None
 
 
-def _event(rank: int, kind: str, stage: str, rows: str, start: float, stop: float) -> Event:
-    first, _, last = rows.partition(":")
-    step = Kind(kind)
-    return Event(rank, step.lane, step, stage, Rows(int(first), int(last)), start, stop)
+def _event(entry: dict[str, Any]) -> Event:
+    first, _, last = entry["args"]["rows"].partition(":")
+    kind, start = Kind(entry["cat"]), entry["ts"]
+    begin, end = round(start / 1e6, 7), round((start + entry["dur"]) / 1e6, 7)
+    return Event(entry["pid"], kind.lane, kind, entry["args"]["stage"], Rows(int(first), int(last)), begin, end)
 
 
 def bound(compute_alone: float, network_alone: float) -> float:

@@ -1,4 +1,4 @@
-"""Draws timelines for people: so far, in the terminal.
+"""Draws timelines in the terminal.
 
 Knows timelines and rich; knows nothing of how they were made.
 """
@@ -18,7 +18,7 @@ IDLE = "·"
 
 def terminal(timeline: Timeline, width: int = 100) -> RenderableType:
     """Two rows a rank, compute above network; a column is the part of the model that fills most of its time."""
-    begin = min((event.start for event in timeline.events), default=0.0)
+    begin = timeline.begin
     scale = timeline.seconds / width if timeline.events else 1.0
     lines = [_axis(timeline.seconds, width)]
     for rank in timeline.ranks:
@@ -52,17 +52,10 @@ def _axis(seconds: float, width: int) -> Text:
 
 
 def _legend(timeline: Timeline) -> Text:
-    rank = timeline.ranks[0] if timeline.events else 0
-    compute = sum(event.seconds for event in timeline.lane(rank, Lane.COMPUTE))
-    network = sum(event.seconds for event in timeline.lane(rank, Lane.NETWORK))
-    both = timeline.overlapped(rank)
     text = Text(" " * 16)
     for part, (letter, colour) in STYLES.items():
         text.append(f"{letter} {part}  ", style=colour)
-    text.append(f"{IDLE} idle", style="dim")
-    hidden = f", {both / network:.0%} of it while computing" if network > 0 else ""
-    text.append(
-        f"\n{' ' * 16}{timeline.source}, rank {rank}: computing {compute * 1e3:.1f} ms, "
-        f"communicating {network * 1e3:.1f} ms{hidden}"
-    )
+    text.append(f"{IDLE} idle\n", style="dim")
+    heading = f"{timeline.source}: {timeline.title}: " if timeline.title else f"{timeline.source}: "
+    text.append(f"{' ' * 16}{heading}{timeline.verdict()}")
     return text

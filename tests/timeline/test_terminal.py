@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from tests.timeline.test_timeline import TIMELINE
-from weft.timeline.draw import IDLE, terminal
+from weft.timeline.terminal import IDLE, terminal
 from weft.timeline.timeline import Timeline
 
 

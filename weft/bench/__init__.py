@@ -1,0 +1,1 @@
+"""Benchmarks: a grid of points, what each came to, and how that is shown."""

@@ -1,0 +1,237 @@
+"""`weft bench`: measures a grid of tokens, ranks, links, strategies and wires, point by point.
+
+Knows engines, launchers and comparisons; knows nothing of how results are shown. What is measured stays measured:
+an interruption ends the grid, and the rounds until then are its result.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from weft.bench.machine import cores_of, prefill_flops
+from weft.compare import SENT, Comparing, Measured, Variant
+from weft.config import ModelConfig, available_cores, positive
+from weft.engine import Engine
+from weft.errors import InputError
+from weft.launch.namespaces import NamespaceLauncher, parse_link
+from weft.llm import LLM
+from weft.program.batch import Batch, Segment
+from weft.program.strategy import Strategy
+from weft.timeline.timeline import median
+
+FIRST_GUESS = 400e6  # bits a second, where the search for balance starts
+
+
+@dataclass(frozen=True)
+class Link:
+    """A speed as the user wrote it: "none", a rate, or a multiple of balance (`times`)."""
+
+    text: str
+    times: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Link:
+        """Reads "none", "500mbit" or "0.5x". Raises `InputError`."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)x", text)
+        if match and float(match[1]) > 0:
+            return cls(text, float(match[1]))
+        parse_link(text)
+        return cls(text)
+
+    @property
+    def shaped(self) -> bool:
+        """True if network namespaces have to be built for it."""
+        return self.text != "none"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What to measure: every combination. `prompts`: that a batch's tokens are divided over."""
+
+    tokens: tuple[int, ...]
+    ranks: tuple[int, ...]
+    links: tuple[Link, ...]
+    overlaps: tuple[str, ...]
+    wires: tuple[str, ...]
+    prompts: int = 1
+    rounds: int = 5
+    threads: int | None = None
+    shares: tuple[float, ...] | None = None
+
+    def demand(self, model: ModelConfig) -> None:
+        """Raises `InputError` for what can't be measured with this model on this machine, before anything starts."""
+        for tokens in self.tokens:
+            positive(tokens, "--tokens")
+            if tokens > model.max_length * self.prompts:
+                raise InputError(
+                    f"--tokens {tokens} is more than the model's context of {model.max_length}"
+                    + (f" for each of {self.prompts} prompts" if self.prompts > 1 else "")
+                )
+            if tokens < self.prompts:
+                raise InputError(f"--tokens {tokens} can't be divided over {self.prompts} prompts")
+        for name, number in (("--prompts", self.prompts), ("--rounds", self.rounds), ("--threads", self.threads)):
+            positive(number, name)
+        for ranks in self.ranks:
+            positive(ranks, "--tp")
+            threads = self.threads_of(ranks)
+            if ranks * threads > available_cores():
+                raise InputError(
+                    f"--tp {ranks} with {threads} thread{'s' if threads > 1 else ''} a rank needs {ranks * threads} "
+                    f"cores, and {available_cores()} are there: ranks that share cores measure each other"
+                )
+        for overlap in self.overlaps:
+            if Strategy.parse(overlap).requests and self.prompts == 1:
+                raise InputError(f"--overlap {overlap} cuts between prompts, and there is one; give --prompts 2")
+
+    def threads_of(self, ranks: int) -> int:
+        """Of each rank."""
+        return self.threads or max(1, available_cores() // ranks)
+
+    @property
+    def variants(self) -> list[Variant]:
+        """Strategies on wires."""
+        return [Variant(str(Strategy.parse(overlap)), wire) for wire in self.wires for overlap in self.overlaps]
+
+    @property
+    def shaped(self) -> bool:
+        """True if at least one link is."""
+        return any(link.shaped for link in self.links)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place of the grid and what was measured there. `balance`: the link's speed over the balance speed."""
+
+    tokens: int
+    tp: int
+    prompts: int
+    link: str
+    balance: float | None
+    gflops: float
+    measured: list[Measured]
+
+    @property
+    def best(self) -> Measured:
+        """The fastest variant but serial, if there is another."""
+        others = [m for m in self.measured if m.overlap != "serial"] or self.measured
+        return max(others, key=lambda m: m.saving)
+
+    def serial(self, wire: str) -> Measured:
+        """Serial on this wire."""
+        return next(m for m in self.measured if m.overlap == "serial" and m.wire == wire)
+
+    def as_json(self) -> Iterator[dict[str, Any]]:
+        """One entry a variant, times in seconds."""
+        for measured in self.measured:
+            plain = {name: value for name, value in asdict(measured).items() if name != "timeline"}
+            yield {
+                "tokens": self.tokens, "tp": self.tp, "prompts": self.prompts, "link": self.link,
+                "balance": self.balance, "gflops": round(self.gflops, 1), **plain, "median": measured.median,
+                "above_ceiling": measured.above_ceiling, "predicted": None,
+            }  # fmt: skip
+
+
+class Bench:
+    """A grid under measurement; `points` grows. `watch(done, all, text)` is called before everything that takes time.
+
+    `done` and `all` are tokens that were and will be computed.
+    """
+
+    def __init__(
+        self, directory: Path, model: ModelConfig, grid: Grid, watch: Callable[[int, int, str], None],
+        kept: Callable[[Sequence[Point]], None] = lambda points: None,
+    ) -> None:  # fmt: skip
+        grid.demand(model)
+        self.directory, self.model, self.grid, self.watch, self.kept = directory, model, grid, watch, kept
+        self.points: list[Point] = []
+        self._done = 0
+
+    def run(self) -> None:
+        """Measures all points; `kept` is called after each. Whatever ends it early, `points` holds what there is."""
+        for ranks in self.grid.ranks:
+            with self._started(ranks) as (engine, launcher):
+                for tokens in self.grid.tokens:
+                    batch, ids = self._batch(tokens)
+                    balance = self._balance(engine, launcher, batch, ids)
+                    for link in self._links(ranks):
+                        self._point(engine, launcher, batch, ids, link, balance)
+
+    def _links(self, ranks: int) -> Sequence[Link]:
+        return self.grid.links if ranks > 1 else (Link("none"),)
+
+    @contextmanager
+    def _started(self, ranks: int) -> Iterator[tuple[Engine, NamespaceLauncher | None]]:
+        grid = self.grid
+        threads = grid.threads_of(ranks)
+        self.watch(self._done, self._all, f"starting {ranks} rank{'s' if ranks > 1 else ''}")
+        launcher = NamespaceLauncher() if grid.shaped and ranks > 1 else None
+        length = min(self.model.max_length, -(-max(grid.tokens) // grid.prompts) + 1)
+        with LLM(
+            self.directory, tensor_parallel_size=ranks, num_threads=threads, launcher=launcher, shares=grid.shares,
+            cores=cores_of(ranks, threads) if launcher else None, max_model_len=length, max_num_seqs=grid.prompts,
+        ) as llm:  # fmt: skip
+            yield llm.engine, launcher
+
+    def _batch(self, tokens: int) -> tuple[Batch, list[int]]:
+        """As many prompts as asked for, of lengths that differ by one at most, with random ids."""
+        size, longer = divmod(tokens, self.grid.prompts)
+        segments = (Segment(i, 0, size + (i < longer)) for i in range(self.grid.prompts))
+        random = Random(0)
+        return Batch(tuple(segments)), [random.randrange(self.model.vocabulary) for _ in range(tokens)]
+
+    def _balance(
+        self, engine: Engine, launcher: NamespaceLauncher | None, batch: Batch, ids: list[int]
+    ) -> float | None:
+        """Bits a second at which serial's messages alone take as long as its computation alone; None if not needed."""
+        if launcher is None or all(link.times is None for link in self.grid.links):
+            return None
+        self.watch(self._done, self._all, f"{batch.tokens} tokens: looking for the balance")
+        rate = FIRST_GUESS
+        for _ in range(3):  # each time from closer by: fixed costs of a message are in it then
+            launcher.shape(_mbit(rate))
+            comparing = Comparing(engine, batch, ids, [Variant("serial", self.grid.wires[0])])
+            for _ in range(3):
+                comparing.round()
+            compute = median(r.compute_alone for r in comparing.rounds)
+            rate *= median(r.network_alone[self.grid.wires[0]] for r in comparing.rounds) / compute
+        return rate
+
+    def _point(
+        self, engine: Engine, launcher: NamespaceLauncher | None, batch: Batch, ids: list[int], link: Link,
+        balance: float | None,
+    ) -> None:  # fmt: skip
+        grid, ranks = self.grid, engine.config.ranks
+        text = link.text if link.times is None or balance is None else _mbit(balance * link.times)
+        sent: SENT | None = None
+        if launcher is not None:
+            launcher.shape(None if text == "none" else text)
+            sent = launcher.sent
+        comparing = Comparing(engine, batch, ids, grid.variants, sent)
+        try:
+            for number in range(grid.rounds + 1):
+                what = f"round {number} of {grid.rounds}" if number else "warming up"
+                self.watch(self._done, self._all, f"{batch.tokens} tokens, {ranks} ranks, link {text}: {what}")
+                comparing.round()
+                self._done += batch.tokens
+        finally:
+            if comparing.rounds:
+                measured = comparing.result()
+                flops = prefill_flops(self.model, batch.tokens, ranks)
+                gflops = flops / measured[0].compute_alone / 1e9
+                self.points.append(Point(batch.tokens, ranks, grid.prompts, text, link.times, gflops, measured))
+                self.kept(self.points)
+
+    @property
+    def _all(self) -> int:
+        rounds = sum(len(self._links(ranks)) for ranks in self.grid.ranks) * (self.grid.rounds + 1)
+        return sum(self.grid.tokens) * rounds
+
+
+def _mbit(rate: float) -> str:
+    return f"{rate / 1e6:.1f}mbit"

@@ -1,0 +1,207 @@
+"""`weft bench`: strategies, wires and links against each other, on the user's own model and machine."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from weft.bench.grid import Bench, Grid, Link, Point
+from weft.bench.machine import describe
+from weft.bench.plot import groups, saving_plot
+from weft.bench.report import COLUMNS, as_json, bounds, cells, conclusion, heading, most_to_hide, report, timelines
+from weft.cli.options import numbers, relative_shares, words
+from weft.config import WIRES, ModelConfig, one_of
+from weft.errors import InputError, WorkerFailed
+from weft.hub import locate
+from weft.launch.namespaces import demand_namespaces
+from weft.timeline.files import demand_form, demand_writable, timelines_as, write
+
+HELP = """Measure strategies, wires and links against each other with MODEL, on this machine.
+
+Lists are separated by commas, and every combination is measured, beside serial and both terms of the bound:
+computation alone and the same messages alone. Rounds are interleaved; figures are medians of per-round ratios.
+
+A link is none (as fast as this machine is), a speed such as 500mbit or 2.5gbit, or a multiple of the speed at which
+communication takes as long as computation: 0.5x, 1x, 2x. All but none need root and iproute2, because each rank then
+runs in a network namespace of its own, on cores of its own; everything is removed at the end.
+
+Examples:
+
+  weft bench
+
+  weft bench ./llama --tokens 512,2048 --link 0.5x,1x,2x --overlap iso:2,iso:2/4,tiles:4,rs --html report.html
+
+  weft bench ./llama --prompts 4 --tokens 2048 --link 200mbit --overlap requests:2,iso:2 --wire exact,bf16
+"""
+
+
+def bench(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
+    tokens: Annotated[str, typer.Option(help="Lengths of the batch.")] = "512",
+    tp: Annotated[str, typer.Option("--tp", help="Numbers of ranks.")] = "2",
+    link: Annotated[
+        str, typer.Option(help="none, speeds such as 500mbit, or multiples of balance such as 1x.")
+    ] = "none",
+    overlap: Annotated[
+        str, typer.Option(help="Strategies; see docs/strategies.md. serial is always measured.")
+    ] = "iso:2,iso:2/4,tiles:4",
+    wire: Annotated[str, typer.Option(help="How partials travel: exact, bf16.")] = "exact",
+    prompts: Annotated[int, typer.Option(help="Prompts that the tokens of a batch are divided over.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Rounds of each point, one more to warm up not counted.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Threads of each rank; default: cores / ranks.")] = None,
+    shares: Annotated[str | None, typer.Option(help="Relative sizes of the ranks' parts, as in 2,1.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a report with plots and timelines to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write saving against link speed to this .svg file.")] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Write serial's and the best's timeline to this .json, .svg or .html file.")
+    ] = None,
+) -> None:
+    """See HELP."""
+    directory = locate(model)
+    config = ModelConfig.from_directory(directory)
+    grid = Grid(
+        tokens=numbers(tokens, "--tokens"), ranks=numbers(tp, "--tp"),
+        links=tuple(Link.parse(one) for one in words(link, "--link")), overlaps=words(overlap, "--overlap"),
+        wires=words(wire, "--wire"), prompts=prompts, rounds=rounds, threads=threads, shares=relative_shares(shares),
+    )  # fmt: skip
+    for name in grid.wires:
+        one_of(name, "--wire", WIRES)
+    for option, path in (("--json", json_file), ("--html", html), ("--plot", plot), ("--timeline", timeline)):
+        demand_writable(path, option)
+    if timeline is not None:
+        demand_form(timeline, "--timeline")
+    if plot is not None and (plot.suffix != ".svg" or sum(one.shaped for one in grid.links) < 2):
+        raise InputError(f"--plot {plot}: give a name that ends in .svg, and at least two links with a speed")
+    grid.demand(config)
+    if grid.shaped:
+        demand_namespaces()
+    machine = describe(config, grid.threads_of(max(grid.ranks)))
+    files = _Files(json_file, html, plot, timeline, machine, _about(directory, config))
+    _measure_and_tell(directory, config, grid, files)
+
+
+def _measure_and_tell(directory: Path, config: ModelConfig, grid: Grid, files: _Files) -> None:
+    """Whatever ends the measurement, what there is by then is shown and written."""
+    console, ended = Console(stderr=True), None
+    with _progress(console) as watch, _interruptible():
+        measuring = Bench(directory, config, grid, watch, files.keep)
+        try:
+            measuring.run()
+        except (KeyboardInterrupt, InputError, WorkerFailed) as error:
+            ended = error
+    wide = max(Console().width, 112)  # the tables' width: in a narrow terminal lines are better wrapped than cells
+    _show(Console(width=wide), measuring.points, files.machine)
+    files.write(measuring.points, complete=ended is None)
+    if isinstance(ended, KeyboardInterrupt):
+        console.print(f"interrupted; {len(measuring.points)} points were measured, the last one perhaps in part")
+        raise typer.Exit(130)
+    if ended is not None:
+        raise ended
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What the user wants written, and what goes into it."""
+
+    json: Path | None
+    html: Path | None
+    plot: Path | None
+    timeline: Path | None
+    machine: dict[str, Any]
+    model: dict[str, Any]
+
+    def keep(self, points: Sequence[Point]) -> None:
+        """After every point: a crash of the machine then costs one point. A full disk is told of at the end."""
+        if self.json is not None:
+            with suppress(InputError):
+                write(self.json, as_json(self.machine, self.model, points, complete=False))
+
+    def write(self, points: Sequence[Point], complete: bool) -> None:
+        """All of them; raises `InputError` for the first that can't be written when the others are."""
+        texts: list[tuple[Path, Callable[[], str]]] = []
+        if self.json is not None:
+            texts.append((self.json, lambda: as_json(self.machine, self.model, points, complete)))
+        if self.html is not None:
+            texts.append((self.html, lambda: report(self.machine, self.model, points, complete)))
+        if self.plot is not None and groups(points):
+            texts.append((self.plot, lambda: saving_plot(groups(points)[0])))
+        if self.timeline is not None and points:
+            path, shown = self.timeline, timelines(most_to_hide(points))
+            texts.append((path, lambda: timelines_as(path, shown[::-1])))  # .json holds one: the best
+        errors = []
+        for path, text in texts:
+            try:
+                write(path, text())
+            except InputError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+
+def _about(directory: Path, config: ModelConfig) -> dict[str, Any]:
+    return {
+        "name": directory.name, "type": config.model_type, "layers": config.layers, "hidden": config.hidden,
+        "intermediate": config.intermediate, "heads": config.heads, "kv_heads": config.kv_heads,
+        "vocabulary": config.vocabulary,
+    }  # fmt: skip
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar with what is running and how long is left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=600) as bar:
+        task = bar.add_task("")
+        yield lambda done, everything, text: bar.update(task, completed=done, total=everything, description=text)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """An end asked for by another process is treated like Ctrl-C: namespaces are removed, results kept."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _show(console: Console, points: Sequence[Point], machine: dict[str, Any]) -> None:
+    for point in points:
+        table = Table(
+            box=SIMPLE_HEAD,
+            title=heading(point),
+            title_justify="left",
+            caption=bounds(point, machine),
+            caption_justify="left",
+        )
+        for number, name in enumerate(COLUMNS):
+            table.add_column(name, justify="left" if number < 2 else "right")
+        for measured in point.measured:
+            table.add_row(*cells(measured), style="bold" if measured is point.best else "")
+        console.print(table)
+    if points:
+        console.print(conclusion(points), style="bold")
+        console.print(f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date']}")

@@ -1,0 +1,134 @@
+"""Draws timelines as SVG: two lanes a rank, steps coloured by their part of the model, waiting marked.
+
+Everything is placed in percent of the drawing's width, so that a page can stretch it. Knows timelines; knows nothing
+of how they were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from html import escape
+from math import log10
+
+from weft.program.steps import Lane
+from weft.timeline.timeline import Event, Timeline, Wait
+
+LANE, GAP, TOP, AXIS = 22, 10, 4, 20  # heights in pixels
+LABELS = 120  # width of the lanes' names
+WIDTH = 1200
+
+STYLE = """
+.weft{--ink:#1f2933;--paper:#fff;--faint:#9aa5b1;--lane:#eef1f4;--attention:#2f7fd6;--mlp:#e8a33d;--other:#8f6bc9;
+--wait:#d64545;font:13px system-ui,sans-serif;color:var(--ink)}
+@media (prefers-color-scheme:dark){.weft{--ink:#e4e7eb;--paper:#11151a;--faint:#7b8794;--lane:#222a33;
+--attention:#5aa2ee;--mlp:#f0b95b;--other:#b295e6;--wait:#ff7b72}}
+.weft text{fill:var(--ink)} .weft .faint{fill:var(--faint);font-size:11px}
+.weft .title{font-weight:600;font-size:14px} .weft .lane{fill:var(--lane)} .weft .tick{stroke:var(--lane)}
+.weft .step{stroke:var(--paper);stroke-width:.5} .weft .attention{fill:var(--attention)} .weft .mlp{fill:var(--mlp)}
+.weft .other{fill:var(--other)} .weft .network{opacity:.75}
+.weft .wait{fill:var(--wait);fill-opacity:.55} .weft .idle{fill:none} .weft .same{stroke:var(--ink);stroke-width:2}
+"""
+
+
+def svg(timelines: Sequence[Timeline]) -> str:
+    """A picture of its own, for a browser or a README: one timeline below the other, on one scale."""
+    scale = max((timeline.seconds for timeline in timelines), default=0.0) or 1.0
+    parts, y = [], 10
+    for timeline in timelines:
+        height = panel_height(timeline)
+        parts.append(f'<text class="title" x="12" y="{y + 12}">{escape(heading(timeline))}</text>')
+        parts.append(f'<text x="12" y="{y + 31}">{escape(timeline.verdict())}</text>')
+        parts += [f'<text x="12" y="{y + 40 + top + 16}">{escape(name)}</text>' for name, top in lane_names(timeline)]
+        inner = "".join(panel(timeline, scale))
+        parts.append(f'<svg x="{LABELS}" y="{y + 40}" width="{WIDTH - LABELS - 24}" height="{height}">{inner}</svg>')
+        y += 40 + height + 12
+    parts.append(f'<g transform="translate({LABELS} {y})">{legend()}</g>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="weft" viewBox="0 0 {WIDTH} {y + 24}" width="{WIDTH}">'
+        f'<style>{STYLE}</style><rect width="100%" height="100%" fill="var(--paper)"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def heading(timeline: Timeline) -> str:
+    """What is drawn: title, measured or predicted, seconds."""
+    return " · ".join(part for part in (timeline.title, timeline.source, f"{timeline.seconds * 1e3:.1f} ms") if part)
+
+
+def panel_height(timeline: Timeline) -> int:
+    """Pixels that `panel` takes."""
+    return TOP + len(timeline.ranks) * (2 * LANE + 2 + GAP) + AXIS
+
+
+def lane_names(timeline: Timeline) -> Iterator[tuple[str, int]]:
+    """Each lane's name and the y of its top within the panel."""
+    for place, rank in enumerate(timeline.ranks):
+        for offset, lane in enumerate(Lane):
+            yield f"rank {rank} {lane}", TOP + place * (2 * LANE + 2 + GAP) + offset * (LANE + 2)
+
+
+def panel(timeline: Timeline, scale: float) -> Iterator[str]:
+    """The lanes of every rank and the axis below; `scale` is how many seconds the whole width stands for."""
+    tops = dict(lane_names(timeline))
+    yield from _axis(scale, panel_height(timeline))
+    for rank in timeline.ranks:
+        for lane in Lane:
+            y = tops[f"rank {rank} {lane}"]
+            yield f'<rect class="lane" x="0" y="{y}" width="{_percent(timeline.seconds, scale)}" height="{LANE}"/>'
+            for event in timeline.lane(rank, lane):
+                yield _step(event, timeline.begin, scale, y)
+        for wait in timeline.waits(rank):
+            yield _wait(wait, rank, timeline.begin, scale, tops[f"rank {rank} {Lane.COMPUTE}"])
+
+
+def _step(event: Event, begin: float, scale: float, y: int) -> str:
+    part = event.stage.rpartition(".")[2]
+    colour = part if part in ("attention", "mlp") else "other"
+    tip = f"rank {event.rank}: {event.kind} {event.stage} {event.rows}\n{_span(event.start - begin, event.seconds)}"
+    return (
+        f'<rect class="step {colour} {event.lane}" data-key="{event.stage} {event.rows}" '
+        f'x="{_percent(event.start - begin, scale)}" y="{y}" width="{_percent(event.seconds, scale)}" '
+        f'height="{LANE}"><title>{escape(tip)}</title></rect>'
+    )
+
+
+def _wait(wait: Wait, rank: int, begin: float, scale: float, y: int) -> str:
+    seconds = wait.stop - wait.start
+    why = f"while {wait.behind.kind} {wait.behind.stage} {wait.behind.rows} travels" if wait.behind else "both lanes"
+    tip = f"rank {rank}: computes nothing {why}\n{_span(wait.start - begin, seconds)}"
+    return (
+        f'<rect class="{"wait" if wait.behind else "idle"}" x="{_percent(wait.start - begin, scale)}" y="{y}" '
+        f'width="{_percent(seconds, scale)}" height="{LANE}"><title>{escape(tip)}</title></rect>'
+    )
+
+
+def _span(start: float, seconds: float) -> str:
+    return f"{start * 1e3:.2f} to {(start + seconds) * 1e3:.2f} ms ({seconds * 1e3:.2f} ms)"
+
+
+def _axis(scale: float, height: int) -> Iterator[str]:
+    step = _nice(scale / 8)
+    for number in range(int(scale / step) + 1):
+        x = _percent(number * step, scale)
+        yield f'<line class="tick" x1="{x}" x2="{x}" y1="0" y2="{height - AXIS + 4}"/>'
+        yield f'<text class="faint" x="{x}" dx="2" y="{height - 4}">{number * step * 1e3:g} ms</text>'
+
+
+def _nice(seconds: float) -> float:
+    """The next larger one of 1, 2, 5, 10, … of some power of ten."""
+    power: float = 10.0 ** int(log10(seconds) // 1)
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= seconds * 0.999)
+
+
+def _percent(seconds: float, scale: float) -> str:
+    return f"{100 * seconds / scale:.4f}%"
+
+
+def legend() -> str:
+    entries = (("attention", "attention"), ("mlp", "mlp"), ("other", "embed, head"),
+               ("wait", "computes nothing while something travels: exposed"), ("lane", "idle"))  # fmt: skip
+    x, parts = 0, []
+    for colour, text in entries:
+        parts.append(f'<rect class="{colour}" x="{x}" y="0" width="14" height="12"/>')
+        parts.append(f'<text x="{x + 20}" y="11">{text}</text>')
+        x += 44 + 7 * len(text)
+    return "".join(parts)
