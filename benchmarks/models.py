@@ -1,8 +1,12 @@
-"""Random models of given sizes, for benchmarks: speed doesn't depend on what the weights are."""
+"""Random models of given sizes, for benchmarks: speed doesn't depend on what the weights are.
+
+python benchmarks/models.py h2048        makes it if it isn't there, and prints its directory
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
@@ -44,3 +48,10 @@ def random_llama(name: str) -> Path:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(directory, max_shard_size="8GB")
     return directory
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] and sys.argv[1] in SIZES:
+        print(random_llama(sys.argv[1]))
+    else:
+        sys.exit(f"give one of {', '.join(SIZES)}")

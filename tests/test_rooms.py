@@ -9,6 +9,7 @@ from pathlib import Path
 
 TORCH_FREE = (
     "weft", "weft.errors", "weft.config", "weft.program.check", "weft.program.build", "weft.timeline.terminal",
+    "weft.timeline.files",
     "weft.plan.planner", "weft.batching.batcher", "weft.batching.params", "weft.execute.protocol",
     "weft.execute.controller", "weft.launch.namespaces", "weft.model.families", "weft.model.shares",
 )  # fmt: skip

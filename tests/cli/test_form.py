@@ -7,12 +7,17 @@ import typer.main
 from weft.cli.main import app
 
 FORM = {
+    "bench": [
+        "--html", "--json", "--link", "--overlap", "--plot", "--prompts", "--rounds", "--shares", "--threads",
+        "--timeline", "--tokens", "--tp", "--wire", "model",
+    ],
     "doctor": ["--json"],
     "generate": [
         "--compare", "--json", "--max-tokens", "--min-p", "--overlap", "--repetition-penalty", "--reproducible",
         "--seed", "--shares", "--stop", "--temperature", "--threads", "--timeline", "--top-k", "--top-p", "--tp",
         "--wire", "model", "prompt",
     ],
+    "timeline": ["--out", "--width", "files"],
 }  # fmt: skip
 
 

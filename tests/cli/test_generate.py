@@ -50,9 +50,12 @@ def test_json_and_timeline(tmp_path: Path) -> None:
     assert comparison["tokens"] == result["prompt_tokens"]
     assert comparison["bound"] >= 0.99 * max(comparison["compute_alone"], comparison["network_alone"])
     assert len(comparison["seconds"]) == 5 and comparison["bytes_on_wire"] > 0
-    from weft.timeline.timeline import Timeline
-
-    assert Timeline.from_json(path.read_text()).ranks == [0, 1]
+    drawn = weft("timeline", str(path), "--width", "60").stdout
+    assert "rank 1 network" in drawn and "% of the communication is hidden" in drawn
+    picture = tmp_path / "t.svg"
+    weft("timeline", str(path), str(path), "--out", str(picture))
+    assert picture.read_text().count("iso:2/4, wire exact") == 2
+    assert "t.png: give a name that ends in one of .svg" in weft("timeline", str(path), "--out", "t.png", code=2).stderr
 
 
 def test_the_same_seed_at_any_number_of_ranks() -> None:
@@ -74,7 +77,8 @@ def test_the_same_seed_at_any_number_of_ranks() -> None:
         (("--tp", "2", "--shares", "a,b"), "weft: --shares 'a,b' is not a list of numbers"),
         (("--temperature", "-1"), "weft: temperature -1.0 is not allowed; give a number from 0 to 100"),
         (("--max-tokens", "0"), "weft: max_tokens 0 is not allowed"),
-        (("--timeline", "x.png"), "weft: --timeline x.png: give a file that ends in .json"),
+        (("--timeline", "x.png"), "weft: --timeline x.png: give a name that ends in one of .json"),
+        (("--timeline", "x.svg"), "weft: --timeline x.svg shows what --compare measures; give both"),
     ],
 )
 def test_options_that_are_not_allowed(arguments: tuple[str, ...], line: str) -> None:

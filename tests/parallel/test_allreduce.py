@@ -12,6 +12,7 @@ from weft.parallel.allreduce import (
     ONE_SHOT_BYTES,
     all_gather,
     all_reduce,
+    exchange,
     gather_columns,
     one_shot,
     reduce_scatter,
@@ -36,7 +37,7 @@ def partials(count: int, rows: int, width: int = 24) -> list[torch.Tensor]:
     return [torch.randn(rows, width, generator=generator) for _ in range(count)]
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 50, 1001])
+@pytest.mark.parametrize("rows", [1, 2, 3, 50, 1001, 2003])
 @pytest.mark.parametrize("algorithm", [one_shot, two_shot, all_reduce])
 def test_exact_sums_are_in_rank_order(world, rows: int, algorithm) -> None:
     threads, groups = world
@@ -49,9 +50,11 @@ def test_exact_sums_are_in_rank_order(world, rows: int, algorithm) -> None:
 
 
 @pytest.mark.parametrize("wire", ["exact", "bf16"])
-@pytest.mark.parametrize("algorithm", [one_shot, two_shot])
+@pytest.mark.parametrize("algorithm", [one_shot, two_shot, exchange])
 def test_ranks_agree_and_cuts_do_not_matter(world, wire: str, algorithm) -> None:
     threads, groups = world
+    if algorithm is exchange and len(groups) != 2:
+        pytest.skip("an exchange is between two ranks")
     parts, codec = partials(len(groups), 200), codec_named(wire)
     whole = threads.each(lambda rank: algorithm(groups[rank], codec, parts[rank].clone()))
     cut = threads.each(

@@ -22,8 +22,8 @@ def test_lanes_over_time() -> None:
     assert lines[1] == f"rank 0 compute  MMMM{IDLE * 4}MM{IDLE * 6}"
     assert lines[2] == f"rank 0 network  {IDLE * 4}{'M' * 8}{IDLE * 4}"
     assert lines[4] == f"rank 1 network  {IDLE * 4}{'M' * 12}"
-    assert "communicating 2000.0 ms, 25% of it while computing" in lines[-1]
+    assert lines[-1].strip() == "measured: 0% of the communication is hidden; 3000.0 of 4000.0 ms wait for it"
 
 
 def test_nothing_to_draw() -> None:
-    assert "computing 0.0 ms" in drawn(Timeline((), "measured"), 10)[-1]
+    assert "nothing is communicated" in drawn(Timeline((), "measured"), 10)[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 
 import pytest
 
@@ -33,13 +33,40 @@ def test_sums() -> None:
     assert [e.start for e in TIMELINE.lane(0, Lane.COMPUTE)] == [0.0, 2.0]
 
 
-def test_json_round_trips(tmp_path: Path) -> None:
-    path = tmp_path / "t.json"
-    TIMELINE.save(path)
-    assert Timeline.from_json(path.read_text()) == TIMELINE
+def test_waits_are_split_where_the_network_starts_and_stops() -> None:
+    waits = [(wait.start, wait.stop, wait.behind is not None) for wait in TIMELINE.waits(0)]
+    assert waits == [(1.0, 2.0, True), (2.5, 3.0, True), (3.0, 4.0, False)]
+    assert [(wait.start, wait.stop) for wait in TIMELINE.waits(1)] == [(0.0, 0.5), (1.0, 4.0)]
+    assert TIMELINE.exposed(0) == 1.5 and TIMELINE.exposed(1) == 3.0
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"events": [[1]], "source": "x"}'])
+def test_verdict() -> None:
+    assert TIMELINE.verdict() == "0% of the communication is hidden; 3000.0 of 4000.0 ms wait for it"
+    assert "nothing is communicated" in Timeline(TIMELINE.events[:1], "measured").verdict()
+
+
+def test_json_round_trips_and_is_a_chrome_trace() -> None:
+    titled = Timeline(TIMELINE.events, "predicted", "iso:2, wire exact")
+    assert Timeline.from_json(titled.to_json()) == titled
+    trace = json.loads(titled.to_json())
+    steps = [entry for entry in trace["traceEvents"] if entry["ph"] == "X"]
+    assert steps[1] | {"args": None} == {
+        "ph": "X", "name": "L0.mlp 0:4", "cat": "reduce", "pid": 0, "tid": 2, "ts": 1e6, "dur": 2e6, "args": None,
+    }  # fmt: skip
+    names = {(e["pid"], e["tid"], e["args"]["name"]) for e in trace["traceEvents"] if e["name"] == "thread_name"}
+    assert names == {(0, 1, "compute"), (0, 2, "network"), (1, 1, "compute"), (1, 2, "network")}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"traceEvents": [{"ph": "X"}], "otherData": {"source": "x", "title": ""}}',
+        '{"traceEvents": [1], "otherData": {}}',
+    ],
+)
 def test_what_is_no_timeline_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="not a timeline"):
         Timeline.from_json(text)

@@ -66,6 +66,8 @@ class Grid:
 
     def demand(self, model: ModelConfig) -> None:
         """Raises `InputError` for what can't be measured with this model on this machine, before anything starts."""
+        for name, number in (("--prompts", self.prompts), ("--rounds", self.rounds), ("--threads", self.threads)):
+            positive(number, name)
         for tokens in self.tokens:
             positive(tokens, "--tokens")
             if tokens > model.max_length * self.prompts:
@@ -75,8 +77,6 @@ class Grid:
                 )
             if tokens < self.prompts:
                 raise InputError(f"--tokens {tokens} can't be divided over {self.prompts} prompts")
-        for name, number in (("--prompts", self.prompts), ("--rounds", self.rounds), ("--threads", self.threads)):
-            positive(number, name)
         for ranks in self.ranks:
             positive(ranks, "--tp")
             threads = self.threads_of(ranks)
@@ -188,26 +188,17 @@ class Bench:
     def _balance(
         self, engine: Engine, launcher: NamespaceLauncher | None, batch: Batch, ids: list[int]
     ) -> float | None:
-        """Bits a second at which serial's messages alone take as long as its computation alone; None if not needed."""
         if launcher is None or all(link.times is None for link in self.grid.links):
             return None
         self.watch(self._done, self._all, f"{batch.tokens} tokens: looking for the balance")
-        rate = FIRST_GUESS
-        for _ in range(3):  # each time from closer by: fixed costs of a message are in it then
-            launcher.shape(_mbit(rate))
-            comparing = Comparing(engine, batch, ids, [Variant("serial", self.grid.wires[0])])
-            for _ in range(3):
-                comparing.round()
-            compute = median(r.compute_alone for r in comparing.rounds)
-            rate *= median(r.network_alone[self.grid.wires[0]] for r in comparing.rounds) / compute
-        return rate
+        return balance_rate(engine, launcher, batch, ids, self.grid.wires[0])
 
     def _point(
         self, engine: Engine, launcher: NamespaceLauncher | None, batch: Batch, ids: list[int], link: Link,
         balance: float | None,
     ) -> None:  # fmt: skip
         grid, ranks = self.grid, engine.config.ranks
-        text = link.text if link.times is None or balance is None else _mbit(balance * link.times)
+        text = link.text if link.times is None or balance is None else mbit(balance * link.times)
         sent: SENT | None = None
         if launcher is not None:
             launcher.shape(None if text == "none" else text)
@@ -233,5 +224,21 @@ class Bench:
         return sum(self.grid.tokens) * rounds
 
 
-def _mbit(rate: float) -> str:
+def balance_rate(
+    engine: Engine, launcher: NamespaceLauncher, batch: Batch, ids: list[int], wire: str = "exact"
+) -> float:
+    """Bits a second at which serial's messages alone take as long as its computation alone."""
+    rate = FIRST_GUESS
+    for _ in range(3):  # each time from closer by: fixed costs of a message are in it then
+        launcher.shape(mbit(rate))
+        comparing = Comparing(engine, batch, ids, [Variant("serial", wire)])
+        for _ in range(3):
+            comparing.round()
+        compute = median(r.compute_alone for r in comparing.rounds)
+        rate *= median(r.network_alone[wire] for r in comparing.rounds) / compute
+    return rate
+
+
+def mbit(rate: float) -> str:
+    """Bits a second as a link's text."""
     return f"{rate / 1e6:.1f}mbit"

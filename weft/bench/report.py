@@ -65,7 +65,7 @@ def conclusion(points: Sequence[Point]) -> str:
     known = [p.best.overlap_efficiency for p in points if p.best.overlap_efficiency is not None]
     if not known:
         return "Nothing was communicated, so there was nothing to hide."
-    line = f"Best strategy of each point: overlap efficiency {median(known):.2f} in the median of {len(known)} points"
+    line = f"Best strategy of each point: overlap efficiency {median(known):.2f} in the median of {_points(len(known))}"
     line += f" ({min(known):.2f} to {max(known):.2f}), saving up to {max(p.best.saving for p in points):.1%}."
     wrong = sum(m.above_ceiling for p in points for m in p.measured)
     if wrong:
@@ -74,6 +74,10 @@ def conclusion(points: Sequence[Point]) -> str:
             "of serial's time: the machine drifted between the runs of a round, or something else ran; measure again."
         )
     return line
+
+
+def _points(count: int) -> str:
+    return "1 point" if count == 1 else f"{count} points"
 
 
 def report(machine: Mapping[str, Any], model: Mapping[str, Any], points: Sequence[Point], complete: bool) -> str:

@@ -198,7 +198,7 @@ def _show(console: Console, points: Sequence[Point], machine: dict[str, Any]) ->
             caption_justify="left",
         )
         for number, name in enumerate(COLUMNS):
-            table.add_column(name, justify="left" if number < 2 else "right")
+            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=number < 2)
         for measured in point.measured:
             table.add_row(*cells(measured), style="bold" if measured is point.best else "")
         console.print(table)

@@ -23,8 +23,9 @@ def words(text: str, name: str) -> tuple[str, ...]:
 
 def numbers(text: str, name: str) -> tuple[int, ...]:
     """Whole numbers separated by commas. Raises `InputError`."""
+    listed = words(text, name)
     try:
-        return tuple(int(word) for word in words(text, name))
+        return tuple(int(word) for word in listed)
     except ValueError:
         raise InputError(f"{name} {text!r} is not a list of whole numbers; write it like 512,2048") from None
 

@@ -21,7 +21,12 @@ LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
 class LocalLauncher:
-    """Children on this machine, reached over loopback. `prefix(index)` goes before each command."""
+    """Children on this machine, reached over loopback. `prefix(index)` goes before each command.
+
+    `command` is what is started, with `--join` and `--address` behind it.
+    """
+
+    command: Sequence[str] = (sys.executable, "-m", "weft.execute.worker")
 
     def __init__(self) -> None:
         self._children: list[subprocess.Popen[bytes]] = []
@@ -31,9 +36,8 @@ class LocalLauncher:
         """Starts the children, each with its own environment and a log of what it prints."""
         for index in range(count):
             log = tempfile.TemporaryFile(prefix="weft-worker-")  # noqa: SIM115 (closed by stop)
-            command = [*self.prefix(index), sys.executable, "-m", "weft.execute.worker", "--join", address]
             child = subprocess.Popen(
-                [*command, "--address", self.data_address(index)],
+                [*self.prefix(index), *self.command, "--join", address, "--address", self.data_address(index)],
                 env=self.environment(index, threads, token), stdin=subprocess.PIPE, stdout=log, stderr=log,
                 start_new_session=True,  # Ctrl-C is for the engine, which then ends its workers
             )  # fmt: skip

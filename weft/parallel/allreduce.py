@@ -2,8 +2,9 @@
 
 two-shot (large)  encode, exchange shards, decode and sum, encode, exchange sums, decode: bandwidth-optimal
 one-shot (small)  encode, gather everything everywhere, decode and sum: one hop
+exchange (large, two ranks)  the same by one message each way: two ranks' two-shot sends as many bytes in two hops
 
-An element's sum is p0 + p1 + p2 + … in either, so it depends neither on the algorithm nor on where the batch was
+An element's sum is p0 + p1 + p2 + … in each, so it depends neither on the algorithm nor on where the batch was
 cut; and every rank decodes the same bytes, its own contribution included, so all end with the same bits.
 Direct sends and receives, because gloo's all_to_all and all_gather don't use both directions of a link at once.
 Knows groups and codecs; knows nothing of stages.
@@ -28,6 +29,8 @@ def all_reduce(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
         return partial_TM
     if codec.empty(partial_TM[:1]).nbytes * partial_TM.shape[0] <= ONE_SHOT_BYTES:
         return one_shot(group, codec, partial_TM)
+    if group.world == 2:
+        return exchange(group, codec, partial_TM)
     return two_shot(group, codec, partial_TM)
 
 
@@ -37,6 +40,19 @@ def one_shot(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
     codec.decode(gathered[0], partial_TM)
     for encoded in gathered[1:]:
         codec.add(partial_TM, encoded, partial_TM)
+    return partial_TM
+
+
+def exchange(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
+    """Swaps whole partials with the only other rank. Two terms give the same bits in either order."""
+    received = codec.empty(partial_TM)
+    receiving = group.receive(received, 1 - group.rank)
+    encoded = codec.encode(partial_TM)
+    sending = group.send(encoded, 1 - group.rank)
+    receiving.wait()
+    sending.wait()
+    codec.decode(encoded, partial_TM)
+    codec.add(partial_TM, received, partial_TM)
     return partial_TM
 
 

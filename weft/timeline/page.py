@@ -26,7 +26,8 @@ label{color:var(--faint)} .scrolling{overflow-x:auto}
 """
 
 SCRIPT = """
-const tip = document.getElementById("tip"), steps = [...document.querySelectorAll("title")].map(title => title.parentNode);
+const tip = document.getElementById("tip");
+const steps = [...document.querySelectorAll("title")].map(title => title.parentNode);
 const lit = [];
 for (const step of steps) {
   if (step.tagName !== "rect") continue;

@@ -1,0 +1,94 @@
+"""Grids: what is asked for, what can't be, and a real one measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from weft.bench.grid import Bench, Grid, Link
+from weft.config import ModelConfig, available_cores
+from weft.errors import InputError
+
+
+def grid(**changes: object) -> Grid:
+    given = {"tokens": (64,), "ranks": (2,), "links": (Link("none"),), "overlaps": ("iso:2",), "wires": ("exact",)}
+    return Grid(**{**given, "threads": 1, "rounds": 2, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "times", "shaped"),
+    [("none", None, False), ("500mbit", None, True), ("2x", 2.0, True), ("0.25x", 0.25, True), (".5x", 0.5, True)],
+)
+def test_links(text: str, times: float | None, shaped: bool) -> None:
+    link = Link.parse(text)
+    assert (link.times, link.shaped) == (times, shaped)
+
+
+@pytest.mark.parametrize("text", ["", "0x", "x", "fast", "-1x", "500", "0mbit"])
+def test_what_is_no_link(text: str) -> None:
+    with pytest.raises(InputError, match="is not a speed; write it like 500mbit"):
+        Link.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"tokens": (0,)}, "--tokens 0 is not allowed"),
+        ({"tokens": (-5,)}, "--tokens -5 is not allowed"),
+        ({"tokens": (5000,)}, "--tokens 5000 is more than the model's context of 2048"),
+        ({"tokens": (3,), "prompts": 4}, "--tokens 3 can't be divided over 4 prompts"),
+        ({"ranks": (0,)}, "--tp 0 is not allowed"),
+        ({"ranks": (available_cores() + 1,)}, "ranks that share cores measure each other"),
+        ({"threads": available_cores()}, f"needs {2 * available_cores()} cores, and {available_cores()} are there"),
+        ({"rounds": 0}, "--rounds 0 is not allowed"),
+        ({"prompts": 0}, "--prompts 0 is not allowed"),
+        ({"overlaps": ("magic",)}, "'magic' is not a strategy"),
+        ({"overlaps": ("requests:2",)}, "cuts between prompts, and there is one; give --prompts 2"),
+    ],
+)
+def test_what_can_not_be_measured(packaged: Path, changes: dict[str, object], line: str) -> None:
+    with pytest.raises(InputError, match=line):
+        grid(**changes).demand(ModelConfig.from_directory(packaged))
+
+
+def test_a_grid(packaged: Path) -> None:
+    said: list[tuple[int, int, str]] = []
+    kept: list[int] = []
+    bench = Bench(
+        packaged, ModelConfig.from_directory(packaged), grid(tokens=(32, 64), ranks=(1, 2), wires=("exact", "bf16")),
+        lambda *what: said.append(what), lambda points: kept.append(len(points)),
+    )  # fmt: skip
+    bench.run()
+    assert [(point.tp, point.tokens) for point in bench.points] == [(1, 32), (1, 64), (2, 32), (2, 64)]
+    assert kept == [1, 2, 3, 4]
+    assert [(m.overlap, m.wire) for m in bench.points[2].measured] == [
+        ("serial", "exact"), ("serial", "bf16"), ("iso:2", "exact"), ("iso:2", "bf16"),
+    ]  # fmt: skip
+    assert all(done <= everything for done, everything, _ in said) and "2 ranks, link none: round 2 of 2" in said[-1][2]
+    runs = list(bench.points[3].as_json())
+    design = {
+        "tokens", "tp", "link", "overlap", "wire", "plan", "seconds", "median", "compute_alone", "network_alone",
+        "bound", "serial_median", "saving", "saving_bound", "overlap_efficiency", "exposed", "bytes_on_wire",
+        "predicted",
+    }  # fmt: skip
+    assert design <= set(runs[0]) and len(runs[0]["seconds"]) == 2
+    assert runs[0]["bytes_on_wire"] > 1.9 * runs[1]["bytes_on_wire"] > 0
+
+
+def test_an_interruption_keeps_what_was_measured(packaged: Path) -> None:
+    def watch(done: int, everything: int, text: str) -> None:
+        if text.endswith("round 2 of 2"):
+            raise KeyboardInterrupt
+
+    bench = Bench(packaged, ModelConfig.from_directory(packaged), grid(), watch)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run()
+    assert [len(point.measured[0].seconds) for point in bench.points] == [1]
+
+
+def test_prompts_divide_the_tokens(packaged: Path) -> None:
+    config = ModelConfig.from_directory(packaged)
+    bench = Bench(packaged, config, grid(prompts=3, overlaps=("requests:3",), rounds=1), lambda *what: None)
+    bench.run()
+    assert "attention 0:22 22:43 43:64" in bench.points[0].best.plan
