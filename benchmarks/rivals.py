@@ -57,7 +57,7 @@ class ByHand:
 
     def __init__(self, decoder: Decoder, group: Group, vocabulary: list[int]) -> None:
         self.decoder, self.group, self.vocabulary = decoder, group, vocabulary
-        self.pool = ThreadPoolExecutor(1, initializer=lambda: torch.inference_mode().__enter__())
+        self.pool = ThreadPoolExecutor(1)
 
     def tiles(self, forward: Forward, count: int) -> torch.Tensor:
         """Every stage whole; its last projection in tiles, each summed while the next one is computed."""
@@ -70,7 +70,7 @@ class ByHand:
             sums = []
             for start, stop in pairwise(edges):
                 partial = stage.tail(features[start:stop])
-                sums.append((start, stop, partial, self.pool.submit(all_reduce, self.group, EXACT, partial)))
+                sums.append((start, stop, partial, self.pool.submit(self._sum, partial)))
             for start, stop, partial, under_way in sums:
                 under_way.result()
                 hidden[start:stop] += partial
@@ -88,11 +88,15 @@ class ByHand:
                     under_way.result()
                     mine += partial
                 partial = stage.tail(stage.body(forward, stage.enter(mine), rows))
-                sums[rows] = partial, self.pool.submit(all_reduce, self.group, EXACT, partial)
+                sums[rows] = partial, self.pool.submit(self._sum, partial)
         for rows, (partial, under_way) in sums.items():
             under_way.result()
             hidden[rows.start : rows.stop] += partial
         return self._logits(forward, hidden)
+
+    @torch.inference_mode()
+    def _sum(self, partial: torch.Tensor) -> torch.Tensor:
+        return all_reduce(self.group, EXACT, partial)
 
     def _layers(self) -> list:  # type: ignore[type-arg]
         return [stage for name, stage in self.decoder.stages.items() if name not in ("embed", "head")]

@@ -64,15 +64,25 @@ class Transformers:
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(path))
         listener.listen()
-        listener.settimeout(300)
+        listener.settimeout(1.0)
         count = 2 if launcher else 1
         self.children = [
             subprocess.Popen(_command(model, path, launcher, rank), start_new_session=True) for rank in range(count)
         ]
-        self.ranks = [listener.accept()[0].makefile("rw") for _ in range(count)]
+        self.ranks = [self._accept(listener).makefile("rw") for _ in range(count)]
         for rank in self.ranks:
             assert json.loads(rank.readline())["ready"]
         listener.close()
+
+    def _accept(self, listener: socket.socket) -> socket.socket:
+        while True:
+            try:
+                return listener.accept()[0]
+            except TimeoutError:
+                if any(child.poll() is not None for child in self.children):
+                    self.ranks = []
+                    self.close()
+                    sys.exit("transformers ended while it loaded the model; is weft[peers] installed?")
 
     def prefill(self, ids: list[int]) -> tuple[float, int]:
         """Seconds of the slowest rank and the token that follows."""
@@ -86,7 +96,8 @@ class Transformers:
         for rank in self.ranks:
             rank.close()
         for child in self.children:
-            os.killpg(child.pid, signal.SIGKILL)
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
             child.wait()
 
 

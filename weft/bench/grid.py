@@ -19,8 +19,10 @@ from weft.compare import SENT, Comparing, Measured, Variant
 from weft.config import ModelConfig, available_cores, positive
 from weft.engine import Engine
 from weft.errors import InputError
+from weft.execute.controller import RunOptions
 from weft.launch.namespaces import NamespaceLauncher, parse_link
 from weft.llm import LLM
+from weft.plan.planner import Planner
 from weft.program.batch import Batch, Segment
 from weft.program.strategy import Strategy
 from weft.timeline.timeline import median
@@ -228,14 +230,17 @@ def balance_rate(
     engine: Engine, launcher: NamespaceLauncher, batch: Batch, ids: list[int], wire: str = "exact"
 ) -> float:
     """Bits a second at which serial's messages alone take as long as its computation alone."""
-    rate = FIRST_GUESS
+    old = engine.planner
+    plan = Planner(old.stages, "serial", wire, old.granule).plan(batch)
+
+    def seconds(part: str) -> float:
+        return median(engine.probe(batch, ids, plan, RunOptions(part)).seconds for _ in range(2))
+
+    seconds("compute")  # warms up
+    compute, rate = seconds("compute"), FIRST_GUESS
     for _ in range(3):  # each time from closer by: fixed costs of a message are in it then
         launcher.shape(mbit(rate))
-        comparing = Comparing(engine, batch, ids, [Variant("serial", wire)])
-        for _ in range(3):
-            comparing.round()
-        compute = median(r.compute_alone for r in comparing.rounds)
-        rate *= median(r.network_alone[wire] for r in comparing.rounds) / compute
+        rate *= seconds("network") / compute
     return rate
 
 
