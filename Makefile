@@ -33,11 +33,13 @@ lint: .venv/ready-dev
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-# The tests of shaped links need iproute2; without it, or without root, they are skipped with the reason.
+# The tests of shaped links need iproute2, those of pages Chromium; without them they are skipped with the reason.
 .PHONY: system-packages
 system-packages:
-	@if ! command -v tc >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update -qq && apt-get install -y -qq iproute2 >/dev/null || true; fi
+	@missing=""; command -v tc >/dev/null || missing="iproute2"; \
+	command -v chromium >/dev/null || missing="$$missing chromium"; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null || true; fi
 
 clean:
 	rm -rf .venv *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

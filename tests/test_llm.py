@@ -140,8 +140,9 @@ def test_abandoned_streams_free_their_slot(two_ranks: LLM) -> None:
 
 def test_timeline_bytes_and_checksums_of_a_batch(two_ranks: LLM) -> None:
     engine, tokens = two_ranks.engine, list(range(200))
-    plan = engine.planner.plan(one_prompt(200))
-    result = engine.probe(tokens, plan, RunOptions(timeline=True, checksums=True, logits=True))
+    batch = one_prompt(200)
+    plan = engine.planner.plan(batch)
+    result = engine.probe(batch, tokens, plan, RunOptions(timeline=True, checksums=True, logits=True))
     assert result.timeline is not None and result.timeline.ranks == [0, 1]
     assert len(result.timeline.events) == 2 * len(plan.program)
     assert result.timeline.seconds <= 2 * result.seconds

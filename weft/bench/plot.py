@@ -11,6 +11,10 @@ from weft.bench.grid import Point
 from weft.compare import Variant
 
 INK = "#010203"  # stands for the colour of the text around, which matplotlib has no name for
+STYLE = (
+    ".plot{max-width:100%;height:auto;color:#1f2933}.plot text{fill:currentColor}"
+    "@media (prefers-color-scheme:dark){.plot{color:#e4e7eb}}"
+)
 UNITS = {"kbit": 1e-3, "mbit": 1.0, "gbit": 1e3}
 
 
@@ -49,7 +53,8 @@ def saving_plot(group: Sequence[Point]) -> str:
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
         pyplot.close(figure)
     svg = text.getvalue()[text.getvalue().index("<svg") :].replace(INK, "currentColor")
-    return svg.replace("<svg ", '<svg class="weft" style="max-width:100%;height:auto" ', 1)
+    head, _, rest = svg.replace("<svg ", '<svg class="plot" ', 1).partition(">")
+    return f"{head}><style>{STYLE}</style>{rest}"
 
 
 def _variants(group: Sequence[Point]) -> list[Variant]:

@@ -136,7 +136,8 @@ class _Files:
         if self.html is not None:
             texts.append((self.html, lambda: report(self.machine, self.model, points, complete)))
         if self.plot is not None and groups(points):
-            texts.append((self.plot, lambda: saving_plot(groups(points)[0])))
+            group = max(groups(points), key=lambda points: most_to_hide(points).measured[0].saving_bound)
+            texts.append((self.plot, lambda: saving_plot(group)))
         if self.timeline is not None and points:
             path, shown = self.timeline, timelines(most_to_hide(points))
             texts.append((path, lambda: timelines_as(path, shown[::-1])))  # .json holds one: the best

@@ -37,6 +37,8 @@ Examples:
   weft generate ./llama --tp 3 --shares 2,1,1 --temperature 0 --json < prompt.txt
 
   weft generate "def main(" --tp 2 --overlap iso:2/4 --compare
+
+  weft generate "def main(" --tp 2 --overlap iso:2 --timeline where-the-time-went.html
 """
 
 
@@ -82,7 +84,7 @@ def generate(
         bool, typer.Option("--compare", help="Then measure this prompt: serial, overlapped, bound; draw it.")
     ] = False,
     timeline: Annotated[
-        Path | None, typer.Option(help="With --compare: write the timeline to this .json, .svg or .html file.")
+        Path | None, typer.Option(help="--compare, and write the timelines to this .json, .svg or .html file.")
     ] = None,
 ) -> None:
     """See HELP."""
@@ -90,8 +92,6 @@ def generate(
     if timeline is not None:
         demand_form(timeline, "--timeline")
         demand_writable(timeline, "--timeline")
-        if not compare_with_serial:
-            raise InputError(f"--timeline {timeline} shows what --compare measures; give both")
     errors = Console(stderr=True)
     given = {
         "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
@@ -107,7 +107,7 @@ def generate(
         )  # fmt: skip
         output, timing = _stream(llm, text, params, show=not as_json)
         comparison = None
-        if compare_with_serial:
+        if compare_with_serial or timeline is not None:
             comparison = _compared(errors, llm, output.prompt_token_ids, overlap)
             if timeline is not None:
                 write(timeline, timelines_as(timeline, [measured.timeline for measured in comparison[::-1]]))

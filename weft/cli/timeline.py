@@ -18,7 +18,7 @@ beside overlapped, or measured beside predicted. The same .json opens in Perfett
 
 Examples:
 
-  weft generate "def main(" --tp 2 --overlap iso:2 --compare --timeline t.json
+  weft generate "def main(" --tp 2 --overlap iso:2 --timeline t.json
 
   weft timeline t.json
 
