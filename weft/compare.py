@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from weft.engine import Engine
 from weft.execute.controller import RunOptions, RunResult
-from weft.plan.planner import Plan, Planner
 from weft.program.batch import Batch, one_prompt
 from weft.timeline.timeline import Timeline, bound, median, overlap_efficiency
 
@@ -80,60 +79,63 @@ class Measured:
 
 # Of a saving, in parts of serial's time: what runs of one round differ by on a quiet machine.
 TOLERANCE = 0.02
-SENT = Callable[[], list[int]]  # bytes that each rank's device has sent so far
+
+
+class _Run(NamedTuple):
+    """One run, and the bytes that each rank's device sent for it, where that is known."""
+
+    result: RunResult
+    device: list[int] | None
 
 
 class Comparing:
     """One batch, measured round by round. The first round warms up and doesn't count.
 
-    tokens: ids of the flattened batch. `sent`: reads the devices' counters, where there are devices of their own.
+    tokens: ids of the flattened batch. `sent`: bytes that each rank's device has sent so far, where it has one of its
+    own.
     """
 
     def __init__(
-        self, engine: Engine, batch: Batch, tokens: list[int], variants: Sequence[Variant], sent: SENT | None = None
-    ) -> None:
+        self, engine: Engine, batch: Batch, tokens: list[int], variants: Sequence[Variant],
+        sent: Callable[[], list[int]] | None = None,
+    ) -> None:  # fmt: skip
         self._engine, self._batch, self._tokens, self._sent = engine, batch, tokens, sent
         wires = list(dict.fromkeys(variant.wire for variant in variants))
         both = list(dict.fromkeys([*(Variant("serial", wire) for wire in wires), *variants]))
-        self._plans = {variant: self._plan(variant) for variant in both}
+        self._plans = {variant: engine.planner.like(*variant).plan(batch) for variant in both}
         self._runs = [(variant, "both") for variant in both]
         self._runs += [(Variant("serial", wire), "network") for wire in wires] + [(both[0], "compute")]
-        self._best: dict[Variant, tuple[RunResult, list[int] | None]] = {}
+        self._best: dict[Variant, _Run] = {}  # of the rounds that count
         self._started = 0
         self.rounds: list[Round] = []
-
-    def _plan(self, variant: Variant) -> Plan:
-        old = self._engine.planner
-        return Planner(old.stages, variant.overlap, variant.wire, old.granule).plan(self._batch)
 
     def round(self) -> None:
         """Runs everything once. The order rotates from round to round, so that nothing always follows the same."""
         shift = self._started % len(self._runs)
-        seconds = {run: self._run(*run) for run in self._runs[shift:] + self._runs[:shift]}
-        compute = next(seconds[run] for run in self._runs if run[1] == "compute")
-        network = {variant.wire: seconds[variant, part] for variant, part in self._runs if part == "network"}
-        if self._started:
-            both = {variant: seconds[variant, part] for variant, part in self._runs if part == "both"}
-            self.rounds.append(Round(compute, network, both))
+        done = {run: self._run(*run) for run in self._runs[shift:] + self._runs[:shift]}
         self._started += 1
+        if self._started == 1:
+            return
+        both = {variant: run for (variant, part), run in done.items() if part == "both"}
+        network = {variant.wire: run.result.seconds for (variant, part), run in done.items() if part == "network"}
+        [compute] = [run.result.seconds for (_, part), run in done.items() if part == "compute"]
+        self.rounds.append(Round(compute, network, {variant: run.result.seconds for variant, run in both.items()}))
+        for variant, run in both.items():
+            if run.result.seconds <= self._best.get(variant, run).result.seconds:
+                self._best[variant] = run
 
-    def _run(self, variant: Variant, part: str) -> float:
-        before = self._sent() if self._sent and part == "both" else None
+    def _run(self, variant: Variant, part: str) -> _Run:
+        before = self._sent() if self._sent else None
         result = self._engine.probe(self._batch, self._tokens, self._plans[variant], RunOptions(part, timeline=True))
-        if part == "both" and self._started:
-            best = self._best.get(variant)
-            if best is None or result.seconds < best[0].seconds:
-                after = self._sent() if self._sent else []
-                device = [b - a for a, b in zip(before, after, strict=True)] if before is not None else None
-                self._best[variant] = result, device
-        return result.seconds
+        device = [b - a for a, b in zip(before, self._sent(), strict=True)] if self._sent and before else None
+        return _Run(result, device)
 
     def result(self) -> list[Measured]:
         """What the rounds came to so far (at least one), in the order of the variants, each wire's serial first."""
-        return [self._measured(variant, *self._best[variant]) for variant in self._plans]
+        return [self._measured(variant, self._best[variant]) for variant in self._plans]
 
-    def _measured(self, variant: Variant, best: RunResult, device: list[int] | None) -> Measured:
-        rounds, wire = self.rounds, variant.wire
+    def _measured(self, variant: Variant, fastest: _Run) -> Measured:
+        rounds, wire, best, device = self.rounds, variant.wire, fastest.result, fastest.device
         savings = [1 - r.seconds[variant] / r.serial(wire) for r in rounds]
         efficiencies = [overlap_efficiency(r.serial(wire), r.seconds[variant], r.bound(wire)) for r in rounds]
         known = [value for value in efficiencies if value is not None]

@@ -34,7 +34,6 @@ from weft.bench.grid import Link, balance_rate, mbit
 from weft.bench.machine import describe
 from weft.execute.controller import RunOptions
 from weft.launch.namespaces import NamespaceLauncher
-from weft.plan.planner import Planner
 from weft.program.batch import one_prompt
 from weft.timeline.timeline import median
 
@@ -50,8 +49,8 @@ class Weft:
 
     def prefill(self, ids: list[int]) -> tuple[float, int]:
         """Seconds and the token that follows."""
-        batch, old = one_prompt(len(ids)), self.engine.planner
-        plan = Planner(old.stages, self.overlap, old.wire, old.granule).plan(batch)
+        batch = one_prompt(len(ids))
+        plan = self.engine.planner.like(self.overlap, "exact").plan(batch)
         result = self.engine.probe(batch, ids, plan, RunOptions())
         return result.seconds, result.chosen[0].token
 

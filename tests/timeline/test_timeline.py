@@ -28,7 +28,7 @@ TIMELINE = Timeline(
 def test_sums() -> None:
     assert TIMELINE.ranks == [0, 1]
     assert TIMELINE.seconds == 4.0
-    assert TIMELINE.busy(Lane.COMPUTE) == 1.5 and TIMELINE.busy(Lane.NETWORK) == 3.0
+    assert TIMELINE.busy(0, Lane.COMPUTE) == 1.5 and TIMELINE.busy(1, Lane.NETWORK) == 3.0
     assert TIMELINE.overlapped(0) == 0.5 and TIMELINE.overlapped(1) == 0.0
     assert [e.start for e in TIMELINE.lane(0, Lane.COMPUTE)] == [0.0, 2.0]
 

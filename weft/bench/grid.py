@@ -15,14 +15,13 @@ from random import Random
 from typing import Any
 
 from weft.bench.machine import cores_of, prefill_flops
-from weft.compare import SENT, Comparing, Measured, Variant
+from weft.compare import Comparing, Measured, Variant
 from weft.config import ModelConfig, available_cores, positive
 from weft.engine import Engine
 from weft.errors import InputError
 from weft.execute.controller import RunOptions
 from weft.launch.namespaces import NamespaceLauncher, parse_link
 from weft.llm import LLM
-from weft.plan.planner import Planner
 from weft.program.batch import Batch, Segment
 from weft.program.strategy import Strategy
 from weft.timeline.timeline import median
@@ -201,11 +200,9 @@ class Bench:
     ) -> None:  # fmt: skip
         grid, ranks = self.grid, engine.config.ranks
         text = link.text if link.times is None or balance is None else mbit(balance * link.times)
-        sent: SENT | None = None
         if launcher is not None:
             launcher.shape(None if text == "none" else text)
-            sent = launcher.sent
-        comparing = Comparing(engine, batch, ids, grid.variants, sent)
+        comparing = Comparing(engine, batch, ids, grid.variants, launcher.sent if launcher else None)
         try:
             for number in range(grid.rounds + 1):
                 what = f"round {number} of {grid.rounds}" if number else "warming up"
@@ -215,7 +212,8 @@ class Bench:
         finally:
             if comparing.rounds:
                 measured = comparing.result()
-                flops = prefill_flops(self.model, batch.tokens, ranks)
+                shares = engine.config.shares
+                flops = prefill_flops(self.model, batch.tokens) * max(shares) / sum(shares)  # the largest rank's
                 gflops = flops / measured[0].compute_alone / 1e9
                 self.points.append(Point(batch.tokens, ranks, grid.prompts, text, link.times, gflops, measured))
                 self.kept(self.points)
@@ -230,8 +228,7 @@ def balance_rate(
     engine: Engine, launcher: NamespaceLauncher, batch: Batch, ids: list[int], wire: str = "exact"
 ) -> float:
     """Bits a second at which serial's messages alone take as long as its computation alone."""
-    old = engine.planner
-    plan = Planner(old.stages, "serial", wire, old.granule).plan(batch)
+    plan = engine.planner.like("serial", wire).plan(batch)
 
     def seconds(part: str) -> float:
         return median(engine.probe(batch, ids, plan, RunOptions(part)).seconds for _ in range(2))

@@ -77,11 +77,11 @@ def _seconds(work: Callable[[], object]) -> float:
     return median(once() for _ in range(7))
 
 
-def prefill_flops(model: ModelConfig, tokens: int, ranks: int) -> float:
-    """Floating-point operations of one rank's matrix products for a prompt; attention's own products not counted."""
+def prefill_flops(model: ModelConfig, tokens: int) -> float:
+    """Floating-point operations of all ranks' matrix products for a prompt; attention's own products not counted."""
     heads = 2 * model.heads + 2 * model.kv_heads
     layer = model.hidden * (heads * model.head_dim + 3 * model.intermediate)
-    return 2.0 * tokens * model.layers * layer / ranks
+    return 2.0 * tokens * model.layers * layer
 
 
 def cores_of(ranks: int, threads: int) -> tuple[int, ...]:

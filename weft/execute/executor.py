@@ -154,6 +154,7 @@ class _Run:
         """This rank's part of the rows; the all_gather that follows fills in the rest, in the same memory."""
         self._absorb(step.rows)
         hidden, mine = self._hidden(step.rows), shard(self.group, step.rows.length)
+        # Alone, the compute lane gets numbers of the usual size for the others' part: some are slow to compute with.
         whole = torch.empty_like(hidden) if self.part is Part.BOTH else hidden.clone()
         whole[mine] = stage.enter(hidden[mine])
         self.state.inputs.put(step, whole)

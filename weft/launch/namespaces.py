@@ -21,8 +21,8 @@ from weft.launch.local import LocalLauncher
 # A burst below a segmentation-offload packet (64 KiB) makes the kernel split each one: the processor time of
 # communication quadruples.
 BURST = "burst 256kb latency 200ms"
-# What most systems use. This machine's own choice would be measured else: BBR paces small messages between pauses at
-# a fraction of the link's speed.
+# What most systems use. Else the host's own choice would be measured with the link: BBR, for one, paces small messages
+# between pauses at a fraction of its speed.
 CONGESTION = "cubic"
 PREFIX = "weft"
 SUBNET = "10.213.77."  # inside the namespaces only

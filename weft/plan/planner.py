@@ -49,6 +49,10 @@ class Planner:
         # Programs depend on rows alone, unless cuts have to follow sequences or positions.
         return self._known(batch if self._by_sequence else one_prompt(batch.tokens))
 
+    def like(self, overlap: str, wire: str) -> Planner:
+        """A planner of the same model and granule for another strategy and wire, as comparisons need them."""
+        return Planner(self.stages, overlap, wire, self.granule)
+
     @property
     def _by_sequence(self) -> bool:
         return self.granule > 1 or self.strategy.requests

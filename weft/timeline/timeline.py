@@ -66,9 +66,9 @@ class Timeline:
         """One lane's events in order of time."""
         return sorted((e for e in self.events if e.rank == rank and e.lane is lane), key=lambda e: e.start)
 
-    def busy(self, lane: Lane) -> float:
-        """Seconds that the lane works, on the rank where it works most."""
-        return max((sum(e.seconds for e in self.lane(rank, lane)) for rank in self.ranks), default=0.0)
+    def busy(self, rank: int, lane: Lane) -> float:
+        """Seconds that a rank's lane works."""
+        return sum(event.seconds for event in self.lane(rank, lane))
 
     def overlapped(self, rank: int) -> float:
         """Seconds in which both lanes of a rank work at the same time."""
@@ -95,17 +95,17 @@ class Timeline:
 
     def exposed(self, rank: int) -> float:
         """Seconds in which a rank communicates and doesn't compute."""
-        return sum(wait.stop - wait.start for wait in self.waits(rank) if wait.behind is not None)
+        return self.busy(rank, Lane.NETWORK) - self.overlapped(rank)
 
     def verdict(self) -> str:
         """Is it really overlapping, and what is exposed? One line, for the rank that waits most."""
-        if not any(event.lane is Lane.NETWORK for event in self.events):
+        communicating = [rank for rank in self.ranks if self.busy(rank, Lane.NETWORK) > 0]
+        if not communicating:
             return f"{self.seconds * 1e3:.1f} ms, nothing is communicated"
-        rank = max(self.ranks, key=self.exposed)
-        network = sum(event.seconds for event in self.lane(rank, Lane.NETWORK))
-        exposed = self.exposed(rank)
+        rank = max(communicating, key=self.exposed)
+        hidden = self.overlapped(rank) / self.busy(rank, Lane.NETWORK)
         return (
-            f"{max(0.0, 1 - exposed / network):.0%} of the communication is hidden; {exposed * 1e3:.1f} of "
+            f"{hidden:.0%} of the communication is hidden; {self.exposed(rank) * 1e3:.1f} of "
             f"{self.seconds * 1e3:.1f} ms wait for it"
         )
 
