@@ -25,6 +25,8 @@ class Size:
 
 
 SIZES = {
+    "h256": Size(256, 4, 8, 4, 704, 4096),
+    "h512": Size(512, 8, 8, 4, 1408, 8192),
     "h1024": Size(1024, 6, 16, 16, 2816, 8192),  # 12 h² parameters a layer
     "h2048": Size(2048, 3, 32, 32, 5632, 8192),
     "483m": Size(2048, 8, 16, 4, 5632),  # a Llama of 483 M parameters, embedding and head included
@@ -44,7 +46,7 @@ def random_llama(name: str) -> Path:
     config = LlamaConfig(
         hidden_size=size.hidden, num_hidden_layers=size.layers, num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads, intermediate_size=size.intermediate, vocab_size=size.vocabulary,
-        max_position_embeddings=8192, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+        max_position_embeddings=32768, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(directory, max_shard_size="8GB")
     return directory

@@ -226,7 +226,7 @@ def test_too_little_memory_says_what_was_needed(checkpoints: Checkpoints, monkey
     ("options", "complaint"),
     [
         ({"tensor_parallel_size": 0}, "--tp 0 is not allowed"),
-        ({"overlap": "magic"}, "not a strategy; allowed: serial, iso"),
+        ({"overlap": "magic"}, "not a strategy; allowed: auto, serial, iso"),
         ({"wire": "int3"}, "--wire 'int3' is not known; allowed: exact, bf16"),
         ({"tensor_parallel_size": 2, "shares": [1]}, "--shares gives 1 numbers for 2 ranks"),
         ({"shares": [-1]}, "every share must be a number above 0"),

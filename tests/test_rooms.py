@@ -10,7 +10,8 @@ from pathlib import Path
 TORCH_FREE = (
     "weft", "weft.errors", "weft.config", "weft.program.check", "weft.program.build", "weft.timeline.terminal",
     "weft.timeline.files",
-    "weft.plan.planner", "weft.batching.batcher", "weft.batching.params", "weft.execute.protocol",
+    "weft.simulate.run", "weft.simulate.hardware", "weft.plan.planner", "weft.plan.calibrate", "weft.plan.kept",
+    "weft.outlook.figures", "weft.batching.batcher", "weft.batching.params", "weft.execute.protocol",
     "weft.execute.controller", "weft.launch.namespaces", "weft.model.families", "weft.model.shares",
 )  # fmt: skip
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from weft.engine import Engine
 from weft.execute.controller import RunOptions, RunResult
 from weft.program.batch import Batch, one_prompt
+from weft.program.steps import Program
 from weft.timeline.timeline import Timeline, bound, median, overlap_efficiency
 
 
@@ -46,7 +47,8 @@ class Measured:
 
     Times in seconds. `exposed`: beyond computation alone. `bytes_on_wire`: as the program counts them, on the rank
     that sends most; `bytes_on_device`: as that rank's network device counts them, headers included, where it is one
-    that nothing else uses. `timeline`: of the fastest round.
+    that nothing else uses. `predicted`: seconds, from costs that were measured before. `timeline`: of the fastest
+    round.
     """
 
     overlap: str
@@ -64,7 +66,9 @@ class Measured:
     exposed: float
     bytes_on_wire: int
     bytes_on_device: int | None
+    predicted: float | None
     timeline: Timeline
+    predicted_timeline: Timeline | None
 
     @property
     def median(self) -> float:
@@ -89,7 +93,8 @@ class _Run(NamedTuple):
 
 
 class Comparing:
-    """One batch, measured round by round. The first round warms up and doesn't count.
+    """One batch, measured round by round. The first round warms up and doesn't count. Variants that come to the same
+    program on the same wire (`auto` is one of the others, mostly) are run once.
 
     tokens: ids of the flattened batch. `sent`: bytes that each rank's device has sent so far, where it has one of its
     own.
@@ -102,8 +107,11 @@ class Comparing:
         self._engine, self._batch, self._tokens, self._sent = engine, batch, tokens, sent
         wires = list(dict.fromkeys(variant.wire for variant in variants))
         both = list(dict.fromkeys([*(Variant("serial", wire) for wire in wires), *variants]))
-        self._plans = {variant: engine.planner.like(*variant).plan(batch) for variant in both}
-        self._runs = [(variant, "both") for variant in both]
+        self._planners = {variant: engine.planner.like(*variant) for variant in both}
+        self._plans = {variant: planner.plan(batch) for variant, planner in self._planners.items()}
+        first: dict[tuple[Program, str], Variant] = {}
+        self._run_as = {v: first.setdefault((plan.program, plan.wire), v) for v, plan in self._plans.items()}
+        self._runs = [(variant, "both") for variant in first.values()]
         self._runs += [(Variant("serial", wire), "network") for wire in wires] + [(both[0], "compute")]
         self._best: dict[Variant, _Run] = {}  # of the rounds that count
         self._started = 0
@@ -116,7 +124,7 @@ class Comparing:
         self._started += 1
         if self._started == 1:
             return
-        both = {variant: run for (variant, part), run in done.items() if part == "both"}
+        both = {variant: done[same, "both"] for variant, same in self._run_as.items()}
         network = {variant.wire: run.result.seconds for (variant, part), run in done.items() if part == "network"}
         [compute] = [run.result.seconds for (_, part), run in done.items() if part == "compute"]
         self.rounds.append(Round(compute, network, {variant: run.result.seconds for variant, run in both.items()}))
@@ -141,8 +149,10 @@ class Comparing:
         known = [value for value in efficiencies if value is not None]
         most = max(range(len(best.bytes_sent)), key=lambda rank: best.bytes_sent[rank])
         assert best.timeline is not None
+        plan, planner, title = self._plans[variant], self._planners[variant], f"{variant.overlap}, wire {wire}"
+        predicted = planner.predict(plan, self._batch, title) if plan.predicted else None
         return Measured(
-            overlap=variant.overlap, wire=wire, plan=self._plans[variant].describe(),
+            overlap=variant.overlap, wire=wire, plan=plan.describe(),
             seconds=[r.seconds[variant] for r in rounds], compute_alone=median(r.compute_alone for r in rounds),
             network_alone=median(r.network_alone[wire] for r in rounds), bound=median(r.bound(wire) for r in rounds),
             serial_median=median(r.serial(wire) for r in rounds), saving=median(savings),
@@ -151,7 +161,8 @@ class Comparing:
             overlap_efficiency=median(known) if known else None,
             exposed=median(r.seconds[variant] - r.compute_alone for r in rounds),
             bytes_on_wire=best.bytes_sent[most], bytes_on_device=device[most] if device is not None else None,
-            timeline=replace(best.timeline, title=f"{variant.overlap}, wire {wire}"),
+            predicted=plan.predicted.seconds if plan.predicted else None,
+            timeline=replace(best.timeline, title=title), predicted_timeline=predicted,
         )  # fmt: skip
 
 

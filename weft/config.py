@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ class EngineConfig:
 
     ranks: int = 1
     shares: tuple[float, ...] = (1.0,)
-    overlap: str = "serial"
+    overlap: str = "auto"
     wire: str = "exact"
     reproducible: bool = False
     threads: int = 1
@@ -131,7 +132,7 @@ class EngineConfig:
 
     @classmethod
     def resolve(
-        cls, model: ModelConfig, *, ranks: int = 1, shares: tuple[float, ...] | None = None, overlap: str = "serial",
+        cls, model: ModelConfig, *, ranks: int = 1, shares: tuple[float, ...] | None = None, overlap: str = "auto",
         wire: str = "exact", reproducible: bool = False, threads: int | None = None, device: str = "cpu",
         dtype: str = "float32", max_length: int | None = None, max_sequences: int = 16, max_batch_tokens: int = 8192,
         cores: tuple[int, ...] | None = None,
@@ -175,3 +176,12 @@ def one_of(value: str, name: str, allowed: tuple[str, ...]) -> None:
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    """The processor's own name, where the system tells it."""
+    if Path("/proc/cpuinfo").is_file():
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

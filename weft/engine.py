@@ -10,14 +10,16 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from random import Random
 
 import psutil
 
 from weft.batching.batcher import Batcher, Scheduled
 from weft.batching.params import SamplingParams
 from weft.batching.request import Request, Sequence
+from weft.calibration import key_of, subject_of
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, WorkerFailed, WorkerLost
 from weft.execute.controller import Controller, RunOptions, RunResult, Started, Submitted
@@ -26,12 +28,17 @@ from weft.launch.launcher import Launcher
 from weft.launch.local import LocalLauncher
 from weft.model.families import flags_of
 from weft.model.shares import shard_bytes, shares_of
-from weft.plan.planner import Plan, Planner
+from weft.plan.calibrate import MOST, Sample, calibrate
+from weft.plan.kept import keep, recall
+from weft.plan.planner import Plan, Planner, shares_by_speed
 from weft.program.batch import Batch
-from weft.program.steps import decoder_stages
-from weft.program.strategy import GRANULE
+from weft.program.steps import Program, decoder_stages
+from weft.program.strategy import AUTO, GRANULE, Strategy
+from weft.simulate.cost import Costs
 from weft.text import Detokenizer, StopText, Tokenizer, generation_defaults
 
+Progress = Callable[[str, float], None]  # what goes on, and the share of it that is done
+ALIKE = 0.95  # of the fastest rank's speed: less than that is worth other shares
 MOST_RESTARTS = 3  # within RESTART_SECONDS; then whatever ends the workers will not go away by itself
 RESTART_SECONDS = 60.0
 MEMORY_PART = 0.9  # of what is free after loading may become key/value memory
@@ -69,16 +76,22 @@ class Step:
 
 
 class Engine:
-    """Runs requests on a group of workers. `progress` is told how much of the model is loaded, 0 to 1.
+    """Runs requests on a group of workers. `progress` is told what goes on, and how much of it is done, 0 to 1.
+
+    With several ranks and `auto`, what steps cost is measured first, unless it was on an earlier start; `recalibrate`
+    measures in any case. `share_by_speed`: what each rank takes of the model follows from how fast it was with the
+    configuration's shares. `notices`: what a user should be told, one line each.
 
     Raises `InputError` where the model, the options and this machine don't go together; nothing is left running.
     """
 
     def __init__(
         self, directory: Path, config: EngineConfig, model: ModelConfig | None = None,
-        launcher: Launcher | None = None, progress: Callable[[float], None] | None = None,
+        launcher: Launcher | None = None, progress: Progress | None = None, recalibrate: bool = False,
+        share_by_speed: bool = False,
     ) -> None:  # fmt: skip
         self.directory, self.config = directory, config
+        tell = progress or (lambda what, share: None)
         self.model = model or ModelConfig.from_directory(directory)
         flags_of(self.model)  # says so now if the family is unknown
         _demand_memory(self.model, config)
@@ -88,20 +101,62 @@ class Engine:
             decoder_stages(self.model.layers), config.overlap, config.wire, GRANULE if config.reproducible else 1
         )
         self.completions: dict[Sequence, Completion] = {}
+        self.notices: list[str] = []
         self.last_step: Step | None = None
         self._ahead: Flight | None = None
         self._restarts: list[float] = []
         self._began: dict[Request, float] = {}
         self.controller = Controller(launcher or LocalLauncher(), config)
         try:
-            self.started = self.controller.start(directory, self.model, progress)
+            self._start(tell, recalibrate, share_by_speed)
         except WorkerLost as error:
             self.controller.close()
             raise WorkerFailed(f"a worker ended while the model was loaded: {error}") from None
         except BaseException:
             self.controller.close()
             raise
+
+    def _start(self, tell: Progress, recalibrate: bool, share_by_speed: bool) -> None:
+        """Workers with the model and, where they are needed, its costs; a second time with other shares."""
+        config = self.config
+        self.started = self.controller.start(self.directory, self.model, lambda share: tell("loading", share))
         self.batcher = Batcher(config.max_sequences, config.max_batch_tokens, self._memory_tokens(self.started))
+        if config.ranks > 1 and (recalibrate or share_by_speed or config.overlap == AUTO):
+            self._learn(tell, recalibrate)
+        if not share_by_speed or self.planner.costs is None:
+            return
+        shares = shares_by_speed(self.planner.costs, config.shares)
+        self.notices.append(f"shares by speed: {','.join(f'{share:g}' for share in shares)}")
+        if min(shares) < ALIKE:
+            self.controller.stop()
+            self.config = self.controller.config = replace(config, shares=shares)
+            self._start(tell, recalibrate, share_by_speed=False)
+
+    def _learn(self, tell: Progress, recalibrate: bool) -> None:
+        """Costs as they were kept, or measured now."""
+        key = key_of(self.model, self.config, self.controller.launcher.link_name)
+        found, why = (None, None) if recalibrate else recall(key)
+        if found is not None:
+            self.planner.learn(found.costs)
+            return
+        begin = time.monotonic()
+        costs = self.calibrate((self.config.wire,), lambda share: tell("measuring costs", share))
+        self.notices += filter(None, [why, keep(key, costs, time.monotonic() - begin)])
+
+    def calibrate(self, wires: tuple[str, ...], watch: Callable[[float], None] = lambda share: None) -> Costs:
+        """Measures what steps cost on these ranks, between requests, in at most 5 s; plans follow from it then on."""
+        random = Random(0)
+        tokens = [random.randrange(self.model.vocabulary) for _ in range(MOST)]
+
+        def probe(batch: Batch, program: Program, wire: str, part: str) -> Sample:
+            plan = Plan(Strategy(), program, wire)
+            result = self.probe(batch, tokens[: batch.tokens], plan, RunOptions(part, timeline=True))
+            assert result.timeline is not None
+            return Sample(result.seconds, result.processor, result.timeline)
+
+        costs = calibrate(probe, subject_of(self.model, self.config, wires), watch)
+        self.planner.learn(costs)
+        return costs
 
     def _end_ids(self) -> frozenset[int]:
         """Tokens that end a completion: generation_config.json's, else config.json's, and the tokenizer's."""
@@ -163,6 +218,7 @@ class Engine:
             self.restart(str(error))
             return []
         alive = self._commit(flight.scheduled, result)
+        self.planner.observe(flight.plan, flight.scheduled.batch, result.compute, result.network)
         self.last_step = Step(flight.scheduled, flight.plan, time.perf_counter() - begin, result.seconds)
         return alive
 

@@ -10,7 +10,7 @@ PACKAGED = Path(__file__).parent / "packaged"
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]  # no pickle, no code
 
 
-def locate(model: str | Path | None) -> Path:
+def locate(model: str | Path | None, files: list[str] = FILES) -> Path:
     """The directory of a model; a hub id is downloaded into huggingface_hub's own cache, with its progress bar.
 
     `HF_HUB_OFFLINE=1` keeps to what the cache has. Raises `InputError` if there is no such model.
@@ -23,15 +23,22 @@ def locate(model: str | Path | None) -> Path:
     name = str(model)
     if directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise InputError(f"{name} is not a directory; give a Hugging Face checkpoint's directory or hub id")
-    return _download(name)
+    return _download(name, files)
 
 
-def _download(name: str) -> Path:
+def locate_config(model: str | Path | None) -> Path:
+    """The same where `config.json` is all that is needed: also that file itself; nothing else is fetched."""
+    if model is not None and (path := Path(model).expanduser()).name == "config.json" and path.is_file():
+        return path.parent
+    return locate(model, ["config.json"])
+
+
+def _download(name: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
+        return Path(snapshot_download(name, allow_patterns=files))
     except HFValidationError:
         raise InputError(f"{name!r} is neither a directory nor a hub id such as Qwen/Qwen3-0.6B") from None
     except LocalEntryNotFoundError:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from weft.batching.params import SamplingParams
 from weft.batching.request import Request
 from weft.config import EngineConfig, ModelConfig
-from weft.engine import Completion, Engine
+from weft.engine import Completion, Engine, Progress
 from weft.errors import InputError
 from weft.hub import locate
 from weft.launch.launcher import Launcher
+from weft.program.strategy import AUTO
 from weft.text import generation_defaults
 
 
@@ -65,29 +66,33 @@ class LLM:
     """A model, split over `tensor_parallel_size` ranks. Also a context manager; `close()` ends the workers.
 
     model: directory, hub id, or None for the model in the package. overlap, wire: as on the command line.
-    shares: relative sizes of the ranks' parts. reproducible: see docs/reproducible.md. num_threads: of each rank.
+    shares: relative sizes of the ranks' parts, or "auto": by their measured speed. reproducible: see
+    docs/reproducible.md. num_threads: of each rank.
     max_model_len: tokens of prompt and answer. max_num_seqs, max_num_batched_tokens: limits of a batch.
-    cores: pins the ranks to these. launcher, progress: see `Engine`.
+    cores: pins the ranks to these. launcher, progress, recalibrate: see `Engine`.
 
     Raises `InputError` (a ValueError) for whatever the caller can change.
     """
 
     def __init__(
-        self, model: str | Path | None = None, *, tensor_parallel_size: int = 1, overlap: str = "serial",
-        wire: str = "exact", shares: Sequence[float] | None = None, reproducible: bool = False,
+        self, model: str | Path | None = None, *, tensor_parallel_size: int = 1, overlap: str = "auto",
+        wire: str = "exact", shares: Sequence[float] | Literal["auto"] | None = None, reproducible: bool = False,
         num_threads: int | None = None, dtype: str = "float32", max_model_len: int | None = None,
         max_num_seqs: int = 16, max_num_batched_tokens: int = 8192, cores: Sequence[int] | None = None,
-        launcher: Launcher | None = None, progress: Callable[[float], None] | None = None,
+        launcher: Launcher | None = None, progress: Progress | None = None, recalibrate: bool = False,
     ) -> None:  # fmt: skip
         directory = locate(model)
         model_config = ModelConfig.from_directory(directory)
         config = EngineConfig.resolve(
-            model_config, ranks=tensor_parallel_size, shares=tuple(shares) if shares else None, overlap=overlap,
+            model_config, ranks=tensor_parallel_size, overlap=overlap,
+            shares=tuple(shares) if shares and not isinstance(shares, str) else None,
             wire=wire, reproducible=reproducible, threads=num_threads, dtype=dtype, max_length=max_model_len,
             max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens,
             cores=tuple(cores) if cores else None,
         )  # fmt: skip
-        self.engine = Engine(directory, config, model_config, launcher, progress)
+        self.engine = Engine(
+            directory, config, model_config, launcher, progress, recalibrate, share_by_speed=shares == AUTO
+        )
 
     def __enter__(self) -> LLM:
         return self

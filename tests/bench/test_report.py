@@ -22,7 +22,8 @@ def measured(overlap: str, seconds: float, possible: float = 0.4) -> Measured:
         overlap=overlap, wire="exact", plan="", seconds=[seconds] * 3, compute_alone=0.6, network_alone=0.4, bound=0.6,
         serial_median=1.0, saving=1 - seconds, saving_range=(0.9 - seconds, 1.1 - seconds), saving_bound=possible,
         overlap_efficiency=(1 - seconds) / possible, exposed=seconds - 0.6, bytes_on_wire=1_000_000,
-        bytes_on_device=1_010_000, timeline=replace(TIMELINE, title=overlap),
+        bytes_on_device=1_010_000, predicted=seconds * 1.1, timeline=replace(TIMELINE, title=overlap),
+        predicted_timeline=None,
     )  # fmt: skip
 
 

@@ -8,14 +8,18 @@ from weft.cli.main import app
 
 FORM = {
     "bench": [
-        "--html", "--json", "--link", "--overlap", "--plot", "--prompts", "--rounds", "--shares", "--threads",
-        "--timeline", "--tokens", "--tp", "--wire", "model",
+        "--html", "--json", "--link", "--mixed", "--overlap", "--plot", "--prompts", "--rounds", "--shares",
+        "--threads", "--timeline", "--tokens", "--tp", "--wire", "model",
     ],
     "doctor": ["--json"],
     "generate": [
-        "--compare", "--json", "--max-tokens", "--min-p", "--overlap", "--repetition-penalty", "--reproducible",
-        "--seed", "--shares", "--stop", "--temperature", "--threads", "--timeline", "--top-k", "--top-p", "--tp",
-        "--wire", "model", "prompt",
+        "--compare", "--json", "--max-tokens", "--min-p", "--overlap", "--recalibrate", "--repetition-penalty",
+        "--reproducible", "--seed", "--shares", "--stop", "--temperature", "--threads", "--timeline", "--top-k",
+        "--top-p", "--tp", "--wire", "model", "prompt",
+    ],
+    "plan": [
+        "--catalogue", "--decoding", "--hardware", "--html", "--json", "--link", "--list", "--overlap", "--price",
+        "--prompts", "--shares", "--tokens", "--ttft", "--wire", "model",
     ],
     "timeline": ["--out", "--width", "files"],
 }  # fmt: skip

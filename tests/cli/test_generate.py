@@ -71,7 +71,7 @@ def test_the_same_seed_at_any_number_of_ranks() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("--overlap", "magic"), "weft: --overlap 'magic' is not a strategy; allowed: serial, iso"),
+        (("--overlap", "magic"), "weft: --overlap 'magic' is not a strategy; allowed: auto, serial, iso"),
         (("--wire", "int3"), "weft: --wire 'int3' is not known; allowed: exact, bf16"),
         (("--tp", "0"), "weft: --tp 0 is not allowed"),
         (("--tp", "2", "--shares", "a,b"), "weft: --shares 'a,b' is not a list of numbers"),

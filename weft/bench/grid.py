@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,10 +23,12 @@ from weft.errors import InputError
 from weft.execute.controller import RunOptions
 from weft.launch.namespaces import NamespaceLauncher, parse_link
 from weft.llm import LLM
+from weft.plan.calibrate import MOST
 from weft.program.batch import Batch, Segment
-from weft.program.strategy import Strategy
+from weft.program.strategy import AUTO, Strategy, canonical
 from weft.timeline.timeline import median
 
+FEW_SLOTS = 16  # sequences that calibration likes to have
 FIRST_GUESS = 400e6  # bits a second, where the search for balance starts
 
 
@@ -53,7 +56,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Grid:
-    """What to measure: every combination. `prompts`: that a batch's tokens are divided over."""
+    """What to measure: every combination. `prompts`: that a batch's tokens are divided over, `mixed`: at random."""
 
     tokens: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -61,6 +64,7 @@ class Grid:
     overlaps: tuple[str, ...]
     wires: tuple[str, ...]
     prompts: int = 1
+    mixed: bool = False
     rounds: int = 5
     threads: int | None = None
     shares: tuple[float, ...] | None = None
@@ -87,7 +91,7 @@ class Grid:
                     f"cores, and {available_cores()} are there: ranks that share cores measure each other"
                 )
         for overlap in self.overlaps:
-            if Strategy.parse(overlap).requests and self.prompts == 1:
+            if overlap != AUTO and Strategy.parse(overlap).requests and self.prompts == 1:
                 raise InputError(f"--overlap {overlap} cuts between prompts, and there is one; give --prompts 2")
 
     def threads_of(self, ranks: int) -> int:
@@ -97,7 +101,7 @@ class Grid:
     @property
     def variants(self) -> list[Variant]:
         """Strategies on wires."""
-        return [Variant(str(Strategy.parse(overlap)), wire) for wire in self.wires for overlap in self.overlaps]
+        return [Variant(canonical(overlap), wire) for wire in self.wires for overlap in self.overlaps]
 
     @property
     def shaped(self) -> bool:
@@ -130,11 +134,11 @@ class Point:
     def as_json(self) -> Iterator[dict[str, Any]]:
         """One entry a variant, times in seconds."""
         for measured in self.measured:
-            plain = {name: value for name, value in asdict(measured).items() if name != "timeline"}
+            plain = {name: value for name, value in asdict(measured).items() if "timeline" not in name}
             yield {
                 "tokens": self.tokens, "tp": self.tp, "prompts": self.prompts, "link": self.link,
                 "balance": self.balance, "gflops": round(self.gflops, 1), **plain, "median": measured.median,
-                "above_ceiling": measured.above_ceiling, "predicted": None,
+                "above_ceiling": measured.above_ceiling,
             }  # fmt: skip
 
 
@@ -172,18 +176,22 @@ class Bench:
         threads = grid.threads_of(ranks)
         self.watch(self._done, self._all, f"starting {ranks} rank{'s' if ranks > 1 else ''}")
         launcher = NamespaceLauncher() if grid.shaped and ranks > 1 else None
-        length = min(self.model.max_length, -(-max(grid.tokens) // grid.prompts) + 1)
+        length = min(self.model.max_length, max(grid.tokens) + MOST)
         with LLM(
             self.directory, tensor_parallel_size=ranks, num_threads=threads, launcher=launcher, shares=grid.shares,
-            cores=cores_of(ranks, threads) if launcher else None, max_model_len=length, max_num_seqs=grid.prompts,
+            cores=cores_of(ranks, threads) if launcher else None, max_model_len=length, overlap="serial",
+            max_num_seqs=max(grid.prompts, FEW_SLOTS),
         ) as llm:  # fmt: skip
             yield llm.engine, launcher
 
     def _batch(self, tokens: int) -> tuple[Batch, list[int]]:
-        """As many prompts as asked for, of lengths that differ by one at most, with random ids."""
-        size, longer = divmod(tokens, self.grid.prompts)
-        segments = (Segment(i, 0, size + (i < longer)) for i in range(self.grid.prompts))
-        random = Random(0)
+        """As many prompts as asked for, with random ids; of like lengths, or of any if mixed ones were asked for."""
+        random, prompts = Random(0), self.grid.prompts
+        if self.grid.mixed:
+            edges = [0, *sorted(random.sample(range(1, tokens), prompts - 1)), tokens]
+        else:
+            edges = [tokens * i // prompts for i in range(prompts + 1)]
+        segments = (Segment(i, 0, stop - start) for i, (start, stop) in enumerate(pairwise(edges)))
         return Batch(tuple(segments)), [random.randrange(self.model.vocabulary) for _ in range(tokens)]
 
     def _balance(
@@ -202,6 +210,9 @@ class Bench:
         text = link.text if link.times is None or balance is None else mbit(balance * link.times)
         if launcher is not None:
             launcher.shape(None if text == "none" else text)
+        if ranks > 1:
+            self.watch(self._done, self._all, f"{batch.tokens} tokens, {ranks} ranks, link {text}: measuring costs")
+            engine.calibrate(grid.wires)
         comparing = Comparing(engine, batch, ids, grid.variants, launcher.sent if launcher else None)
         try:
             for number in range(grid.rounds + 1):

@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import psutil
 
-from weft.config import ModelConfig, available_cores
+from weft.config import ModelConfig, available_cores, processor_name
 from weft.timeline.timeline import median
 
 COPIED = 64 << 20  # bytes: more than caches hold
@@ -30,21 +29,12 @@ def describe(model: ModelConfig, threads: int) -> dict[str, Any]:
     finally:
         torch.set_num_threads(before)
     return {
-        "processor": processor(), "cores": available_cores(),
+        "processor": processor_name(), "cores": available_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "system": f"{platform.system()} {platform.release()}", "python": platform.python_version(),
         "torch": torch.__version__, "weft": version("weft"), "date": str(date.today()), "threads_of_a_rank": threads,
         "gemm_gflops": round(gemm / 1e9, 1), "copy_gb_per_s": round(copy / 1e9, 1),
     }  # fmt: skip
-
-
-def processor() -> str:
-    """The processor's own name, where the system tells it."""
-    if Path("/proc/cpuinfo").is_file():
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def gemm_rate(model: ModelConfig) -> float:

@@ -17,8 +17,8 @@ from weft.compare import TOLERANCE, Measured
 from weft.timeline.page import ZOOM, document, legend_line, panels
 from weft.timeline.timeline import Timeline, median
 
-COLUMNS = ("overlap", "wire", "seconds", "saved", "lowest to highest", "possible", "efficiency", "exposed ms",
-           "MB sent", "by the device")  # fmt: skip
+COLUMNS = ("overlap", "wire", "seconds", "predicted", "saved", "lowest to highest", "possible", "efficiency",
+           "exposed ms", "MB sent", "by the device")  # fmt: skip
 
 
 def as_json(machine: Mapping[str, Any], model: Mapping[str, Any], points: Sequence[Point], complete: bool) -> str:
@@ -34,7 +34,8 @@ def cells(measured: Measured) -> tuple[str, ...]:
     is_serial = m.overlap == "serial"
     flag = " !" if m.above_ceiling else ""
     return (
-        m.overlap, m.wire, f"{m.median:.3f}", "" if is_serial else f"{m.saving:.1%}{flag}",
+        m.overlap, m.wire, f"{m.median:.3f}", "–" if m.predicted is None else f"{m.predicted:.3f}",
+        "" if is_serial else f"{m.saving:.1%}{flag}",
         "" if is_serial else f"{low:.1%} to {high:.1%}", f"{m.saving_bound:.1%}",
         "" if is_serial or m.overlap_efficiency is None else f"{m.overlap_efficiency:.2f}", f"{m.exposed * 1e3:.1f}",
         f"{m.bytes_on_wire / 1e6:.2f}", "–" if m.bytes_on_device is None else f"{m.bytes_on_device / 1e6:.2f}",
@@ -94,10 +95,10 @@ def report(machine: Mapping[str, Any], model: Mapping[str, Any], points: Sequenc
 
 
 def timelines(point: Point) -> list[Timeline]:
-    """Serial's and the best variant's, named by where they were measured."""
+    """Serial's, what was predicted for the best variant, and the best's own, named by where they were measured."""
     serial, best = point.serial(point.best.wire), point.best
-    shown = [serial, best] if best is not serial else [serial]
-    return [replace(m.timeline, title=f"{m.timeline.title}: {heading(point)}") for m in shown]
+    shown = [serial.timeline, best.predicted_timeline, best.timeline] if best is not serial else [serial.timeline]
+    return [replace(line, title=f"{line.title}: {heading(point)}") for line in shown if line is not None]
 
 
 def most_to_hide(points: Sequence[Point]) -> Point:

@@ -55,9 +55,10 @@ def bench(
     ] = "none",
     overlap: Annotated[
         str, typer.Option(help="Strategies; see docs/strategies.md. serial is always measured.")
-    ] = "iso:2,iso:2/4,tiles:4",
+    ] = "iso:2,iso:3,auto",
     wire: Annotated[str, typer.Option(help="How partials travel: exact, bf16.")] = "exact",
     prompts: Annotated[int, typer.Option(help="Prompts that the tokens of a batch are divided over.")] = 1,
+    mixed: Annotated[bool, typer.Option("--mixed", help="Prompts of random lengths instead of even ones.")] = False,
     rounds: Annotated[int, typer.Option(help="Rounds of each point, one more to warm up not counted.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Threads of each rank; default: cores / ranks.")] = None,
     shares: Annotated[str | None, typer.Option(help="Relative sizes of the ranks' parts, as in 2,1.")] = None,
@@ -74,7 +75,8 @@ def bench(
     grid = Grid(
         tokens=numbers(tokens, "--tokens"), ranks=numbers(tp, "--tp"),
         links=tuple(Link.parse(one) for one in words(link, "--link")), overlaps=words(overlap, "--overlap"),
-        wires=words(wire, "--wire"), prompts=prompts, rounds=rounds, threads=threads, shares=relative_shares(shares),
+        wires=words(wire, "--wire"), prompts=prompts, mixed=mixed, rounds=rounds, threads=threads,
+        shares=relative_shares(shares),
     )  # fmt: skip
     for name in grid.wires:
         one_of(name, "--wire", WIRES)

@@ -26,6 +26,9 @@ Examples:
 """
 
 
+SHOWN = 8  # calibrations
+
+
 @dataclass(frozen=True)
 class Finding:
     """One line of the report. `ok`: True, or False where something falls back or is not possible."""
@@ -54,7 +57,7 @@ def doctor(
 
 def findings() -> list[Finding]:
     """Everything that weft makes use of, in the order of weight."""
-    return [_system(), *_processor(), *_kernels(), *_devices(), *_links(), _hub()]
+    return [_system(), *_processor(), *_kernels(), *_devices(), *_links(), _hub(), *_calibrations()]
 
 
 def _system() -> Finding:
@@ -123,3 +126,28 @@ def _hub() -> Finding:
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
     return Finding("hub", not offline, "offline" if offline else "online",
                    "models by id; HF_HUB_OFFLINE=1 keeps to the cache")  # fmt: skip
+
+
+def _calibrations() -> list[Finding]:
+    """What was measured on earlier starts, the newest first."""
+    from weft.plan.kept import all_kept, folder
+
+    kept = list(all_kept())
+    if not kept:
+        meaning = "weft measures what steps cost at the first start with several ranks and --overlap auto"
+        return [Finding("calibrations", True, "none yet", meaning)]
+    found = []
+    for path, calibration in kept[:SHOWN]:
+        if calibration is None:
+            found.append(Finding("calibration", False, path.name, "can't be read; it will be measured again"))
+            continue
+        key, costs = calibration.key, calibration.costs
+        wire = next(iter(costs.wires.values()), None)
+        speed = f"; a sum {wire.small.at(0) * 1e3:.2f} ms + {8e-6 / wire.per_byte:,.0f} Mbit/s" if wire else ""
+        what = f"{key['model']}, {len(key['ranks'].split(','))} ranks, {key['link']}, {key['device']}"
+        found.append(
+            Finding("calibration", True, f"{calibration.when[:16]}, {calibration.seconds:.1f} s", what + speed)
+        )
+    if len(kept) > SHOWN:
+        found.append(Finding("calibrations", True, f"{len(kept) - SHOWN} more", f"in {folder()}"))
+    return found

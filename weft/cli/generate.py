@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from weft.cli.options import relative_shares
+from weft.cli.options import shares_or_auto
 from weft.compare import Measured, compare
 from weft.config import available_cores
 from weft.errors import InputError
@@ -22,6 +22,7 @@ from weft.llm import LLM, RequestOutput
 from weft.program.batch import one_prompt
 from weft.timeline.files import demand_form, demand_writable, timelines_as, write
 from weft.timeline.terminal import terminal
+from weft.timeline.timeline import Timeline
 
 HELP = """Complete PROMPT with MODEL, and say how fast it was.
 
@@ -32,7 +33,7 @@ Examples:
 
   weft generate "The for statement is used to"
 
-  weft generate Qwen/Qwen3-0.6B "Once upon a time" --tp 2 --overlap iso:2 --max-tokens 64
+  weft generate Qwen/Qwen3-0.6B "Once upon a time" --tp 2 --max-tokens 64
 
   weft generate ./llama --tp 3 --shares 2,1,1 --temperature 0 --json < prompt.txt
 
@@ -63,12 +64,15 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", show_default=False)] = None,
     tp: Annotated[int, typer.Option("--tp", help="Ranks that the model is split over.")] = 1,
     overlap: Annotated[
-        str, typer.Option(help="serial, iso:2, iso:2/4, iso@300,700, tiles:4 or requests; see docs/strategies.md.")
-    ] = "serial",
+        str, typer.Option(help="auto, serial, iso:2, iso:2/4, iso@300,700, tiles:4, …; see docs/strategies.md.")
+    ] = "auto",
     wire: Annotated[str, typer.Option(help="How partials travel: exact or bf16.")] = "exact",
-    shares: Annotated[str | None, typer.Option(help="Relative sizes of the ranks' parts, as in 2,1.")] = None,
+    shares: Annotated[str | None, typer.Option(help="Sizes of the ranks' parts, as in 2,1; auto: by speed.")] = None,
     reproducible: Annotated[
         bool, typer.Option("--reproducible", help="The same bits whatever the strategy and the rest of the batch.")
+    ] = False,
+    recalibrate: Annotated[
+        bool, typer.Option("--recalibrate", help="Measure again what steps cost, instead of what is kept of it.")
     ] = False,
     threads: Annotated[int | None, typer.Option(help="Threads of each rank; default: cores / ranks.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
@@ -98,8 +102,8 @@ def generate(
         "repetition_penalty": repetition_penalty,
     }  # fmt: skip
     with _loaded(
-        errors, model, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=relative_shares(shares),
-        reproducible=reproducible, num_threads=threads,
+        errors, model, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=shares_or_auto(shares),
+        reproducible=reproducible, num_threads=threads, recalibrate=recalibrate,
     ) as llm:  # fmt: skip
         params = llm.get_default_sampling_params(
             **{name: value for name, value in given.items() if value is not None},
@@ -110,7 +114,7 @@ def generate(
         if compare_with_serial or timeline is not None:
             comparison = _compared(errors, llm, output.prompt_token_ids, overlap)
             if timeline is not None:
-                write(timeline, timelines_as(timeline, [measured.timeline for measured in comparison[::-1]]))
+                write(timeline, timelines_as(timeline, _drawn(comparison)))
         if as_json:
             print(json.dumps(_as_json(llm, output, timing, comparison), ensure_ascii=False))
         else:
@@ -142,7 +146,7 @@ def _loaded(errors: Console, model: str | None, **options: Any) -> LLM:
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task(f"starting {ranks} rank{'s' if ranks > 1 else ''}", total=1.0)
-        return LLM(model, **options, progress=lambda done: bar.update(task, completed=done, description="loading"))
+        return LLM(model, **options, progress=lambda what, done: bar.update(task, completed=done, description=what))
 
 
 def _stream(llm: LLM, prompt: str, params: Any, show: bool) -> tuple[RequestOutput, _Timing]:
@@ -171,17 +175,27 @@ def _compared(errors: Console, llm: LLM, tokens: list[int], overlap: str, rounds
         return compare(llm.engine, tokens, [overlap], rounds, lambda: bar.advance(task))
 
 
+def _drawn(comparison: list[Measured]) -> list[Timeline]:
+    """The strategy's timeline, what was predicted of it, and serial's."""
+    best, serial = comparison[-1], comparison[0]
+    shown = [best.timeline, best.predicted_timeline, serial.timeline if serial is not best else None]
+    return [timeline for timeline in shown if timeline is not None]
+
+
 def _as_json(llm: LLM, output: RequestOutput, timing: _Timing, comparison: list[Measured] | None) -> dict[str, Any]:
-    first = output.outputs[0]
+    first, plan = output.outputs[0], llm.engine.planner.plan(one_prompt(timing.prompt_tokens))
     result: dict[str, Any] = {
         "model": str(llm.engine.directory), "prompt": output.prompt, "text": first.text,
         "token_ids": first.token_ids, "finish_reason": first.finish_reason, "prompt_tokens": timing.prompt_tokens,
         "time_to_first_token": timing.first_token, "decode_tokens_per_second": timing.decode_rate,
-        "plan": llm.engine.planner.plan(one_prompt(timing.prompt_tokens)).describe(),
+        "plan": plan.describe(), "predicted": None,
     }  # fmt: skip
+    if plan.predicted is not None:
+        known = plan.predicted
+        result["predicted"] = {"seconds": known.seconds, "serial": known.serial, "bound": known.bound}
     if comparison is not None:
         plain = asdict(comparison[-1]) | {"tokens": timing.prompt_tokens, "median": comparison[-1].median}
-        result["comparison"] = {name: value for name, value in plain.items() if name != "timeline"}
+        result["comparison"] = {name: value for name, value in plain.items() if "timeline" not in name}
     return result
 
 
@@ -192,7 +206,11 @@ def _report(console: Console, llm: LLM, timing: _Timing, comparison: list[Measur
     table.add_row("prompt", f"{timing.prompt_tokens} tokens, first token after {timing.first_token * 1e3:.1f} ms")
     table.add_row("answer", f"{timing.tokens} tokens, {decode}")
     table.add_row("plan", plan.describe())
+    if plan.predicted is not None:
+        table.add_row("predicted", plan.predicted.describe())
     console.print(table)
+    for notice in [*llm.engine.notices, *filter(None, [llm.engine.planner.drift.describe()])]:
+        console.print(notice, style="dim")
     if comparison is not None:
         _report_comparison(console, timing.prompt_tokens, comparison[-1])
 
@@ -209,7 +227,8 @@ def _report_comparison(console: Console, tokens: int, best: Measured) -> None:
         table.add_row(name, f"{seconds * 1e3:.2f}", f"{seconds / best.serial_median:.0%}")
     console.print(table)
     console.print(_verdict(best.saving, best.saving_bound, best.overlap_efficiency))
-    console.print(terminal(best.timeline, width=max(20, min(100, console.width - 18))))
+    for timeline in filter(None, [best.timeline, best.predicted_timeline]):
+        console.print(terminal(timeline, width=max(20, min(100, console.width - 18))))
 
 
 def _verdict(saving: float, possible: float, efficiency: float | None) -> str:

@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from weft.cli import bench, doctor, generate, timeline
+from weft.cli import bench, doctor, generate, plan, timeline
 from weft.errors import InputError, WorkerFailed
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.command("generate", help=generate.HELP)(generate.generate)
 app.command("bench", help=bench.HELP)(bench.bench)
+app.command("plan", help=plan.HELP)(plan.plan)
 app.command("timeline", help=timeline.HELP)(timeline.timeline)
 app.command("doctor", help=doctor.HELP)(doctor.doctor)
 

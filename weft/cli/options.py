@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from weft.errors import InputError
 
 
@@ -38,3 +40,8 @@ def relative_shares(text: str | None) -> tuple[float, ...] | None:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"--shares {text!r} is not a list of numbers; give one a rank, as in 2,1") from None
+
+
+def shares_or_auto(text: str | None) -> tuple[float, ...] | Literal["auto"] | None:
+    """The same, or "auto": by the ranks' measured speed. Raises `InputError`."""
+    return "auto" if text == "auto" else relative_shares(text)

@@ -43,6 +43,13 @@ class Result:
     spans: list[tuple[float, float]]
     checksums: list[int]
 
+    def busy(self, program: Program) -> tuple[float, float]:
+        """Seconds that the compute and the network lane were busy."""
+        both = [0.0, 0.0]
+        for index, (start, stop) in enumerate(self.spans):
+            both[index in program.collectives] += stop - start
+        return both[0], both[1]
+
 
 class _Pieces:
     """Tensors that a later step takes, whole or in parts; each is let go with its last row."""

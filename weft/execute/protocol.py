@@ -18,7 +18,7 @@ from zmq.utils import z85
 
 from weft.config import ModelConfig
 
-VERSION = 1
+VERSION = 2
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
@@ -133,10 +133,15 @@ class Chosen(msgspec.Struct, frozen=True):
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):
-    """A program ended. `seconds`: of the program alone, on this rank. `spans`: start and end of every step."""
+    """A program ended. `seconds`: of the program alone, on this rank; `processor`: those of the process, all threads.
+
+    `lanes`: seconds that the compute and the network lane were busy. `spans`: start and end of every step.
+    """
 
     number: int
     seconds: float
+    processor: float
+    lanes: tuple[float, float]
     bytes_sent: int
     chosen: list[Chosen] = []
     spans: list[tuple[float, float]] = []

@@ -147,18 +147,19 @@ class Worker:
             model.programs[m.program] = Program.parse(m.text)
         batch = Batch(tuple(Segment(*values) for values in m.segments))
         tokens = [token if token >= 0 else self.chosen[-1 - token].token for token in m.tokens]
-        sent, begin = self.group.bytes_sent, time.perf_counter()
+        sent, processor, begin = self.group.bytes_sent, time.process_time(), time.perf_counter()
         forward = model.decoder.begin(batch, tokens, model.slabs)
         program, codec = model.programs[m.program], codec_named(m.wire)
         result = model.executor.run(program, forward, codec, Part(m.part), m.checksums)
-        seconds = time.perf_counter() - begin
+        seconds, processor = time.perf_counter() - begin, time.process_time() - processor
         self.chosen, logits = [], b""
         if result.logits is not None and m.choices:
             self.chosen = sample(result.logits, m.choices)
             logits = result.logits.numpy().tobytes() if m.logits else b""
         spans = result.spans if m.spans else []
         sent = self.group.bytes_sent - sent
-        self.say(p.Done(m.number, seconds, sent, self.chosen, spans, result.checksums, logits))
+        lanes = result.busy(program)
+        self.say(p.Done(m.number, seconds, processor, lanes, sent, self.chosen, spans, result.checksums, logits))
 
 
 def _failure(error: Exception) -> p.Failed:

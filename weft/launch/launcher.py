@@ -12,7 +12,13 @@ LEASE_VARIABLE = "WEFT_LEASE"  # set by a launcher that holds the worker's stand
 
 
 class Launcher(Protocol):
-    """Starts the worker command some number of times."""
+    """Starts the worker command some number of times. `link_name`: of the link between the workers, for who keeps
+    measurements of it."""
+
+    @property
+    def link_name(self) -> str:
+        """Such as loopback."""
+        ...
 
     def start(self, count: int, threads: int, address: str, token: str) -> None:
         """Starts `count` workers that join `address`."""

@@ -32,6 +32,11 @@ class LocalLauncher:
         self._children: list[subprocess.Popen[bytes]] = []
         self._logs: list[IO[bytes]] = []
 
+    @property
+    def link_name(self) -> str:
+        """Of the device that the workers talk over."""
+        return "loopback"
+
     def start(self, count: int, threads: int, address: str, token: str) -> None:
         """Starts the children, each with its own environment and a log of what it prints."""
         for index in range(count):

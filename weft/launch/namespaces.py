@@ -57,6 +57,11 @@ class NamespaceLauncher(LocalLauncher):
         self._names: list[str] = []
         self._ends: list[tuple[str, str]] = []  # every (namespace, device) that sends
 
+    @property
+    def link_name(self) -> str:
+        """With its speed now."""
+        return f"between network namespaces, {self.link or 'unshaped'}"
+
     def start(self, count: int, threads: int, address: str, token: str) -> None:
         """Builds the network, then starts the workers in it."""
         remove_leftovers()

@@ -41,11 +41,12 @@ class _Weaver:
     def __init__(self, tiles: int) -> None:
         self.steps: list[Step] = []
         self._tiles = tiles
-        self._awaited: dict[Stage | None, list[int]] = {}  # by the stage that waits
+        self._awaited: dict[str, list[tuple[int, Rows]]] = {}  # by the stage that waits: collectives, with their rows
 
     def chunk(self, stage: Stage, rows: Rows, following: Stage | None) -> None:
         """One chunk of a stage; `following` is the stage that comes next."""
-        after = tuple(i for i in self._awaited.get(stage, ()) if self.steps[i].rows.intersects(rows))
+        start, stop = rows
+        after = tuple([i for i, (a, b) in self._awaited.get(stage.name, ()) if a < stop and start < b])
         if stage.collective is not Kind.REDUCE or self._tiles == 1:
             self._add(Kind.COMPUTE, stage, rows, *after)
             self._collective(stage, rows, following)
@@ -57,10 +58,11 @@ class _Weaver:
 
     def _collective(self, stage: Stage, rows: Rows, following: Stage | None) -> None:
         if stage.collective is not None:
-            self._awaits(following, self._add(stage.collective, stage, rows))
+            self._awaits(following, self._add(stage.collective, stage, rows), rows)
 
-    def _awaits(self, stage: Stage | None, collective: int) -> None:
-        self._awaited.setdefault(stage, []).append(collective)
+    def _awaits(self, stage: Stage | None, collective: int, rows: Rows) -> None:
+        if stage is not None:
+            self._awaited.setdefault(stage.name, []).append((collective, rows))
 
     def _add(self, kind: Kind, stage: Stage, rows: Rows, *after: int) -> int:
         self.steps.append(Step(kind, stage.name, rows, after))
@@ -94,7 +96,7 @@ class _ScatteringWeaver(_Weaver):
         if self._scattered is not None:
             stage, rows, scattered = self._scattered
             self._add(Kind.ENTER, stage, rows, scattered)
-            self._awaits(stage, self._add(Kind.ALL_GATHER, stage, rows))
+            self._awaits(stage, self._add(Kind.ALL_GATHER, stage, rows), rows)
             self._scattered = None
 
 

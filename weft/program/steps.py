@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import NamedTuple
 
 from weft.program.batch import Rows
 
@@ -46,10 +47,10 @@ class Kind(StrEnum):
     @property
     def lane(self) -> Lane:
         """The lane that the step occupies."""
-        return Lane.NETWORK if self in _COLLECTIVES else Lane.COMPUTE
+        return Lane.NETWORK if self in COLLECTIVES else Lane.COMPUTE
 
 
-_COLLECTIVES = frozenset({Kind.REDUCE, Kind.REDUCE_SCATTER, Kind.ALL_GATHER, Kind.GATHER})
+COLLECTIVES = frozenset({Kind.REDUCE, Kind.REDUCE_SCATTER, Kind.ALL_GATHER, Kind.GATHER})
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,7 @@ def decoder_stages(layers: int) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One entry of a program. `after` holds the indices of earlier steps that must have ended first."""
 
     kind: Kind
@@ -92,6 +92,11 @@ class Step:
     def lane(self) -> Lane:
         """The lane that the step occupies."""
         return self.kind.lane
+
+    @property
+    def part(self) -> str:
+        """The stage without its layer: `attention` for `L3.attention`."""
+        return self.stage.rpartition(".")[2]
 
     @property
     def name(self) -> str:

@@ -1,5 +1,6 @@
 """Strategies as users write them, and the cuts that they mean for a batch.
 
+    auto                 what the planner finds best for each batch, from measured costs (plan/search.py)
     serial               no overlap
     iso, iso:3, iso:2/4  attention's rows in N even chunks, the other stages' in N or M
     iso@300,700/150      cuts at these offsets of the flattened batch; after the slash, those of the other stages
@@ -22,7 +23,10 @@ from weft.program.batch import Batch, Rows
 
 # Positions. With --reproducible, cuts inside a sequence fall on multiples of it, and attention runs in blocks of it.
 GRANULE = 128
-SYNTAX = "serial, iso[:N[/M]], iso@CUT,…[/CUT,…], requests[:N], tiles[:K], rs, and iso or requests with +tiles or +rs"
+AUTO = "auto"
+SYNTAX = (
+    "auto, serial, iso[:N[/M]], iso@CUT,…[/CUT,…], requests[:N], tiles[:K], rs, and iso or requests with +tiles or +rs"
+)
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,11 @@ def _offsets(text: str) -> tuple[int, ...]:
     return offsets
 
 
+def canonical(overlap: str) -> str:
+    """What the user wrote, in the form that it is compared and shown in. Raises `InputError`."""
+    return AUTO if overlap.strip() == AUTO else str(Strategy.parse(overlap))
+
+
 @dataclass(frozen=True)
 class Cuts:
     """Where the flattened batch is cut: offsets for attention, offsets for the other stages, tiles of a tail.
@@ -159,11 +168,11 @@ def _offsets_of(strategy: Strategy, batch: Batch, granule: int) -> tuple[tuple[i
 
 
 def _even(batch: Batch, chunks: int, granule: int) -> tuple[int, ...]:
-    wanted = {_on_granule(batch, round(batch.tokens * i / chunks), granule) for i in range(1, chunks)}
+    wanted = {on_granule(batch, round(batch.tokens * i / chunks), granule) for i in range(1, chunks)}
     return tuple(sorted(wanted - {0, batch.tokens}))
 
 
-def _on_granule(batch: Batch, offset: int, granule: int) -> int:
+def on_granule(batch: Batch, offset: int, granule: int) -> int:
     """The nearest offset that is a sequence's boundary or a multiple of `granule` of its positions."""
     for segment, span in zip(batch.segments, batch.spans, strict=True):
         if span.start < offset < span.stop:
@@ -176,7 +185,7 @@ def _written(batch: Batch, cuts: tuple[int, ...], granule: int) -> tuple[int, ..
     """The written cuts that fall inside this batch (a decoding step is shorter than the prompt they are for)."""
     inside = tuple(offset for offset in cuts if offset < batch.tokens)
     for offset in inside:
-        if (nearest := _on_granule(batch, offset, granule)) != offset:
+        if (nearest := on_granule(batch, offset, granule)) != offset:
             raise InputError(
                 f"the cut {offset} is not on the granule of {granule} positions that --reproducible needs; "
                 f"the nearest is {nearest}"

@@ -1,0 +1,146 @@
+"""What `weft plan` predicts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.browser import needs_browser, opened
+from weft.config import ModelConfig
+from weft.errors import InputError
+from weft.outlook.figures import Outlook, Question, offers, planned_shares
+from weft.outlook.report import as_json, page, remarks
+from weft.simulate.hardware import parse_group
+
+LLAMA_8B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+ASKED = Question(tokens=(1024, 8192), overlaps=("iso:2", "auto"), wires=("exact", "int8"))
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelConfig:
+    return ModelConfig.from_dict(LLAMA_8B)
+
+
+def test_forecasts_hang_together(model: ModelConfig) -> None:
+    outlook = Outlook(model, parse_group("4x rtx3090"), ASKED)
+    assert len(outlook.forecasts) == 2 * 2 * 3
+    for forecast in outlook.forecasts:
+        assert forecast.bound <= forecast.seconds * 1.0001 and forecast.bound <= forecast.serial
+        assert forecast.serial <= 1.001 * (forecast.compute_alone + forecast.network_alone)
+        if forecast.overlap == "auto":
+            assert forecast.seconds <= forecast.serial
+        assert 0 < forecast.decode < forecast.seconds
+    by = {(f.tokens, f.wire, f.overlap): f for f in outlook.forecasts}
+    assert by[8192, "exact", "auto"].seconds > 7 * by[1024, "exact", "auto"].seconds
+    assert by[8192, "int8", "serial"].network_alone < 0.6 * by[8192, "exact", "serial"].network_alone
+
+
+def test_more_and_faster_hardware_is_faster(model: ModelConfig) -> None:
+    asked = Question((4096,), ("auto",), ("exact",))
+
+    def seconds(text: str, link: str | None = None) -> float:
+        return Outlook(model, parse_group(text, link), asked).forecasts[-1].seconds
+
+    assert seconds("4x h100") < seconds("2x h100") < seconds("1x h100")
+    assert seconds("4x rtx4090", "pcie4-x16-p2p") < seconds("4x rtx4090", "pcie3-x8") < seconds("4x rtx4090", "1gbit")
+
+
+def test_where_overlap_stops_paying(model: ModelConfig) -> None:
+    outlook = Outlook(model, parse_group("2x rtx4090"), Question((4096,), ("auto",), ("exact",)))
+    until = outlook.pays_until(4096, "exact")
+    assert until is not None
+    rate = outlook.group.link.reached
+    slower, faster = outlook.at_rates(4096, "exact", [until / rate / 2, until / rate * 2])
+    assert slower[3] != "serial" and faster[3] == "serial"
+
+
+def test_memory_says_what_is_missing_and_what_would_fit(model: ModelConfig) -> None:
+    with pytest.raises(InputError) as caught:
+        Outlook(model, parse_group("1x rtx3090"), Question((32768,), ("auto",), ("exact",), prompts=4))
+    text = str(caught.value)
+    assert "1x rtx3090 doesn't hold this model" in text and "GiB are missing" in text
+    assert "what would fit: 3x rtx3090; 1x " in text
+    outlook = Outlook(model, parse_group("3x rtx3090"), Question((32768,), ("auto",), ("exact",), prompts=4))
+    assert outlook.memory[32768].needed < outlook.memory[32768].usable
+
+
+def test_unequal_devices_get_unequal_shares(model: ModelConfig) -> None:
+    group = parse_group("1x h100 + 1x a100", "nvlink3")
+    assert planned_shares(group) == pytest.approx((1.0, 312 / 989.4))
+    asked = Question((4096,), ("auto",), ("exact",))
+    planned = Outlook(model, group, asked).forecasts[-1].seconds
+    equal = Outlook(model, group, Question((4096,), ("auto",), ("exact",), shares=(1, 1))).forecasts[-1].seconds
+    assert equal > 1.2 * planned
+
+
+@pytest.mark.parametrize(
+    ("hardware", "asked", "said"),
+    [
+        ("2x h100", Question((99999,), ("auto",), ("exact",)), "more than the model's context"),
+        ("2x h100", Question((100,), ("auto",), ("int3",)), "--wire 'int3' is not known; allowed: exact"),
+        ("2x h100", Question((100,), ("magic",), ("exact",)), "not a strategy"),
+        ("2x h100", Question((100,), ("auto",), ("exact",), shares=(1.0,)), "1 numbers for 2 devices"),
+    ],
+)
+def test_bad_questions(model: ModelConfig, hardware: str, asked: Question, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        _ = Outlook(model, parse_group(hardware), asked).forecasts
+    assert said in str(caught.value)
+
+
+def test_impossible_splits() -> None:
+    small = ModelConfig.from_dict(
+        LLAMA_8B | {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 4}
+    )
+    with pytest.raises(InputError, match="would hold nothing of a model with 4 heads and an MLP of 4; use fewer"):
+        Outlook(small, parse_group("16x h100"), Question((64,), ("auto",), ("exact",)))
+
+
+def test_offers(model: ModelConfig) -> None:
+    asked = Question((8192,), ("auto",), ("exact",))
+    outlooks = [Outlook(model, parse_group(text), asked) for text in ("4x rtx4090", "1x h100", "8x h100")]
+    prices = {"rtx4090": 0.4, "h100": 2.5}
+    ranked = offers(outlooks, prices, None)
+    assert [o.per_million_prompt for o in ranked] == sorted(o.per_million_prompt for o in ranked)
+    fastest = min(ranked, key=lambda o: o.first_token)
+    only = offers(outlooks, prices, fastest.first_token * 1.01)
+    assert only[0].hardware == fastest.hardware == "8x h100" and [o.in_time for o in only] == [True, False, False]
+    with pytest.raises(InputError, match="--price says nothing of rtx4090"):
+        offers(outlooks, {"h100": 1.0}, None)
+
+
+def test_json_and_remarks(model: ModelConfig) -> None:
+    outlook = Outlook(model, parse_group("2x rtx4090"), ASKED)
+    data = json.loads(as_json(model, [outlook], []))
+    assert data["predicted"] is True and len(data["groups"][0]["forecasts"]) == 12
+    assert data["groups"][0]["forecasts"][0].keys() >= {
+        "tokens",
+        "seconds",
+        "serial",
+        "bound",
+        "saving",
+        "plan",
+        "decode",
+    }
+    text = " ".join(remarks(outlook))
+    assert "overlap pays on links up to" in text and "int8: predicted only" in text
+
+
+@needs_browser
+def test_the_page(model: ModelConfig, tmp_path: Path) -> None:
+    path = tmp_path / "plan.html"
+    outlooks = [Outlook(model, parse_group(text), ASKED) for text in ("4x rtx4090", "2x h100")]
+    path.write_text(page(model, outlooks, offers(outlooks, {"rtx4090": 0.4, "h100": 2.5}, 1.0)))
+    with opened(path) as shown:
+        assert shown.locator("section").count() == 2
+        assert shown.locator("svg.plot").count() == 4
+        assert shown.locator("table").count() == 3
+        assert "Predicted from makers' figures" in shown.inner_text("main")
+        shown.locator("summary").first.click()
+        assert shown.locator("rect.step").first.is_visible()

@@ -1,0 +1,101 @@
+"""Calibration, on machines that are simulated: what it finds is known."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from tests.simulate.costs import RANK, costs
+from weft.plan import calibrate as module
+from weft.plan.calibrate import BUDGET, Probe, Sample, Subject, calibrate
+from weft.plan.planner import Planner
+from weft.program.batch import Batch, Segment, one_prompt
+from weft.program.steps import Lane, Program, decoder_stages
+from weft.simulate.cost import Contention, Costs
+from weft.simulate.run import simulate
+from weft.timeline.timeline import Timeline
+
+SUBJECT = Subject(
+    layers=6, width=1024, logits=16384.0, world=2, length=4096, slots=16, limit=65536,
+    elements={"exact": 4.0, "bf16": 2.0},
+)  # fmt: skip
+STAGES = decoder_stages(6)
+
+
+def machine(truth: Costs, noise: float = 0.0) -> Probe:
+    """Runs a program by simulating it, with every event a little longer or shorter."""
+    random = Random(7)
+
+    def probe(batch: Batch, program: Program, wire: str, part: str) -> Sample:
+        timeline = simulate(program, batch, truth, wire)
+        if part == "network":
+            timeline = _back_to_back(timeline)
+        elif part == "compute":
+            alone = replace(truth, contention=Contention())
+            timeline = _only(simulate(program, batch, alone, wire), Lane.COMPUTE)
+        events = tuple(
+            replace(e, stop=e.start + e.seconds * random.uniform(1 - noise, 1 + noise)) for e in timeline.events
+        )
+        sums = [e for e in events if e.lane is Lane.NETWORK and e.rank == 0]
+        size = {e: 4.0 * truth.width * e.rows.length for e in sums}
+        stolen = sum(truth.contention.taken(truth.wires[wire], size[e], e.seconds) for e in sums) / module.KERNEL
+        return Sample(timeline.seconds + 2e-4, [stolen] * 2, Timeline(events, "measured"))
+
+    return probe
+
+
+def _only(timeline: Timeline, lane: Lane) -> Timeline:
+    return Timeline(tuple(e for e in timeline.events if e.lane is lane), "measured")
+
+
+def _back_to_back(timeline: Timeline) -> Timeline:
+    """Each collective as long as without a pause before it: here there is no credit to lose."""
+    return _only(timeline, Lane.NETWORK)
+
+
+@pytest.mark.parametrize("times", [0.3, 1.0, 8.0])
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_predictions_after_it_are_right(times: float, noise: float) -> None:
+    truth = costs(times, contention=Contention(small=3e-4, fixed=4e-4, per_byte=2e-10))
+    found = calibrate(machine(truth, noise), SUBJECT)
+    batches = (one_prompt(100), one_prompt(700), one_prompt(3000), Batch((Segment(0, 0, 400), Segment(1, 0, 90))),
+               Batch((Segment(0, 2000, 500),)), Batch(tuple(Segment(i, 900, 1) for i in range(6))))  # fmt: skip
+    for batch in batches:
+        for strategy in ("serial", "iso:2", "iso:3", "tiles:4"):
+            for wire in ("exact", "bf16"):
+                real, guess = (
+                    Planner(STAGES, strategy, wire, 1, known).plan(batch).predicted for known in (truth, found)
+                )
+                assert real is not None and guess is not None
+                assert guess.seconds == pytest.approx(real.seconds, rel=0.1 + noise), (batch, strategy, wire)
+
+
+def test_ranks_of_unequal_speed_are_told_apart() -> None:
+    found = calibrate(machine(costs(ranks=(RANK.scaled(2.0), RANK))), SUBJECT)
+    ratio = found.ranks[0].body["mlp"].at(200) / found.ranks[1].body["mlp"].at(200)
+    assert ratio == pytest.approx(2.0, rel=0.05)
+
+
+def test_it_keeps_to_its_time_and_tells_how_far_it_is() -> None:
+    """On a machine where one pass takes a quarter of a second, a few rounds; shares rise to one."""
+    inner, told = machine(costs()), list[float]()
+
+    def slow(batch: Batch, program: Program, wire: str, part: str) -> Sample:
+        sample = inner(batch, program, wire, part)
+        time.sleep(sample.seconds * 0.5)
+        return sample
+
+    begin = time.monotonic()
+    calibrate(slow, replace(SUBJECT, elements={"exact": 4.0}), told.append)
+    assert time.monotonic() - begin < BUDGET + 1.0
+    assert told == sorted(told) and told[0] >= 0 and told[-1] <= 1.0
+
+
+def test_small_subjects() -> None:
+    """A short context, few slots, few layers."""
+    tiny = replace(SUBJECT, layers=1, length=200, slots=1, elements={"exact": 4.0})
+    found = calibrate(machine(costs()), tiny)
+    assert found.ranks[0].body["mlp"].at(100) == pytest.approx(RANK.body["mlp"].at(100), rel=0.1)

@@ -1,0 +1,37 @@
+"""What a calibration is of: the key under which its result is kept, and what is measured. Knows models and groups."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from weft.config import EngineConfig, ModelConfig, processor_name
+from weft.model.families import flags_of
+from weft.model.shares import shares_of
+from weft.parallel.allreduce import ONE_SHOT_BYTES
+from weft.parallel.codec import element_bytes
+from weft.plan.calibrate import Subject
+
+
+def key_of(model: ModelConfig, config: EngineConfig, link: str) -> dict[str, str]:
+    """Everything that costs depend on."""
+    shape = (model.layers, model.hidden, model.intermediate, model.heads, model.kv_heads, model.head_dim,
+             model.vocabulary)  # fmt: skip
+    threads = f"{config.threads} thread{'s' if config.threads > 1 else ''} a rank"
+    return {
+        "weft": version("weft"), "model": f"{model.model_type} {'x'.join(map(str, shape))} {config.dtype}",
+        "ranks": ",".join(f"{share:g}" for share in config.shares), "link": link, "wire": config.wire,
+        "device": f"{processor_name()}, {threads}" + (", pinned" if config.cores else ""),
+        "kernels": "reproducible" if config.reproducible else "fastest",
+    }  # fmt: skip
+
+
+def subject_of(model: ModelConfig, config: EngineConfig, wires: tuple[str, ...]) -> Subject:
+    """What is measured for these wires."""
+    windows = set(flags_of(model).windows)
+    widths = [len(share.vocabulary) for share in shares_of(model, config.shares)]
+    return Subject(
+        layers=model.layers, width=model.hidden, logits=4.0 * max(widths), world=config.ranks,
+        length=config.max_length, slots=config.max_sequences, limit=ONE_SHOT_BYTES,
+        elements={wire: element_bytes(wire, config.dtype) for wire in wires},
+        window=windows.pop() if len(windows) == 1 else None,
+    )  # fmt: skip

@@ -1,0 +1,140 @@
+"""`weft plan`: what to expect of a model on hardware that one doesn't have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from weft.cli.options import numbers, relative_shares, words
+from weft.config import ModelConfig
+from weft.errors import InputError
+from weft.hub import locate_config
+from weft.outlook.figures import Offer, Outlook, Question, offers
+from weft.outlook.report import (
+    ASSUMING,
+    COLUMNS,
+    OFFERED,
+    TEXT,
+    as_json,
+    cells,
+    heading,
+    listing,
+    offered,
+    page,
+    remarks,
+)  # fmt: skip
+from weft.simulate.hardware import catalogue, parse_group
+from weft.timeline.files import demand_writable, write
+
+HELP = """Predict prefill and decode times, memory and the best plan for MODEL on hardware from the catalogue.
+
+MODEL is a config.json, a directory with one, or a hub id; weights are not needed. A link is a name from the catalogue
+or a speed such as 10gbit; without --link it is the first device's usual one. Own devices and links go into a TOML file
+(docs/predictions.md shows one).
+
+Examples:
+
+  weft plan --list
+
+  weft plan ./llama-70b/config.json --hardware "8x rtx4090" --tokens 1024,8192 --wire exact,int8 --html plan.html
+
+  weft plan Qwen/Qwen3-8B --hardware "1x ryzen-7950x + 1x i5-8500" --link 2.5gbit --overlap serial,iso:2,auto
+
+  weft plan ./llama-70b --hardware "8x rtx4090" --hardware "4x h100" --price rtx4090=0.35,h100=2.5 --ttft 3
+"""
+
+
+def plan(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
+    hardware: Annotated[
+        list[str] | None, typer.Option(help="A group such as '4x rtx4090'; may be repeated.", show_default=False)
+    ] = None,
+    link: Annotated[str | None, typer.Option(help="What joins the ranks: a name or a speed.")] = None,
+    tokens: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "1024,4096",
+    overlap: Annotated[str, typer.Option(help="Strategies; serial is always there.")] = "iso:2,auto",
+    wire: Annotated[str, typer.Option(help="How partials travel: exact, bf16, int8, int4.")] = "exact",
+    prompts: Annotated[int, typer.Option(help="Prompts in one batch, each of so many tokens.")] = 1,
+    decoding: Annotated[int, typer.Option(help="Sequences that decode together.")] = 1,
+    shares: Annotated[str | None, typer.Option(help="Relative sizes of the parts; default: by speed.")] = None,
+    price: Annotated[str | None, typer.Option(help="Of a device for an hour, as in rtx4090=0.35,h100=2.5.")] = None,
+    ttft: Annotated[float | None, typer.Option(help="Seconds that the first token may take.")] = None,
+    own: Annotated[Path | None, typer.Option("--catalogue", help="Your own devices and links, in TOML.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="Show the catalogue with its sources.")] = False,
+    json_wanted: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots and timelines to this file.")] = None,
+) -> None:
+    """See HELP."""
+    if show:
+        _list(own)
+        return
+    if not hardware:
+        raise InputError("give --hardware, such as --hardware '4x rtx4090'; weft plan --list shows what there is")
+    if ttft is not None and ttft <= 0:
+        raise InputError(f"--ttft {ttft:g} is not a time; give seconds above 0")
+    demand_writable(html, "--html")
+    prices = _prices(price)
+    config = ModelConfig.from_directory(locate_config(model))
+    question = Question(
+        numbers(tokens, "--tokens"), words(overlap, "--overlap"), words(wire, "--wire"), prompts, decoding,
+        relative_shares(shares),
+    )  # fmt: skip
+    outlooks = [Outlook(config, parse_group(one, link, own), question) for one in hardware]
+    ranked = offers(outlooks, prices, ttft) if prices else []
+    if html is not None:
+        write(html, page(config, outlooks, ranked))
+    if json_wanted:
+        print(as_json(config, outlooks, ranked))
+    else:
+        _show(outlooks, ranked, ttft)
+
+
+def _prices(text: str | None) -> dict[str, float]:
+    if text is None:
+        return {}
+    try:
+        pairs = [part.split("=") for part in words(text, "--price")]
+        found = {name: float(value) for name, value in pairs}
+    except ValueError:
+        raise InputError(f"--price {text!r} is not a list of prices; write it like rtx4090=0.35,h100=2.5") from None
+    if any(value <= 0 for value in found.values()):
+        raise InputError(f"--price {text!r}: every price must be above 0")
+    return found
+
+
+def _show(outlooks: Sequence[Outlook], ranked: Sequence[Offer], ttft: float | None) -> None:
+    console = Console(width=max(Console().width, 112))
+    for outlook in outlooks:
+        console.print(_table(heading(outlook), COLUMNS, [cells(forecast) for forecast in outlook.forecasts]))
+        for remark in remarks(outlook):
+            console.print(remark)
+    if ranked:
+        limit = f", first token within {ttft:g} s" if ttft is not None else ""
+        console.print(_table(f"cheapest for a token of the prompt{limit}", OFFERED, [offered(one) for one in ranked]))
+        if not ranked[0].in_time:
+            console.print(f"none reaches its first token within {ttft:g} s; the fastest: "
+                          f"{min(ranked, key=lambda one: one.first_token).hardware}")  # fmt: skip
+    console.print(ASSUMING, style="dim")
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column in TEXT else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _list(own: Path | None) -> None:
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("name", "what", "figures", "source"):
+        table.add_column(column, no_wrap=column == "name")
+    for row in listing(catalogue(own)):
+        table.add_row(*row)
+    Console(width=max(Console().width, 112)).print(table)

@@ -1,0 +1,1 @@
+"""What a model would do on hardware that one doesn't have: predicted, never measured."""

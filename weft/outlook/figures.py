@@ -1,0 +1,278 @@
+"""`weft plan`'s figures: times, plans, memory and prices of a model on catalogued hardware, from its config alone.
+
+Knows configurations, the catalogue and the planner; knows nothing of how figures are shown. Everything is predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from weft.config import ModelConfig, positive
+from weft.errors import InputError
+from weft.model.families import flags_of
+from weft.model.shares import Share, shard_bytes, shares_of
+from weft.plan.planner import Plan, Planner
+from weft.program.batch import Batch, Segment
+from weft.program.steps import decoder_stages
+from weft.program.strategy import Strategy
+from weft.simulate.cost import Costs
+from weft.simulate.hardware import WIRES, Device, Group, Shard, costs_of
+from weft.timeline.timeline import Timeline
+
+GIB = 2**30
+USABLE = 0.92  # of a device's memory: the rest is the runtime's
+FASTEST, SLOWEST = 4096.0, 1 / 64  # times the link's rate: where the end of overlap's gain is looked for
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked. `tokens`: of each of `prompts` prompts. `shares`: None plans them by the devices' speed."""
+
+    tokens: tuple[int, ...]
+    overlaps: tuple[str, ...]
+    wires: tuple[str, ...]
+    prompts: int = 1
+    decoding: int = 1
+    shares: tuple[float, ...] | None = None
+
+    def demand(self, model: ModelConfig) -> None:
+        """Raises `InputError` for what no hardware can do."""
+        for tokens in self.tokens:
+            positive(tokens, "--tokens")
+            if tokens > model.max_length:
+                raise InputError(f"--tokens {tokens} is more than the model's context of {model.max_length}")
+        positive(self.prompts, "--prompts")
+        positive(self.decoding, "--decoding")
+        for wire in self.wires:
+            if wire not in WIRES:
+                raise InputError(f"--wire {wire!r} is not known; allowed: {', '.join(WIRES)}")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One strategy on one wire for one length, in seconds. `decode`: of one more token for each running sequence."""
+
+    tokens: int
+    wire: str
+    overlap: str
+    plan: str
+    seconds: float
+    serial: float
+    bound: float
+    compute_alone: float
+    network_alone: float
+    decode: float
+
+    @property
+    def saving(self) -> float:
+        """Of serial's time."""
+        return 1 - self.seconds / self.serial
+
+    @property
+    def saving_bound(self) -> float:
+        """What any schedule can save of it."""
+        return 1 - self.bound / self.serial
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest rank, and what it has."""
+
+    weights: int
+    keys_and_values: int
+    working: int
+    usable: int
+
+    @property
+    def needed(self) -> int:
+        """All of it."""
+        return self.weights + self.keys_and_values + self.working
+
+
+class Outlook:
+    """One model on one group. Raises `InputError` if it doesn't fit, saying what is missing and what would do."""
+
+    def __init__(self, model: ModelConfig, group: Group, question: Question) -> None:
+        question.demand(model)
+        self.model, self.group, self.question = model, group, question
+        self.shares = question.shares or planned_shares(group)
+        if len(self.shares) != group.world:
+            raise InputError(f"--shares gives {len(self.shares)} numbers for {group.world} devices; give one each")
+        self.parts = shares_of(model, self.shares)
+        empty = [part.rank for part in self.parts if not part.heads and not part.width]
+        if empty:
+            raise InputError(
+                f"--hardware {group.text!r}: rank {empty[0]} would hold nothing of a model with {model.heads} heads "
+                f"and an MLP of {model.intermediate}; use fewer devices"
+            )
+        self.memory = {tokens: memory_of(model, group, self.parts, question, tokens) for tokens in question.tokens}
+        for tokens, memory in self.memory.items():
+            if memory.needed > memory.usable:
+                raise InputError(_missing(model, group, question, tokens, memory))
+
+    @cached_property
+    def costs(self) -> Costs:
+        """Of the group."""
+        return self._costs(self.group)
+
+    def _costs(self, group: Group) -> Costs:
+        windows = set(flags_of(self.model).windows)
+        window = windows.pop() if len(windows) == 1 else None
+        shards = [
+            Shard(self.model.hidden, len(p.heads), len(p.kv_heads), self.model.head_dim, len(p.width),
+                  len(p.vocabulary), window)
+            for p in self.parts
+        ]  # fmt: skip
+        return costs_of(group, shards, self.question.wires)
+
+    def planner(self, overlap: str, wire: str, costs: Costs | None = None) -> Planner:
+        """A planner on these costs."""
+        return Planner(decoder_stages(self.model.layers), overlap, wire, costs=costs or self.costs)
+
+    def batch(self, tokens: int) -> Batch:
+        """The prompts of one pass."""
+        return Batch(tuple(Segment(i, 0, tokens) for i in range(self.question.prompts)))
+
+    @cached_property
+    def forecasts(self) -> list[Forecast]:
+        """Every length, wire and strategy."""
+        asked = self.question
+        return [
+            self._forecast(tokens, overlap, wire)
+            for tokens in asked.tokens for wire in asked.wires for overlap in dict.fromkeys(("serial", *asked.overlaps))
+        ]  # fmt: skip
+
+    def plan(self, tokens: int, overlap: str, wire: str) -> Plan:
+        """The plan for one length."""
+        return self.planner(overlap, wire).plan(self.batch(tokens))
+
+    def _forecast(self, tokens: int, overlap: str, wire: str) -> Forecast:
+        plan = self.plan(tokens, overlap, wire)
+        running = Batch(tuple(Segment(i, tokens, 1) for i in range(self.question.decoding)))
+        decode = self.planner(overlap, wire).plan(running).predicted
+        known = plan.predicted
+        assert known is not None and decode is not None, "the catalogue has costs for every wire"
+        return Forecast(
+            tokens, wire, overlap, plan.describe(), known.seconds, known.serial, known.bound, known.compute_alone,
+            known.network_alone, decode.seconds,
+        )  # fmt: skip
+
+    def timeline(self, tokens: int, overlap: str, wire: str) -> Timeline:
+        """The predicted timeline; of one rank where all are alike."""
+        planner = self.planner(overlap, wire)
+        timeline = planner.predict(planner.plan(self.batch(tokens)), self.batch(tokens), f"{overlap}, wire {wire}")
+        if len(self.costs.ranks) > 1:
+            return timeline
+        return replace(timeline, events=tuple(event for event in timeline.events if event.rank == 0))
+
+    def at_rates(self, tokens: int, wire: str, factors: Sequence[float]) -> list[tuple[float, float, float, str]]:
+        """For links of other rates: bytes a second, saving of auto, possible saving, strategy."""
+        found = []
+        for factor in factors:
+            link = self.group.link.faster(factor)
+            plan = self.planner("auto", wire, self._costs(replace(self.group, link=link))).plan(self.batch(tokens))
+            known = plan.predicted
+            assert known is not None
+            found.append(
+                (link.reached, 1 - known.seconds / known.serial, 1 - known.bound / known.serial, str(plan.strategy))
+            )
+        return found
+
+    def pays_until(self, tokens: int, wire: str) -> float | None:
+        """Bytes a second of the fastest link on which overlap still pays; None if it pays on none that was tried."""
+        if self.group.world == 1:
+            return None
+        factor, last = FASTEST, None
+        while factor >= SLOWEST:
+            [(rate, _, _, strategy)] = self.at_rates(tokens, wire, [factor])
+            if strategy != str(Strategy()):
+                last = rate
+                break
+            factor /= 2**0.5
+        return last
+
+
+def planned_shares(group: Group) -> tuple[float, ...]:
+    """In proportion to the devices' speed in large products, of which a prompt mostly consists."""
+    speeds = [1 / group.seconds_of(1e12, rank) for rank in range(group.world)]
+    return tuple(speed / max(speeds) for speed in speeds)
+
+
+def memory_of(model: ModelConfig, group: Group, parts: Sequence[Share], asked: Question, tokens: int) -> Memory:
+    """Of the rank with the least room left."""
+    found = []
+    for part, device in zip(parts, group.devices, strict=True):
+        size, sequences = device.itemsize, max(asked.prompts, asked.decoding)
+        keys = 2 * model.layers * len(part.kv_heads) * model.head_dim * size * (tokens + 1) * sequences
+        row = 4 * model.hidden + 3 * len(part.width) + (len(part.heads) + 2 * len(part.kv_heads)) * model.head_dim
+        working = row * size * tokens * asked.prompts
+        found.append(Memory(shard_bytes(model, part, size), keys, working, int(USABLE * device.memory * GIB)))
+    return min(found, key=lambda memory: memory.usable - memory.needed)
+
+
+def _missing(model: ModelConfig, group: Group, asked: Question, tokens: int, memory: Memory) -> str:
+    text = (
+        f"{group.text} doesn't hold this model with {tokens} tokens: the fullest device needs "
+        f"{memory.needed / GIB:.1f} GiB and {memory.usable / GIB:.1f} are usable, so "
+        f"{(memory.needed - memory.usable) / GIB:.1f} GiB are missing; what would fit: "
+    )
+    return text + ("; ".join(_would_fit(model, group, asked, tokens)) or "nothing in the catalogue; use fewer tokens")
+
+
+def _would_fit(model: ModelConfig, group: Group, asked: Question, tokens: int) -> list[str]:
+    """More of the first device, or as many of the smallest other one that does."""
+    device = group.devices[0]
+    name = next(name for name, known in group.source.device.items() if known == device)
+    found = [
+        f"{count}x {name}"
+        for count in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+        if count > group.world and _fits(model, group, asked, tokens, (device,) * count)
+    ][:1]
+    alike = [(d.memory, n, d) for n, d in group.source.device.items() if bool(d.cores) == bool(device.cores)]
+    for _, other, known in sorted(alike, key=lambda entry: entry[:2]):
+        if known != device and _fits(model, group, asked, tokens, (known,) * group.world):
+            return [*found, f"{group.world}x {other}"]
+    return found
+
+
+def _fits(model: ModelConfig, group: Group, asked: Question, tokens: int, devices: tuple[Device, ...]) -> bool:
+    other = replace(group, devices=devices)
+    memory = memory_of(model, other, shares_of(model, [1.0] * len(devices)), asked, tokens)
+    return memory.needed <= memory.usable
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one group costs for the longest prompt, by its fastest plan. `price`: of the whole group for an hour."""
+
+    hardware: str
+    first_token: float
+    plan: str
+    price: float
+    per_million_prompt: float
+    per_million_generated: float
+    in_time: bool
+
+
+def offers(outlooks: Sequence[Outlook], prices: dict[str, float], first_token: float | None) -> list[Offer]:
+    """All groups, those in time first, the cheapest per token of the prompt first among them."""
+    found = []
+    for outlook in outlooks:
+        asked, group = outlook.question, outlook.group
+        names = {device: name for name, device in group.source.device.items()}
+        missing = sorted({names[d] for d in group.devices if names[d] not in prices})
+        if missing:
+            raise InputError(f"--price says nothing of {missing[0]}; write it like --price {missing[0]}=0.50 (an hour)")
+        price = sum(prices[names[device]] for device in group.devices)
+        best = min((f for f in outlook.forecasts if f.tokens == max(asked.tokens)), key=lambda f: f.seconds)
+        each = price / 3600 * 1e6
+        found.append(
+            Offer(
+                group.text, best.seconds, f"{best.overlap}, wire {best.wire}", price,
+                each * best.seconds / (best.tokens * asked.prompts), each * best.decode / asked.decoding,
+                first_token is None or best.seconds <= first_token,
+            )
+        )  # fmt: skip
+    return sorted(found, key=lambda offer: (not offer.in_time, offer.per_million_prompt))

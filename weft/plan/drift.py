@@ -1,0 +1,63 @@
+"""Notices that costs have changed: links get slower, machines get busy. Knows seconds; knows nothing of programs.
+
+Batches with small sums (decoding) and with large ones (prompts) are told apart: what limits the one is not what limits
+the other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+from weft.plan.search import Estimate
+from weft.simulate.cost import Costs
+from weft.timeline.timeline import median
+
+SEEN = 7  # of the last batches the median decides: four in a row that differ are enough, three odd ones are not
+FEWEST = 5
+NOTICED = 0.12  # a smaller difference is noise
+
+
+class Factors(NamedTuple):
+    """How much longer computation and communication take than their costs say."""
+
+    compute: float = 1.0
+    network: float = 1.0
+
+
+class Drift:
+    """Corrections of costs. `changes` counts them."""
+
+    def __init__(self) -> None:
+        self.changes = 0
+        self.factors = {True: Factors(), False: Factors()}  # by smallness
+        self._seen = {small: (deque[float](maxlen=SEEN), deque[float](maxlen=SEEN)) for small in self.factors}
+
+    def observe(self, small: bool, predicted: Estimate, factors: Factors, compute: float, network: float) -> bool:
+        """What a batch took against what it was predicted to take under `factors`; True if that changes them."""
+        before, lanes = self.factors[small], ((compute, predicted.compute), (network, predicted.network))
+        found = []
+        for seen, then, now, (measured, expected) in zip(self._seen[small], factors, before, lanes, strict=True):
+            if measured > 0 and expected > 0:
+                seen.append(measured / expected * then)
+            found.append(median(seen) if len(seen) >= FEWEST else now)
+        if all(abs(new / old - 1) < NOTICED for new, old in zip(found, before, strict=True)):
+            return False
+        self.factors[small] = Factors(*found)
+        self.changes += 1
+        return True
+
+    def corrected(self, costs: Costs, small: bool) -> Costs:
+        """The costs as they seem to be now, for batches of this kind."""
+        compute = self.factors[small].compute
+        return costs.scaled(compute, self.factors[True].network, self.factors[False].network)
+
+    def describe(self) -> str | None:
+        """One line on what has changed since the calibration; None if nothing has."""
+        said = [
+            f"{what} {factor:.2f} times as long in {'small' if small else 'large'} batches"
+            for small, factors in self.factors.items()
+            for what, factor in zip(("computation", "communication"), factors, strict=True)
+            if factor != 1.0
+        ]
+        return "since the calibration: " + ", ".join(said) if said else None

@@ -1,0 +1,265 @@
+"""Searches the cuts of a batch: how many, where, for which stages, with tiles or scattered sums.
+
+A candidate is judged by laying out three layers of it, from which the rest follows, because layers repeat. Knows
+batches, cuts and costs; knows nothing of how costs were measured. About 0.05 ms a candidate.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+from weft.program.batch import Batch, Rows
+from weft.program.build import weave
+from weft.program.steps import Kind, Stage
+from weft.program.strategy import Cuts, Strategy, on_granule, place
+from weft.simulate.cost import Costs
+from weft.simulate.run import Example, Structure, coupling, lay_out, taken
+
+LAYERS = 3  # the first to fill the lanes, two to see what one more takes
+TRIALS = 20  # candidates that are judged at most: keeps a plan under 3 ms
+LEAST_ROWS = 16  # of a chunk
+WORTH = 0.025  # of serial's time: a smaller gain than this is not worth the risk that costs are a little wrong
+SIMPLER = 0.01  # of the time: what a more complicated plan must gain over a simpler one
+
+
+class Estimate(NamedTuple):
+    """Predicted seconds of a whole pass, and those that its lanes are busy."""
+
+    seconds: float
+    compute: float
+    network: float
+
+
+@dataclass(frozen=True)
+class Template:
+    """The structure of all candidates whose cuts come in the same order; edges are numbered, rows between follow.
+
+    `edges`: for each example the edge and the part of the way to the next one, in `grain` parts, of its first row and
+    of the one after its last. `layers`: where the last two layers start, in steps.
+    """
+
+    structure: Structure
+    edges: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    layers: tuple[int, int]
+    grain: int
+
+    def examples(self, edges: Sequence[int]) -> Iterator[Example]:
+        """The structure's examples with the rows of a candidate."""
+        for example, (first, last) in zip(self.structure.examples, self.edges, strict=True):
+            yield Example(
+                example.kind, example.part, Rows(self._row(edges, *first), self._row(edges, *last)), example.entered
+            )
+
+    def _row(self, edges: Sequence[int], edge: int, part: int) -> int:
+        if not part:
+            return edges[edge]
+        return edges[edge] + round((edges[edge + 1] - edges[edge]) * part / self.grain)
+
+
+@lru_cache(maxsize=512)
+def template(
+    attention: tuple[int, ...], others: tuple[int, ...], count: int, tiles: int, scattered: bool,
+    stages: tuple[Stage, ...], fused: bool,
+) -> Template:  # fmt: skip
+    """`attention` and `others` hold which of the `count` inner edges cut those stages, from 1 on."""
+    grain = max(tiles, 2)
+    cuts = Cuts(tuple(e * grain for e in attention), tuple(e * grain for e in others), tiles, scattered)
+    program = weave(stages, (count + 1) * grain, cuts)
+    structure = Structure.of(program, fused)
+    edges = tuple((divmod(e.rows.start, grain), divmod(e.rows.stop, grain)) for e in structure.examples)
+    starts = [
+        index for index, step in enumerate(program.steps)
+        if step.part == "attention" and step.rows.start == 0 and step.kind in (Kind.COMPUTE, Kind.BODY)
+    ]  # fmt: skip
+    return Template(structure, edges, (starts[-2], starts[-1]) if len(starts) > 1 else (0, 0), grain)
+
+
+class Search:
+    """Judges and finds cuts for one model. `stages`: all of the model's; `granule`: see `strategy.place`."""
+
+    def __init__(self, stages: tuple[Stage, ...], granule: int = 1) -> None:
+        self.layers, self.granule = (len(stages) - 2) // 2, granule
+        self.short = stages[: 1 + 2 * LAYERS] + stages[-1:] if self.layers > LAYERS else stages
+
+    def estimate(self, batch: Batch, cuts: Cuts, costs: Costs, wire: str) -> Estimate:
+        """What a pass with these cuts takes. Raises KeyError for a wire without costs."""
+        way = costs.wires[wire]
+        edges = sorted({*cuts.attention, *cuts.others})
+        number = {edge: place for place, edge in enumerate(edges, start=1)}
+        form = template(
+            tuple(number[edge] for edge in cuts.attention), tuple(number[edge] for edge in cuts.others), len(edges),
+            cuts.tiles, cuts.scattered, self.short, way.fused,
+        )  # fmt: skip
+        examples = form.examples([0, *edges, batch.tokens])
+        each = taken(examples, batch, costs, way, costs.pace)
+        starts, stops = lay_out(form.structure, each, coupling(costs, way))
+        more = max(0, self.layers - LAYERS)
+        second, third = form.layers
+        begin = costs.pace.begin.at(batch.tokens)
+        busy, repeated = [begin, 0.0], [0.0, 0.0]
+        for index, lane in enumerate(form.structure.network):
+            busy[lane] += stops[index] - starts[index]
+            if second <= index < third:
+                repeated[lane] += stops[index] - starts[index]
+        # One more layer takes as long as the last one did, but where queues are still growing no less than its lanes.
+        period = max(starts[third] - starts[second], *repeated)
+        return Estimate(
+            begin + max(stops) + more * period, *(b + more * r for b, r in zip(busy, repeated, strict=True))
+        )
+
+    def best(self, batch: Batch, costs: Costs, wire: str) -> Strategy:
+        """The strategy that is predicted to be fastest; serial where little is gained."""
+        return _Searching(self, batch, costs, wire).best()
+
+
+class _Searching:
+    """One search: candidates and what they are predicted to take."""
+
+    def __init__(self, search: Search, batch: Batch, costs: Costs, wire: str) -> None:
+        self.search, self.batch, self.costs, self.wire = search, batch, costs, wire
+        self.tried: dict[Cuts, tuple[float, Strategy]] = {}
+
+    def best(self) -> Strategy:
+        serial = self._try(Strategy())
+        alone = self.search.estimate(self.batch, Cuts(), self.costs, self.wire)
+        if min(alone.compute, alone.network) < WORTH * serial or self.batch.tokens < 2 * LEAST_ROWS:
+            return Strategy()
+        for strategy in self._first():
+            self._try(strategy)
+        self._refine()
+        seconds, _, _, strategy = min(
+            (seconds * (1 + SIMPLER * _complexity(strategy)), _complexity(strategy), str(cuts), strategy)
+            for cuts, (seconds, strategy) in self.tried.items()
+        )
+        return strategy if seconds < (1 - WORTH) * serial else Strategy()
+
+    def _try(self, strategy: Strategy) -> float:
+        """Seconds of a strategy; of one that has been tried, or that can't be afforded any more, no new ones."""
+        cuts = place(strategy, self.batch, self.search.granule)
+        if cuts not in self.tried:
+            if len(self.tried) >= TRIALS or not self._wide(cuts):
+                return float("inf")
+            self.tried[cuts] = self.search.estimate(self.batch, cuts, self.costs, self.wire).seconds, strategy
+        return self.tried[cuts][0]
+
+    def _wide(self, cuts: Cuts) -> bool:
+        """True if no chunk or tile is too small to be worth a step of its own."""
+        edges = (0, *sorted({*cuts.attention, *cuts.others}), self.batch.tokens)
+        return min(b - a for a, b in pairwise(edges)) >= LEAST_ROWS * (cuts.tiles if cuts.tiles > 1 else 1)
+
+    def _first(self) -> Iterator[Strategy]:
+        """Even cuts, tiles, scattered sums, cuts between sequences, cuts of equal time."""
+        for chunks, others in ((2, 2), (3, 3), (4, 4), (2, 4), (3, 6)):
+            yield Strategy(chunks=chunks, other_chunks=others)
+        most = self._more_chunks()
+        yield Strategy(tiles=4)
+        yield Strategy(chunks=2, other_chunks=2, tiles=2)
+        if len(self.batch.segments) > 1:
+            for chunks in (2, 3):
+                yield Strategy(chunks=chunks, other_chunks=chunks, requests=True)
+        if self._uneven():
+            for chunks in sorted({2, 3, most}):
+                yield self._by_time([1.0] * chunks, 1)
+        if self._leads(Strategy(scattered=True), Strategy()):
+            yield Strategy(chunks=4, other_chunks=4, scattered=True)
+
+    def _more_chunks(self) -> int:
+        """As many even chunks as still pay: long prompts hide their last sum the better the shorter it is."""
+        best = 4
+        for chunks in (6, 8, 12):
+            fewer, more = (Strategy(chunks=count, other_chunks=count) for count in (best, chunks))
+            if self._try(more) > (1 - SIMPLER) * self._try(fewer):
+                break
+            best = chunks
+        return best
+
+    def _leads(self, one: Strategy, other: Strategy) -> bool:
+        return self._try(one) < self._try(other)
+
+    def _refine(self) -> None:
+        """Other sizes of the best cut's chunks: a short last one leaves little to wait for at the end, and so on."""
+        cutting = {c: entry for c, entry in self.tried.items() if c.attention and c.tiles == 1 and not c.scattered}
+        if not cutting:
+            return
+        best, (seconds, _) = min(cutting.items(), key=lambda item: item[1][0])
+        parts = max(1, round((len(best.others) + 1) / (len(best.attention) + 1)))
+        times = self._times(best.attention)
+        last = len(times) - 1
+        for ramp, at, factor in ((0.85, last, 1.0), (1.15, last, 1.0), (1.0, last, 0.6), (1.0, 0, 0.7), (1.0, 0, 1.3)):
+            changed = [time * ramp**place * (factor if place == at else 1.0) for place, time in enumerate(times)]
+            taken = self._try(self._by_time(changed, parts))
+            if taken < seconds:
+                seconds, times = taken, changed
+
+    def _uneven(self) -> bool:
+        """True if equal times are not about equal rows."""
+        half = self._by_time([1.0, 1.0], 1).cuts
+        return half is not None and abs(half[0] / self.batch.tokens - 0.5) > 0.02
+
+    @property
+    def _curve(self) -> tuple[list[float], list[float]]:
+        """Rows, and the seconds of one layer's computation of all rows until there."""
+        if not hasattr(self, "_known_curve"):
+            self._known_curve = _curve(self.batch, self.costs)
+        return self._known_curve
+
+    def _times(self, cuts: Iterable[int]) -> list[float]:
+        rows, seconds = self._curve
+        edges = [0, *cuts, self.batch.tokens]
+        at = [_between(rows, seconds, edge) for edge in edges]
+        return [b - a for a, b in pairwise(at)]
+
+    def _by_time(self, times: Sequence[float], parts: int) -> Strategy:
+        """Chunks whose computation is in these proportions, the other stages' in `parts` of equal rows each."""
+        rows, seconds = self._curve
+        total = sum(times)
+        wanted = [seconds[-1] * done / total for done in accumulate(times)][:-1]
+        attention = self._snapped(_between(seconds, rows, each) for each in wanted)
+        edges = (0, *attention, self.batch.tokens)
+        others = attention if parts == 1 else self._snapped(
+            a + (b - a) * part / parts for a, b in pairwise(edges) for part in range(parts)
+        )  # fmt: skip
+        return Strategy(cuts=attention, other_cuts=others) if attention else Strategy()
+
+    def _snapped(self, offsets: Iterable[float]) -> tuple[int, ...]:
+        """On the granule; without one on multiples of 8 rows, where kernels like to end."""
+        grain = self.search.granule
+        placed = {on_granule(self.batch, 8 * round(offset / 8), grain) for offset in offsets}
+        return tuple(sorted(placed - {0, self.batch.tokens}))
+
+
+def _complexity(strategy: Strategy) -> int:
+    """0 for serial; each thing that a plan has beyond it counts."""
+    written = strategy.cuts is not None
+    return (strategy != Strategy()) + written + (strategy.tiles > 1) + strategy.scattered
+
+
+def _curve(batch: Batch, costs: Costs) -> tuple[list[float], list[float]]:
+    """Rows and seconds, a few points for every sequence: scores grow with the square of its length."""
+    pace = costs.pace
+    a_row = sum(
+        table.at(batch.tokens) for part in ("attention", "mlp") for table in (pace.body[part], pace.tail[part])
+    ) / batch.tokens  # fmt: skip
+    rows, seconds = [0.0], [0.0]
+    for segment, span in zip(batch.segments, batch.spans, strict=True):
+        pieces = 8 if span.length >= 256 else 1
+        for piece in range(1, pieces + 1):
+            at = span.length * piece / pieces
+            step, middle = span.length / pieces, segment.start + at - span.length / pieces / 2
+            pairs = min(middle, pace.window) if pace.window else middle
+            rows.append(span.start + at)
+            seconds.append(seconds[-1] + step * (a_row + pace.past * pairs))
+    return rows, seconds
+
+
+def _between(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    """y at x, straight between the points."""
+    right = min(max(bisect_left(xs, x), 1), len(xs) - 1)
+    left = right - 1
+    width = xs[right] - xs[left]
+    return ys[left] + (ys[right] - ys[left]) * ((x - xs[left]) / width if width else 0.0)

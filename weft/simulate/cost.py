@@ -1,0 +1,219 @@
+"""Costs: what each step of a program takes on given ranks and a given link, as data.
+
+Tables come from a calibration (plan/calibrate.py) or from the catalogue (hardware.py); both have this form, and who
+uses them need not know which. Knows steps, batches and seconds; knows nothing of how costs were found.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from weft.program.batch import Batch, Rows
+from weft.program.steps import Kind
+
+
+@dataclass(frozen=True)
+class Table:
+    """Seconds against a size: straight between its points, and on along the first and the last two outside.
+
+    With one point, seconds are in proportion to the size.
+    """
+
+    sizes: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def at(self, size: float) -> float:
+        """Seconds for this size; never below zero."""
+        sizes, seconds = self.sizes, self.seconds
+        if len(sizes) == 1:
+            return seconds[0] * size / sizes[0]
+        right = bisect_left(sizes, size, 1, len(sizes) - 1)
+        x, y = sizes[right - 1], seconds[right - 1]
+        value = y + (seconds[right] - y) * (size - x) / (sizes[right] - x)
+        return value if value > 0 else 0.0
+
+    def scaled(self, factor: float) -> Table:
+        """Every time longer by this factor."""
+        return Table(self.sizes, tuple(value * factor for value in self.seconds))
+
+    @classmethod
+    def line(cls, fixed: float, per_unit: float, most: float = 1e6) -> Table:
+        """fixed + per_unit * size."""
+        return cls((0.0, most), (fixed, fixed + per_unit * most))
+
+    @classmethod
+    def slowest(cls, tables: Sequence[Table]) -> Table:
+        """At each size the longest of them; all must have the same sizes."""
+        return cls(tables[0].sizes, tuple(map(max, zip(*(table.seconds for table in tables), strict=True))))
+
+
+@dataclass(frozen=True)
+class ComputeCosts:
+    """One rank's computation, in seconds.
+
+    `body`, `tail`: of a stage, by its part (attention, mlp, embed, head), against rows; attention's without its scores.
+    `enter`: the norm, against rows, where a step of its own takes it. Scores of n new tokens of one sequence over p
+    earlier ones: `present` against n, divided by n² (it is the kernel's business how much of the square it skips), and
+    `past` for each of the n * p pairs. `one`: for each key that a single new token sees. `window`: positions that a
+    token sees at most. `begin`: before the first step, against rows.
+    """
+
+    body: dict[str, Table]
+    tail: dict[str, Table]
+    enter: Table
+    present: Table
+    past: float
+    one: float
+    begin: Table
+    window: int | None = None
+
+    def scores(self, batch: Batch, rows: Rows) -> float:
+        """Attention's own part for some rows."""
+        total = 0.0
+        for segment, span in zip(batch.segments, batch.spans, strict=True):
+            start, stop = max(span[0], rows[0]), min(span[1], rows[1])
+            if start < stop:
+                total += self._scores(stop - start, segment.start + start - span[0])
+        return total
+
+    def _scores(self, count: int, earlier: int) -> float:
+        if self.window is not None:
+            earlier = min(earlier, self.window)
+        if count == 1:
+            return self.one * (earlier + 1)
+        return self.present.at(count) * count * count + self.past * count * earlier
+
+    def scaled(self, factor: float) -> ComputeCosts:
+        """The same rank, slower by this factor."""
+        return replace(
+            self, body={part: table.scaled(factor) for part, table in self.body.items()},
+            tail={part: table.scaled(factor) for part, table in self.tail.items()}, enter=self.enter.scaled(factor),
+            present=self.present.scaled(factor), past=self.past * factor, one=self.one * factor,
+            begin=self.begin.scaled(factor),
+        )  # fmt: skip
+
+    @classmethod
+    def slowest(cls, ranks: Sequence[ComputeCosts]) -> ComputeCosts:
+        """A rank that is as slow as the slowest in everything: the one whose pace the group keeps."""
+        if len(ranks) == 1:
+            return ranks[0]
+        first = ranks[0]
+        return cls(
+            {part: Table.slowest([rank.body[part] for rank in ranks]) for part in first.body},
+            {part: Table.slowest([rank.tail[part] for rank in ranks]) for part in first.tail},
+            Table.slowest([rank.enter for rank in ranks]), Table.slowest([rank.present for rank in ranks]),
+            max(rank.past for rank in ranks), max(rank.one for rank in ranks),
+            Table.slowest([rank.begin for rank in ranks]), first.window,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WireCosts:
+    """Collectives on one wire, in seconds against encoded bytes of the whole partial.
+
+    `small` up to `limit` bytes and `large` above it: the sum's two algorithms. `hop`: one message from each rank to
+    each other, as reduce-scatter, all-gather and the logits' gather need it. `element`: bytes of one number on the
+    wire. `fused`: the sum takes the norm that follows it along, so that the next body goes without.
+    """
+
+    small: Table
+    large: Table
+    limit: float
+    hop: Table
+    element: float
+    fused: bool = False
+
+    def table(self, kind: Kind, size: float) -> Table:
+        """The one that holds for a collective on `size` bytes."""
+        if kind is Kind.REDUCE:
+            return self.small if size <= self.limit else self.large
+        return self.hop
+
+    @property
+    def per_byte(self) -> float:
+        """Seconds that one more byte of a large sum takes."""
+        return (self.large.at(2e6) - self.large.at(1e6)) / 1e6
+
+    def scaled(self, small: float, large: float) -> WireCosts:
+        """The same wire, slower by these factors for small and for large sums."""
+        return replace(self, small=self.small.scaled(small), large=self.large.scaled(large), hop=self.hop.scaled(large))
+
+
+@dataclass(frozen=True)
+class Contention:
+    """What the two lanes do to each other.
+
+    A collective of b bytes takes `fixed` + `per_byte` * b seconds of the compute lane's processor, a small one `small`
+    seconds, spread over its own duration; one that starts while something computes takes `turn` seconds longer, until
+    it gets its turn of the processor. `wake`: seconds until a compute lane that waited goes on. `burst`: bytes that an
+    idle link takes at once (token buckets, buffers). `part`: of the compute lane's speed that any collective takes away
+    (a GPU's has its share of the multiprocessors).
+    """
+
+    part: float = 0.0
+    small: float = 0.0
+    fixed: float = 0.0
+    per_byte: float = 0.0
+    turn: float = 0.0
+    wake: float = 0.0
+    burst: float = 0.0
+
+    def taken(self, wire: WireCosts, size: float, seconds: float) -> float:
+        """Seconds of the compute lane that a collective of `size` bytes takes away, if it is hidden whole."""
+        own = self.small if size <= wire.limit else self.fixed + self.per_byte * size
+        return own + self.part * seconds
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Everything that the simulator needs: ranks (several may be alike), wires by name, contention.
+
+    `width`: numbers in one row of a partial. `logits`: bytes of one sampled row that a rank sends to rank 0.
+    `world`: ranks, where `ranks` holds one entry for all of them.
+    """
+
+    ranks: tuple[ComputeCosts, ...]
+    wires: dict[str, WireCosts]
+    contention: Contention
+    width: int
+    logits: float
+    world: int
+
+    @cached_property
+    def pace(self) -> ComputeCosts:
+        """The group's pace: a collective starts when the last rank is ready."""
+        return ComputeCosts.slowest(self.ranks)
+
+    def compute_seconds(
+        self, rank: ComputeCosts, kind: Kind, part: str, rows: Rows, batch: Batch, entered: bool = False
+    ) -> float:  # fmt: skip
+        """One step of the compute lane. `entered`: its norm was taken elsewhere."""
+        count = rows[1] - rows[0]
+        if kind is Kind.ENTER:
+            return rank.enter.at(count / self.world)
+        if kind is Kind.TAIL:
+            return rank.tail[part].at(count)
+        if part == "head":
+            count = sum(rows[0] <= row < rows[1] for row in batch.sampled_rows)
+        seconds = rank.body[part].at(count)
+        if part == "attention":
+            seconds += rank.scores(batch, rows)
+        if entered:
+            seconds = max(0.0, seconds - rank.enter.at(count))
+        return seconds if kind is Kind.BODY else seconds + rank.tail[part].at(count)
+
+    def size(self, wire: WireCosts, kind: Kind, rows: Rows, batch: Batch) -> float:
+        """Bytes that a collective is about."""
+        if kind is Kind.GATHER:
+            return self.logits * len(batch.sampled_rows)
+        return wire.element * self.width * (rows[1] - rows[0])
+
+    def scaled(self, compute: float, small: float, large: float) -> Costs:
+        """The same with slower (or faster) computation and collectives, by these factors."""
+        if compute == small == large == 1.0:
+            return self
+        ranks = tuple(rank.scaled(compute) for rank in self.ranks)
+        return replace(self, ranks=ranks, wires={n: wire.scaled(small, large) for n, wire in self.wires.items()})

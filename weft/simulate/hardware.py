@@ -1,0 +1,293 @@
+"""The catalogue of hardware, and costs that follow from its figures: rooflines, hops and bytes.
+
+What has such costs was not measured here: whoever shows them says "predicted". Knows makers' figures and shapes of
+shards; knows nothing of checkpoints or machines at hand.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from weft.errors import InputError
+from weft.simulate.cost import ComputeCosts, Contention, Costs, Table, WireCosts
+
+PACKAGED = Path(__file__).with_name("catalogue.toml")
+ONE_HOP = 64 * 1024  # bytes up to which a sum takes one hop
+HIGHEST = 1e6  # rows or bytes at which tables end; they go on straight
+# Bytes of a number; None: those of the computation. Integers come in groups of 128 with a scale of four bytes.
+WIRES: dict[str, float | None] = {"exact": None, "bf16": 2.0, "int8": 1 + 4 / 128, "int4": 0.5 + 4 / 128}
+
+
+class Assumed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What no maker states: parts of the stated rates that are reached, seconds of each stage beside its work, and
+    the part of its speed that computation loses beside a collective."""
+
+    efficiency: float
+    memory_efficiency: float
+    step: float
+    share: float
+
+
+class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One device. `tflops` dense, `memory` in GiB, `bandwidth` of it in GB/s. `cores`: of a CPU; 0 for a GPU.
+
+    What is None is taken from the catalogue's assumptions.
+    """
+
+    name: str
+    tflops: float
+    memory: float
+    bandwidth: float
+    link: str
+    source: str
+    cores: int = 0
+    efficiency: float | None = None
+    memory_efficiency: float | None = None
+    step: float | None = None
+    share: float | None = None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number there: GPUs compute in bfloat16, CPUs in float32."""
+        return 4 if self.cores else 2
+
+
+class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What joins ranks. `rate`: GB/s each way for each rank; `hop`: seconds of an empty message.
+
+    Measured ones have a table: `sum_us` and `hop_us` against `bytes` of the whole partial, for so many `ranks`;
+    `fused` ones take the norm along.
+    """
+
+    rate: float
+    efficiency: float
+    hop: float
+    source: str
+    ranks: int | None = None
+    fused: bool = False
+    bytes: list[float] = []
+    sum_us: list[float] = []
+    hop_us: list[float] = []
+
+    @property
+    def reached(self) -> float:
+        """Bytes a second each way."""
+        return self.rate * self.efficiency * 1e9
+
+    def faster(self, factor: float) -> Link:
+        """The same link at another rate."""
+        return msgspec.structs.replace(self, rate=self.rate * factor, bytes=[], sum_us=[], hop_us=[], ranks=None)
+
+
+class Catalogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Devices and links by name."""
+
+    assumed: dict[str, Assumed]
+    device: dict[str, Device]
+    link: dict[str, Link]
+
+    def assumption(self, device: Device, name: str) -> float:
+        """What the device states itself, or its kind's assumption."""
+        own = getattr(device, name)
+        return float(own if own is not None else getattr(self.assumed["cpu" if device.cores else "gpu"], name))
+
+
+class _Entries(msgspec.Struct, forbid_unknown_fields=True):
+    """A user's own file: any part of a catalogue."""
+
+    assumed: dict[str, Assumed] = {}
+    device: dict[str, Device] = {}
+    link: dict[str, Link] = {}
+
+
+@cache
+def catalogue(own: Path | None = None) -> Catalogue:
+    """The packaged catalogue with a user's own entries over it. Raises `InputError` that names what is wrong there."""
+    packaged = msgspec.convert(tomllib.loads(PACKAGED.read_text("utf-8")), Catalogue)
+    if own is None:
+        return packaged
+    try:
+        entries = msgspec.convert(tomllib.loads(own.read_text("utf-8")), _Entries)
+    except OSError as error:
+        raise InputError(f"--catalogue {own} can't be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+        raise InputError(f"--catalogue {own}: {error}; docs/predictions.md shows an entry") from None
+    merged = Catalogue(
+        packaged.assumed | entries.assumed, packaged.device | entries.device, packaged.link | entries.link
+    )
+    for name, device in entries.device.items():
+        _known(device.link, merged.link, f"--catalogue {own}: device {name}: link")
+        if min(device.tflops, device.memory, device.bandwidth) <= 0:
+            raise InputError(f"--catalogue {own}: device {name}: tflops, memory and bandwidth must be above 0")
+    for name, link in entries.link.items():
+        if min(link.rate, link.efficiency) <= 0:
+            raise InputError(f"--catalogue {own}: link {name}: rate and efficiency must be above 0")
+    return merged
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks, one device each, and what joins them."""
+
+    text: str
+    devices: tuple[Device, ...]
+    link_name: str
+    link: Link
+    source: Catalogue
+
+    @property
+    def world(self) -> int:
+        """Ranks."""
+        return len(self.devices)
+
+    def seconds_of(self, flops: float, rank: int) -> float:
+        """Of so many operations in large matrix products on one rank."""
+        device = self.devices[rank]
+        return flops / (device.tflops * 1e12 * self.source.assumption(device, "efficiency"))
+
+
+def parse_group(text: str, link: str | None = None, own: Path | None = None) -> Group:
+    """Reads "4x rtx4090" or "1x rtx4090 + 2x rtx3090", and a link by name or speed ("10gbit").
+
+    Raises `InputError` with the nearest names for what is not in the catalogue.
+    """
+    known = catalogue(own)
+    devices: list[Device] = []
+    for part in text.split("+"):
+        match = re.fullmatch(r"(?:(\d+)\s*[xX]\s+|(\d+)\s*[xX])?\s*([\w.-]+)", part.strip())
+        if match is None:
+            raise InputError(f"--hardware {text!r} is not a group; write it like '4x rtx4090' or '1x l4 + 1x a10g'")
+        count = int(match[1] or match[2] or 1)
+        if not 1 <= count <= 256:
+            raise InputError(f"--hardware {text!r}: give 1 to 256 devices")
+        devices += [known.device[_known(match[3], known.device, "--hardware")]] * count
+    name = link or devices[0].link
+    return Group(text, tuple(devices), name, _link(name, len(devices), known), known)
+
+
+def _link(name: str, ranks: int, known: Catalogue) -> Link:
+    speed = re.fullmatch(r"(\d+(?:\.\d+)?)(mbit|gbit)", name)
+    if speed and float(speed[1]) > 0:
+        rate = float(speed[1]) / (8 if speed[2] == "gbit" else 8000)
+        return Link(rate, known.link["ethernet-10g"].efficiency, known.link["ethernet-10g"].hop, "the user's speed")
+    link = known.link[_known(name, known.link, "--link", " or a speed such as 10gbit")]
+    if link.ranks is not None and link.ranks != ranks:
+        raise InputError(f"--link {name} was measured with {link.ranks} ranks, and there are {ranks}; choose another")
+    return link
+
+
+def _known(name: str, names: Any, option: str, more: str = "") -> str:
+    """The name, in lower case without spaces. Raises `InputError` with the nearest ones."""
+    plain = name.lower().replace(" ", "")
+    if plain in names:
+        return plain
+    near = get_close_matches(plain, names, n=3, cutoff=0.4) or sorted(names)[:3]
+    raise InputError(f"{option} {name!r} is not known; nearest: {', '.join(near)}{more}; weft plan --list shows all")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of a layer, in numbers: query and key/value heads of `head` width, MLP width, vocabulary."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head: int
+    width: int
+    vocabulary: int
+    window: int | None = None
+
+
+def costs_of(group: Group, shards: Sequence[Shard], wires: Sequence[str]) -> Costs:
+    """What steps cost on this hardware. Wires are those of WIRES."""
+    itemsize = group.devices[0].itemsize
+    ranks = tuple(_rank(group, device, shard) for device, shard in zip(group.devices, shards, strict=True))
+    same = len({(d, s) for d, s in zip(group.devices, shards, strict=True)}) == 1
+    device = group.devices[0]
+    part = group.source.assumption(device, "share") / max(1, device.cores)
+    return Costs(
+        ranks[:1] if same else ranks, {name: _wire(group, WIRES[name] or itemsize) for name in wires},
+        Contention(part=part), shards[0].hidden, 4.0 * max(shard.vocabulary for shard in shards), group.world,
+    )  # fmt: skip
+
+
+def _rank(group: Group, device: Device, shard: Shard) -> ComputeCosts:
+    roof = _Roof(
+        device.tflops * 1e12 * group.source.assumption(device, "efficiency"),
+        device.bandwidth * 1e9 * group.source.assumption(device, "memory_efficiency"),
+        group.source.assumption(device, "step"), device.itemsize,
+    )  # fmt: skip
+    hidden, queries = shard.hidden, shard.heads * shard.head
+    projected = queries + 2 * shard.kv_heads * shard.head
+    norm = 4 * hidden  # numbers read and written: input, residual, both again
+    pair = 4 * queries / roof.flops
+    return ComputeCosts(
+        body={
+            "attention": roof.product(hidden, projected, norm + 2 * projected, 0.7),
+            "mlp": roof.product(hidden, 2 * shard.width, norm + 3 * shard.width, 0.7),
+            "embed": roof.moved(2 * hidden), "head": roof.product(hidden, shard.vocabulary, norm, 1.0),
+        },
+        tail={
+            "attention": roof.product(queries, hidden, 0, 0.3), "mlp": roof.product(shard.width, hidden, 0, 0.3),
+            "embed": Table((1.0,), (0.0,)), "head": Table((1.0,), (0.0,)),
+        },
+        enter=roof.moved(norm, 0.0), present=Table.line(pair / 2, 0.0), past=pair,
+        one=2 * shard.kv_heads * shard.head * roof.itemsize / roof.bandwidth, begin=Table((1.0,), (0.0,)),
+        window=shard.window,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Roof:
+    """A device's roofline: operations and bytes a second that are reached, seconds of a stage beside them."""
+
+    flops: float
+    bandwidth: float
+    step: float
+    itemsize: int
+
+    def product(self, inputs: int, outputs: int, moved: int, part: float) -> Table:
+        """A product with a weight of this size, and `moved` numbers of a row beside it. `part`: of the step's seconds.
+
+        A few rows take as long as reading the weight, many as long as their operations.
+        """
+        weight = inputs * outputs * self.itemsize / self.bandwidth
+        a_row = 2 * inputs * outputs / self.flops
+        beside = moved * self.itemsize / self.bandwidth
+        if not inputs * outputs:
+            return Table.line(self.step * part, 0.0)
+        knee = weight / a_row
+        fixed = self.step * part
+        return Table(
+            (0.0, knee, max(HIGHEST, 2 * knee)),
+            (fixed + weight, fixed + weight + beside * knee, fixed + (a_row + beside) * max(HIGHEST, 2 * knee)),
+        )
+
+    def moved(self, numbers: int, part: float = 0.5) -> Table:
+        """Only memory is read and written."""
+        return Table.line(self.step * part, numbers * self.itemsize / self.bandwidth)
+
+
+def _wire(group: Group, element: float) -> WireCosts:
+    link, world = group.link, group.world
+    if link.bytes:
+        sums, hops = (
+            Table(tuple(link.bytes), tuple(us * 1e-6 for us in column)) for column in (link.sum_us, link.hop_us)
+        )
+        return WireCosts(sums, sums, 0.0, hops, element, link.fused)
+    a_byte = 1 / link.reached
+    each = (world - 1) / world  # of the partial, in each of two hops; two ranks swap all of it in one
+    hops_of_a_sum = 1 if world <= 2 else 2
+    return WireCosts(
+        Table.line(link.hop, (world - 1) * a_byte), Table.line(hops_of_a_sum * link.hop, 2 * each * a_byte), ONE_HOP,
+        Table.line(link.hop, each * a_byte), element, link.fused,
+    )  # fmt: skip
