@@ -46,7 +46,7 @@ def test_nothing_reads_pickle() -> None:
 
 
 def test_the_engine_and_the_attention_agree_on_the_granule() -> None:
-    from weft import engine
+    from weft import calibration
     from weft.model import attention
 
-    assert engine.GRANULE == attention.GRANULE
+    assert calibration.GRANULE == attention.GRANULE

@@ -9,7 +9,8 @@ from weft.model.families import flags_of
 from weft.model.shares import shares_of
 from weft.parallel.allreduce import ONE_SHOT_BYTES
 from weft.parallel.codec import element_bytes
-from weft.plan.calibrate import Subject
+from weft.plan.readings import Subject
+from weft.program.strategy import GRANULE
 
 
 def key_of(model: ModelConfig, config: EngineConfig, link: str) -> dict[str, str]:
@@ -25,6 +26,11 @@ def key_of(model: ModelConfig, config: EngineConfig, link: str) -> dict[str, str
     }  # fmt: skip
 
 
+def granule_of(config: EngineConfig) -> int:
+    """Positions on whose multiples a sequence may be cut; see `strategy.place`."""
+    return GRANULE if config.reproducible else 1
+
+
 def subject_of(model: ModelConfig, config: EngineConfig, wires: tuple[str, ...]) -> Subject:
     """What is measured for these wires."""
     windows = set(flags_of(model).windows)
@@ -33,5 +39,5 @@ def subject_of(model: ModelConfig, config: EngineConfig, wires: tuple[str, ...])
         layers=model.layers, width=model.hidden, logits=4.0 * max(widths), world=config.ranks,
         length=config.max_length, slots=config.max_sequences, limit=ONE_SHOT_BYTES,
         elements={wire: element_bytes(wire, config.dtype) for wire in wires},
-        window=windows.pop() if len(windows) == 1 else None,
+        window=windows.pop() if len(windows) == 1 else None, granule=granule_of(config),
     )  # fmt: skip

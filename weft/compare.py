@@ -93,8 +93,9 @@ class _Run(NamedTuple):
 
 
 class Comparing:
-    """One batch, measured round by round. The first round warms up and doesn't count. Variants that come to the same
-    program on the same wire (`auto` is one of the others, mostly) are run once.
+    """One batch, measured round by round. The first round warms up and doesn't count: costs are corrected by what it
+    took, as they are by every batch of a server, and `auto` is planned anew. Variants that come to the same program on
+    the same wire (`auto` is one of the others, mostly) are run once.
 
     tokens: ids of the flattened batch. `sent`: bytes that each rank's device has sent so far, where it has one of its
     own.
@@ -108,11 +109,8 @@ class Comparing:
         wires = list(dict.fromkeys(variant.wire for variant in variants))
         both = list(dict.fromkeys([*(Variant("serial", wire) for wire in wires), *variants]))
         self._planners = {variant: engine.planner.like(*variant) for variant in both}
-        self._plans = {variant: planner.plan(batch) for variant, planner in self._planners.items()}
-        first: dict[tuple[Program, str], Variant] = {}
-        self._run_as = {v: first.setdefault((plan.program, plan.wire), v) for v, plan in self._plans.items()}
-        self._runs = [(variant, "both") for variant in first.values()]
-        self._runs += [(Variant("serial", wire), "network") for wire in wires] + [(both[0], "compute")]
+        self._alone = [(Variant("serial", wire), "network") for wire in wires] + [(both[0], "compute")]
+        self._plan()
         self._best: dict[Variant, _Run] = {}  # of the rounds that count
         self._started = 0
         self.rounds: list[Round] = []
@@ -123,6 +121,7 @@ class Comparing:
         done = {run: self._run(*run) for run in self._runs[shift:] + self._runs[:shift]}
         self._started += 1
         if self._started == 1:
+            self._correct({variant: run.result for (variant, part), run in done.items() if part == "both"})
             return
         both = {variant: done[same, "both"] for variant, same in self._run_as.items()}
         network = {variant.wire: run.result.seconds for (variant, part), run in done.items() if part == "network"}
@@ -131,6 +130,19 @@ class Comparing:
         for variant, run in both.items():
             if run.result.seconds <= self._best.get(variant, run).result.seconds:
                 self._best[variant] = run
+
+    def _plan(self) -> None:
+        """What is run in a round."""
+        self._plans = {variant: planner.plan(self._batch) for variant, planner in self._planners.items()}
+        first: dict[tuple[Program, str], Variant] = {}
+        self._run_as = {v: first.setdefault((plan.program, plan.wire), v) for v, plan in self._plans.items()}
+        self._runs = [*((variant, "both") for variant in first.values()), *self._alone]
+
+    def _correct(self, results: dict[Variant, RunResult]) -> None:
+        """Costs by what the first round took, and plans by the costs."""
+        for variant, result in results.items():
+            self._planners[variant].observe(self._plans[variant], self._batch, result.compute, result.network)
+        self._plan()
 
     def _run(self, variant: Variant, part: str) -> _Run:
         before = self._sent() if self._sent else None

@@ -19,7 +19,7 @@ import psutil
 from weft.batching.batcher import Batcher, Scheduled
 from weft.batching.params import SamplingParams
 from weft.batching.request import Request, Sequence
-from weft.calibration import key_of, subject_of
+from weft.calibration import granule_of, key_of, subject_of
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, WorkerFailed, WorkerLost
 from weft.execute.controller import Controller, RunOptions, RunResult, Started, Submitted
@@ -28,12 +28,13 @@ from weft.launch.launcher import Launcher
 from weft.launch.local import LocalLauncher
 from weft.model.families import flags_of
 from weft.model.shares import shard_bytes, shares_of
-from weft.plan.calibrate import MOST, Sample, calibrate
+from weft.plan.calibrate import MOST, calibrate
 from weft.plan.kept import keep, recall
 from weft.plan.planner import Plan, Planner, shares_by_speed
+from weft.plan.readings import Sample
 from weft.program.batch import Batch
 from weft.program.steps import Program, decoder_stages
-from weft.program.strategy import AUTO, GRANULE, Strategy
+from weft.program.strategy import AUTO, Strategy
 from weft.simulate.cost import Costs
 from weft.text import Detokenizer, StopText, Tokenizer, generation_defaults
 
@@ -97,9 +98,7 @@ class Engine:
         _demand_memory(self.model, config)
         self.tokenizer = Tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
         self.end_ids = self._end_ids()
-        self.planner = Planner(
-            decoder_stages(self.model.layers), config.overlap, config.wire, GRANULE if config.reproducible else 1
-        )
+        self.planner = Planner(decoder_stages(self.model.layers), config.overlap, config.wire, granule_of(config))
         self.completions: dict[Sequence, Completion] = {}
         self.notices: list[str] = []
         self.last_step: Step | None = None
@@ -155,6 +154,7 @@ class Engine:
             return Sample(result.seconds, result.processor, result.timeline)
 
         costs = calibrate(probe, subject_of(self.model, self.config, wires), watch)
+        self.controller.release(list(range(self.config.max_sequences)))  # the memory of what was only tried
         self.planner.learn(costs)
         return costs
 

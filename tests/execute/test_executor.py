@@ -18,7 +18,8 @@ from weft.model.attention import GRANULE
 from weft.program.batch import Batch, one_prompt
 from weft.program.steps import Program, decoder_stages
 
-STRATEGIES = ("serial", "iso:2", "iso@5,300", "iso:2/4", "tiles:4", "requests", "iso:2+rs", "iso:3+tiles:2")
+STRATEGIES = ("serial", "iso:2", "iso@5,300", "iso:2/4", "tiles:4", "requests", "iso:2+rs", "iso:3+tiles:2",
+              "iso:3+ahead")  # fmt: skip
 SPLITS = ((1.0,), (1.0, 1.0), (1.0,) * 3, (1.0,) * 4, (2.0, 1.0), (1.0, 3.0, 2.0, 1.0))
 PROMPTS = ((1,), (2,), (17,), (700,), (3, 200, 41))
 

@@ -9,9 +9,9 @@ from random import Random
 import pytest
 
 from tests.simulate.costs import RANK, costs
-from weft.plan import calibrate as module
-from weft.plan.calibrate import BUDGET, Probe, Sample, Subject, calibrate
+from weft.plan.calibrate import BUDGET, Probe, calibrate
 from weft.plan.planner import Planner
+from weft.plan.readings import KERNEL, Sample, Subject
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.steps import Lane, Program, decoder_stages
 from weft.simulate.cost import Contention, Costs
@@ -41,7 +41,7 @@ def machine(truth: Costs, noise: float = 0.0) -> Probe:
         )
         sums = [e for e in events if e.lane is Lane.NETWORK and e.rank == 0]
         size = {e: 4.0 * truth.width * e.rows.length for e in sums}
-        stolen = sum(truth.contention.taken(truth.wires[wire], size[e], e.seconds) for e in sums) / module.KERNEL
+        stolen = sum(truth.contention.taken(truth.wires[wire], size[e], e.seconds) for e in sums) / KERNEL
         return Sample(timeline.seconds + 2e-4, [stolen] * 2, Timeline(events, "measured"))
 
     return probe

@@ -32,6 +32,24 @@ compute  L0.mlp        4:8  after reduce L0.attention 4:8
 reduce   L0.mlp        4:8
 """
 
+AHEAD = """\
+compute  embed         0:9
+compute  L0.attention  0:3
+reduce   L0.attention  0:3
+compute  L0.attention  3:6
+reduce   L0.attention  3:6
+compute  L0.mlp        0:3  after reduce L0.attention 0:3
+reduce   L0.mlp        0:3
+compute  L0.attention  6:9
+reduce   L0.attention  6:9
+compute  L0.mlp        3:6  after reduce L0.attention 3:6
+reduce   L0.mlp        3:6
+compute  L0.mlp        6:9  after reduce L0.attention 6:9
+reduce   L0.mlp        6:9
+compute  head          0:9  after reduce L0.mlp 0:3, reduce L0.mlp 3:6, reduce L0.mlp 6:9
+gather   head          0:9
+"""
+
 TILES = """\
 body     L0.attention  0:8
 tail     L0.attention  0:4
@@ -64,6 +82,11 @@ def test_schedules(strategy: str, part: str) -> None:
     assert part in str(build(Strategy.parse(strategy), decoder_stages(1), one_prompt(8)))
 
 
+def test_earlier_chunks_go_ahead() -> None:
+    """Attention of a later chunk stands between two stages of an earlier one."""
+    assert str(build(Strategy.parse("iso:3+ahead"), decoder_stages(1), one_prompt(9))) == AHEAD
+
+
 @pytest.mark.parametrize(
     "strategy",
     [
@@ -82,6 +105,10 @@ def test_schedules(strategy: str, part: str) -> None:
         "iso:4+rs",
         "iso@3,9+rs",
         "requests+rs",
+        "iso:2+ahead",
+        "iso:3+ahead",
+        "iso@3,9+ahead",
+        "requests+ahead",
     ],
 )
 @pytest.mark.parametrize("lengths", [(1,), (2,), (17,), (700,), (3, 1, 90), (1, 1, 1, 1)])

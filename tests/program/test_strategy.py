@@ -17,6 +17,7 @@ from weft.program.strategy import Cuts, Strategy, chunks, place
         ("tiles:8", "tiles:8"), ("requests", "requests:2"), ("requests:3", "requests:3"), ("rs", "rs"),
         ("iso+tiles", "iso:2+tiles:4"), ("iso:2/4+tiles:8", "iso:2/4+tiles:8"), ("iso:4+rs", "iso:4+rs"),
         ("iso@300,700+rs", "iso@300,700+rs"), ("requests:3+tiles:2", "requests:3+tiles:2"), ("iso:1", "serial"),
+        ("iso:3+ahead", "iso:3+ahead"), ("iso@300,700+ahead", "iso@300,700+ahead"),
     ],
 )  # fmt: skip
 def test_text(text: str, canonical: str) -> None:
@@ -47,11 +48,13 @@ def test_text(text: str, canonical: str) -> None:
         "rs+tiles",
         "iso:2+tiles:4+rs",
         "iso:2+serial",
+        "ahead",
+        "iso:2+ahead+rs",
         "requests:2/3",
     ],
 )
 def test_what_is_no_strategy_is_refused_with_what_is(text: str) -> None:
-    with pytest.raises(InputError, match="is not a strategy; allowed: serial, iso"):
+    with pytest.raises(InputError, match="is not a strategy; allowed: auto, serial, iso"):
         Strategy.parse(text)
 
 
@@ -72,6 +75,7 @@ def test_scattered_sums_need_the_same_cuts_everywhere(text: str) -> None:
         ("tiles:4", Cuts(tiles=4)),
         ("iso:2+tiles:4", Cuts((50,), (50,), tiles=4)),
         ("iso:2+rs", Cuts((50,), (50,), scattered=True)),
+        ("iso:2+ahead", Cuts((50,), (50,), ahead=True)),
         ("requests", Cuts()),
     ],
 )

@@ -2,7 +2,8 @@
 
 two-shot (large)  encode, exchange shards, decode and sum, encode, exchange sums, decode: bandwidth-optimal
 one-shot (small)  encode, gather everything everywhere, decode and sum: one hop
-exchange (large, two ranks)  the same by one message each way: two ranks' two-shot sends as many bytes in two hops
+exchange (two ranks)  the same by one message each way: two ranks' two-shot sends as many bytes in two hops, and gloo's
+gather takes half as long again
 
 An element's sum is p0 + p1 + p2 + … in each, so it depends neither on the algorithm nor on where the batch was
 cut; and every rank decodes the same bytes, its own contribution included, so all end with the same bits.
@@ -27,10 +28,10 @@ def all_reduce(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
     """The sum of every rank's partial [T, M], the same bits on all of them. May reuse the partial's memory."""
     if group.world == 1:
         return partial_TM
-    if codec.empty(partial_TM[:1]).nbytes * partial_TM.shape[0] <= ONE_SHOT_BYTES:
-        return one_shot(group, codec, partial_TM)
     if group.world == 2:
         return exchange(group, codec, partial_TM)
+    if codec.empty(partial_TM[:1]).nbytes * partial_TM.shape[0] <= ONE_SHOT_BYTES:
+        return one_shot(group, codec, partial_TM)
     return two_shot(group, codec, partial_TM)
 
 

@@ -16,6 +16,7 @@ from weft.timeline.timeline import median
 SEEN = 7  # of the last batches the median decides: four in a row that differ are enough, three odd ones are not
 FEWEST = 5
 NOTICED = 0.12  # a smaller difference is noise
+COUNTS = 0.1  # of what both lanes are busy: of a lane that does less, a batch says nothing
 
 
 class Factors(NamedTuple):
@@ -38,7 +39,7 @@ class Drift:
         before, lanes = self.factors[small], ((compute, predicted.compute), (network, predicted.network))
         found = []
         for seen, then, now, (measured, expected) in zip(self._seen[small], factors, before, lanes, strict=True):
-            if measured > 0 and expected > 0:
+            if measured > 0 and expected > COUNTS * (predicted.compute + predicted.network):
                 seen.append(measured / expected * then)
             found.append(median(seen) if len(seen) >= FEWEST else now)
         if all(abs(new / old - 1) < NOTICED for new, old in zip(found, before, strict=True)):

@@ -110,6 +110,8 @@ class Planner:
         """Takes new costs; plans made from earlier ones are forgotten."""
         self.costs, self.drift = costs, Drift()
         self._known.clear()
+        if self.overlap == AUTO:
+            self.plan(one_prompt(1000))  # so that the first prompt need not wait for what all searches share
 
     def observe(self, plan: Plan, batch: Batch, compute: float, network: float) -> bool:
         """Tells what a batch took, in seconds that its lanes were busy; True if the costs were corrected for it."""

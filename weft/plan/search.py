@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -18,13 +18,17 @@ from weft.program.build import weave
 from weft.program.steps import Kind, Stage
 from weft.program.strategy import Cuts, Strategy, on_granule, place
 from weft.simulate.cost import Costs
-from weft.simulate.run import Example, Structure, coupling, lay_out, taken
+from weft.simulate.run import Example, Structure, Taken, coupling, lay_out, taken
 
 LAYERS = 3  # the first to fill the lanes, two to see what one more takes
-TRIALS = 20  # candidates that are judged at most: keeps a plan under 3 ms
+TRIALS = 18  # candidates that are judged at most: keeps a plan under 3 ms
 LEAST_ROWS = 16  # of a chunk
 WORTH = 0.025  # of serial's time: a smaller gain than this is not worth the risk that costs are a little wrong
 SIMPLER = 0.01  # of the time: what a more complicated plan must gain over a simpler one
+
+
+# What steps take by kind, part, first row, the one after the last, and whether they were entered elsewhere.
+_Known = dict[tuple[Kind, str, int, int, bool], Taken]
 
 
 class Estimate(NamedTuple):
@@ -39,44 +43,69 @@ class Estimate(NamedTuple):
 class Template:
     """The structure of all candidates whose cuts come in the same order; edges are numbered, rows between follow.
 
-    `edges`: for each example the edge and the part of the way to the next one, in `grain` parts, of its first row and
-    of the one after its last. `layers`: where the last two layers start, in steps.
+    `columns`: for each of the structure's examples kind, part and whether it was entered elsewhere, then for its first
+    row and for the one after its last the edge, and the part of the way to the next one, in `grain` parts. `layers`:
+    where the last two layers start, in steps.
     """
 
     structure: Structure
-    edges: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    columns: tuple[tuple[Kind, str, bool, int, int, int, int], ...]
     layers: tuple[int, int]
     grain: int
-
-    def examples(self, edges: Sequence[int]) -> Iterator[Example]:
-        """The structure's examples with the rows of a candidate."""
-        for example, (first, last) in zip(self.structure.examples, self.edges, strict=True):
-            yield Example(
-                example.kind, example.part, Rows(self._row(edges, *first), self._row(edges, *last)), example.entered
-            )
-
-    def _row(self, edges: Sequence[int], edge: int, part: int) -> int:
-        if not part:
-            return edges[edge]
-        return edges[edge] + round((edges[edge + 1] - edges[edge]) * part / self.grain)
 
 
 @lru_cache(maxsize=512)
 def template(
-    attention: tuple[int, ...], others: tuple[int, ...], count: int, tiles: int, scattered: bool,
+    attention: tuple[int, ...], others: tuple[int, ...], count: int, tiles: int, scattered: bool, ahead: bool,
     stages: tuple[Stage, ...], fused: bool,
 ) -> Template:  # fmt: skip
     """`attention` and `others` hold which of the `count` inner edges cut those stages, from 1 on."""
     grain = max(tiles, 2)
-    cuts = Cuts(tuple(e * grain for e in attention), tuple(e * grain for e in others), tiles, scattered)
+    cuts = Cuts(tuple(e * grain for e in attention), tuple(e * grain for e in others), tiles, scattered, ahead)
     program = weave(stages, (count + 1) * grain, cuts)
     structure = Structure.of(program, fused)
-    edges = tuple((divmod(e.rows.start, grain), divmod(e.rows.stop, grain)) for e in structure.examples)
+    columns = tuple(
+        (e.kind, e.part, e.entered, *divmod(e.rows.start, grain), *divmod(e.rows.stop, grain))
+        for e in structure.examples
+    )
     starts = [
         index for index, step in enumerate(program.steps)
         if step.part == "attention" and step.rows.start == 0 and step.kind in (Kind.COMPUTE, Kind.BODY)
     ]  # fmt: skip
-    return Template(structure, edges, (starts[-2], starts[-1]) if len(starts) > 1 else (0, 0), grain)
+    return Template(structure, columns, (starts[-2], starts[-1]) if len(starts) > 1 else (0, 0), grain)
+
+
+@dataclass(frozen=True)
+class _LaidOut:
+    """A few layers of a candidate; `more` of them follow, and `begin` seconds go before."""
+
+    form: Template
+    starts: list[float]
+    stops: list[float]
+    begin: float
+    more: int
+
+    @property
+    def seconds(self) -> float:
+        """Of all layers. One more takes as long as the last one did, but where queues still grow no less than its
+        lanes are busy."""
+        first, second = self.form.layers
+        period = max(self.starts[second] - self.starts[first], *self._busy(first, second))
+        return self.begin + max(self.stops) + self.more * period
+
+    @property
+    def estimate(self) -> Estimate:
+        """With what the lanes are busy."""
+        repeated, once = self._busy(*self.form.layers), self._busy(0, len(self.starts))
+        compute, network = (a + self.more * b for a, b in zip(once, repeated, strict=True))
+        return Estimate(self.seconds, self.begin + compute, network)
+
+    def _busy(self, first: int, stop: int) -> list[float]:
+        """Seconds of the compute and of the network lane, from one step to another."""
+        both = [0.0, 0.0]
+        for index in range(first, stop):
+            both[self.form.structure.network[index]] += self.stops[index] - self.starts[index]
+        return both
 
 
 class Search:
@@ -88,29 +117,39 @@ class Search:
 
     def estimate(self, batch: Batch, cuts: Cuts, costs: Costs, wire: str) -> Estimate:
         """What a pass with these cuts takes. Raises KeyError for a wire without costs."""
-        way = costs.wires[wire]
-        edges = sorted({*cuts.attention, *cuts.others})
-        number = {edge: place for place, edge in enumerate(edges, start=1)}
+        return self._laid_out(batch, cuts, costs, wire, {}).estimate
+
+    def seconds(self, batch: Batch, cuts: Cuts, costs: Costs, wire: str, known: _Known) -> float:
+        """The same, in less time; `known`: what steps take that were in earlier candidates."""
+        return self._laid_out(batch, cuts, costs, wire, known).seconds
+
+    def _laid_out(self, batch: Batch, cuts: Cuts, costs: Costs, wire: str, known: _Known) -> _LaidOut:
+        edges = [0, *sorted({*cuts.attention, *cuts.others}), batch.tokens]
+        number = {edge: place for place, edge in enumerate(edges)}
         form = template(
-            tuple(number[edge] for edge in cuts.attention), tuple(number[edge] for edge in cuts.others), len(edges),
-            cuts.tiles, cuts.scattered, self.short, way.fused,
+            tuple([number[edge] for edge in cuts.attention]), tuple([number[edge] for edge in cuts.others]),
+            len(edges) - 2, cuts.tiles, cuts.scattered, cuts.ahead, self.short, costs.wires[wire].fused,
         )  # fmt: skip
-        examples = form.examples([0, *edges, batch.tokens])
-        each = taken(examples, batch, costs, way, costs.pace)
-        starts, stops = lay_out(form.structure, each, coupling(costs, way))
-        more = max(0, self.layers - LAYERS)
-        second, third = form.layers
-        begin = costs.pace.begin.at(batch.tokens)
-        busy, repeated = [begin, 0.0], [0.0, 0.0]
-        for index, lane in enumerate(form.structure.network):
-            busy[lane] += stops[index] - starts[index]
-            if second <= index < third:
-                repeated[lane] += stops[index] - starts[index]
-        # One more layer takes as long as the last one did, but where queues are still growing no less than its lanes.
-        period = max(starts[third] - starts[second], *repeated)
-        return Estimate(
-            begin + max(stops) + more * period, *(b + more * r for b, r in zip(busy, repeated, strict=True))
-        )
+        each = self._taken(form, edges, batch, costs, wire, known)
+        starts, stops = lay_out(form.structure, each, coupling(costs, costs.wires[wire]))
+        return _LaidOut(form, starts, stops, costs.pace.begin.at(batch.tokens), max(0, self.layers - LAYERS))
+
+    def _taken(
+        self, form: Template, edges: Sequence[int], batch: Batch, costs: Costs, wire: str, known: _Known
+    ) -> list[Taken]:  # fmt: skip
+        """What each of the form's examples takes, with the rows of this candidate."""
+        found, way, pace, grain = [], costs.wires[wire], costs.pace, form.grain
+        for kind, part, entered, first, start_part, last, stop_part in form.columns:
+            start, stop = edges[first], edges[last]
+            if start_part:
+                start += round((edges[first + 1] - start) * start_part / grain)
+            if stop_part:
+                stop += round((edges[last + 1] - stop) * stop_part / grain)
+            key = kind, part, start, stop, entered
+            if key not in known:
+                known[key] = taken(Example(kind, part, Rows(start, stop), entered), batch, costs, way, pace)
+            found.append(known[key])
+        return found
 
     def best(self, batch: Batch, costs: Costs, wire: str) -> Strategy:
         """The strategy that is predicted to be fastest; serial where little is gained."""
@@ -123,6 +162,7 @@ class _Searching:
     def __init__(self, search: Search, batch: Batch, costs: Costs, wire: str) -> None:
         self.search, self.batch, self.costs, self.wire = search, batch, costs, wire
         self.tried: dict[Cuts, tuple[float, Strategy]] = {}
+        self.known: _Known = {}
 
     def best(self) -> Strategy:
         serial = self._try(Strategy())
@@ -144,7 +184,8 @@ class _Searching:
         if cuts not in self.tried:
             if len(self.tried) >= TRIALS or not self._wide(cuts):
                 return float("inf")
-            self.tried[cuts] = self.search.estimate(self.batch, cuts, self.costs, self.wire).seconds, strategy
+            seconds = self.search.seconds(self.batch, cuts, self.costs, self.wire, self.known)
+            self.tried[cuts] = seconds, strategy
         return self.tried[cuts][0]
 
     def _wide(self, cuts: Cuts) -> bool:
@@ -156,6 +197,8 @@ class _Searching:
         """Even cuts, tiles, scattered sums, cuts between sequences, cuts of equal time."""
         for chunks, others in ((2, 2), (3, 3), (4, 4), (2, 4), (3, 6)):
             yield Strategy(chunks=chunks, other_chunks=others)
+        for chunks in (3, 4):
+            yield Strategy(chunks=chunks, other_chunks=chunks, ahead=True)
         most = self._more_chunks()
         yield Strategy(tiles=4)
         yield Strategy(chunks=2, other_chunks=2, tiles=2)
@@ -188,11 +231,11 @@ class _Searching:
             return
         best, (seconds, _) = min(cutting.items(), key=lambda item: item[1][0])
         parts = max(1, round((len(best.others) + 1) / (len(best.attention) + 1)))
-        times = self._times(best.attention)
+        times, ahead = self._times(best.attention), best.ahead
         last = len(times) - 1
         for ramp, at, factor in ((0.85, last, 1.0), (1.15, last, 1.0), (1.0, last, 0.6), (1.0, 0, 0.7), (1.0, 0, 1.3)):
             changed = [time * ramp**place * (factor if place == at else 1.0) for place, time in enumerate(times)]
-            taken = self._try(self._by_time(changed, parts))
+            taken = self._try(replace(self._by_time(changed, parts), ahead=ahead))
             if taken < seconds:
                 seconds, times = taken, changed
 
@@ -236,7 +279,7 @@ class _Searching:
 def _complexity(strategy: Strategy) -> int:
     """0 for serial; each thing that a plan has beyond it counts."""
     written = strategy.cuts is not None
-    return (strategy != Strategy()) + written + (strategy.tiles > 1) + strategy.scattered
+    return (strategy != Strategy()) + written + (strategy.tiles > 1) + strategy.scattered + strategy.ahead
 
 
 def _curve(batch: Batch, costs: Costs) -> tuple[list[float], list[float]]:

@@ -25,13 +25,20 @@ def weave(stages: Sequence[Stage], tokens: int, cuts: Cuts) -> Program:
     """Stage after stage, chunk after chunk, each chunk's collective right behind its computation.
 
     A chunk waits for those collectives of the stage before that hold its rows, and for nothing else: so the
-    collective of the last chunks travels while the next stage computes the first ones.
+    collective of the last chunks travels while the next stage computes the first ones. With `cuts.ahead`, one chunk is
+    in attention while another is in the MLP, so that long and short computations alternate: what travels behind a
+    short one need not wait for the next stage.
     """
     weaver = (_ScatteringWeaver if cuts.scattered else _Weaver)(cuts.tiles)
-    for stage, following in zip(stages, [*stages[1:], None], strict=True):
+    work: list[tuple[int, int, Rows]] = []  # place of the stage, of the chunk
+    for index, stage in enumerate(stages):
         offsets = cuts.attention if stage.ordered else cuts.others if stage.collective is Kind.REDUCE else ()
-        for rows in chunks(tokens, offsets):
-            weaver.chunk(stage, rows, following)
+        work += [(index, number, rows) for number, rows in enumerate(chunks(tokens, offsets))]
+    if cuts.ahead:
+        last = len(stages) - 1  # it runs once, after everything
+        work.sort(key=lambda entry: (entry[0] == last, entry[0] + entry[1], -entry[1]))
+    for index, _, rows in work:
+        weaver.chunk(stages[index], rows, stages[index + 1] if index + 1 < len(stages) else None)
     return Program(tuple(weaver.steps))
 
 

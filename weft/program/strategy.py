@@ -8,6 +8,7 @@
     tiles, tiles:8       the last projection of each stage in K tiles; alone, or of each chunk: iso:2+tiles:4
     rs                   each sum as a reduce-scatter and an all-gather, with the norm on 1/N of the rows between
                          them; alone, or of each chunk: iso:4+rs
+    iso:3+ahead          earlier chunks go ahead: a chunk starts a stage when the one before it starts the next stage
 
 Knows text and offsets; the programs themselves are made in build.py.
 """
@@ -25,7 +26,8 @@ from weft.program.batch import Batch, Rows
 GRANULE = 128
 AUTO = "auto"
 SYNTAX = (
-    "auto, serial, iso[:N[/M]], iso@CUT,…[/CUT,…], requests[:N], tiles[:K], rs, and iso or requests with +tiles or +rs"
+    "auto, serial, iso[:N[/M]], iso@CUT,…[/CUT,…], requests[:N], tiles[:K], rs, "
+    "and iso or requests with +tiles, +rs or +ahead"
 )
 
 
@@ -35,7 +37,7 @@ class Strategy:
 
     `cuts` and `other_cuts` hold offsets (tokens) when they were written out, else the counts of chunks decide.
     `requests`: chunks are groups of whole sequences. `tiles`: of each chunk's last projection. `scattered`: sums
-    are reduce-scatter and all-gather.
+    are reduce-scatter and all-gather. `ahead`: earlier chunks are a stage ahead of later ones.
     """
 
     chunks: int = 1
@@ -45,6 +47,7 @@ class Strategy:
     other_cuts: tuple[int, ...] | None = None
     requests: bool = False
     scattered: bool = False
+    ahead: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Strategy:
@@ -60,13 +63,16 @@ class Strategy:
                 strategy = _added(strategy, added)
         except ValueError:
             raise InputError(f"--overlap {text!r} is not a strategy; allowed: {SYNTAX} (counts from 1 to 64)") from None
-        if strategy.scattered and (strategy.chunks, strategy.cuts) != (strategy.other_chunks, strategy.other_cuts):
-            raise InputError(f"--overlap {text!r}: rs needs the same cuts in every stage; leave out what follows the /")
+        alike = (strategy.chunks, strategy.cuts) == (strategy.other_chunks, strategy.other_cuts)
+        if (strategy.scattered or strategy.ahead) and not alike:
+            raise InputError(
+                f"--overlap {text!r}: {added} needs the same cuts in every stage; leave out what follows the /"
+            )
         return strategy
 
     def __str__(self) -> str:
-        parts = [part for part in (self._cutting(), self._tiling(), "rs" if self.scattered else "") if part]
-        return "+".join(parts) or "serial"
+        added = ("rs" if self.scattered else "", "ahead" if self.ahead else "")
+        return "+".join(part for part in (self._cutting(), self._tiling(), *added) if part) or "serial"
 
     def _cutting(self) -> str:
         if self.cuts is not None and self.other_cuts is not None:
@@ -83,7 +89,7 @@ class Strategy:
 
 
 _CUT = re.compile(r"(iso|requests)(?:([:@])([\d,]+)(?:/([\d,]+))?)?")
-_ADDED = re.compile(r"rs|tiles(?::(\d+))?")
+_ADDED = re.compile(r"rs|ahead|tiles(?::(\d+))?")
 
 
 def _cut(text: str) -> Strategy:
@@ -111,6 +117,10 @@ def _added(strategy: Strategy, text: str) -> Strategy:
         raise ValueError
     if text.startswith("tiles"):
         return replace(strategy, tiles=_count(match[1], 4))
+    if text == "ahead":
+        if strategy == Strategy():
+            raise ValueError
+        return replace(strategy, ahead=True)
     return replace(strategy, scattered=True)
 
 
@@ -137,13 +147,14 @@ def canonical(overlap: str) -> str:
 class Cuts:
     """Where the flattened batch is cut: offsets for attention, offsets for the other stages, tiles of a tail.
 
-    `scattered`: sums are reduce-scatter and all-gather.
+    `scattered`: sums are reduce-scatter and all-gather. `ahead`: earlier chunks are a stage ahead of later ones.
     """
 
     attention: tuple[int, ...] = ()
     others: tuple[int, ...] = ()
     tiles: int = 1
     scattered: bool = False
+    ahead: bool = False
 
 
 def place(strategy: Strategy, batch: Batch, granule: int = 1) -> Cuts:
@@ -154,7 +165,7 @@ def place(strategy: Strategy, batch: Batch, granule: int = 1) -> Cuts:
     the batch do not apply to it.
     """
     attention, others = _offsets_of(strategy, batch, granule)
-    return Cuts(attention, others, strategy.tiles, strategy.scattered)
+    return Cuts(attention, others, strategy.tiles, strategy.scattered, strategy.ahead and len(attention) > 0)
 
 
 def _offsets_of(strategy: Strategy, batch: Batch, granule: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -45,6 +45,13 @@ class Table:
         return cls((0.0, most), (fixed, fixed + per_unit * most))
 
     @classmethod
+    def sum(cls, one: Table, other: Table) -> Table:
+        """Both together; exact, as both are straight between the points of either."""
+        sizes = sorted({0.0, *one.sizes, *other.sizes})
+        sizes.append(2 * sizes[-1])
+        return cls(tuple(sizes), tuple(one.at(size) + other.at(size) for size in sizes))
+
+    @classmethod
     def slowest(cls, tables: Sequence[Table]) -> Table:
         """At each size the longest of them; all must have the same sizes."""
         return cls(tables[0].sizes, tuple(map(max, zip(*(table.seconds for table in tables), strict=True))))
@@ -69,6 +76,11 @@ class ComputeCosts:
     one: float
     begin: Table
     window: int | None = None
+
+    @cached_property
+    def whole(self) -> dict[str, Table]:
+        """Body and tail together."""
+        return {part: Table.sum(table, self.tail[part]) for part, table in self.body.items()}
 
     def scores(self, batch: Batch, rows: Rows) -> float:
         """Attention's own part for some rows."""
@@ -198,12 +210,10 @@ class Costs:
             return rank.tail[part].at(count)
         if part == "head":
             count = sum(rows[0] <= row < rows[1] for row in batch.sampled_rows)
-        seconds = rank.body[part].at(count)
+        seconds = (rank.body if kind is Kind.BODY else rank.whole)[part].at(count)
         if part == "attention":
             seconds += rank.scores(batch, rows)
-        if entered:
-            seconds = max(0.0, seconds - rank.enter.at(count))
-        return seconds if kind is Kind.BODY else seconds + rank.tail[part].at(count)
+        return max(0.0, seconds - rank.enter.at(count)) if entered else seconds
 
     def size(self, wire: WireCosts, kind: Kind, rows: Rows, batch: Batch) -> float:
         """Bytes that a collective is about."""

@@ -1,0 +1,337 @@
+"""From spans that were measured to tables of costs.
+
+Medians for computation; means for small collectives, because a few of them wait for a turn of the processor that the
+others don't, and a plan pays for all. Knows what calibrate.py runs; runs nothing itself. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from statistics import fmean
+from typing import NamedTuple
+
+from weft.program.batch import Batch
+from weft.program.steps import Kind, Lane, Program
+from weft.simulate.cost import ComputeCosts, Contention, Costs, Table, WireCosts
+from weft.simulate.run import simulate
+from weft.timeline.timeline import Timeline, median
+
+PARTS = ("attention", "mlp")
+KERNEL = 1.2  # interrupts of the network's are on no process's account: measured, docs/log.md
+LEAST_LOST = 0.25  # of a collective's processor seconds: what is lost at least, whatever noise says
+LARGEST_BURST = 1e6  # bytes: more than token buckets and buffers take
+STRAIGHT = 64  # rows from which on a stage's time is a straight line: noise must not be what cuts are chosen by
+FEW = 16  # rows: their sums are hardly more than what every sum takes
+NOTHING = Table((1.0,), (0.0,))
+
+
+class Sample(NamedTuple):
+    """One run: seconds of the slowest rank's program, processor seconds of each rank, and the timeline."""
+
+    seconds: float
+    processor: list[float]
+    timeline: Timeline
+
+
+class Run(NamedTuple):
+    """One thing to run in every round, and what it is for."""
+
+    name: str
+    rows: int
+    batch: Batch
+    program: Program
+    wire: str
+    part: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is calibrated. `length`: positions of a sequence; `slots`: sequences at a time. `limit`: bytes up to which
+    a sum takes one hop. `elements`: bytes of a number, by wire. `logits`: bytes of a row of a rank's logits. `granule`:
+    of cuts, see `strategy.place`."""
+
+    layers: int
+    width: int
+    logits: float
+    world: int
+    length: int
+    slots: int
+    limit: float
+    elements: dict[str, float]
+    window: int | None = None
+    granule: int = 1
+
+    @property
+    def first_wire(self) -> str:
+        """What all but collectives is measured with."""
+        return next(iter(self.elements))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What every run took, round by round."""
+
+    subject: Subject
+    runs: tuple[Run, ...]
+    _taken: dict[tuple[str, int, str], list[Sample]] = field(default_factory=dict)
+
+    def add(self, run: Run, sample: Sample) -> None:
+        """One more round's."""
+        self._taken.setdefault((run.name, run.rows, run.wire), []).append(sample)
+
+    def of(self, name: str, rows: int, wire: str | None = None) -> list[Sample]:
+        """All rounds'; none if there was no such run."""
+        return self._taken.get((name, rows, wire or self.subject.first_wire), [])
+
+    def named(self, name: str) -> list[Run]:
+        """The runs of a name on the first wire, by rows."""
+        first = self.subject.first_wire
+        return sorted((run for run in self.runs if run.name == name and run.wire == first), key=lambda run: run.rows)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Rows of the serial runs."""
+        return [run.rows for run in self.named("serial")]
+
+
+def read(samples: Samples) -> Costs:
+    """The costs that explain what was measured."""
+    subject, network = samples.subject, _Network(samples)
+    ranks = tuple(_Rank(samples, rank).costs() for rank in range(subject.world))
+    costs = Costs(ranks, network.wires(), Contention(), subject.width, subject.logits, subject.world)
+    return replace(costs, contention=network.contention(costs))
+
+
+class _Rank:
+    """One rank's computation."""
+
+    def __init__(self, samples: Samples, rank: int) -> None:
+        self.samples, self.rank = samples, rank
+        self.most = samples.sizes[-1]
+
+    def costs(self) -> ComputeCosts:
+        past, one = self._past()
+        present = self._present(past)
+        body, tail = {"embed": self._serial("embed"), "head": self._head()}, {"embed": NOTHING, "head": NOTHING}
+        for part in PARTS:
+            whole = self._serial(part)
+            if part == "attention":
+                scores = (present.at(n) * n * n if n > 1 else one for n in whole.sizes)
+                whole = _less(whole, scores)
+            tail[part] = self._tail(part)
+            body[part] = _less(_straight(whole), map(tail[part].at, whole.sizes))
+        window = self.samples.subject.window
+        return ComputeCosts(body, tail, self._enter(), present, past, one, self._begin(), window)
+
+    def _seconds(self, name: str, rows: int, part: str, kind: Kind = Kind.COMPUTE) -> float:
+        """A step of this part, in the median over layers and rounds."""
+        return median(
+            event.seconds
+            for sample in self.samples.of(name, rows)
+            for event in sample.timeline.events
+            if event.rank == self.rank and event.kind is kind and event.stage.rpartition(".")[2] == part
+        )
+
+    def _serial(self, part: str) -> Table:
+        sizes = self.samples.sizes
+        return Table(tuple(map(float, sizes)), tuple(self._seconds("serial", n, part) for n in sizes))
+
+    def _head(self) -> Table:
+        """Against sampled rows: one, and as many as there were short prompts."""
+        one = median(self._seconds("serial", n, "head") for n in self.samples.sizes)
+        several = self.samples.named("parted")
+        if not several:
+            return Table((1.0,), (one,))
+        more = self._seconds("parted", several[0].rows, "head")
+        return Table((1.0, float(len(several[0].batch.segments))), (one, max(one, more)))
+
+    def _past(self) -> tuple[float, float]:
+        """Seconds for a pair of one of several new tokens and an earlier one, and for a key that a lone token sees."""
+        if not self.samples.of("past", 1):
+            return 0.0, 0.0
+        earlier = self.samples.named("past")[0].batch.segments[0].start
+        seen = min(earlier, self.samples.subject.window or earlier)
+        extra = [
+            max(0.0, self._seconds("past", n, "attention") - self._seconds("serial", n, "attention")) / seen
+            for n in (self.most, 1)
+        ]
+        return extra[0] / self.most, extra[1]
+
+    def _present(self, past: float) -> Table:
+        """Seconds for each pair of the n x n square of new tokens with themselves.
+
+        One prompt, less what as many rows take in short prompts, whose own scores count as earlier ones.
+        """
+        each = past
+        if parted := self.samples.named("parted"):
+            lone, short = (self._seconds(name, self.most, "attention") for name in ("serial", "parted"))
+            each = (lone - short) / self.most**2 + past / len(parted[0].batch.segments)
+        return Table((0.0, 512.0, 1e6), (past, max(0.3 * past, each), max(0.3 * past, each)))
+
+    def _tail(self, part: str) -> Table:
+        runs = self.samples.named("tiles")
+        seconds = tuple(self._seconds("tiles", run.rows, part, Kind.TAIL) for run in runs)
+        return _straight(Table(tuple(run.rows / 2 for run in runs), seconds))
+
+    def _enter(self) -> Table:
+        runs, world = self.samples.named("scattered"), self.samples.subject.world
+        seconds = tuple(self._seconds("scattered", run.rows, "mlp", Kind.ENTER) for run in runs)
+        return _rising(Table((0.0, *(run.rows / world for run in runs)), (0.0, *seconds)))
+
+    def _begin(self) -> Table:
+        sizes = self.samples.sizes
+        before = ([max(0.0, s.seconds - s.timeline.seconds) for s in self.samples.of("serial", n)] for n in sizes)
+        return Table(tuple(map(float, sizes)), tuple(map(median, before)))
+
+
+class _Network:
+    """Collectives, and what they and computation do to each other."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples, self.subject = samples, samples.subject
+        self.slopes = {wire: self._slope(wire) for wire in self.subject.elements}
+        self.slope = self.slopes[self.subject.first_wire]
+        self.row = self.subject.width * self.subject.elements[self.subject.first_wire]  # bytes
+        self.burst = self._burst()
+
+    def wires(self) -> dict[str, WireCosts]:
+        """What collectives take on each wire, as straight lines.
+
+        Seconds of a byte are from the largest sums, back to back; those of a sum without bytes from small ones.
+        """
+        world, fixed = self.subject.world, self._fixed()
+        hops = 1 if world == 2 else 2  # two ranks swap whole partials in one
+        return {
+            wire: WireCosts(
+                small=Table.line(fixed, (world - 1) * slope), large=Table.line(fixed, slope), limit=self.subject.limit,
+                hop=Table.line(fixed / hops, slope / 2), element=self.subject.elements[wire],
+            )
+            for wire, slope in self.slopes.items()
+        }  # fmt: skip
+
+    def contention(self, costs: Costs) -> Contention:
+        """From what sums take of the processor, and from programs cut in two."""
+        sizes = self.samples.sizes
+        middle, most = next((n for n in sizes if n * self.row > self.subject.limit), sizes[-1]), sizes[-1]
+        some, many = self._processor(middle), self._processor(most)
+        per_byte = max(0.0, many - some) / ((most - middle) * self.row) if most > middle else 0.0
+        fixed = max(0.0, some - per_byte * middle * self.row)
+        found = Contention(
+            small=self._processor(sizes[0]), fixed=fixed, per_byte=per_byte, wake=self._wake(), burst=self.burst
+        )
+        # Part of that is waiting in a loop for something to do, by which nothing is lost beside a computation.
+        part = self._lost_part(replace(costs, contention=found))
+        found = replace(found, small=part * found.small, fixed=part * found.fixed, per_byte=part * found.per_byte)
+        known = replace(costs, contention=found)
+        turns = [self._turn(known, run) for run in self.samples.named("cut")]
+        return replace(found, turn=max(0.0, median(turns)) if turns else 0.0)
+
+    def _sums(self, name: str, rows: int, wire: str | None = None) -> list[float]:
+        """Sums' seconds. Back to back, the first one is left out: it found the link idle."""
+        first = 1 if name == "network" else 0
+        return [s for sample in self.samples.of(name, rows, wire) for s in _collectives(sample.timeline)[first:]]
+
+    def _slope(self, wire: str) -> float:
+        """Seconds of one byte more on this wire."""
+        less, more = self.samples.sizes[-2:]
+        element = self.subject.width * self.subject.elements[wire]
+        short, long = (fmean(self._sums("network", n, wire)) for n in (less, more))
+        whole = long / (more * element)
+        return min(max((long - short) / ((more - less) * element), 0.7 * whole), whole)
+
+    def _burst(self) -> float:
+        """Bytes that an idle link takes at once: how much faster a pass's first sum is than those back to back."""
+        most = self.samples.sizes[-1]
+        first = median(_collectives(sample.timeline)[0] for sample in self.samples.of("serial", most))
+        saved = (fmean(self._sums("network", most)) - first) / self.slope if self.slope > 0 else 0.0
+        return min(max(0.0, saved), LARGEST_BURST)
+
+    def _fixed(self) -> float:
+        """Seconds that every sum takes beside its bytes: of one row, and of a few where their bytes hardly count."""
+        found: list[float] = []
+        for n in (n for n in self.samples.sizes if n <= FEW):
+            on_the_wire = self.slope * max(0.0, n * self.row * (self.subject.world - 1) - self.burst)
+            sums = self._sums("serial", n)
+            if not found or on_the_wire < 0.3 * fmean(sums):
+                found += [max(s - on_the_wire, 0.1 * s) for s in sums]
+        return fmean(found)
+
+    def _processor(self, rows: int) -> float:
+        """Processor seconds of one sum of so many rows, from runs that do nothing but communicate."""
+        runs = self.samples.of("network", rows)
+        return median(
+            KERNEL * max(sample.processor) / sum(event.rank == 0 for event in sample.timeline.events)
+            for sample in runs
+        )  # fmt: skip
+
+    def _lost_part(self, costs: Costs) -> float:
+        """How much longer the compute lane was busy beside sums, as a part of what their processor seconds predict."""
+        expected = lost = 0.0
+        for run in self.samples.named("cut"):
+            full, none = (
+                simulate(run.program, run.batch, known, run.wire).busy(0, Lane.COMPUTE)
+                for known in (costs, replace(costs, contention=Contention()))
+            )
+            expected += full - none
+            pairs = zip(self.samples.of("cut", run.rows), self.samples.of("computed", run.rows), strict=True)
+            lost += median(_computing(cut) - _computing(alone) for cut, alone in pairs)
+        return min(max(lost / expected, LEAST_LOST), 1.0) if expected > 0 else 0.0
+
+    def _turn(self, costs: Costs, run: Run) -> float:
+        """Seconds that a sum takes longer while something computes than it is predicted to without that."""
+        expected = fmean(_collectives(simulate(run.program, run.batch, costs, run.wire)))
+        return median(fmean(_collectives(sample.timeline)) for sample in self.samples.of("cut", run.rows)) - expected
+
+    def _wake(self) -> float:
+        """Seconds from a collective's end to the start of what waited for it."""
+        samples = (sample for n in self.samples.sizes for sample in self.samples.of("serial", n))
+        found = [gap for sample in samples for rank in sample.timeline.ranks for gap in _gaps(sample.timeline, rank)]
+        return median(found) if found else 0.0
+
+
+def _gaps(timeline: Timeline, rank: int) -> Iterator[float]:
+    """Of a serial pass: every step but the first two follows a collective."""
+    ends = (event.stop for event in timeline.lane(rank, Lane.NETWORK))
+    starts = (event.start for event in timeline.lane(rank, Lane.COMPUTE)[2:])
+    yield from (start - end for start, end in zip(starts, ends, strict=False) if start > end)
+
+
+def _computing(sample: Sample) -> float:
+    """Seconds that the busiest rank computes."""
+    return max(sample.timeline.busy(rank, Lane.COMPUTE) for rank in sample.timeline.ranks)
+
+
+def _collectives(timeline: Timeline) -> list[float]:
+    """Seconds of each sum on the rank where it took the shortest: the one that came last waited for no other."""
+    lanes = [[e for e in timeline.lane(rank, Lane.NETWORK) if e.kind is Kind.REDUCE] for rank in timeline.ranks]
+    return [min(event.seconds for event in same) for same in zip(*lanes, strict=True)]
+
+
+def _rising(table: Table) -> Table:
+    """The same, with no size faster than a smaller one: noise must not make cutting look free."""
+    seconds: list[float] = []
+    for value in table.seconds:
+        seconds.append(max([value, *seconds[-1:]]))
+    return Table(table.sizes, tuple(seconds))
+
+
+def _straight(table: Table) -> Table:
+    """From STRAIGHT on a straight line, by least squares of relative differences; rising everywhere."""
+    points = [(x, y, 1 / y**2) for x, y in zip(table.sizes, table.seconds, strict=True) if x >= STRAIGHT and y > 0]
+    if len(points) < 3:
+        return _rising(table)
+    weight = sum(w for _, _, w in points)
+    middle, height = sum(w * x for x, _, w in points) / weight, sum(w * y for _, y, w in points) / weight
+    over = sum(w * (x - middle) * (y - height) for x, y, w in points)
+    slope = over / sum(w * (x - middle) ** 2 for x, _, w in points)
+    slope = min(max(slope, 0.0), height / middle)  # no cost of a cut below zero
+    line = {x: height + slope * (x - middle) for x, _, _ in points}
+    return _rising(Table(table.sizes, tuple(line.get(x, y) for x, y in zip(table.sizes, table.seconds, strict=True))))
+
+
+def _less(table: Table, seconds: Iterator[float]) -> Table:
+    """Without so many seconds at each size; something is always left."""
+    pairs = zip(table.seconds, seconds, strict=True)
+    return _rising(Table(table.sizes, tuple(max(0.05 * whole, whole - part) for whole, part in pairs)))
