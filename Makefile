@@ -6,7 +6,7 @@ PROMPT := examples/prompt.txt
 .PHONY: run test test-all lint clean
 
 run: .venv/ready
-	$(BIN)/weft generate --tp 2 --threads 1 --overlap iso:2 --max-tokens 96 --temperature 0 \
+	$(BIN)/weft generate --tp 2 --threads 1 --max-tokens 96 --temperature 0 \
 		--compare < $(PROMPT)
 
 test: .venv/ready-dev system-packages lint

@@ -91,4 +91,20 @@ def test_prompts_divide_the_tokens(packaged: Path) -> None:
     config = ModelConfig.from_directory(packaged)
     bench = Bench(packaged, config, grid(prompts=3, overlaps=("requests:3",), rounds=1), lambda *what: None)
     bench.run()
-    assert "attention 0:22 22:43 43:64" in bench.points[0].best.plan
+    assert "attention 0:21 21:42 42:64" in bench.points[0].best.plan
+
+
+def test_prompts_of_any_length_and_predictions(packaged: Path) -> None:
+    """Mixed lengths are the same on every run; every variant is predicted, `auto` too."""
+    config = ModelConfig.from_directory(packaged)
+    asked = grid(tokens=(200,), prompts=4, mixed=True, overlaps=("requests:4", "auto"), rounds=1)
+    plans = set()
+    for _ in range(2):
+        bench = Bench(packaged, config, asked, lambda *what: None)
+        bench.run()
+        plans.add(bench.points[0].measured[1].plan)
+    [plan] = plans
+    assert plan.startswith("requests:4") and "0:50 50:100" not in plan
+    runs = list(bench.points[0].as_json())
+    assert [run["overlap"] for run in runs] == ["serial", "requests:4", "auto"]
+    assert all(0 < run["predicted"] < 10 for run in runs)

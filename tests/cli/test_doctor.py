@@ -9,7 +9,7 @@ from tests.cli.test_generate import weft
 
 def test_says_what_there_is_and_what_it_is_for() -> None:
     done = weft("doctor")
-    for part in ("cores", "memory", "packed weights", "gloo", "GPU", "shaped links", "hub"):
+    for part in ("cores", "memory", "packed weights", "gloo", "GPU", "shaped links", "hub", "calibration"):
         assert part in done.stdout
 
 

@@ -38,6 +38,17 @@ def test_text_and_what_it_achieved() -> None:
     assert "overlap efficiency" in done.stderr or "next to nothing to hide" in done.stderr
 
 
+def test_auto_explains_itself() -> None:
+    """The default: the plan, what it is predicted to take, serial's time and the bound."""
+    done = weft("generate", "--tp", "2", "--threads", "1", "--max-tokens", "3", "--seed", "1", text="import os\n" * 60)
+    for part in ("plan", "predicted", "serial", "bound", " ms"):
+        assert part in done.stderr
+    result = json.loads(weft("generate", "--json", "--tp", "2", "--threads", "1", "--max-tokens", "3", "--seed", "1",
+                             "--recalibrate", text="import os\n" * 60).stdout)  # fmt: skip
+    assert 0 < result["predicted"]["bound"] <= result["predicted"]["serial"]
+    assert "calibration" in weft("doctor").stdout
+
+
 def test_json_and_timeline(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     done = weft(

@@ -48,7 +48,7 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_shaped_pair_is_as_fast_as_said_and_bytes_agree(packaged) -> None:
     """Network alone takes what the line rate says; the program's count of bytes is the kernel's to 3%."""
     launcher = NamespaceLauncher("40mbit")
-    with LLM(packaged, tensor_parallel_size=2, num_threads=1, launcher=launcher) as llm:
+    with LLM(packaged, tensor_parallel_size=2, num_threads=1, launcher=launcher, overlap="serial") as llm:
         tokens = [n % 1000 for n in range(512)]
         compare(llm.engine, tokens, ["iso:2"], rounds=1)  # connections are made
         before = launcher.sent()[0]
@@ -65,7 +65,7 @@ def test_a_shaped_pair_is_as_fast_as_said_and_bytes_agree(packaged) -> None:
 @needs_namespaces
 def test_three_machines_and_a_change_of_speed(packaged) -> None:
     launcher = NamespaceLauncher(None)
-    with LLM(packaged, tensor_parallel_size=3, num_threads=1, launcher=launcher) as llm:
+    with LLM(packaged, tensor_parallel_size=3, num_threads=1, launcher=launcher, overlap="serial") as llm:
         assert len(ours()) == 4  # three ranks and the bridge
         params = SamplingParams(temperature=0, max_tokens=8)
         free = llm.generate("import os\n", params)[0].outputs[0].token_ids

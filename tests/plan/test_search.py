@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 
@@ -61,22 +60,23 @@ def test_serial_where_nothing_is_gained() -> None:
     assert str(alone.strategy) == "serial" and alone.predicted is None
 
 
-def test_later_chunks_are_shorter_where_attention_dominates() -> None:
-    """With scores as most of the work an even cut leaves the first chunk little to hide behind."""
+def test_what_is_found_beats_every_even_cut_where_attention_dominates() -> None:
+    """With scores as most of the work an even cut leaves the first chunk little to hide behind: shorter later chunks
+    are better, and earlier chunks that go ahead are better still."""
     deep, base = replace(RANK, present=RANK.present.scaled(20), past=RANK.past * 20), costs(0.03)
     wire = replace(base.wires["exact"], large=Table.line(1.0, base.wires["exact"].per_byte))
     known = replace(base, ranks=(deep,), wires={"exact": wire}, contention=Contention(fixed=1.0))
     planner = Planner(STAGES, "auto", "exact", 1, known)
-    plan = planner.plan(one_prompt(16000))
-    cuts = (0, *place(plan.strategy, one_prompt(16000)).attention, 16000)
-    sizes = [b - a for a, b in pairwise(cuts)]
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 2 * sizes[-1]
-    even = min(
-        prediction.seconds
-        for n in (2, 3, 4, 6, 8, 12)
-        if (prediction := planner.like(f"iso:{n}", "exact").plan(one_prompt(16000)).predicted)
-    )
-    assert plan.predicted is not None and plan.predicted.seconds < 0.98 * even
+
+    def seconds(overlap: str) -> float:
+        predicted = planner.like(overlap, "exact").plan(one_prompt(16000)).predicted
+        assert predicted is not None
+        return predicted.seconds
+
+    even = min(seconds(f"iso:{n}") for n in (2, 3, 4, 6, 8, 12))
+    assert seconds("auto") < 0.98 * even
+    assert seconds("iso@7440,11080,14200") < 0.98 * even
+    assert str(planner.plan(one_prompt(16000)).strategy).endswith("+ahead")
 
 
 @pytest.mark.parametrize("layers", [6, 32])

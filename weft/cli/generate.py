@@ -19,7 +19,9 @@ from weft.compare import Measured, compare
 from weft.config import available_cores
 from weft.errors import InputError
 from weft.llm import LLM, RequestOutput
+from weft.plan.search import WORTH
 from weft.program.batch import one_prompt
+from weft.program.strategy import AUTO
 from weft.timeline.files import demand_form, demand_writable, timelines_as, write
 from weft.timeline.terminal import terminal
 from weft.timeline.timeline import Timeline
@@ -226,7 +228,10 @@ def _report_comparison(console: Console, tokens: int, best: Measured) -> None:
     for name, seconds in rows.items():
         table.add_row(name, f"{seconds * 1e3:.2f}", f"{seconds / best.serial_median:.0%}")
     console.print(table)
-    console.print(_verdict(best.saving, best.saving_bound, best.overlap_efficiency))
+    if best.overlap == AUTO and best.plan.startswith("serial"):
+        console.print(f"auto is serial here: no cut is predicted to save {WORTH:.1%}")
+    else:
+        console.print(_verdict(best.saving, best.saving_bound, best.overlap_efficiency))
     for timeline in filter(None, [best.timeline, best.predicted_timeline]):
         console.print(terminal(timeline, width=max(20, min(100, console.width - 18))))
 

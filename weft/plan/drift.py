@@ -14,9 +14,9 @@ from weft.simulate.cost import Costs
 from weft.timeline.timeline import median
 
 SEEN = 7  # of the last batches the median decides: four in a row that differ are enough, three odd ones are not
-FEWEST = 5
+FEWEST = 4
 NOTICED = 0.12  # a smaller difference is noise
-COUNTS = 0.1  # of what both lanes are busy: of a lane that does less, a batch says nothing
+COUNTS = 0.1  # of what both lanes are busy: a lane that does and should do less says nothing
 
 
 class Factors(NamedTuple):
@@ -37,9 +37,9 @@ class Drift:
     def observe(self, small: bool, predicted: Estimate, factors: Factors, compute: float, network: float) -> bool:
         """What a batch took against what it was predicted to take under `factors`; True if that changes them."""
         before, lanes = self.factors[small], ((compute, predicted.compute), (network, predicted.network))
-        found = []
+        found, whole = [], predicted.compute + predicted.network
         for seen, then, now, (measured, expected) in zip(self._seen[small], factors, before, lanes, strict=True):
-            if measured > 0 and expected > COUNTS * (predicted.compute + predicted.network):
+            if min(measured, expected) > 0 and max(measured, expected) > COUNTS * whole:
                 seen.append(measured / expected * then)
             found.append(median(seen) if len(seen) >= FEWEST else now)
         if all(abs(new / old - 1) < NOTICED for new, old in zip(found, before, strict=True)):

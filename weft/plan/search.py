@@ -21,9 +21,10 @@ from weft.simulate.cost import Costs
 from weft.simulate.run import Example, Structure, Taken, coupling, lay_out, taken
 
 LAYERS = 3  # the first to fill the lanes, two to see what one more takes
-TRIALS = 18  # candidates that are judged at most: keeps a plan under 3 ms
+TRIALS = 22  # candidates that are judged at most: keeps a plan under 3 ms
 LEAST_ROWS = 16  # of a chunk
 WORTH = 0.025  # of serial's time: a smaller gain than this is not worth the risk that costs are a little wrong
+UNSURE = 0.5  # of what a collective takes beside its bytes: the least certain of all costs
 SIMPLER = 0.01  # of the time: what a more complicated plan must gain over a simpler one
 
 
@@ -172,11 +173,22 @@ class _Searching:
         for strategy in self._first():
             self._try(strategy)
         self._refine()
-        seconds, _, _, strategy = min(
-            (seconds * (1 + SIMPLER * _complexity(strategy)), _complexity(strategy), str(cuts), strategy)
+        risk, _, _, strategy = min(
+            (
+                seconds * (1 + SIMPLER * _complexity(strategy)) + self._risk(cuts),
+                _complexity(strategy),
+                str(cuts),
+                strategy,
+            )
             for cuts, (seconds, strategy) in self.tried.items()
         )
-        return strategy if seconds < (1 - WORTH) * serial else Strategy()
+        return strategy if risk < (1 - WORTH) * serial else Strategy()
+
+    def _risk(self, cuts: Cuts) -> float:
+        """Seconds that a plan may take longer than predicted for the collectives that it has more than serial."""
+        a_layer = (len(cuts.attention) + len(cuts.others) + 2) * cuts.tiles * (2 if cuts.scattered else 1)
+        fixed = self.costs.wires[self.wire].small.at(0.0) + self.costs.contention.fixed
+        return UNSURE * (a_layer - 2) * self.search.layers * fixed
 
     def _try(self, strategy: Strategy) -> float:
         """Seconds of a strategy; of one that has been tried, or that can't be afforded any more, no new ones."""
@@ -195,7 +207,7 @@ class _Searching:
 
     def _first(self) -> Iterator[Strategy]:
         """Even cuts, tiles, scattered sums, cuts between sequences, cuts of equal time."""
-        for chunks, others in ((2, 2), (3, 3), (4, 4), (2, 4), (3, 6)):
+        for chunks, others in ((2, 2), (3, 3), (4, 4), (2, 4)):
             yield Strategy(chunks=chunks, other_chunks=others)
         for chunks in (3, 4):
             yield Strategy(chunks=chunks, other_chunks=chunks, ahead=True)
