@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -26,7 +26,6 @@ LEAST_ROWS = 16  # of a chunk
 WORTH = 0.025  # of serial's time: a smaller gain than this is not worth the risk that costs are a little wrong
 UNSURE = 0.5  # of what a collective takes beside its bytes: the least certain of all costs
 SIMPLER = 0.01  # of the time: what a more complicated plan must gain over a simpler one
-
 
 # What steps take by kind, part, first row, the one after the last, and whether they were entered elsewhere.
 _Known = dict[tuple[Kind, str, int, int, bool], Taken]
@@ -173,16 +172,14 @@ class _Searching:
         for strategy in self._first():
             self._try(strategy)
         self._refine()
-        risk, _, _, strategy = min(
-            (
-                seconds * (1 + SIMPLER * _complexity(strategy)) + self._risk(cuts),
-                _complexity(strategy),
-                str(cuts),
-                strategy,
-            )
-            for cuts, (seconds, strategy) in self.tried.items()
-        )
-        return strategy if risk < (1 - WORTH) * serial else Strategy()
+        worst = {cuts: self._at_worst(cuts) for cuts in self.tried}
+        best = min(worst, key=lambda cuts: worst[cuts])
+        return self.tried[best][1] if worst[best] < (1 - WORTH) * serial else Strategy()
+
+    def _at_worst(self, cuts: Cuts) -> float:
+        """Seconds of a candidate with what is put on for complication and risk."""
+        seconds, strategy = self.tried[cuts]
+        return seconds * (1 + SIMPLER * _complexity(strategy)) + self._risk(cuts)
 
     def _risk(self, cuts: Cuts) -> float:
         """Seconds that a plan may take longer than predicted for the collectives that it has more than serial."""
@@ -256,22 +253,20 @@ class _Searching:
         half = self._by_time([1.0, 1.0], 1).cuts
         return half is not None and abs(half[0] / self.batch.tokens - 0.5) > 0.02
 
-    @property
-    def _curve(self) -> tuple[list[float], list[float]]:
+    @cached_property
+    def _until(self) -> tuple[list[float], list[float]]:
         """Rows, and the seconds of one layer's computation of all rows until there."""
-        if not hasattr(self, "_known_curve"):
-            self._known_curve = _curve(self.batch, self.costs)
-        return self._known_curve
+        return _curve(self.batch, self.costs)
 
     def _times(self, cuts: Iterable[int]) -> list[float]:
-        rows, seconds = self._curve
+        rows, seconds = self._until
         edges = [0, *cuts, self.batch.tokens]
         at = [_between(rows, seconds, edge) for edge in edges]
         return [b - a for a, b in pairwise(at)]
 
     def _by_time(self, times: Sequence[float], parts: int) -> Strategy:
         """Chunks whose computation is in these proportions, the other stages' in `parts` of equal rows each."""
-        rows, seconds = self._curve
+        rows, seconds = self._until
         total = sum(times)
         wanted = [seconds[-1] * done / total for done in accumulate(times)][:-1]
         attention = self._snapped(_between(seconds, rows, each) for each in wanted)
