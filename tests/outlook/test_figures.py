@@ -137,10 +137,11 @@ def test_the_page(model: ModelConfig, tmp_path: Path) -> None:
     path = tmp_path / "plan.html"
     outlooks = [Outlook(model, parse_group(text), ASKED) for text in ("4x rtx4090", "2x h100")]
     path.write_text(page(model, outlooks, offers(outlooks, {"rtx4090": 0.4, "h100": 2.5}, 1.0)))
-    with opened(path) as shown:
+    with opened(path) as (shown, complaints, requests):
         assert shown.locator("section").count() == 2
         assert shown.locator("svg.plot").count() == 4
         assert shown.locator("table").count() == 3
         assert "Predicted from makers' figures" in shown.inner_text("main")
         shown.locator("summary").first.click()
         assert shown.locator("rect.step").first.is_visible()
+        assert complaints == [] and len(requests) == 1

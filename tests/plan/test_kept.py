@@ -36,7 +36,7 @@ def test_corrupt(text: str) -> None:
 
 
 def test_impossible_numbers_are_corrupt() -> None:
-    kept.keep(KEY, costs().scaled(-1.0, 1.0, 1.0), 1.0)
+    kept.keep(KEY, costs().scaled(-1.0, 1.0), 1.0)
     assert kept.recall(KEY)[1] is not None
 
 

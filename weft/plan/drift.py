@@ -50,8 +50,7 @@ class Drift:
 
     def corrected(self, costs: Costs, small: bool) -> Costs:
         """The costs as they seem to be now, for batches of this kind."""
-        compute = self.factors[small].compute
-        return costs.scaled(compute, self.factors[True].network, self.factors[False].network)
+        return costs.scaled(*self.factors[small])
 
     def describe(self) -> str | None:
         """One line on what has changed since the calibration; None if nothing has."""

@@ -22,7 +22,7 @@ from weft.simulate.run import Example, Structure, Taken, coupling, lay_out, take
 
 LAYERS = 3  # the first to fill the lanes, two to see what one more takes
 TRIALS = 22  # candidates that are judged at most: keeps a plan under 3 ms
-LEAST_ROWS = 16  # of a chunk
+LEAST_ROWS = 32  # of a chunk: below, costs are mostly waits for turns of the processor
 WORTH = 0.025  # of serial's time: a smaller gain than this is not worth the risk that costs are a little wrong
 UNSURE = 0.5  # of what a collective takes beside its bytes: the least certain of all costs
 SIMPLER = 0.01  # of the time: what a more complicated plan must gain over a simpler one

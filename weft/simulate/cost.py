@@ -149,9 +149,10 @@ class WireCosts:
         """Seconds that one more byte of a large sum takes."""
         return (self.large.at(2e6) - self.large.at(1e6)) / 1e6
 
-    def scaled(self, small: float, large: float) -> WireCosts:
-        """The same wire, slower by these factors for small and for large sums."""
-        return replace(self, small=self.small.scaled(small), large=self.large.scaled(large), hop=self.hop.scaled(large))
+    def scaled(self, factor: float) -> WireCosts:
+        """The same wire, slower by this factor."""
+        small, large, hop = (table.scaled(factor) for table in (self.small, self.large, self.hop))
+        return replace(self, small=small, large=large, hop=hop)
 
 
 @dataclass(frozen=True)
@@ -221,9 +222,9 @@ class Costs:
             return self.logits * len(batch.sampled_rows)
         return wire.element * self.width * (rows[1] - rows[0])
 
-    def scaled(self, compute: float, small: float, large: float) -> Costs:
+    def scaled(self, compute: float, network: float) -> Costs:
         """The same with slower (or faster) computation and collectives, by these factors."""
-        if compute == small == large == 1.0:
+        if compute == network == 1.0:
             return self
         ranks = tuple(rank.scaled(compute) for rank in self.ranks)
-        return replace(self, ranks=ranks, wires={n: wire.scaled(small, large) for n, wire in self.wires.items()})
+        return replace(self, ranks=ranks, wires={name: wire.scaled(network) for name, wire in self.wires.items()})
