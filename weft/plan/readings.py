@@ -1,7 +1,7 @@
 """From spans that were measured to tables of costs.
 
-Medians for computation; means for small collectives, because a few of them wait for a turn of the processor that the
-others don't, and a plan pays for all. Knows what calibrate.py runs; runs nothing itself. No torch.
+Means for steps, because a few of them wait for a turn of the processor that the others don't, and a plan pays for all;
+medians for differences. Knows what calibrate.py runs; runs nothing itself. No torch.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ class Samples:
         self._taken.setdefault((run.name, run.rows, run.wire), []).append(sample)
 
     def of(self, name: str, rows: int, wire: str | None = None) -> list[Sample]:
-        """All rounds'; none if there was no such run."""
-        return self._taken.get((name, rows, wire or self.subject.first_wire), [])
+        """All rounds', but for the first, which warms up, where there are enough; none if there was no such run."""
+        taken = self._taken.get((name, rows, wire or self.subject.first_wire), [])
+        return taken[1:] if len(taken) > 2 else taken
 
     def named(self, name: str) -> list[Run]:
         """The runs of a name on the first wire, by rows."""
@@ -126,8 +127,8 @@ class _Rank:
         return ComputeCosts(body, tail, self._enter(), present, past, one, self._begin(), window)
 
     def _seconds(self, name: str, rows: int, part: str, kind: Kind = Kind.COMPUTE) -> float:
-        """A step of this part, in the median over layers and rounds."""
-        return median(
+        """A step of this part, in the mean over layers and rounds: a rank that shares its core computes in turns."""
+        return fmean(
             event.seconds
             for sample in self.samples.of(name, rows)
             for event in sample.timeline.events

@@ -172,14 +172,12 @@ class _Searching:
         for strategy in self._first():
             self._try(strategy)
         self._refine()
-        worst = {cuts: self._at_worst(cuts) for cuts in self.tried}
-        best = min(worst, key=lambda cuts: worst[cuts])
-        return self.tried[best][1] if worst[best] < (1 - WORTH) * serial else Strategy()
-
-    def _at_worst(self, cuts: Cuts) -> float:
-        """Seconds of a candidate with what is put on for complication and risk."""
-        seconds, strategy = self.tried[cuts]
-        return seconds * (1 + SIMPLER * _complexity(strategy)) + self._risk(cuts)
+        safe = [
+            (seconds * (1 + SIMPLER * _complexity(strategy)), number, strategy)
+            for number, (cuts, (seconds, strategy)) in enumerate(self.tried.items())
+            if seconds + self._risk(cuts) < (1 - WORTH) * serial
+        ]
+        return min(safe)[2] if safe else Strategy()
 
     def _risk(self, cuts: Cuts) -> float:
         """Seconds that a plan may take longer than predicted for the collectives that it has more than serial."""
