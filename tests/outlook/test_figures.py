@@ -138,7 +138,7 @@ def test_the_page(model: ModelConfig, tmp_path: Path) -> None:
     outlooks = [Outlook(model, parse_group(text), ASKED) for text in ("4x rtx4090", "2x h100")]
     path.write_text(page(model, outlooks, offers(outlooks, {"rtx4090": 0.4, "h100": 2.5}, 1.0)))
     with opened(path) as (shown, complaints, requests):
-        assert shown.locator("section").count() == 2
+        assert shown.locator("section").count() == 2 * 3  # each with two timelines
         assert shown.locator("svg.plot").count() == 4
         assert shown.locator("table").count() == 3
         assert "Predicted from makers' figures" in shown.inner_text("main")

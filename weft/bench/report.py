@@ -17,7 +17,7 @@ from weft.compare import TOLERANCE, Measured
 from weft.timeline.page import ZOOM, document, legend_line, panels
 from weft.timeline.timeline import Timeline, median
 
-COLUMNS = ("overlap", "wire", "seconds", "predicted", "saved", "lowest to highest", "possible", "efficiency",
+COLUMNS = ("overlap", "wire", "seconds", "predicted", "saved", "range", "possible", "efficiency",
            "exposed ms", "MB sent", "by the device")  # fmt: skip
 
 

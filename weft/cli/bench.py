@@ -103,7 +103,7 @@ def _measure_and_tell(directory: Path, config: ModelConfig, grid: Grid, files: _
             measuring.run()
         except (KeyboardInterrupt, InputError, WorkerFailed) as error:
             ended = error
-    wide = max(Console().width, 112)  # the tables' width: in a narrow terminal lines are better wrapped than cells
+    wide = max(Console().width, 126)  # the tables' width: in a narrow terminal lines are better wrapped than cells
     _show(Console(width=wide), measuring.points, files.machine)
     files.write(measuring.points, complete=ended is None)
     if isinstance(ended, KeyboardInterrupt):
