@@ -30,7 +30,7 @@ def test_table_and_files(tmp_path: Path) -> None:
     assert data["complete"] and [run["overlap"] for run in data["runs"]] == ["serial", "iso:2", "rs", "iso@20,40/30"]
     assert data["machine"]["gemm_gflops"] > 0 and data["model"]["hidden"] == 256
     assert files["--html"].read_text().startswith("<!doctype html>")
-    assert files["--timeline"].read_text().count("link none") == 2
+    assert files["--timeline"].read_text().count("link none") == 3  # serial, predicted, best
 
 
 @needs_namespaces
