@@ -127,15 +127,15 @@ class Planner:
 
     def _shape(self, batch: Batch) -> Batch:
         """What a plan depends on. Where sequences start changes with every token; an eighth more or less does not
-        change a plan, and for single tokens not even half of it."""
+        change a plan, and for single tokens not even a third."""
         if self._by_sequence:
             return Batch(tuple(self._alike(segment, number) for number, segment in enumerate(batch.segments)))
         return one_prompt(batch.tokens)  # programs depend on rows alone
 
     def _alike(self, segment: Segment, number: int) -> Segment:
         start = segment.start
-        if segment.length == 1:
-            start = 1 << start.bit_length()
+        if segment.length == 1 and start >= 4:
+            start = 3 << (start.bit_length() - 2)  # between a power of two and the next
         elif self.granule == 1 and start >= 16:
             grain = 1 << (start.bit_length() - 3)
             start = start // grain * grain
