@@ -53,6 +53,9 @@ def test_the_slowest_of_each_sets_the_pace() -> None:
     slow = RANK.scaled(2.0)
     assert costs(ranks=(RANK, slow)).pace.body["mlp"].at(64) == slow.body["mlp"].at(64)
     assert ComputeCosts.slowest([RANK]) is RANK
+    # Devices of different kinds have their points at different sizes.
+    both = Table.slowest([Table((0.0, 10.0), (1.0, 2.0)), Table((0.0, 4.0, 8.0), (0.0, 0.0, 8.0))])
+    assert [both.at(size) for size in (0, 4, 8, 16)] == pytest.approx([1.0, 1.4, 8.0, 24.0])
 
 
 def test_scaling_changes_what_it_names() -> None:

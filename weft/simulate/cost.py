@@ -47,14 +47,20 @@ class Table:
     @classmethod
     def sum(cls, one: Table, other: Table) -> Table:
         """Both together; exact, as both are straight between the points of either."""
-        sizes = sorted({0.0, *one.sizes, *other.sizes})
-        sizes.append(2 * sizes[-1])
-        return cls(tuple(sizes), tuple(one.at(size) + other.at(size) for size in sizes))
+        sizes = cls._sizes((one, other))
+        return cls(sizes, tuple(one.at(size) + other.at(size) for size in sizes))
 
     @classmethod
     def slowest(cls, tables: Sequence[Table]) -> Table:
-        """At each size the longest of them; all must have the same sizes."""
-        return cls(tables[0].sizes, tuple(map(max, zip(*(table.seconds for table in tables), strict=True))))
+        """At each size of any of them the longest one's."""
+        sizes = cls._sizes(tables)
+        return cls(sizes, tuple(max(table.at(size) for table in tables) for size in sizes))
+
+    @staticmethod
+    def _sizes(tables: Sequence[Table]) -> tuple[float, ...]:
+        """All of theirs, with zero and one more beyond the last."""
+        sizes = sorted({0.0, *(size for table in tables for size in table.sizes)})
+        return (*sizes, 2 * sizes[-1])
 
 
 @dataclass(frozen=True)
