@@ -37,7 +37,7 @@ class Weft:
     """One rank, as a caller sees it."""
 
     def __init__(self, model: Path, threads: int, reproducible: bool = False) -> None:
-        self.llm = LLM(model, num_threads=threads, reproducible=reproducible)
+        self.llm = LLM(model, num_threads=threads, reproducible=reproducible, enable_prefix_caching=False)
         self.overheads: list[float] = []
 
     def prefill(self, tokens: list[int]) -> float:

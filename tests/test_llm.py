@@ -217,7 +217,7 @@ def test_weights_that_do_not_fit_say_what_was_needed(packaged: Path, monkeypatch
 
 def test_too_little_memory_says_what_was_needed(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM(checkpoints.directory("llama"), num_threads=1) as llm:
-        llm.engine.batcher.memory_tokens = 100
+        llm.engine.batcher.memory = 100
         with pytest.raises(InputError, match=r"132 tokens need .* GiB of key/value memory and .* GiB are free"):
             llm.generate({"prompt_token_ids": [1] * 100}, GREEDY)
 

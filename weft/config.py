@@ -113,7 +113,9 @@ WIRES = ("exact", "bf16")
 class EngineConfig:
     """How to run a model. Every value is what the user gave or what "auto" came to; nothing changes later.
 
-    Lengths are in tokens. `shares`: relative sizes of the ranks' parts, one number a rank. `cores`: those that the
+    Lengths are in tokens. `prefixes`: sequences that are over and kept for others that begin alike. `token_interval`:
+    seconds between tokens that prompts should leave to whoever is answered meanwhile; None: throughput is all that
+    counts. `shares`: relative sizes of the ranks' parts, one number a rank. `cores`: those that the
     ranks are pinned to, `threads` each in turn; None leaves it to the system.
     """
 
@@ -128,14 +130,21 @@ class EngineConfig:
     max_length: int = 2048
     max_sequences: int = 16
     max_batch_tokens: int = 8192
+    prefixes: int = 16
+    token_interval: float | None = None
     cores: tuple[int, ...] | None = None
+
+    @property
+    def slots(self) -> int:
+        """Sequences that key/value memory has an address for."""
+        return self.max_sequences + self.prefixes
 
     @classmethod
     def resolve(
         cls, model: ModelConfig, *, ranks: int = 1, shares: tuple[float, ...] | None = None, overlap: str = "auto",
         wire: str = "exact", reproducible: bool = False, threads: int | None = None, device: str = "cpu",
         dtype: str = "float32", max_length: int | None = None, max_sequences: int = 16, max_batch_tokens: int = 8192,
-        cores: tuple[int, ...] | None = None,
+        prefixes: int = 16, token_interval: float | None = None, cores: tuple[int, ...] | None = None,
     ) -> EngineConfig:  # fmt: skip
         """Fills in what was left open; raises `InputError` for values that are not allowed."""
         positive(ranks, "--tp")
@@ -149,6 +158,8 @@ class EngineConfig:
         positive(max_sequences, "max_num_seqs")
         positive(max_batch_tokens, "max_num_batched_tokens")
         positive(threads, "num_threads")
+        if token_interval is not None and not 0 < token_interval < float("inf"):
+            raise InputError(f"the time between tokens, {token_interval} s, must be above 0")
         positive(max_length, "max_model_len")
         if max_length is not None and max_length > model.max_length:
             raise InputError(f"max_model_len {max_length} is more than the model's context of {model.max_length}")
@@ -157,7 +168,8 @@ class EngineConfig:
             raise InputError(f"{ranks} ranks of {threads} threads need {ranks * threads} cores, not {len(cores)}")
         return cls(
             ranks, shares, overlap, wire, reproducible, threads, device, dtype,
-            max_length or model.max_length, max_sequences, max_batch_tokens, cores,
+            max_length or model.max_length, max_sequences, max_batch_tokens, prefixes,
+            token_interval, cores,
         )  # fmt: skip
 
 

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from random import Random
 
 import psutil
 
-from weft.batching.batcher import Batcher, Scheduled
+from weft.batching.batcher import Batcher, Copy, Scheduled
 from weft.batching.params import SamplingParams
 from weft.batching.request import Request, Sequence
 from weft.calibration import granule_of, key_of, subject_of
@@ -24,15 +25,17 @@ from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, WorkerFailed, WorkerLost
 from weft.execute.controller import Controller, RunOptions, RunResult, Started, Submitted
 from weft.execute.protocol import Choice, Chosen
+from weft.grammar import Grammars, Matcher
 from weft.launch.launcher import Launcher
 from weft.launch.local import LocalLauncher
 from weft.model.families import flags_of
 from weft.model.shares import shard_bytes, shares_of
+from weft.plan.budget import Budget
 from weft.plan.calibrate import MOST, calibrate
 from weft.plan.kept import keep, recall
 from weft.plan.planner import Plan, Planner, shares_by_speed
 from weft.plan.readings import Sample
-from weft.program.batch import Batch
+from weft.program.batch import Batch, Segment
 from weft.program.steps import Program, decoder_stages
 from weft.program.strategy import AUTO, Strategy
 from weft.simulate.cost import Costs
@@ -43,6 +46,8 @@ ALIKE = 0.95  # of the fastest rank's speed: less than that is worth other share
 MOST_RESTARTS = 3  # within RESTART_SECONDS; then whatever ends the workers will not go away by itself
 RESTART_SECONDS = 60.0
 MEMORY_PART = 0.9  # of what is free after loading may become key/value memory
+ALONE = 5  # times the wanted time between tokens a batch may take while nobody is waiting for a next token
+LEAST_ALONE = 512  # tokens of such a batch: smaller ones hide their communication worse
 
 
 @dataclass
@@ -55,6 +60,7 @@ class Completion:
     chosen: list[Chosen] = field(default_factory=list)
     stop_reason: int | str | None = None
     first_token: float | None = None  # seconds after the request came
+    matcher: Matcher | None = None  # if it must follow a grammar
 
 
 @dataclass(frozen=True)
@@ -68,12 +74,17 @@ class Flight:
 
 @dataclass
 class Step:
-    """One turn of the loop, for who looks on. Seconds; `wall` holds all of it, `run` the slowest worker's part."""
+    """One turn of the loop, for who looks on. `wall`: seconds of all of it."""
 
     scheduled: Scheduled
     plan: Plan
     wall: float
-    run: float
+    result: RunResult
+
+    @property
+    def run(self) -> float:
+        """Seconds of the slowest worker's part."""
+        return self.result.seconds
 
 
 class Engine:
@@ -99,9 +110,12 @@ class Engine:
         self.tokenizer = Tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
         self.end_ids = self._end_ids()
         self.planner = Planner(decoder_stages(self.model.layers), config.overlap, config.wire, granule_of(config))
+        self.budget = Budget(self.planner)
         self.completions: dict[Sequence, Completion] = {}
         self.notices: list[str] = []
         self.last_step: Step | None = None
+        self.timeline_wanted = False  # of the next batch; it then is in `last_step`
+        self.restarts = 0
         self._ahead: Flight | None = None
         self._restarts: list[float] = []
         self._began: dict[Request, float] = {}
@@ -119,7 +133,8 @@ class Engine:
         """Workers with the model and, where they are needed, its costs; a second time with other shares."""
         config = self.config
         self.started = self.controller.start(self.directory, self.model, lambda share: tell("loading", share))
-        self.batcher = Batcher(config.max_sequences, config.max_batch_tokens, self._memory_tokens(self.started))
+        memory = self._memory_tokens(self.started)
+        self.batcher = Batcher(config.max_sequences, memory, config.prefixes, granule_of(config))
         if config.ranks > 1 and (recalibrate or share_by_speed or config.overlap == AUTO):
             self._learn(tell, recalibrate)
         if not share_by_speed or self.planner.costs is None:
@@ -154,7 +169,7 @@ class Engine:
             return Sample(result.seconds, result.processor, result.timeline)
 
         costs = calibrate(probe, subject_of(self.model, self.config, wires), watch)
-        self.controller.release(list(range(self.config.max_sequences)))  # the memory of what was only tried
+        self.controller.release(list(range(self.config.slots)))  # the memory of what was only tried
         self.planner.learn(costs)
         return costs
 
@@ -170,24 +185,36 @@ class Engine:
         a_token = max(1, sum(loaded.kv_bytes_per_token for loaded in started.loaded))
         return int(MEMORY_PART * psutil.virtual_memory().available / a_token)
 
-    def add(self, prompt: list[int], params: SamplingParams) -> Request:
-        """Queues a request. Raises `InputError` if it can't ever run."""
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Of this model's tokenizer; making it takes a moment."""
+        if self.tokenizer is None:
+            raise InputError("a JSON schema needs a tokenizer, and this model has no tokenizer.json")
+        return Grammars(self.tokenizer, self.model.vocabulary, self.end_ids)
+
+    def add(
+        self, prompt: list[int], params: SamplingParams, priority: int = 0, owner: str = "",
+        deadline: float | None = None,
+    ) -> Request:  # fmt: skip
+        """Queues a request; see `Request` for what it can be given. Raises `InputError` if it can't ever run."""
         limit = self._limit(prompt, params)
-        request = Request(tuple(prompt), params, limit)
+        request = Request(tuple(prompt), params, limit, priority, owner, time.monotonic(), deadline)
         first = request.sequences[0]
-        if first.room > self.batcher.memory_tokens:
+        if first.room > self.batcher.memory:
             a_token = sum(loaded.kv_bytes_per_token for loaded in self.started.loaded)
-            needed, there = (tokens * a_token / 2**30 for tokens in (first.room, self.batcher.memory_tokens))
+            needed, there = (tokens * a_token / 2**30 for tokens in (first.room, self.batcher.memory))
             raise InputError(
                 f"{first.room} tokens need {needed:.2f} GiB of key/value memory and {there:.2f} GiB are free; "
                 "shorten the prompt or max_tokens"
             )
+        schema = params.json_schema
+        matchers = [self.grammars.matcher(schema) if schema else None for _ in request.sequences]
         self._began[request] = time.perf_counter()
         seed = params.seed if params.seed is not None else secrets.randbits(62)
-        for sequence in request.sequences:
+        for sequence, matcher in zip(request.sequences, matchers, strict=True):
             stream = self.tokenizer.stream(request.prompt, params.skip_special_tokens) if self.tokenizer else None
             text = StopText(params.stops, params.include_stop_str_in_output)
-            self.completions[sequence] = Completion(seed + sequence.index, stream, text)
+            self.completions[sequence] = Completion(seed + sequence.index, stream, text, matcher=matcher)
         self.batcher.add(request)
         return request
 
@@ -208,10 +235,12 @@ class Engine:
         return min(params.max_tokens or length, length - len(prompt))
 
     def step(self) -> list[Sequence]:
-        """One turn; returns the sequences that got a token. There must be something to do (`idle` is False)."""
+        """One turn; returns the sequences that got a token or ended. There must be something to do."""
         begin = time.perf_counter()
+        if expired := self._expire():
+            return expired
         try:
-            flight = self._ahead or self._submit(self.batcher.next())
+            flight = self._ahead or self._submit(self.batcher.next(self._budget(), time.monotonic()))
             self._ahead = self._look_ahead(flight.scheduled)
             result = self.controller.collect(flight.submitted)
         except WorkerLost as error:
@@ -219,8 +248,34 @@ class Engine:
             return []
         alive = self._commit(flight.scheduled, result)
         self.planner.observe(flight.plan, flight.scheduled.batch, result.compute, result.network)
-        self.last_step = Step(flight.scheduled, flight.plan, time.perf_counter() - begin, result.seconds)
+        self.budget.observe(flight.scheduled.batch, result.seconds)
+        self.last_step = Step(flight.scheduled, flight.plan, time.perf_counter() - begin, result)
         return alive
+
+    def look(self) -> None:
+        """Between requests: sees whether all workers are there, and starts them again if not."""
+        try:
+            self.controller.look()
+        except WorkerLost as error:
+            self.restart(str(error))
+
+    def _expire(self) -> list[Sequence]:
+        """Ends sequences whose time is over."""
+        expired = self.batcher.expired(time.monotonic())
+        for sequence in expired:
+            sequence.finish_reason = "timeout"
+        self.forget(expired)
+        return expired
+
+    def _budget(self) -> int:
+        """Tokens of the next batch: as many as go well with those who wait for their next token."""
+        most, wanted = self.config.max_batch_tokens, self.config.token_interval
+        if wanted is None:
+            return most
+        decoding = [Segment(0, s.computed, 1) for s in self.batcher.running if s.left == 1]
+        if decoding:
+            return self.budget.rows(wanted, decoding, most)
+        return max(min(LEAST_ALONE, most), self.budget.rows(ALONE * wanted, (), most))
 
     @property
     def idle(self) -> bool:
@@ -230,9 +285,20 @@ class Engine:
     def _submit(self, scheduled: Scheduled, after: int = 0) -> Flight:
         """Sends a batch off. `after`: tokens that its sequences will have got by then, beyond those they have."""
         plan = self.planner.plan(scheduled.batch)
-        choices = [self._choice(sequence, after) for sequence in scheduled.sequences]
-        submitted = self.controller.submit(scheduled.batch, scheduled.tokens, choices, plan.program, plan.wire)
+        choices = [self._choice(sequence, after) for sequence in scheduled.sampled]
+        self._move()
+        options = RunOptions(timeline=self.timeline_wanted)
+        self.timeline_wanted = False
+        submitted = self.controller.submit(scheduled.batch, scheduled.tokens, choices, plan.program, plan.wire, options)
         return Flight(scheduled, plan, submitted)
+
+    def _move(self) -> None:
+        """Has the workers do with their memory what the batcher decided."""
+        for move in self.batcher.moves():
+            if isinstance(move, Copy):
+                self.controller.copy(*move)
+            else:
+                self.controller.release([move.slot])
 
     def _look_ahead(self, scheduled: Scheduled) -> Flight | None:
         """Sends the next batch off too, where it can be foreseen: the worker then never waits for the engine.
@@ -246,6 +312,7 @@ class Engine:
         """A new group of workers. Raises `WorkerFailed` if that has been needed too often lately."""
         self._ahead = None
         self.batcher.rewind()
+        self.restarts += 1
         while True:
             now = time.monotonic()
             self._restarts = [then for then in self._restarts if now - then < RESTART_SECONDS] + [now]
@@ -261,7 +328,8 @@ class Engine:
     def _choice(self, sequence: Sequence, after: int = 0) -> Choice:
         params, index = sequence.request.params, sequence.produced + after
         banned = sorted(self._ends(sequence)) if index < params.min_tokens else []
-        if params.greedy and not (params.penalised or banned or params.logprobs is not None):
+        matcher = self.completions[sequence].matcher
+        if params.greedy and not (params.penalised or banned or matcher or params.logprobs is not None):
             return Choice()
         return Choice(
             temperature=0.0 if params.greedy else params.temperature, top_p=params.top_p,
@@ -270,6 +338,7 @@ class Engine:
             seed=self.completions[sequence].seed, index=index, banned=banned,
             prompt=list(sequence.request.prompt) if params.penalised else [],
             output=list(sequence.output) if params.penalised else [], logprobs=params.logprobs,
+            allowed=matcher.allowed() if matcher else b"",
         )  # fmt: skip
 
     def _ends(self, sequence: Sequence) -> frozenset[int]:
@@ -280,9 +349,11 @@ class Engine:
 
     def _commit(self, scheduled: Scheduled, result: RunResult) -> list[Sequence]:
         """Gives every sequence that is still alive its token, and lets go of those that are complete."""
-        pairs = [(s, chosen) for s, chosen in zip(scheduled.sequences, result.chosen, strict=True) if s.alive]
+        for sequence, segment in zip(scheduled.sequences, scheduled.batch.segments, strict=True):
+            if sequence.alive:
+                sequence.computed = segment.end
+        pairs = [(s, chosen) for s, chosen in zip(scheduled.sampled, result.chosen, strict=True) if s.alive]
         for sequence, chosen in pairs:
-            sequence.computed = len(sequence.tokens)
             sequence.tokens.append(chosen.token)
             self._grow(sequence, chosen)
         self.forget([sequence for sequence, _ in pairs if sequence.finish_reason])
@@ -298,21 +369,24 @@ class Engine:
             sequence.finish_reason = "stop"
             completion.stop_reason = None if chosen.token in self.end_ids else chosen.token
             return
+        if completion.matcher is not None:
+            completion.matcher.advance(chosen.token)
         if completion.detokenizer is not None:
             completion.text.grow(completion.detokenizer.step(chosen.token))
-        if completion.text.stopped is not None and sequence.produced >= sequence.request.params.min_tokens:
+        if completion.matcher is not None and completion.matcher.finished:
+            sequence.finish_reason = "stop"
+        elif completion.text.stopped is not None and sequence.produced >= sequence.request.params.min_tokens:
             sequence.finish_reason, completion.stop_reason = "stop", completion.text.stopped
         elif sequence.produced >= sequence.request.limit:
             sequence.finish_reason = "length"
 
     def forget(self, sequences: list[Sequence]) -> None:
-        """Takes sequences out and frees their memory; what they have so far stays with the caller."""
-        freed = self.batcher.leave(sequences)
+        """Takes sequences out; what they have so far stays with the caller."""
+        self.batcher.leave(sequences)
         if self._ahead is not None and not any(s.alive for s in self._ahead.scheduled.sequences):
             self._ahead = None  # nobody waits for it; its result is dropped when the next one is collected
-        if freed:
-            with suppress(WorkerLost):  # a lost rank has no memory to free, and the next run notices
-                self.controller.release(freed)
+        with suppress(WorkerLost):  # a lost rank has no memory to free, and the next run notices
+            self._move()
 
     def settle(self, request: Request) -> list[Completion]:
         """The request's completions, which the engine then forgets."""
@@ -322,6 +396,8 @@ class Engine:
     def probe(self, batch: Batch, tokens: list[int], plan: Plan, options: RunOptions) -> RunResult:
         """Runs a batch of new prompts by a plan of the caller's, for measuring; between requests only."""
         assert self.idle, "a probe would overwrite a running sequence's memory"
+        self.batcher.forget_prefixes()
+        self._move()
         choices = [Choice() for _ in batch.sampled_rows]
         return self.controller.run(batch, tokens, choices, plan.program, plan.wire, options)
 

@@ -69,6 +69,7 @@ class LLM:
     shares: relative sizes of the ranks' parts, or "auto": by their measured speed. reproducible: see
     docs/reproducible.md. num_threads: of each rank.
     max_model_len: tokens of prompt and answer. max_num_seqs, max_num_batched_tokens: limits of a batch.
+    enable_prefix_caching: a prompt that begins like an earlier one is not computed again as far as they agree.
     cores: pins the ranks to these. launcher, progress, recalibrate: see `Engine`.
 
     Raises `InputError` (a ValueError) for whatever the caller can change.
@@ -79,7 +80,8 @@ class LLM:
         wire: str = "exact", shares: Sequence[float] | Literal["auto"] | None = None, reproducible: bool = False,
         num_threads: int | None = None, dtype: str = "float32", max_model_len: int | None = None,
         max_num_seqs: int = 16, max_num_batched_tokens: int = 8192, cores: Sequence[int] | None = None,
-        launcher: Launcher | None = None, progress: Progress | None = None, recalibrate: bool = False,
+        enable_prefix_caching: bool = True, launcher: Launcher | None = None, progress: Progress | None = None,
+        recalibrate: bool = False,
     ) -> None:  # fmt: skip
         directory = locate(model)
         model_config = ModelConfig.from_directory(directory)
@@ -88,7 +90,7 @@ class LLM:
             shares=tuple(shares) if shares and not isinstance(shares, str) else None,
             wire=wire, reproducible=reproducible, threads=num_threads, dtype=dtype, max_length=max_model_len,
             max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens,
-            cores=tuple(cores) if cores else None,
+            cores=tuple(cores) if cores else None, prefixes=max_num_seqs if enable_prefix_caching else 0,
         )  # fmt: skip
         self.engine = Engine(
             directory, config, model_config, launcher, progress, recalibrate, share_by_speed=shares == AUTO

@@ -6,6 +6,7 @@ Knows the tokenizer's files and stop texts; knows nothing of models or requests.
 from __future__ import annotations
 
 import json
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,19 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of some tokens, special ones included."""
         return str(self._hf.decode(ids))
+
+    @property
+    def serialised(self) -> str:
+        """The tokenizer in the form of `tokenizer.json`, for other libraries."""
+        backend = copy(self._hf.backend_tokenizer)
+        backend.no_padding()
+        backend.no_truncation()
+        return str(backend.to_str())
+
+    @property
+    def has_template(self) -> bool:
+        """True if conversations can be rendered."""
+        return bool(self._hf.chat_template)
 
     @property
     def end_ids(self) -> set[int]:

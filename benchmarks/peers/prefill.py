@@ -124,7 +124,7 @@ def main() -> None:
     ids = torch.randint(1, 8000, (given.tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     with ExitStack() as stack:
         launcher = NamespaceLauncher()
-        options = {"max_model_len": given.tokens + 1, "max_num_seqs": 1}
+        options = {"max_model_len": given.tokens + 1, "max_num_seqs": 1, "enable_prefix_caching": False}
         split = LLM(model, tensor_parallel_size=2, num_threads=1, cores=(0, 1), launcher=launcher, **options)
         stack.callback(split.close)
         alone = LLM(model, num_threads=2, cores=(0, 1), **options)

@@ -1,20 +1,27 @@
-"""Which tokens go into the next batch."""
+"""Which tokens go into the next batch, and which key/value memory they find."""
 
 from __future__ import annotations
 
-from weft.batching.batcher import Batcher, Scheduled
+from collections.abc import Sequence as ReadOnly
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weft.batching.batcher import AGE_SECONDS, Batcher, Copy, Drop, Scheduled
 from weft.batching.params import SamplingParams
-from weft.batching.request import Request
+from weft.batching.request import Request, Sequence
 
 
-def request(length: int, limit: int = 4, n: int = 1) -> Request:
-    return Request(tuple(range(length)), SamplingParams(n=n), limit)
+def request(length: int, limit: int = 4, n: int = 1, first: int = 0, **more: object) -> Request:
+    return Request(tuple(range(first, first + length)), SamplingParams(n=n), limit, **more)  # type: ignore[arg-type]
 
 
-def commit(batcher: Batcher, scheduled: Scheduled) -> None:
-    for sequence in scheduled.sequences:
-        sequence.computed = len(sequence.tokens)
-        sequence.tokens.append(7)
+def commit(batcher: Batcher, scheduled: Scheduled, token: int = 7) -> None:
+    for sequence, segment in zip(scheduled.sequences, scheduled.batch.segments, strict=True):
+        sequence.computed = segment.end
+        if segment.sampled:
+            sequence.tokens.append(token)
     batcher.check_integrity()
 
 
@@ -22,61 +29,246 @@ def shape(scheduled: Scheduled) -> list[tuple[int, int]]:
     return [(segment.start, segment.length) for segment in scheduled.batch.segments]
 
 
+def batcher_of(*requests: Request, sequences: int = 4, memory: int = 1000, **more: int) -> Batcher:
+    batcher = Batcher(sequences, memory, **more)
+    for each in requests:
+        batcher.add(each)
+    return batcher
+
+
+def finish(batcher: Batcher, sequences: ReadOnly[Sequence]) -> None:
+    """Lets running sequences go, as the engine does with those that are complete."""
+    batcher.leave(sequences)
+    batcher.check_integrity()
+
+
 def test_prompts_then_their_next_tokens() -> None:
-    batcher = Batcher(slots=4, batch_tokens=100, memory_tokens=1000)
-    for length in (3, 5):
-        batcher.add(request(length))
-    first = batcher.next()
+    batcher = batcher_of(request(3), request(5))
+    first = batcher.next(100)
     assert shape(first) == [(0, 3), (0, 5)] and first.tokens == (0, 1, 2, 0, 1, 2, 3, 4)
     commit(batcher, first)
-    second = batcher.next()
+    second = batcher.next(100)
     assert shape(second) == [(3, 1), (5, 1)] and second.tokens == (7, 7)
 
 
-def test_slots_budget_and_memory_limit_what_starts() -> None:
-    two_slots = Batcher(slots=2, batch_tokens=100, memory_tokens=1000)
-    small_budget = Batcher(slots=9, batch_tokens=7, memory_tokens=1000)
-    small_memory = Batcher(slots=9, batch_tokens=100, memory_tokens=15)
-    for batcher, expected in ((two_slots, 2), (small_budget, 2), (small_memory, 2)):
-        for _ in range(4):
-            batcher.add(request(3))
-        assert len(batcher.next().sequences) == expected, batcher
+def test_slots_and_memory_limit_what_starts() -> None:
+    assert len(batcher_of(*(request(3) for _ in range(4)), sequences=2).next(100).sequences) == 2
+    assert len(batcher_of(*(request(3) for _ in range(4)), sequences=9, memory=40).next(100).sequences) == 2
 
 
-def test_a_prompt_over_the_budget_runs_alone() -> None:
-    batcher = Batcher(slots=4, batch_tokens=10, memory_tokens=1000)
-    batcher.add(request(50))
-    batcher.add(request(3))
-    assert shape(batcher.next()) == [(0, 50)]
+def test_a_long_prompt_comes_in_pieces_beside_next_tokens() -> None:
+    batcher = batcher_of(request(3))
+    commit(batcher, batcher.next(8))
+    batcher.add(request(20))
+    shapes = []
+    for _ in range(3):
+        scheduled = batcher.next(8)
+        shapes.append(shape(scheduled))
+        commit(batcher, scheduled)
+    assert shapes == [[(3, 1), (0, 7)], [(4, 1), (7, 7)], [(5, 1), (14, 6)]]
+    assert [segment.sampled for segment in scheduled.batch.segments] == [True, True]
+
+
+def test_pieces_end_on_the_granule_and_never_leave_a_single_token() -> None:
+    batcher = batcher_of(request(25), granule=8)
+    shapes = []
+    for _ in range(3):
+        scheduled = batcher.next(24)
+        shapes += shape(scheduled)
+        commit(batcher, scheduled)
+    assert shapes == [(0, 16), (16, 9), (25, 1)]
+
+
+def test_a_piece_is_no_smaller_than_the_granule() -> None:
+    batcher = batcher_of(request(3), request(40, first=100), granule=8)
+    commit(batcher, batcher.next(4))
+    scheduled = batcher.next(4)
+    assert shape(scheduled) == [(3, 1)], "beside others it waits until there is room for 8"
+    commit(batcher, scheduled)
+    finish(batcher, [s for s in batcher.running if s.left == 1])
+    assert shape(batcher.next(4)) == [(0, 16)], "alone it goes on in any case"
+
+
+def test_priority_then_who_had_least_then_who_came_first() -> None:
+    low, late, urgent = request(3, priority=1), request(3), request(3, priority=-1)
+    batcher = batcher_of(low, late, urgent, sequences=1)
+    assert batcher.next(100, now=0.0).sequences == tuple(urgent.sequences)
+
+    busy = [request(3, owner="busy") for _ in range(3)]
+    batcher = batcher_of(*busy, sequences=1)
+    commit(batcher, batcher.next(100))
+    batcher.add(request(3, owner="other"))
+    finish(batcher, busy[0].sequences)
+    first = batcher.next(100)
+    assert first.sequences[0].request.owner == "busy", "who comes new starts level: nothing is saved up"
+    commit(batcher, first)
+    finish(batcher, first.sequences)
+    assert batcher.next(100).sequences[0].request.owner == "other"
+
+
+def test_waiting_makes_up_for_priority() -> None:
+    batcher = batcher_of(request(3, priority=1, arrived=0.0), sequences=1)
+    batcher.add(request(3, arrived=2.5 * AGE_SECONDS))
+    assert batcher.next(100, now=2.5 * AGE_SECONDS).sequences[0].request.priority == 1
 
 
 def test_freed_slots_are_used_again() -> None:
-    batcher = Batcher(slots=1, batch_tokens=100, memory_tokens=1000)
     first, second = request(3), request(4)
-    batcher.add(first)
-    batcher.add(second)
-    commit(batcher, batcher.next())
-    assert batcher.leave(first.sequences) == [0]
-    assert batcher.next().sequences == tuple(second.sequences)
-    batcher.check_integrity()
-    batcher.leave(second.sequences)
+    batcher = batcher_of(first, second, sequences=1)
+    commit(batcher, batcher.next(100))
+    finish(batcher, first.sequences)
+    assert batcher.moves() == [Drop(0)] and batcher.moves() == []
+    assert batcher.next(100).sequences == tuple(second.sequences)
+    finish(batcher, second.sequences)
     assert batcher.idle
 
 
-def test_waiting_sequences_can_leave() -> None:
-    batcher = Batcher(slots=1, batch_tokens=100, memory_tokens=1000)
-    waiting = request(3, n=2)
-    batcher.add(waiting)
-    assert batcher.leave(waiting.sequences) == [] and batcher.idle
+def test_waiting_sequences_can_leave_and_deadlines_are_seen() -> None:
+    waiting = request(3, n=2, deadline=5.0)
+    batcher = batcher_of(waiting)
+    assert batcher.expired(4.9) == [] and batcher.expired(5.0) == waiting.sequences
+    batcher.leave(waiting.sequences)
+    assert batcher.idle
 
 
 def test_after_a_restart_sequences_start_over_within_the_budget() -> None:
-    batcher = Batcher(slots=4, batch_tokens=8, memory_tokens=1000)
-    for length in (3, 4):
-        batcher.add(request(length))
-    commit(batcher, batcher.next())
+    batcher = batcher_of(request(3), request(4), prefixes=4)
+    commit(batcher, batcher.next(8))
     batcher.rewind()
-    again = batcher.next()
-    assert shape(again) == [(0, 4)] and again.tokens == (0, 1, 2, 7)
-    commit(batcher, again)
-    assert shape(batcher.next()) == [(4, 1), (0, 5)]
+    again = batcher.next(5)
+    assert shape(again) == [(0, 4), (0, 1)] and again.tokens == (0, 1, 2, 7, 0)
+
+
+def test_memory_that_runs_out_makes_the_least_urgent_wait_again() -> None:
+    first, second = request(3, limit=36), request(3, limit=36)
+    batcher = batcher_of(first, second, memory=40)
+    for _ in range(19):
+        commit(batcher, batcher.next(100))
+    assert batcher.counts.preempted == 1 and batcher.waiting == second.sequences
+    assert Drop(1) in batcher.moves() and second.sequences[0].computed == 0
+    finish(batcher, first.sequences)
+    assert shape(batcher.next(100)) == [(0, 21)], "with the tokens that it had, once there is memory"
+
+
+class TestReuse:
+    def test_a_longer_conversation_goes_on_in_place(self) -> None:
+        first = request(40)
+        batcher = batcher_of(first, prefixes=4)
+        commit(batcher, batcher.next(100))
+        finish(batcher, first.sequences)
+        assert batcher.moves() == []
+        batcher.add(request(50))
+        scheduled = batcher.next(100)
+        assert shape(scheduled) == [(40, 10)] and batcher.moves() == []
+        assert scheduled.sequences[0].reused == 40 and batcher.counts.reused == 40
+
+    def test_a_shared_beginning_is_copied_where_the_rest_would_be_lost(self) -> None:
+        first = request(200)
+        batcher = batcher_of(first, prefixes=4)
+        commit(batcher, batcher.next(500))
+        finish(batcher, first.sequences)
+        batcher.add(Request((*range(100), 7, 7), SamplingParams(), 4))
+        assert shape(batcher.next(500)) == [(100, 2)]
+        assert batcher.moves() == [Copy(0, 1, 100)] and 0 in batcher.prefixes
+
+    def test_the_last_token_is_computed_in_any_case(self) -> None:
+        first = request(40)
+        batcher = batcher_of(first, prefixes=4)
+        commit(batcher, batcher.next(100))
+        batcher.add(request(40))
+        assert shape(batcher.next(100)) == [(40, 1), (39, 1)] and batcher.moves() == [Copy(0, 1, 39)]
+
+    def test_completions_of_one_prompt_wait_for_its_first(self) -> None:
+        batcher = batcher_of(request(60, n=3), prefixes=4)
+        scheduled = batcher.next(500)
+        assert shape(scheduled) == [(0, 60)]
+        commit(batcher, scheduled)
+        assert shape(batcher.next(500)) == [(60, 1), (59, 1), (59, 1)]
+        assert batcher.moves() == [Copy(0, 1, 59), Copy(0, 2, 59)]
+
+    def test_on_the_granule_and_never_all_but_one(self) -> None:
+        first = request(100)
+        batcher = batcher_of(first, prefixes=4, granule=32)
+        commit(batcher, batcher.next(500))
+        batcher.add(request(97))
+        assert shape(batcher.next(500)) == [(100, 1), (64, 33)]
+
+    def test_kept_prefixes_give_way_to_what_runs(self) -> None:
+        first = request(30)
+        batcher = batcher_of(first, prefixes=4, memory=50)
+        commit(batcher, batcher.next(100))
+        finish(batcher, first.sequences)
+        batcher.add(request(30, first=500))
+        assert shape(batcher.next(100)) == [(0, 30)] and batcher.moves() == [Drop(0)]
+        batcher.check_integrity()
+
+    def test_nothing_is_reused_where_that_is_off(self) -> None:
+        batcher = batcher_of(request(40, n=2))
+        assert shape(batcher.next(100)) == [(0, 40), (0, 40)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_whatever_happens_all_is_computed_once_and_memory_is_kept_right(data: st.DataObject) -> None:
+    """Requests come, are cancelled, end; workers are lost. A model of the workers' memory sees every move."""
+    granule = data.draw(st.sampled_from([1, 8]))
+    memory = data.draw(st.integers(60, 300))
+    batcher = Batcher(data.draw(st.integers(1, 4)), memory, data.draw(st.integers(0, 4)), granule)
+    slots: list[list[int]] = [[] for _ in range(batcher.slots)]
+    for turn in range(data.draw(st.integers(5, 40))):
+        action = data.draw(st.sampled_from(["add", "add", "run", "run", "run", "cancel", "restart"]))
+        if action == "add":
+            kind, length = data.draw(st.integers(0, 1)), data.draw(st.integers(1, 50))
+            prompt = (*([kind] * data.draw(st.integers(0, length))), *range(length))[:length]
+            params = SamplingParams(n=data.draw(st.integers(1, 2)))
+            batcher.add(Request(prompt, params, data.draw(st.integers(1, 8)), owner=str(kind), arrived=turn))
+        elif action == "cancel" and not batcher.idle:
+            there = [*batcher.waiting, *batcher.running]
+            batcher.leave([there[data.draw(st.integers(0, len(there) - 1))]])
+        elif action == "restart":
+            batcher.rewind()
+            slots = [[] for _ in slots]
+        elif not batcher.idle:
+            scheduled = batcher.next(data.draw(st.integers(1, 40)), now=turn)
+            run(batcher, scheduled, slots)
+        batcher.check_integrity()
+    for turn in range(1000):
+        if batcher.idle:
+            break
+        run(batcher, batcher.next(30, now=100 + turn), slots)
+    assert batcher.idle, "something waits for ever"
+
+
+def run(batcher: Batcher, scheduled: Scheduled, slots: list[list[int]]) -> None:
+    """What workers and engine do with a batch: memory must hold each sequence's own tokens up to where it goes on."""
+    for move in batcher.moves():
+        if isinstance(move, Copy):
+            assert len(slots[move.source]) >= move.length, "what is copied is not there"
+            slots[move.target] = slots[move.source][: move.length]
+        else:
+            slots[move.slot] = []
+    offset = 0
+    for sequence, segment in zip(scheduled.sequences, scheduled.batch.segments, strict=True):
+        memory = slots[segment.sequence]
+        assert memory[: segment.start] == sequence.tokens[: segment.start], "another sequence's keys and values"
+        tokens = list(scheduled.tokens[offset : offset + segment.length])
+        assert tokens == sequence.tokens[segment.start : segment.end]
+        slots[segment.sequence] = memory[: segment.start] + tokens
+        offset += segment.length
+        sequence.computed = segment.end
+        if segment.sampled:
+            sequence.tokens.append(9)
+    done = [s for s in scheduled.sampled if s.produced >= s.request.limit]
+    for sequence in done:
+        sequence.finish_reason = "length"
+    batcher.leave(done)
+    batcher.check_integrity()
+
+
+@pytest.mark.parametrize("budget", [1, 7, 64])
+def test_budgets_are_kept(budget: int) -> None:
+    batcher = batcher_of(*(request(30, first=100 * n) for n in range(6)))
+    for _ in range(20):
+        scheduled = batcher.next(budget)
+        assert scheduled.batch.tokens <= budget
+        commit(batcher, scheduled)

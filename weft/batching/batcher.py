@@ -1,17 +1,42 @@
-"""Which tokens go into the next batch. Knows requests and how much fits; knows no model, plan or process.
+"""Which tokens go into the next batch. Knows requests, slots and how much fits; knows no model, plan or process.
 
-Every step takes the next token of each running sequence and, as long as slots, key/value memory and the batch's
-token budget allow, whole new prompts in the order of their coming.
+Every batch takes the next token of each decoding sequence, then as much of the prompts under way as the batch's token
+budget allows, then new prompts. Who comes first is one expression, `Batcher.urgency`. When key/value memory runs out,
+kept prefixes go first; then the least urgent running sequence waits again, and is computed anew later.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from weft.batching.request import Request, Sequence
+from weft.cache.prefixes import Found, Prefixes, packed, shared
 from weft.program.batch import Batch, Segment
+
+AGE_SECONDS = 10.0  # of waiting make up for one step of priority, and for any share that others have not had
+LEAST_SHARED = 16  # tokens: shorter prefixes are not worth a copy
+WORTH_WAITING = 32  # tokens that another sequence is computing just now, beyond those that are there
+LITTLE = 0.1  # of a kept prefix may be lost by continuing it in place instead of in a copy
+HEADROOM = 16  # tokens that every running sequence should still find memory for when one more starts
+
+
+class Copy(NamedTuple):
+    """The first `length` positions of one slot go to another."""
+
+    source: int
+    target: int
+    length: int
+
+
+class Drop(NamedTuple):
+    """A slot's memory is given back."""
+
+    slot: int
+
+
+Move = Copy | Drop
 
 
 @dataclass(frozen=True)
@@ -25,34 +50,85 @@ class Scheduled:
     sequences: tuple[Sequence, ...]
     tokens: tuple[int, ...]
 
+    @property
+    def sampled(self) -> Iterator[Sequence]:
+        """Those that get a token: all but prompts that go on in another batch."""
+        return (s for s, segment in zip(self.sequences, self.batch.segments, strict=True) if segment.sampled)
+
+
+@dataclass
+class Counts:
+    """What happened so far: tokens of prompts that were looked up among the prefixes, and those that were there;
+    sequences that had to wait again."""
+
+    looked_up: int = 0
+    reused: int = 0
+    preempted: int = 0
+
 
 class Batcher:
-    """Waiting and running sequences. Lengths in tokens; `memory_tokens`: what key/value memory holds in all."""
+    """Waiting and running sequences. Lengths in tokens.
 
-    def __init__(self, slots: int, batch_tokens: int, memory_tokens: int) -> None:
-        self.batch_tokens, self.memory_tokens = batch_tokens, memory_tokens
-        self.waiting: deque[Sequence] = deque()
+    sequences: how many run at once. memory: what key/value memory holds in all. prefixes: how many sequences that are
+    over may be kept for those that begin alike; 0 reuses nothing. granule: positions on whose multiples alone a
+    sequence may be cut.
+    """
+
+    def __init__(self, sequences: int, memory: int, prefixes: int = 0, granule: int = 1) -> None:
+        self.sequences, self.memory, self.granule = sequences, memory, granule
+        self.slots = sequences + prefixes
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self._free = list(range(slots - 1, -1, -1))
+        self.prefixes = Prefixes(prefixes)
+        self.counts = Counts()
+        self._free = list(range(self.slots - 1, -1, -1))
+        self._filled = [0] * self.slots  # positions whose memory is taken, still of use or not
+        self._served: dict[str, float] = {}  # tokens, by owner
+        self._moves: list[Move] = []
 
     def add(self, request: Request) -> None:
         """Queues a request's sequences."""
-        self.waiting.extend(request.sequences)
+        # Who comes anew, or again, starts level with those who are here: what was not used is not saved up.
+        active = {s.request.owner for s in (*self.waiting, *self.running)}
+        if request.owner not in active:
+            level = min((self._served[owner] for owner in active), default=0.0)
+            self._served[request.owner] = max(self._served.get(request.owner, 0.0), level)
+        self.waiting += request.sequences
 
     @property
     def idle(self) -> bool:
         """True if nothing is left to do."""
         return not (self.waiting or self.running)
 
-    def next(self) -> Scheduled:
-        """The next batch; there must be something to do."""
-        tokens = sum(len(s.tokens) - s.computed for s in self.running)
-        while self._may_start(tokens):
-            sequence = self.waiting.popleft()
-            sequence.slot = self._free.pop()
-            self.running.append(sequence)
-            tokens += len(sequence.tokens)
-        return _scheduled(self._within_budget())
+    @property
+    def used(self) -> int:
+        """Tokens whose memory is taken."""
+        return sum(self._filled)
+
+    def urgency(self, sequence: Sequence, now: float) -> tuple[float, float, int, int]:
+        """Lower comes first: priority, less what waiting has earned; who was served least; who came first."""
+        request = sequence.request
+        aged = request.priority - int((now - request.arrived) / AGE_SECONDS)
+        return aged, self._served[request.owner], request.number, sequence.index
+
+    def expired(self, now: float) -> list[Sequence]:
+        """Sequences whose deadline is over."""
+        there = (*self.running, *self.waiting)
+        return [s for s in there if s.request.deadline is not None and s.request.deadline <= now]
+
+    def next(self, budget: int, now: float = 0.0) -> Scheduled:
+        """The next batch, of about `budget` tokens at most; there must be something to do."""
+        chosen: dict[Sequence, int] = {}
+        self.running.sort(key=lambda s: (s.left > 1, self.urgency(s, now)))
+        for sequence in list(self.running):
+            if budget > 0 and sequence.slot is not None:  # else it was preempted for one before it
+                budget -= self._extend(sequence, budget, chosen, now)
+        for sequence in self._starting(now):
+            if budget <= 0:
+                break
+            budget -= self._extend(sequence, budget, chosen, now)
+        assert chosen, "nothing runs though something waits"
+        return self._counted(_scheduled(chosen))
 
     def ahead(self, scheduled: Scheduled) -> Scheduled | None:
         """The batch that follows `scheduled`, made before its tokens are known; None if that can't be foreseen.
@@ -60,61 +136,203 @@ class Batcher:
         It can if the same sequences all go on, whatever their next token is. One that a stop token ends meanwhile
         has then been computed once too often, which costs a row and changes nothing.
         """
-        same = list(scheduled.sequences) == self.running and not (self.waiting and self._free)
-        if not same or any(not s.foreseeable or s.produced + 1 >= s.request.limit for s in scheduled.sequences):
+        same = set(scheduled.sequences) == set(self.running) and not (self.waiting and self._may_start())
+        fits = self.used + 2 * len(self.running) <= self.memory and all(s.sampled for s in scheduled.batch.segments)
+        if not (same and fits):
+            return None
+        if any(not s.foreseeable or s.produced + 1 >= s.request.limit for s in scheduled.sequences):
             return None
         segments = tuple(Segment(segment.sequence, segment.end, 1) for segment in scheduled.batch.segments)
-        return Scheduled(Batch(segments), scheduled.sequences, tuple(-1 - i for i in range(len(segments))))
+        for segment in segments:
+            self._filled[segment.sequence] = max(self._filled[segment.sequence], segment.end)
+        return self._counted(
+            Scheduled(Batch(segments), scheduled.sequences, tuple(-1 - i for i in range(len(segments))))
+        )
 
-    def _may_start(self, tokens: int) -> bool:
-        """True if the first waiting sequence fits; alone it always does."""
-        if not self.waiting or not self._free:
-            return False
-        first = self.waiting[0]
-        promised = sum(sequence.room for sequence in self.running)
-        fits = promised + first.room <= self.memory_tokens
-        return not self.running or (fits and tokens + len(first.tokens) <= self.batch_tokens)
+    def _counted(self, scheduled: Scheduled) -> Scheduled:
+        """Puts the batch on its owners' accounts; a token of an answer counts twice, as it takes a pass of its own."""
+        for sequence, segment in zip(scheduled.sequences, scheduled.batch.segments, strict=True):
+            self._served[sequence.request.owner] += segment.length + segment.sampled
+        return scheduled
 
-    def _within_budget(self) -> Iterable[Sequence]:
-        """Running sequences in order, until the budget is spent (after a restart all must be computed again)."""
-        left = self.batch_tokens
-        for number, sequence in enumerate(self.running):
-            left -= len(sequence.tokens) - sequence.computed
-            if left >= 0 or number == 0:
-                yield sequence
+    def _may_start(self) -> bool:
+        return len(self.running) < self.sequences
+
+    def _extend(self, sequence: Sequence, most: int, chosen: dict[Sequence, int], now: float) -> int:
+        """Takes the next tokens of a running sequence into the batch; returns how many there was memory for."""
+        count = self._piece(sequence, most, alone=not chosen)
+        slot, end = sequence.slot, sequence.computed + count
+        assert slot is not None
+        if not count or not self._make_room(end - self._filled[slot], {*chosen, sequence}, now):
+            return 0
+        self._filled[slot] = max(self._filled[slot], end)
+        chosen[sequence] = count
+        return count
+
+    def _piece(self, sequence: Sequence, most: int, alone: bool) -> int:
+        """How many of its next tokens: all, or up to a multiple of the granule; more than `most` only if it is alone.
+
+        Never all but one where the granule matters: one token by itself is computed by another kernel.
+        """
+        stop = _cut(sequence.computed + most, len(sequence.tokens), self.granule)
+        if stop <= sequence.computed and alone:
+            stop = min(len(sequence.tokens), sequence.computed + 2 * self.granule)
+            stop = _cut(stop, len(sequence.tokens), self.granule)
+        return max(0, stop - sequence.computed)
+
+    def _make_room(self, tokens: int, needed: set[Sequence], now: float) -> bool:
+        """Sees to it that so many more tokens fit, at the cost of prefixes and of less urgent sequences."""
+        while self.used + tokens > self.memory:
+            others = [s for s in self.running if s not in needed]
+            if (slot := self.prefixes.oldest()) is not None:
+                self.prefixes.take(slot)
+                self._drop(slot)
+            elif others:
+                self._preempt(max(others, key=lambda s: self.urgency(s, now)))
+            else:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self._drop(sequence.slot)
+        self.running.remove(sequence)
+        self.waiting.append(sequence)
+        sequence.slot, sequence.computed = None, 0
+        self.counts.preempted += 1
+
+    def _starting(self, now: float) -> Iterator[Sequence]:
+        """Waiting sequences that start now, the most urgent first; the first that finds no memory ends it."""
+        if not self._may_start():
+            return
+        for sequence in sorted(self.waiting, key=lambda s: self.urgency(s, now)):
+            found = self._found(sequence)
+            if self._being_computed(sequence) >= (found.length if found else 0) + WORTH_WAITING:
+                continue  # until then: the others' turn
+            if self.running and not self._fits(sequence, found):
+                return
+            self._start(sequence, found)
+            yield sequence
+            if not self._may_start():
+                return
+
+    def _fits(self, sequence: Sequence, found: Found | None) -> bool:
+        """True if all of it fits beside what runs, once kept prefixes have gone."""
+        promised = sum(len(s.tokens) + HEADROOM for s in self.running) + len(sequence.tokens) + HEADROOM
+        source = found.slot if found is not None and found.slot in self.prefixes else None
+        return promised + (self._filled[source] if source is not None else 0) <= self.memory
+
+    def _found(self, sequence: Sequence) -> Found | None:
+        """Where the longest known beginning of its tokens is."""
+        if not self.prefixes.limit:
+            return None
+        tokens = sequence.request.packed if not sequence.produced else packed(sequence.tokens)
+        kept = self.prefixes.longest(tokens)
+        found = [kept] if kept is not None else []
+        for other in self.running:
+            assert other.slot is not None
+            if other.tokens[0] == sequence.tokens[0]:
+                found.append(Found(other.slot, min(other.computed, shared(other.request.packed, tokens))))
+        slot, length = max(found, key=lambda f: f.length, default=Found(0, 0))
+        length = self._usable(length, sequence)
+        return Found(slot, length) if length >= LEAST_SHARED else None
+
+    def _usable(self, length: int, sequence: Sequence) -> int:
+        """How much of a shared beginning can be reused: the last token is computed in any case."""
+        length = min(length, len(sequence.tokens) - 1) // self.granule * self.granule
+        alone = self.granule > 1 and length == len(sequence.tokens) - 1
+        return length - self.granule if alone else length
+
+    def _being_computed(self, sequence: Sequence) -> int:
+        """How much of its beginning other sequences are about to have."""
+        if not self.prefixes.limit:
+            return 0
+        soon = (
+            self._usable(shared(other.request.packed, sequence.request.packed), sequence)
+            for other in self.running
+            if other.left > 1 and other.tokens[0] == sequence.tokens[0]
+        )
+        return max(soon, default=0)
+
+    def _start(self, sequence: Sequence, found: Found | None) -> None:
+        """Gives a waiting sequence a slot, with what is known of its beginning in it."""
+        length = found.length if found is not None else 0
+        in_place = found is not None and found.slot in self.prefixes
+        if found is not None and in_place and self.prefixes.length(found.slot) - length <= LITTLE * length:
+            self.prefixes.take(found.slot)
+            slot = found.slot
+        else:
+            slot = self._free.pop()
+            if found is not None:
+                self._moves.append(Copy(found.slot, slot, length))
+        self._filled[slot] = max(self._filled[slot], length)
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        sequence.slot, sequence.computed, sequence.reused = slot, length, length
+        self.counts.looked_up += len(sequence.request.prompt)
+        self.counts.reused += length
+
+    def _drop(self, slot: int) -> None:
+        self._moves.append(Drop(slot))
+        self._filled[slot] = 0
+        self._free.append(slot)
+
+    def moves(self) -> list[Move]:
+        """What is to be done with slots before the next batch, in this order; told once."""
+        moves, self._moves = self._moves, []
+        return moves
 
     def rewind(self) -> None:
         """Key/value memory was lost: running sequences start over, from the tokens that they have."""
+        self._free += self.prefixes.clear()
+        self._filled = [0] * self.slots
+        self._moves.clear()
         for sequence in self.running:
             sequence.computed = 0
 
-    def leave(self, sequences: Iterable[Sequence]) -> list[int]:
-        """Takes sequences out, running or waiting, and returns the slots that became free."""
-        freed = []
+    def leave(self, sequences: Iterable[Sequence]) -> None:
+        """Takes sequences out, running or waiting; what they have computed may be of use to others."""
         for sequence in sequences:
             if sequence.slot is None:
                 self.waiting.remove(sequence)
                 continue
             self.running.remove(sequence)
-            freed.append(sequence.slot)
+            for slot in self.prefixes.keep(sequence.slot, packed(sequence.tokens[: sequence.computed])):
+                self._drop(slot)
             sequence.slot = None
-        self._free += freed
-        return freed
+
+    def forget_prefixes(self) -> None:
+        """Lets go of everything that is kept."""
+        for slot in self.prefixes.clear():
+            self._drop(slot)
 
     def check_integrity(self) -> None:
-        """Asserts that every slot is free or has one sequence."""
-        used = [sequence.slot for sequence in self.running]
-        assert None not in used and len(set(used)) == len(used), "two sequences share a slot, or one has none"
-        assert not set(used) & set(self._free), "a used slot is listed as free"
-        assert all(sequence.slot is None for sequence in self.waiting), "a waiting sequence has a slot"
+        """Asserts that every slot is free, kept, or one sequence's, and that memory is counted right."""
+        self.prefixes.check_integrity()
+        used = [s.slot for s in self.running if s.slot is not None]
+        kept = [slot for slot in range(self.slots) if slot in self.prefixes]
+        assert len(used) == len(self.running), "a running sequence has no slot"
+        assert sorted([*used, *kept, *self._free]) == list(range(self.slots)), "a slot has two uses, or none"
+        assert all(s.slot is None and s.computed == 0 for s in self.waiting), "a waiting sequence has memory"
+        assert all(self._filled[s.slot] >= s.computed for s in self.running if s.slot is not None), "more than there is"
+        assert all(self._filled[slot] >= self.prefixes.length(slot) for slot in kept), "a prefix is not in memory"
+        assert not any(self._filled[slot] for slot in self._free), "a free slot has memory"
+        assert self.used <= self.memory or len(self.running) == 1, "more memory is used than there is"
 
 
-def _scheduled(sequences: Iterable[Sequence]) -> Scheduled:
-    chosen = tuple(sequences)
+def _cut(stop: int, length: int, granule: int) -> int:
+    """The last position up to `stop` where a sequence of this length may be cut."""
+    if stop >= length:
+        return length
+    stop = stop // granule * granule
+    return stop - granule if granule > 1 and length - stop == 1 else stop
+
+
+def _scheduled(chosen: dict[Sequence, int]) -> Scheduled:
     segments, tokens = [], []
-    for sequence in chosen:
+    for sequence, count in chosen.items():
         assert sequence.slot is not None
-        new = sequence.tokens[sequence.computed :]
-        segments.append(Segment(sequence.slot, sequence.computed, len(new)))
+        new = sequence.tokens[sequence.computed : sequence.computed + count]
+        segments.append(Segment(sequence.slot, sequence.computed, count, sampled=count == sequence.left))
         tokens += new
-    return Scheduled(Batch(tuple(segments)), chosen, tuple(tokens))
+    return Scheduled(Batch(tuple(segments)), tuple(chosen), tuple(tokens))

@@ -19,7 +19,7 @@ class SamplingParams:
     occurrence, in -2..2. repetition_penalty: divides (multiplies, below zero) the logits of tokens that prompt or
     completion have; 1 is none. seed: the same draw again, at any number of ranks and after any restart.
     stop: texts that end the completion. stop_token_ids: tokens that do. logprobs: how many of the likeliest
-    tokens to report beside the chosen one.
+    tokens to report beside the chosen one. json_schema: as JSON text; the completion is JSON that it describes.
     """
 
     n: int = 1
@@ -39,6 +39,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         _range(self.n, "n", 1, 128)

@@ -1,23 +1,33 @@
-"""Requests and the sequences that they become. Knows tokens and states; knows no model, no text and no time."""
+"""Requests and the sequences that they become. Knows tokens, states and wishes; knows no model and no text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as ReadOnly
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count
 
 from weft.batching.params import SamplingParams
+from weft.cache.prefixes import packed
 
 _numbers = count()
 
 
 @dataclass(eq=False)
 class Request:
-    """A prompt with its wishes, and the `n` sequences that continue it."""
+    """A prompt with its wishes, and the `n` sequences that continue it.
+
+    `limit`: tokens of the longest completion. `priority`: lower runs earlier. `owner`: who shares the engine fairly
+    with other owners. `arrived`, `deadline`: seconds of a monotonic clock.
+    """
 
     prompt: tuple[int, ...]
     params: SamplingParams
-    limit: int  # tokens of the longest completion
+    limit: int
+    priority: int = 0
+    owner: str = ""
+    arrived: float = 0.0
+    deadline: float | None = None
     number: int = field(default_factory=lambda: next(_numbers))
     sequences: list[Sequence] = field(default_factory=list)
 
@@ -29,17 +39,27 @@ class Request:
         """True when every completion has ended."""
         return all(sequence.finish_reason for sequence in self.sequences)
 
+    @cached_property
+    def packed(self) -> bytes:
+        """The prompt in a form that compares quickly."""
+        return packed(self.prompt)
+
 
 @dataclass(eq=False)
 class Sequence:
-    """One completion under way. `computed`: how many of its tokens have their keys and values in memory."""
+    """One completion under way.
+
+    `computed`: how many of its tokens have their keys and values in memory; `reused`: how many of them were not
+    computed for it. `finish_reason`: "stop", "length" or "timeout".
+    """
 
     request: Request
     index: int
     tokens: list[int]
     slot: int | None = None
     computed: int = 0
-    finish_reason: str | None = None  # "stop" or "length"
+    reused: int = 0
+    finish_reason: str | None = None
 
     @property
     def output(self) -> ReadOnly[int]:
@@ -52,9 +72,14 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def left(self) -> int:
+        """Tokens that have no keys and values yet; 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    @property
     def foreseeable(self) -> bool:
         """True if how its next token is chosen doesn't depend on what the one before it was."""
-        return not self.request.params.penalised
+        return not (self.request.params.penalised or self.request.params.json_schema)
 
     @property
     def alive(self) -> bool:

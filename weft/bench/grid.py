@@ -180,7 +180,7 @@ class Bench:
         with LLM(
             self.directory, tensor_parallel_size=ranks, num_threads=threads, launcher=launcher, shares=grid.shares,
             cores=cores_of(ranks, threads) if launcher else None, max_model_len=length, overlap="serial",
-            max_num_seqs=max(grid.prompts, FEW_SLOTS),
+            max_num_seqs=max(grid.prompts, FEW_SLOTS), enable_prefix_caching=False,
         ) as llm:  # fmt: skip
             yield llm.engine, launcher
 

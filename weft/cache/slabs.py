@@ -56,6 +56,11 @@ class Slabs:
         """Keys and values [G, length, D] of one layer: views, valid up to what was written."""
         return self._pairs[slot][layer]
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first `length` positions of one slot become those of another too."""
+        self._slabs[target][:, :, :length] = self._slabs[source][:, :, :length]
+        self._filled[target] = max(self._filled[target], length)
+
     def release(self, slot: int) -> None:
         """Forgets a sequence and gives its pages back."""
         self._filled[slot] = 0

@@ -138,7 +138,7 @@ class Controller:
                 identity,
                 p.Load(
                     str(directory), model, list(config.shares), config.dtype, config.device, config.reproducible,
-                    config.max_length, config.max_sequences,
+                    config.max_length, config.slots,
                 ),
             )  # fmt: skip
         layers = dict.fromkeys(self._ranks, 0.0)
@@ -204,6 +204,11 @@ class Controller:
         for identity in self._ranks:
             self._send(identity, p.Release(list(slots)))
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Tells every rank to copy the first `length` positions of one slot to another."""
+        for identity in self._ranks:
+            self._send(identity, p.Copy(source, target, length))
+
     def stop(self) -> None:
         """Ends the workers; the controller can be started again."""
         for identity in self._ranks:
@@ -250,6 +255,10 @@ class Controller:
         if isinstance(message, p.Failed):
             self._failed(message)
         return identity, message
+
+    def look(self) -> None:
+        """Raises `WorkerLost` if a worker has ended; for the times when nothing is awaited."""
+        self._look(None)
 
     def _look(self, deadline: float | None) -> None:
         """Raises if a worker has ended, or if the time is over."""

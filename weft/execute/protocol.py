@@ -1,7 +1,7 @@
 """What engine and workers say to each other: msgpack over ZeroMQ, never pickle. No torch.
 
     worker -> engine   Hello, Meeting, Joined, Loading, Loaded, Done, Failed
-    engine -> worker   Assign, Meet, Load, Run, Release, Shutdown
+    engine -> worker   Assign, Meet, Load, Run, Release, Copy, Shutdown
 
 The socket is encrypted, and authenticated by the group's token: both ends derive the same keys from it, and who
 doesn't have them can't say a word.
@@ -18,7 +18,7 @@ from zmq.utils import z85
 
 from weft.config import ModelConfig
 
-VERSION = 2
+VERSION = 3
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
@@ -102,6 +102,7 @@ class Choice(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt: list[int] = []
     output: list[int] = []
     logprobs: int | None = None
+    allowed: bytes = b""  # a bit for every token that may be chosen, the lowest of each byte first; empty: all
 
 
 class Run(msgspec.Struct, tag=True, frozen=True):
@@ -162,11 +163,19 @@ class Release(msgspec.Struct, tag=True, frozen=True):
     slots: list[int]
 
 
+class Copy(msgspec.Struct, tag=True, frozen=True):
+    """The first `length` positions of one slot are to be those of another too."""
+
+    source: int
+    target: int
+    length: int
+
+
 class Shutdown(msgspec.Struct, tag=True, frozen=True):
     """End."""
 
 
-ToWorker = Assign | Meet | Load | Run | Release | Shutdown
+ToWorker = Assign | Meet | Load | Run | Release | Copy | Shutdown
 ToEngine = Hello | Meeting | Joined | Loading | Loaded | Done | Failed
 
 encode = msgspec.msgpack.Encoder().encode

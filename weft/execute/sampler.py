@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from weft.execute.protocol import Choice, Chosen
 
 def sample(logits: Tensor, choices: list[Choice]) -> list[Chosen]:
     """One token for each row of `logits` [rows, V] (float32)."""
-    plain = all(c == _GREEDY or (c.temperature == 0 and _untouched(c)) for c in choices)
+    plain = all(c == _GREEDY or (c.temperature == 0 and _untouched(c) and c.logprobs is None) for c in choices)
     if plain:
         return [Chosen(token) for token in logits.argmax(dim=1).tolist()]
     return [_one(row, choice) for row, choice in zip(logits, choices, strict=True)]
@@ -28,12 +29,12 @@ _GREEDY = Choice()
 
 
 def _untouched(choice: Choice) -> bool:
-    return not (choice.banned or choice.prompt or choice.output) and choice.logprobs is None
+    return not (choice.banned or choice.prompt or choice.output or choice.allowed)
 
 
 def _one(raw_V: Tensor, choice: Choice) -> Chosen:
     logits = raw_V
-    if choice.prompt or choice.output or choice.banned:
+    if not _untouched(choice):
         logits = _penalised(raw_V.clone(), choice)
     token = int(logits.argmax()) if choice.temperature == 0 else _draw(logits, choice)
     if choice.logprobs is None:
@@ -54,6 +55,9 @@ def _penalised(logits_V: Tensor, choice: Choice) -> Tensor:
         logits_V[seen] = torch.where(values > 0, values / choice.repetition, values * choice.repetition)
     logits_V -= choice.frequency * output + choice.presence * (output > 0)
     logits_V[choice.banned] = -torch.inf
+    if choice.allowed:
+        bits = np.unpackbits(np.frombuffer(choice.allowed, dtype=np.uint8), bitorder="little", count=size)
+        logits_V[torch.from_numpy(bits) == 0] = -torch.inf
     return logits_V
 
 

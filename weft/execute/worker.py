@@ -95,6 +95,8 @@ class Worker:
                 for slot in message.slots:
                     self._loaded.slabs.release(slot)
                 self._loaded.slabs.check_integrity()
+            case p.Copy():
+                self._loaded.slabs.copy(message.source, message.target, message.length)
 
     @property
     def _loaded(self) -> _Loaded:

@@ -1,0 +1,106 @@
+"""Which key/value slots still hold the beginning of which token sequence, though their sequence is over.
+
+A new sequence that begins alike need not compute that part again. Least recently used go first. Knows token ids and
+slot numbers; knows nothing of memory, models or requests. No torch.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+_WIDTH = array("I").itemsize
+
+
+class Found(NamedTuple):
+    """The first `length` tokens are in `slot`."""
+
+    slot: int
+    length: int
+
+
+def packed(tokens: Sequence[int]) -> bytes:
+    """Token ids in a form that compares quickly."""
+    return array("I", tokens).tobytes()
+
+
+def shared(one: bytes, other: bytes) -> int:
+    """How many tokens two packed sequences have in common from their beginning on."""
+    least, most = 0, min(len(one), len(other)) // _WIDTH
+    left, right = memoryview(one), memoryview(other)
+    if left[: most * _WIDTH] == right[: most * _WIDTH]:
+        return most
+    while most - least > 1:  # `least` tokens agree, `most` don't
+        middle = (least + most) // 2
+        here = slice(least * _WIDTH, middle * _WIDTH)
+        least, most = (middle, most) if left[here] == right[here] else (least, middle)
+    return least
+
+
+class Prefixes:
+    """Kept slots with their tokens, at most `limit` of them, the least recently used first."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._kept: OrderedDict[int, bytes] = OrderedDict()
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._kept
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def length(self, slot: int) -> int:
+        """Tokens that a kept slot holds."""
+        return len(self._kept[slot]) // _WIDTH
+
+    def longest(self, tokens: bytes) -> Found | None:
+        """The kept slot that shares the longest beginning with these tokens; it counts as used now."""
+        best: Found | None = None
+        for slot, kept in self._kept.items():
+            if kept[:_WIDTH] == tokens[:_WIDTH] and (length := shared(kept, tokens)) > (best.length if best else 0):
+                best = Found(slot, length)
+        if best is not None:
+            self._kept.move_to_end(best.slot)
+        return best
+
+    def keep(self, slot: int, tokens: bytes) -> list[int]:
+        """Keeps a slot; returns those that are let go for it, which may be the slot itself.
+
+        What one slot holds, and more, need not be held by another.
+        """
+        assert slot not in self._kept, f"slot {slot} is kept already"
+        if not tokens or self.limit == 0 or any(kept.startswith(tokens) for kept in self._kept.values()):
+            return [slot]
+        dropped = [other for other, kept in self._kept.items() if tokens.startswith(kept)]
+        for other in dropped:
+            self.take(other)
+        self._kept[slot] = tokens
+        while len(self._kept) > self.limit:
+            dropped.append(self._kept.popitem(last=False)[0])
+        return dropped
+
+    def take(self, slot: int) -> None:
+        """A slot gets another use."""
+        del self._kept[slot]
+
+    def oldest(self, but: int | None = None) -> int | None:
+        """The least recently used slot, beside `but`."""
+        return next((slot for slot in self._kept if slot != but), None)
+
+    def clear(self) -> list[int]:
+        """Lets go of all; returns their slots."""
+        slots = list(self._kept)
+        self._kept.clear()
+        return slots
+
+    def check_integrity(self) -> None:
+        """Asserts that there are no more than allowed, and that none is empty or held by another."""
+        assert len(self._kept) <= self.limit, f"{len(self._kept)} prefixes are kept, {self.limit} are allowed"
+        listed = list(self._kept.values())
+        assert all(listed), "an empty prefix is kept"
+        assert not any(
+            one is not other and one.startswith(other) for one in listed for other in listed
+        ), "a prefix is kept twice"  # fmt: skip

@@ -1,0 +1,68 @@
+"""Completions that must be JSON of a given form: which tokens may come next.
+
+Wraps llguidance. Knows tokenizers and JSON schemas; knows nothing of models or requests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from weft.errors import InputError
+from weft.text import Tokenizer
+
+ANY_OBJECT = '{"type": "object"}'
+# As json.dumps writes it. Free white space is where small models get lost.
+_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_KEPT = 64  # compiled schemas
+
+
+class Grammars:
+    """Compiles schemas for one tokenizer. `vocabulary`: the model's, which may be larger."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, end_ids: frozenset[int]) -> None:
+        from llguidance import LLTokenizer
+
+        self._tokenizer = LLTokenizer(tokenizer.serialised, n_vocab=vocabulary, eos_token=sorted(end_ids) or None)
+        self._compiled: dict[str, str] = {}
+
+    def matcher(self, schema: str) -> Matcher:
+        """For one completion. Raises `InputError` for a schema that can't be followed."""
+        from llguidance import LLMatcher
+
+        if schema not in self._compiled:
+            self._compiled[schema] = self._compile(schema)
+            if len(self._compiled) > _KEPT:
+                del self._compiled[next(iter(self._compiled))]
+        return Matcher(LLMatcher(self._tokenizer, self._compiled[schema], log_level=0))
+
+    def _compile(self, schema: str) -> str:
+        from llguidance import LLMatcher
+
+        try:
+            grammar = str(LLMatcher.grammar_from_json_schema(schema, defaults=_STYLE))
+            wrong = LLMatcher.validate_grammar(grammar, self._tokenizer)
+        except (ValueError, TypeError) as error:
+            wrong = str(error)
+        if wrong:
+            raise InputError(f"the JSON schema can't be followed: {wrong.splitlines()[0][:300]}")
+        return grammar
+
+
+class Matcher:
+    """Where one completion is in its grammar."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def allowed(self) -> bytes:
+        """A bit for every token, the lowest of each byte first: 1 if it may come next."""
+        return bytes(self._matcher.compute_bitmask())
+
+    def advance(self, token: int) -> None:
+        """This token came."""
+        self._matcher.consume_token(token)
+
+    @property
+    def finished(self) -> bool:
+        """True if nothing more may follow."""
+        return bool(self._matcher.is_stopped())
