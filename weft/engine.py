@@ -45,6 +45,7 @@ Progress = Callable[[str, float], None]  # what goes on, and the share of it tha
 ALIKE = 0.95  # of the fastest rank's speed: less than that is worth other shares
 MOST_RESTARTS = 3  # within RESTART_SECONDS; then whatever ends the workers will not go away by itself
 RESTART_SECONDS = 60.0
+SEEDS = 1 << 62  # with a completion's number added, still one of 64 bits
 MEMORY_PART = 0.9  # of what is free after loading may become key/value memory
 ALONE = 5  # times the wanted time between tokens a batch may take while nobody is waiting for a next token
 LEAST_ALONE = 512  # tokens of such a batch: smaller ones hide their communication worse
@@ -116,6 +117,7 @@ class Engine:
         self.last_step: Step | None = None
         self.timeline_wanted = False  # of the next batch; it then is in `last_step`
         self.restarts = 0
+        self.on_lost: Callable[[str], None] = lambda reason: None  # is told when workers are lost
         self._ahead: Flight | None = None
         self._restarts: list[float] = []
         self._began: dict[Request, float] = {}
@@ -197,20 +199,12 @@ class Engine:
         deadline: float | None = None,
     ) -> Request:  # fmt: skip
         """Queues a request; see `Request` for what it can be given. Raises `InputError` if it can't ever run."""
-        limit = self._limit(prompt, params)
+        limit = self.check(prompt, params)
         request = Request(tuple(prompt), params, limit, priority, owner, time.monotonic(), deadline)
-        first = request.sequences[0]
-        if first.room > self.batcher.memory:
-            a_token = sum(loaded.kv_bytes_per_token for loaded in self.started.loaded)
-            needed, there = (tokens * a_token / 2**30 for tokens in (first.room, self.batcher.memory))
-            raise InputError(
-                f"{first.room} tokens need {needed:.2f} GiB of key/value memory and {there:.2f} GiB are free; "
-                "shorten the prompt or max_tokens"
-            )
         schema = params.json_schema
         matchers = [self.grammars.matcher(schema) if schema else None for _ in request.sequences]
         self._began[request] = time.perf_counter()
-        seed = params.seed if params.seed is not None else secrets.randbits(62)
+        seed = params.seed % SEEDS if params.seed is not None else secrets.randbits(62)
         for sequence, matcher in zip(request.sequences, matchers, strict=True):
             stream = self.tokenizer.stream(request.prompt, params.skip_special_tokens) if self.tokenizer else None
             text = StopText(params.stops, params.include_stop_str_in_output)
@@ -218,13 +212,25 @@ class Engine:
         self.batcher.add(request)
         return request
 
+    def check(self, prompt: list[int], params: SamplingParams) -> int:
+        """How many tokens may follow; raises `InputError` for requests that can't be run. For any thread."""
+        limit = self._limit(prompt, params)
+        if (room := len(prompt) + limit) > self.batcher.memory:
+            a_token = sum(loaded.kv_bytes_per_token for loaded in self.started.loaded)
+            needed, there = (tokens * a_token / 2**30 for tokens in (room, self.batcher.memory))
+            raise InputError(
+                f"{room} tokens need {needed:.2f} GiB of key/value memory and {there:.2f} GiB are free; "
+                "shorten the prompt or max_tokens"
+            )
+        if params.json_schema:
+            self.grammars.matcher(params.json_schema)
+        return limit
+
     def _limit(self, prompt: list[int], params: SamplingParams) -> int:
-        """How many tokens may follow; raises for prompts that can't be run."""
-        length = self.config.max_length
+        length, known = self.config.max_length, range(self.model.vocabulary)
         if not prompt:
             raise InputError("the prompt is empty; give at least one token")
-        outside = [t for t in prompt if not isinstance(t, int) or not 0 <= t < self.model.vocabulary]
-        if outside:
+        if outside := [t for t in (*prompt, *(params.stop_token_ids or ())) if t not in known]:
             raise InputError(f"token id {outside[0]!r} is not in the vocabulary, 0 to {self.model.vocabulary - 1}")
         if len(prompt) >= length:
             raise InputError(
@@ -232,7 +238,7 @@ class Engine:
             )
         if params.stops and self.tokenizer is None:
             raise InputError("stop texts need a tokenizer, and this model has no tokenizer.json; use stop_token_ids")
-        return min(params.max_tokens or length, length - len(prompt))
+        return min(params.max_tokens or max(1, self.batcher.memory - len(prompt)), length - len(prompt))
 
     def step(self) -> list[Sequence]:
         """One turn; returns the sequences that got a token or ended. There must be something to do."""
@@ -312,8 +318,9 @@ class Engine:
         """A new group of workers. Raises `WorkerFailed` if that has been needed too often lately."""
         self._ahead = None
         self.batcher.rewind()
-        self.restarts += 1
         while True:
+            self.restarts += 1
+            self.on_lost(reason)
             now = time.monotonic()
             self._restarts = [then for then in self._restarts if now - then < RESTART_SECONDS] + [now]
             self.controller.stop()

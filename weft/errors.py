@@ -13,3 +13,15 @@ class WorkerLost(RuntimeError):
 
 class WorkerFailed(RuntimeError):
     """A rank can't do what was asked, and would fail the same way again."""
+
+
+class Busy(RuntimeError):
+    """More is asked for than may wait. `retry_after`: seconds after which there should be room."""
+
+    def __init__(self, reason: str, retry_after: int) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+class Unavailable(RuntimeError):
+    """Nothing can be served now: the model is being loaded, or the server ends, or it has failed."""

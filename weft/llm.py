@@ -62,6 +62,16 @@ class RequestOutput:
     time_to_first_token: float
 
 
+def default_params(directory: Path, **changes: Any) -> SamplingParams:
+    """What a checkpoint's `generation_config.json` proposes, with these changes."""
+    proposed = generation_defaults(directory)
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    taken = {name: proposed[name] for name in names if proposed.get(name) is not None}
+    if proposed.get("do_sample") is False:
+        taken["temperature"] = 0.0
+    return SamplingParams(**{**taken, **changes})
+
+
 class LLM:
     """A model, split over `tensor_parallel_size` ranks. Also a context manager; `close()` ends the workers.
 
@@ -70,6 +80,7 @@ class LLM:
     docs/reproducible.md. num_threads: of each rank.
     max_model_len: tokens of prompt and answer. max_num_seqs, max_num_batched_tokens: limits of a batch.
     enable_prefix_caching: a prompt that begins like an earlier one is not computed again as far as they agree.
+    token_interval: seconds between tokens that prompts leave to answers under way; None: throughput is all that counts.
     cores: pins the ranks to these. launcher, progress, recalibrate: see `Engine`.
 
     Raises `InputError` (a ValueError) for whatever the caller can change.
@@ -80,8 +91,8 @@ class LLM:
         wire: str = "exact", shares: Sequence[float] | Literal["auto"] | None = None, reproducible: bool = False,
         num_threads: int | None = None, dtype: str = "float32", max_model_len: int | None = None,
         max_num_seqs: int = 16, max_num_batched_tokens: int = 8192, cores: Sequence[int] | None = None,
-        enable_prefix_caching: bool = True, launcher: Launcher | None = None, progress: Progress | None = None,
-        recalibrate: bool = False,
+        enable_prefix_caching: bool = True, token_interval: float | None = None,
+        launcher: Launcher | None = None, progress: Progress | None = None, recalibrate: bool = False,
     ) -> None:  # fmt: skip
         directory = locate(model)
         model_config = ModelConfig.from_directory(directory)
@@ -91,6 +102,7 @@ class LLM:
             wire=wire, reproducible=reproducible, threads=num_threads, dtype=dtype, max_length=max_model_len,
             max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens,
             cores=tuple(cores) if cores else None, prefixes=max_num_seqs if enable_prefix_caching else 0,
+            token_interval=token_interval,
         )  # fmt: skip
         self.engine = Engine(
             directory, config, model_config, launcher, progress, recalibrate, share_by_speed=shares == AUTO
@@ -108,12 +120,7 @@ class LLM:
 
     def get_default_sampling_params(self, **changes: Any) -> SamplingParams:
         """What the checkpoint's `generation_config.json` proposes, with these changes."""
-        proposed = generation_defaults(self.engine.directory)
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        taken = {name: proposed[name] for name in names if proposed.get(name) is not None}
-        if proposed.get("do_sample") is False:
-            taken["temperature"] = 0.0
-        return SamplingParams(**{**taken, **changes})
+        return default_params(self.engine.directory, **changes)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt],

@@ -254,11 +254,16 @@ class Controller:
         message = p.decode_to_engine(data)
         if isinstance(message, p.Failed):
             self._failed(message)
+        if isinstance(message, p.Lost):
+            raise WorkerLost(f"rank {message.rank} heard nothing from rank {message.peer} for {message.seconds:.0f} s")
         return identity, message
 
     def look(self) -> None:
-        """Raises `WorkerLost` if a worker has ended; for the times when nothing is awaited."""
+        """Raises `WorkerLost` if a worker has ended or hangs; for the times when nothing is awaited."""
         self._look(None)
+        assert self._socket is not None, "the group is not started"
+        while self._socket.poll(0):
+            self._next()
 
     def _look(self, deadline: float | None) -> None:
         """Raises if a worker has ended, or if the time is over."""

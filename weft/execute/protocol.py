@@ -1,6 +1,6 @@
 """What engine and workers say to each other: msgpack over ZeroMQ, never pickle. No torch.
 
-    worker -> engine   Hello, Meeting, Joined, Loading, Loaded, Done, Failed
+    worker -> engine   Hello, Meeting, Joined, Loading, Loaded, Done, Lost, Failed
     engine -> worker   Assign, Meet, Load, Run, Release, Copy, Shutdown
 
 The socket is encrypted, and authenticated by the group's token: both ends derive the same keys from it, and who
@@ -150,6 +150,14 @@ class Done(msgspec.Struct, tag=True, frozen=True):
     logits: bytes = b""  # float32 [sampled rows, vocabulary]
 
 
+class Lost(msgspec.Struct, tag=True, frozen=True):
+    """This rank has heard nothing from that peer for so many seconds: it hangs, or the link between them is down."""
+
+    rank: int
+    peer: int
+    seconds: float
+
+
 class Failed(msgspec.Struct, tag=True, frozen=True):
     """It could not be done. `kind`: "input" (the user's), "memory", or "error"."""
 
@@ -176,7 +184,7 @@ class Shutdown(msgspec.Struct, tag=True, frozen=True):
 
 
 ToWorker = Assign | Meet | Load | Run | Release | Copy | Shutdown
-ToEngine = Hello | Meeting | Joined | Loading | Loaded | Done | Failed
+ToEngine = Hello | Meeting | Joined | Loading | Loaded | Done | Lost | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

@@ -37,6 +37,7 @@ from weft.model.shares import shard_bytes, shares_of
 from weft.model.weights import load
 from weft.parallel.codec import codec_named
 from weft.parallel.group import Group, host_store, join_store
+from weft.parallel.pulse import Pulse
 from weft.program.batch import Batch, Segment
 from weft.program.steps import Program
 
@@ -54,8 +55,8 @@ class _Loaded:
 class Worker:
     """Answers the engine's messages, one at a time."""
 
-    def __init__(self, control: zmq.Socket[bytes], address: str) -> None:
-        self.control, self.address = control, address
+    def __init__(self, control: zmq.Socket[bytes], address: str, alarm: zmq.Socket[bytes]) -> None:
+        self.control, self.address, self.alarm = control, address, alarm
         self.lanes = ThreadLanes(torch.inference_mode)
         self.rank = self.world = 0
         self.store: Any = None
@@ -117,7 +118,13 @@ class Worker:
     def _join(self, store: Any) -> None:
         self.group = Group(self.rank, self.world, store)
         self.group.barrier()
+        if self.world > 1:
+            Pulse(self.rank, self.world, store, self.address, self._lost)
         self.say(p.Joined())
+
+    def _lost(self, peer: int, seconds: float) -> None:
+        """By a socket of its own: this is another thread, and the worker's may wait in a collective."""
+        self.alarm.send(p.encode(p.Lost(self.rank, peer, seconds)))
 
     def _load(self, m: p.Load) -> None:
         assert self.group is not None
@@ -190,7 +197,9 @@ def main(arguments: list[str] | None = None) -> int:
     context = zmq.Context()
     control = p.worker_socket(context, token)
     control.connect(given.join)
-    worker = Worker(control, given.address)
+    alarm = p.worker_socket(context, token)
+    alarm.connect(given.join)
+    worker = Worker(control, given.address, alarm)
     try:
         worker.serve()
     except KeyboardInterrupt:

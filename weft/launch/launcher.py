@@ -29,7 +29,7 @@ class Launcher(Protocol):
         ...
 
     def dead(self) -> list[str]:
-        """What is known of workers that have ended: a line each."""
+        """What is known of workers that have ended, or that can't go on: a line each."""
         ...
 
     def stop(self) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from weft.launch.launcher import LEASE_VARIABLE, TOKEN_VARIABLE
 
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
@@ -76,12 +78,13 @@ class LocalLauncher:
         return [child.pid for child in self._children]
 
     def dead(self) -> list[str]:
-        """A line for each child that has ended, with the last line that it printed."""
-        return [
+        """A line for each child that has ended, with the last line that it printed, or that is stopped."""
+        ended = [
             f"worker {child.pid} {_how(child.returncode)}{self._last_line(log)}"
             for child, log in zip(self._children, self._logs, strict=True)
             if child.poll() is not None
         ]
+        return ended + [f"worker {child.pid} is stopped" for child in self._children if _stopped(child)]
 
     def _last_line(self, log: IO[bytes]) -> str:
         log.seek(0)
@@ -99,6 +102,14 @@ class LocalLauncher:
                 child.stdin.close()
             log.close()
         self._children, self._logs = [], []
+
+
+def _stopped(child: subprocess.Popen[bytes]) -> bool:
+    """True while a signal keeps it from running: whoever waits for it would wait for ever."""
+    try:
+        return bool(child.returncode is None and psutil.Process(child.pid).status() == psutil.STATUS_STOPPED)
+    except psutil.Error:
+        return False
 
 
 def _how(code: int) -> str:

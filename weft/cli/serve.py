@@ -1,0 +1,162 @@
+"""`weft serve`: the OpenAI API over HTTP. Knows options and terminals; the work is done in server/."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated
+
+import rich.progress
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+
+from weft.cli.options import shares_or_auto
+from weft.config import available_cores
+from weft.engine import Engine, Progress
+from weft.errors import InputError
+from weft.launch.launcher import Launcher
+from weft.llm import LLM
+from weft.server.app import Settings, application
+from weft.server.run import bound, serve
+from weft.server.service import Service
+
+HELP = """Serve MODEL behind the OpenAI API, with a page at /.
+
+MODEL is a directory in Hugging Face format or a hub id; without it, the small model in the package. Requests are
+batched continuously; what a prompt shares with an earlier one is not computed again; a rank that is lost is started
+again and no request with it. Ctrl-C or SIGTERM lets requests under way end; a second one doesn't.
+
+Examples:
+
+  weft serve
+
+  weft serve Qwen/Qwen3-0.6B --tp 2 --port 9000
+
+  WEFT_API_KEY=secret weft serve ./llama --tp 2 --host 0.0.0.0
+
+  weft serve ./llama --tp 2 --join-address 10.0.0.1:7000     # prints what to run on the other machine
+
+Then:  curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "def main("}'
+"""
+
+PACKAGED_NAME = "weft-packaged"
+
+
+def serve_command(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
+    tp: Annotated[int, typer.Option("--tp", help="Ranks that the model is split over.")] = 1,
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback wants --api-key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Who may ask; may be repeated, and turns are fair between keys. Better in the environment.",
+                     envvar="WEFT_API_KEY", show_envvar=True, show_default=False),
+    ] = None,
+    allow_anyone: Annotated[
+        bool, typer.Option("--allow-anyone", help="Beyond loopback without a key: everyone who reaches the port.")
+    ] = False,
+    served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    overlap: Annotated[str, typer.Option(help="auto, serial, iso:2, …; see docs/strategies.md.")] = "auto",
+    wire: Annotated[str, typer.Option(help="How partials travel: exact or bf16.")] = "exact",
+    shares: Annotated[str | None, typer.Option(help="Sizes of the ranks' parts, as in 2,1; auto: by speed.")] = None,
+    reproducible: Annotated[
+        bool, typer.Option("--reproducible", help="The same bits whatever the strategy and the rest of the batch.")
+    ] = False,
+    recalibrate: Annotated[bool, typer.Option("--recalibrate", help="Measure again what steps cost.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads of each rank; default: cores / ranks.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and answer; default: the model's.")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Completions that run at once.")] = 16,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of a batch at most.")] = 8192,
+    max_waiting: Annotated[int, typer.Option(help="Completions that wait for a slot; more get 429.")] = 256,
+    token_interval: Annotated[
+        float, typer.Option(help="Seconds between tokens that prompts should leave to answers under way.")
+    ] = 0.2,
+    prefix_caching: Annotated[
+        bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Reuse what prompts share.")
+    ] = True,
+    request_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
+    max_body_bytes: Annotated[int, typer.Option(help="Of a request; more get 413.")] = 4 << 20,
+    client_timeout: Annotated[
+        float, typer.Option(help="Seconds a client has to send a request, and to take each piece of an answer.")
+    ] = 30.0,
+    drain: Annotated[float, typer.Option(help="Seconds that requests under way have when the server ends.")] = 30.0,
+    join_address: Annotated[
+        str | None, typer.Option(help="HOST:PORT at which ranks on other machines join (weft worker).")
+    ] = None,
+    local_ranks: Annotated[int, typer.Option(help="With --join-address: ranks on this machine.")] = 1,
+) -> None:  # fmt: skip
+    """See HELP."""
+    out = Console(stderr=True)
+    keys = _keys(api_key)
+    local = _is_loopback(host)
+    if not (local or keys or allow_anyone):
+        raise InputError(
+            f"--host {host} would let everyone who reaches this machine use the model; give --api-key (or "
+            "WEFT_API_KEY in the environment), or --allow-anyone"
+        )
+    listening = bound(host, port)
+    launcher = _launcher(join_address, tp, local_ranks, out)
+    if tp - (tp - local_ranks if join_address else 0) > available_cores():
+        out.print(f"[yellow]warning:[/] {tp} ranks share {available_cores()} cores, so they will be slow")
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    bar = rich.progress.Progress(*columns, console=out, transient=True)
+    task = bar.add_task("starting", total=1.0)
+
+    def make(tell: Progress) -> Engine:
+        def both(what: str, share: float) -> None:
+            tell(what, share)
+            bar.update(task, description=what, completed=share)
+
+        llm = LLM(
+            model, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=shares_or_auto(shares),
+            reproducible=reproducible, num_threads=threads, recalibrate=recalibrate, max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, launcher=launcher,
+            enable_prefix_caching=prefix_caching, token_interval=token_interval, progress=both,
+        )  # fmt: skip
+        return llm.engine
+
+    service = Service(make, max_waiting)
+    name = served_model_name or _name(model)
+    service.metrics.named(name)
+    settings = Settings(name, keys, local, max_body_bytes, client_timeout, request_timeout)
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{listening.getsockname()[1]}"
+
+    def ready() -> None:
+        bar.stop()
+        for notice in service.engine.notices:
+            out.print(notice, style="dim")
+        ranks = f"{tp} rank{'s' if tp > 1 else ''}"
+        out.print(f"[bold]{name}[/] on {ranks}: {url}/v1 for OpenAI's clients, {url}/ for a page", soft_wrap=True)
+
+    with bar:
+        serve(application(service, settings), service, listening, drain, ready)
+
+
+def _keys(given: list[str] | None) -> list[str]:
+    """In the environment there is one; an empty one is a mistake."""
+    keys = list(given or ())
+    if any(not key.strip() for key in keys):
+        raise InputError("an API key is empty; give at least one character, or leave --api-key and WEFT_API_KEY out")
+    return keys
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _name(model: str | None) -> str:
+    """What clients call it: a hub id, or a directory's name."""
+    if model is None:
+        return PACKAGED_NAME
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def _launcher(join_address: str | None, ranks: int, local: int, out: Console) -> Launcher | None:
+    return None

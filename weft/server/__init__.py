@@ -1,0 +1,1 @@
+"""The OpenAI API over HTTP, metrics and a page, on top of the engine."""

@@ -1,0 +1,132 @@
+"""What completions and chats look like as OpenAI's JSON, whole and in chunks. Knows pieces; knows no HTTP."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from weft.execute.protocol import Chosen
+from weft.server.service import Piece, Prefill, Ticket
+
+Json = dict[str, Any]
+Decode = Callable[[list[int]], str]
+
+
+@dataclass
+class Usage:
+    """Tokens of one request."""
+
+    prompt: int = 0
+    reused: int = 0
+    output: int = 0
+
+    @classmethod
+    def of(cls, tickets: Sequence[Ticket]) -> Usage:
+        """All prompts of one request."""
+        return cls(*(sum(getattr(t, name) for t in tickets) for name in ("prompt_tokens", "reused", "tokens")))
+
+    def json(self) -> Json:
+        """OpenAI's object."""
+        return {
+            "prompt_tokens": self.prompt, "completion_tokens": self.output, "total_tokens": self.prompt + self.output,
+            "prompt_tokens_details": {"cached_tokens": self.reused},
+        }  # fmt: skip
+
+
+@dataclass
+class Form:
+    """Completions' form; `Chat` is the other one. `decode`: the text of tokens, for log-probabilities."""
+
+    model: str
+    decode: Decode
+    logprobs: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+    prefix = "cmpl"
+    whole_kind = chunk_kind = "text_completion"
+
+    def __post_init__(self) -> None:
+        self.id = f"{self.prefix}-{secrets.token_hex(12)}"
+
+    def _frame(self, kind: str, choices: list[Json]) -> Json:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+    def whole(self, pieces: Sequence[Piece], usage: Usage) -> Json:
+        """The answer to a request without streaming; `pieces` hold one completion each."""
+        return self._frame(self.whole_kind, [self._choice(piece) for piece in pieces]) | {"usage": usage.json()}
+
+    def chunk(self, piece: Piece) -> Json:
+        """A piece of a completion."""
+        return self._frame(self.chunk_kind, [self._delta(piece)])
+
+    def openings(self, count: int) -> list[Json]:
+        """What comes before a stream's first piece."""
+        return []
+
+    def closing(self, usage: Usage) -> Json:
+        """The last chunk, for who asked for it."""
+        return self._frame(self.chunk_kind, []) | {"usage": usage.json()}
+
+    def progress(self, prefill: Prefill) -> Json:
+        """How far a prompt is, in llama.cpp's form."""
+        state = {"total": prefill.total, "cache": prefill.reused, "processed": prefill.done,
+                 "time_ms": round(prefill.seconds * 1e3)}  # fmt: skip
+        return self._frame(self.chunk_kind, []) | {"prompt_progress": state}
+
+    def _choice(self, piece: Piece) -> Json:
+        return self._ended(piece) | {"text": piece.text, "logprobs": self._logprobs(piece.chosen)}
+
+    def _delta(self, piece: Piece) -> Json:
+        return self._choice(piece)
+
+    def _ended(self, piece: Piece) -> Json:
+        more = {"stop_reason": piece.stop_reason} if piece.stop_reason is not None else {}
+        return {"index": piece.index, "finish_reason": piece.finish_reason, **more}
+
+    def _logprobs(self, chosen: Sequence[Chosen]) -> Json | None:
+        if not self.logprobs:
+            return None
+        tokens, offsets, at = [self.decode([c.token]) for c in chosen], [], 0
+        for token in tokens:
+            offsets.append(at)
+            at += len(token)
+        return {
+            "tokens": tokens, "token_logprobs": [c.logprob for c in chosen], "text_offset": offsets,
+            "top_logprobs": [{self.decode([t]): value for t, value in c.top} for c in chosen],
+        }  # fmt: skip
+
+
+@dataclass
+class Chat(Form):
+    """Chats' form."""
+
+    prefix = "chatcmpl"
+    whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+
+    def openings(self, count: int) -> list[Json]:
+        """The role of every completion."""
+        role = {"role": "assistant", "content": ""}
+        choice = {"delta": role, "finish_reason": None, "logprobs": None}
+        return [self._frame(self.chunk_kind, [{"index": index, **choice}]) for index in range(count)]
+
+    def _choice(self, piece: Piece) -> Json:
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        return self._ended(piece) | {"message": message, "logprobs": self._logprobs(piece.chosen)}
+
+    def _delta(self, piece: Piece) -> Json:
+        content = {"content": piece.text} if piece.text or piece.finish_reason is None else {}
+        return self._ended(piece) | {"delta": content, "logprobs": self._logprobs(piece.chosen)}
+
+    def _logprobs(self, chosen: Sequence[Chosen]) -> Json | None:
+        if not self.logprobs:
+            return None
+        return {"content": [self._entry(c.token, c.logprob) | {"top_logprobs": self._top(c)} for c in chosen]}
+
+    def _top(self, chosen: Chosen) -> list[Json]:
+        return [self._entry(token, value) for token, value in chosen.top]
+
+    def _entry(self, token: int, value: float) -> Json:
+        text = self.decode([token])
+        return {"token": text, "logprob": value, "bytes": list(text.encode())}

@@ -1,0 +1,311 @@
+"""The endpoints. Knows requests' schemas, the service and the forms of answers; knows nothing of processes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from weft.batching.params import SamplingParams
+from weft.errors import InputError
+from weft.llm import default_params
+from weft.server.answers import Chat, Form, Json, Usage
+from weft.server.errors import UnknownModel
+from weft.server.guard import OWNER
+from weft.server.live import live
+from weft.server.schema import (
+    MOST_COMPLETIONS,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Message,
+    Sampling,
+    TokenizeRequest,
+)
+from weft.server.service import Piece, Prefill, Service, State, Ticket, Wishes
+from weft.server.stream import Event, events, whole
+from weft.text import Tokenizer
+
+A = TypeVar("A")
+B = TypeVar("B")
+QUIET = 10.0  # seconds without a piece after which a stream says that it is alive
+LONG = 20_000  # characters of a prompt that is better tokenised beside the loop
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    code: {"description": "an error in OpenAI's shape"} for code in (400, 401, 403, 404, 408, 413, 429, 503)
+}
+
+
+@dataclass(frozen=True)
+class Api:
+    """What endpoints need. `name`: the model's, as clients call it. `timeout`: seconds that a request may take."""
+
+    service: Service
+    name: str
+    timeout: float | None
+
+    def demand(self, model: str | None) -> None:
+        """Raises if another model is asked for."""
+        if model not in (None, "", self.name):
+            raise UnknownModel(f"the model {model!r} is not served here; there is {self.name!r}")
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises `InputError` if the checkpoint has none."""
+        tokenizer = self.service.engine.tokenizer
+        if tokenizer is None:
+            raise InputError("this model has no tokenizer.json; send prompts as token ids to /v1/completions")
+        return tokenizer
+
+    def decode(self, tokens: list[int]) -> str:
+        """Their text; without a tokenizer nothing."""
+        tokenizer = self.service.engine.tokenizer
+        return tokenizer.decode(tokens) if tokenizer else ""
+
+    async def encode(self, prompt: str | list[int]) -> list[int]:
+        """A prompt's tokens."""
+        if not isinstance(prompt, str):
+            return prompt
+        if not prompt:
+            raise InputError("the prompt is empty; give at least one character")
+        return await _beside(len(prompt), self.tokenizer().encode, prompt)
+
+    async def render(self, messages: Sequence[Message]) -> list[int]:
+        """A conversation's tokens."""
+        plain = [message.plain() for message in messages]
+        return await _beside(sum(len(m["content"]) for m in plain), self.tokenizer().chat, plain)
+
+    def wishes(self, asked: Sampling, request: Request) -> Wishes:
+        """What a request asks of the service."""
+        times = [time for time in (asked.timeout, self.timeout) if time is not None]
+        return Wishes(asked.priority, request.scope.get(OWNER, ""), min(times, default=None))
+
+    @cached_property
+    def proposed(self) -> SamplingParams:
+        """The checkpoint's defaults, read once."""
+        return default_params(self.service.engine.directory)
+
+
+async def _beside(size: int, work: Callable[[A], B], argument: A) -> B:
+    """At once, or on a thread where it would keep other requests waiting."""
+    return await asyncio.to_thread(work, argument) if size > LONG else work(argument)
+
+
+def router(api: Api) -> APIRouter:
+    """All endpoints."""
+    routes = APIRouter(responses=REFUSALS)
+    _answers(routes, api)
+    _models(routes, api)
+    _tokens(routes, api)
+    _operation(routes, api)
+    return routes
+
+
+def _answers(routes: APIRouter, api: Api) -> None:
+    @routes.post("/v1/completions", response_class=JSONResponse, tags=["openai"])
+    async def completions(asked: CompletionRequest, request: Request) -> Response:
+        """Continues prompts."""
+        api.demand(asked.model)
+        prompts = asked.prompts()
+        if len(prompts) * (asked.n or 1) > MOST_COMPLETIONS:
+            raise InputError(f"{len(prompts)} prompts with n {asked.n} are more than {MOST_COMPLETIONS} completions")
+        ids = [await api.encode(prompt) for prompt in prompts]
+        params = asked.params(api.proposed, asked.max_tokens, asked.logprobs)
+        form = Form(api.name, api.decode, asked.logprobs is not None)
+        echoes = [p if isinstance(p, str) else api.decode(p) for p in prompts] if asked.echo else None
+        return await _answer(api, asked, request, ids, params, form, echoes)
+
+    @routes.post("/v1/chat/completions", response_class=JSONResponse, tags=["openai"])
+    async def chat(asked: ChatRequest, request: Request) -> Response:
+        """Answers the last message of a conversation."""
+        api.demand(asked.model)
+        ids = await api.render(asked.messages)
+        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+        params = asked.params(api.proposed, asked.max_completion_tokens or asked.max_tokens, logprobs)
+        return await _answer(api, asked, request, [ids], params, Chat(api.name, api.decode, bool(asked.logprobs)), None)
+
+
+def _models(routes: APIRouter, api: Api) -> None:
+    @routes.get("/v1/models", tags=["openai"])
+    async def models() -> Json:
+        """The one that is served."""
+        return {"object": "list", "data": [_model(api)]}
+
+    @routes.get("/v1/models/{model:path}", tags=["openai"])
+    async def model(model: str) -> Json:
+        """The same by its name."""
+        api.demand(model)
+        return _model(api)
+
+
+def _tokens(routes: APIRouter, api: Api) -> None:
+    @routes.post("/tokenize", tags=["tokens"])
+    async def tokenize(asked: TokenizeRequest) -> Json:
+        """Tokens of a prompt, or of messages."""
+        api.demand(asked.model)
+        if (asked.prompt is None) == (asked.messages is None):
+            raise InputError("give either prompt or messages")
+        tokens = await (api.render(asked.messages) if asked.messages is not None else api.encode(asked.prompt or ""))
+        return {"count": len(tokens), "max_model_len": api.service.engine.config.max_length, "tokens": tokens}
+
+    @routes.post("/detokenize", tags=["tokens"])
+    async def detokenize(asked: DetokenizeRequest) -> Json:
+        """The text of tokens."""
+        api.demand(asked.model)
+        vocabulary = api.service.engine.model.vocabulary
+        if outside := [token for token in asked.tokens if token >= vocabulary]:
+            raise InputError(f"token id {outside[0]} is not in the vocabulary, 0 to {vocabulary - 1}")
+        return {"prompt": await _beside(4 * len(asked.tokens), api.tokenizer().decode, asked.tokens)}
+
+
+def _operation(routes: APIRouter, api: Api) -> None:
+    @routes.get("/health", tags=["operation"])
+    async def health() -> Response:
+        """Whether the server works: 503 once it has given up."""
+        service = api.service
+        state = {"status": service.state, "reason": service.reason, "loaded": round(service.loaded, 3)}
+        return JSONResponse(state, 503 if service.state is State.FAILED else 200)
+
+    @routes.get("/ready", tags=["operation"])
+    async def ready() -> Response:
+        """Whether requests are answered without delay."""
+        fine = api.service.state is State.READY
+        return JSONResponse({"ready": fine, "status": api.service.state}, 200 if fine else 503)
+
+    @routes.get("/version", tags=["operation"])
+    async def versions() -> Json:
+        """weft's."""
+        return {"version": version("weft")}
+
+    @routes.get("/metrics", tags=["operation"])
+    async def metrics() -> Response:
+        """For Prometheus."""
+        service = api.service
+        engine = service.engine if service.state not in (State.LOADING, State.FAILED) else None
+        return Response(service.metrics.text(engine), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @routes.get("/live", tags=["operation"])
+    async def now(drawn: int = -1) -> Json:
+        """What the page shows; `drawn`: the batch whose timeline it has already."""
+        return live(api.service, api.name, drawn)
+
+
+def _model(api: Api) -> Json:
+    loaded = api.service.engine
+    return {
+        "id": api.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "weft",
+        "max_model_len": loaded.config.max_length,
+    }
+
+
+async def _answer(
+    api: Api, asked: Sampling, request: Request, prompts: list[list[int]], params: SamplingParams, form: Form,
+    echoes: list[str] | None,
+) -> Response:  # fmt: skip
+    """Queues all prompts, then answers as they were asked for; whoever goes away frees their slots."""
+    if asked.stream_options is not None and not asked.stream:
+        raise InputError("stream_options are for streams; send stream true, or leave them out")
+    wishes, tickets = api.wishes(asked, request), list[Ticket]()
+    try:
+        for prompt in prompts:
+            tickets.append(await api.service.submit(prompt, params, wishes))
+    except BaseException:
+        _cancel(api, tickets)
+        raise
+    answer = _Answer(api, tickets, params.n, form, echoes)
+    if not asked.stream:
+        return whole(answer.whole)
+    usage = asked.stream_options is not None and asked.stream_options.include_usage
+    return events(lambda: answer.events(usage, asked.return_progress))
+
+
+def _cancel(api: Api, tickets: Sequence[Ticket]) -> None:
+    for ticket in tickets:
+        api.service.cancel(ticket)
+
+
+@dataclass
+class _Answer:
+    """One request's completions on their way; prompt p's i-th is number p * n + i."""
+
+    api: Api
+    tickets: list[Ticket]
+    n: int
+    form: Form
+    echoes: list[str] | None
+
+    async def whole(self) -> Json:
+        """All of them."""
+        try:
+            done = await asyncio.gather(*(self._collected(number) for number in range(len(self.tickets))))
+            return self.form.whole([piece for pieces in done for piece in pieces], Usage.of(self.tickets))
+        finally:
+            _cancel(self.api, self.tickets)
+
+    async def _collected(self, number: int) -> list[Piece]:
+        """One prompt's completions, each as a single piece."""
+        done = [Piece(number * self.n + index, self._echo(number), []) for index in range(self.n)]
+        async for piece in self.tickets[number].pieces(QUIET):
+            if isinstance(piece, Piece):
+                before = done[piece.index]
+                done[piece.index] = replace(
+                    piece, index=before.index, text=before.text + piece.text, chosen=before.chosen + piece.chosen
+                )
+        return done
+
+    def _echo(self, number: int) -> str:
+        return self.echoes[number] if self.echoes is not None else ""
+
+    async def events(self, usage: bool, progress: bool) -> AsyncIterator[Event]:
+        """Pieces as they come, of all prompts."""
+        merged: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
+        tasks = [asyncio.create_task(self._feed(number, merged, progress)) for number in range(1, len(self.tickets))]
+        try:
+            for opening in self.form.openings(self.n * len(self.tickets)):
+                yield opening
+            if not tasks:  # the usual case, without a queue more between
+                async for event in self._events_of(0, progress):
+                    yield event
+            else:
+                tasks.append(asyncio.create_task(self._feed(0, merged, progress)))
+                for _ in self.tickets:
+                    while (item := await merged.get()) is not None:
+                        if isinstance(item, Exception):
+                            raise item
+                        yield item
+            if usage:
+                yield self.form.closing(Usage.of(self.tickets))
+        finally:
+            for task in tasks:
+                task.cancel()
+            _cancel(self.api, self.tickets)
+
+    async def _feed(self, number: int, merged: asyncio.Queue[Event | Exception | None], progress: bool) -> None:
+        try:
+            async for event in self._events_of(number, progress):
+                merged.put_nowait(event)
+            merged.put_nowait(None)
+        except Exception as error:
+            merged.put_nowait(error)
+
+    async def _events_of(self, number: int, progress: bool) -> AsyncIterator[Event]:
+        """One prompt's."""
+        fresh = set(range(self.n)) if self.echoes is not None else set()
+        async for piece in self.tickets[number].pieces(QUIET):
+            if piece is None:
+                yield "still at it"
+            elif isinstance(piece, Prefill):
+                yield f"prompt {piece.done} of {piece.total} tokens"
+                if progress:
+                    yield self.form.progress(piece)
+            elif piece.text or piece.finish_reason is not None or self.form.logprobs:
+                text = (self._echo(number) if piece.index in fresh else "") + piece.text
+                fresh.discard(piece.index)
+                yield self.form.chunk(replace(piece, index=number * self.n + piece.index, text=text))

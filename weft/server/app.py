@@ -1,0 +1,61 @@
+"""The application: endpoints behind the guard, errors in one shape, the page. Knows all of the server's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.responses import FileResponse
+
+from weft.server import errors
+from weft.server.api import Api, router
+from weft.server.guard import Guard
+from weft.server.service import Service
+
+PAGE = Path(__file__).parent / "page"
+# The page has nothing from elsewhere and sends nothing elsewhere.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to serve. `name`: the model's, for clients. `keys`: who may ask; none is everyone. `local`: only this
+    machine reaches the server. `most_body`: bytes. `patience`: seconds to send a body, and to take a piece of an
+    answer. `timeout`: seconds that a request may take."""
+
+    name: str
+    keys: Sequence[str] = ()
+    local: bool = True
+    most_body: int = 4 << 20
+    patience: float = 30.0
+    timeout: float | None = None
+
+
+def application(service: Service, settings: Settings) -> FastAPI:
+    """For any ASGI server. Interactive documentation is left out: it would load scripts from elsewhere."""
+    app = FastAPI(
+        title="weft", version=version("weft"), docs_url=None, redoc_url=None,
+        description="OpenAI's API for a model that is split over slow links.",
+    )  # fmt: skip
+    errors.install(app)
+    app.include_router(router(Api(service, settings.name, settings.timeout)))
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
+
+    @app.get("/app.js", include_in_schema=False)
+    async def script() -> FileResponse:
+        return FileResponse(PAGE / "app.js", media_type="text/javascript", headers=PAGE_HEADERS)
+
+    app.add_middleware(
+        Guard, keys=settings.keys, local=settings.local, most=settings.most_body, patience=settings.patience
+    )
+    return app

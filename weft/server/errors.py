@@ -1,0 +1,79 @@
+"""Errors in OpenAI's shape. Knows what can go wrong and how HTTP says it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from weft.errors import Busy, InputError, Unavailable
+
+KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 408: "timeout_error",
+         413: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable_error"}  # fmt: skip
+
+
+class UnknownModel(LookupError):
+    """A model that is not served here."""
+
+
+def body(status: int, message: str, param: str | None = None, code: str | None = None) -> bytes:
+    """`{"error": ...}`, in ASCII: what was given need not be Unicode."""
+    kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
+
+
+def response(
+    status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None
+) -> Response:  # fmt: skip
+    """The same as an answer."""
+    return Response(body(status, message, param, code), status, headers, "application/json")
+
+
+def status_of(error: BaseException) -> int | None:
+    """How HTTP says it, if it is one of ours."""
+    kinds: dict[type[BaseException], int] = {InputError: 400, UnknownModel: 404, Busy: 429, Unavailable: 503}
+    return next((status for kind, status in kinds.items() if isinstance(error, kind)), None)
+
+
+def answer(error: BaseException) -> Response:
+    """To a request that could not be served."""
+    status = status_of(error)
+    if status is None:
+        return response(500, "the server made a mistake; its log says more")
+    headers = {429: {"Retry-After": str(getattr(error, "retry_after", 1))}, 503: {"Retry-After": "5"}}.get(status)
+    code = {404: "model_not_found", 429: "queue_full"}.get(status)
+    return response(status, str(error), None, code, headers)
+
+
+def _invalid(_: Request, error: Any) -> Response:
+    """What pydantic says, the first of it."""
+    first = error.errors()[0]
+    field = next((str(part) for part in first["loc"][1:]), None)
+    place = ".".join(str(part) for part in first["loc"][1:] if not _names_a_type(part))
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "is not known here; leave it out"
+    elif first["type"] == "json_invalid":
+        place, message = "", f"the body is not JSON: {first.get('ctx', {}).get('error', message)}"
+    return response(400, f"{place}: {message}" if place else message, field)
+
+
+def _names_a_type(part: int | str) -> bool:
+    """pydantic says which member of a union it tried."""
+    return isinstance(part, str) and (part in ("str", "int", "nullable") or not part.replace("_", "").isalnum())
+
+
+def _http(_: Request, error: Any) -> Response:
+    return response(error.status_code, str(error.detail), headers=error.headers)
+
+
+def install(app: FastAPI) -> None:
+    """Has the application answer so."""
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    for kind in (InputError, UnknownModel, Busy, Unavailable):
+        app.add_exception_handler(kind, lambda _, error: answer(error))

@@ -1,0 +1,119 @@
+"""What stands before every request: who may ask, how much may be sent, and how slowly. Plain ASGI.
+
+Knows HTTP; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any
+
+from weft.server.errors import response
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN = frozenset({"/", "/app.js", "/health", "/ready", "/metrics"})  # without a key
+OWNER = "weft.owner"  # in the scope: which key asked
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+class Guard:
+    """`keys`: who may ask; none: everyone who reaches the server, and then, with `local`, only by a loopback name, so
+    that no web page elsewhere can have a browser ask. `most`: bytes of a body. `patience`: seconds to send one, and to
+    take a piece of an answer.
+    """
+
+    def __init__(self, app: App, keys: Sequence[str], local: bool, most: int, patience: float) -> None:
+        self.app, self.local, self.most, self.patience = app, local, most, patience
+        self._keys = [_digest(key) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets a request through, or answers it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        refused = self._refuse(scope, headers)
+        if refused is not None:
+            await refused(scope, receive, send)
+            return
+        try:
+            async with asyncio.timeout(self.patience):
+                body = await self._body(headers, receive)
+        except TimeoutError:
+            await response(408, f"the body did not come within {self.patience:g} s")(scope, receive, send)
+            return
+        if body is None:
+            await response(413, f"the body has more than {self.most} bytes; send less")(scope, receive, send)
+            return
+        await self.app(scope, _replayed(body, receive), self._patient(send))
+
+    def _refuse(self, scope: Scope, headers: dict[bytes, bytes]) -> Any | None:
+        if not self._keys:
+            host = headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0] or "localhost"
+            known = not self.local or host in LOOPBACK or headers.get(b"host") == b"[::1]"
+            return None if known else response(403, f"host {host!r} is not this server's name; give --api-key to allow")
+        given = headers.get(b"authorization", b"")
+        digest = _digest(given[7:] if given[:7].lower() == b"bearer " else b"")
+        # Every key is compared, each in constant time: how long it takes says nothing of them.
+        found = [number for number, key in enumerate(self._keys) if hmac.compare_digest(key, digest)]
+        if found:
+            scope[OWNER] = str(found[0])
+            return None
+        if scope["path"] in OPEN:
+            return None
+        return response(
+            401, "this server wants an API key: send it as Authorization: Bearer KEY", code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )  # fmt: skip
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
+        """All of it; None if it is too long."""
+        said = headers.get(b"content-length", b"0")
+        if not said.isdigit() or int(said) > self.most:
+            return None
+        body = bytearray()
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if len(body) > self.most:
+                return None
+            if message["type"] == "http.disconnect" or not message.get("more_body"):
+                return bytes(body)
+
+    def _patient(self, send: Send) -> Send:
+        """Gives up on who doesn't take what is sent; the request then ends as if the client had gone."""
+
+        async def patient(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self.patience):
+                    await send(message)
+            except TimeoutError:
+                raise OSError("the client takes nothing") from None
+
+        return patient
+
+
+def _digest(key: str | bytes) -> bytes:
+    return hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """The body in one piece, then what else comes: that the client goes away."""
+    first = True
+
+    async def again() -> Message:
+        nonlocal first
+        if first:
+            first = False
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    return again

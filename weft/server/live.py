@@ -1,0 +1,41 @@
+"""What the page shows of the last seconds, as JSON. Knows the service; knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from weft.server.service import Service
+from weft.timeline.svg import svg
+from weft.timeline.timeline import median
+
+
+def live(service: Service, name: str, known: int = -1) -> dict[str, Any]:
+    """State, queues, speeds and the last batch that was recorded; asks for one more to be recorded.
+
+    `known`: the number of a batch whose picture need not be sent again.
+    """
+    state: dict[str, Any] = {
+        "model": name, "status": service.state, "reason": service.reason, "loaded": service.loaded,
+        "running": service.running, "waiting": service.waiting, "tokens_per_second": service.live.rate(),
+        "time_to_first_token": median(service.live.first) if service.live.first else None, "time": time.time(),
+    }  # fmt: skip
+    engine, drawn = service.loaded_engine, service.live.drawn
+    if engine is None:
+        return state
+    engine.timeline_wanted = True
+    counts = engine.batcher.counts
+    state |= {
+        "restarts": engine.restarts, "ranks": engine.config.ranks, "slots": engine.config.max_sequences,
+        "memory": engine.batcher.used / max(1, engine.batcher.memory),
+        "reused": counts.reused / counts.looked_up if counts.looked_up else 0.0,
+    }  # fmt: skip
+    if drawn is not None and drawn.result.timeline is not None:
+        batch = drawn.scheduled.batch
+        state["batch"] = {
+            "tokens": batch.tokens, "sequences": len(batch.segments), "seconds": drawn.run,
+            "plan": drawn.plan.describe(), "number": service.live.number,
+        }  # fmt: skip
+        if service.live.number != known:
+            state["batch"]["svg"] = svg([drawn.result.timeline])
+    return state

@@ -1,0 +1,126 @@
+"""Runs the application with uvicorn: a socket that is bound before the model is loaded, signals, and an orderly end.
+
+Knows uvicorn and signals; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from weft.errors import InputError
+from weft.server.service import Service
+
+HEADER_SECONDS = 20.0  # to send the head of a request
+MOST_CONNECTIONS = 2048
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 is any free one. Raises `InputError`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listening.close()
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"port {port} of {host} can't be used ({reason}); choose another --port or --host") from None
+    return listening
+
+
+class _Protocol(H11Protocol):
+    """Closes connections on which the head of a request doesn't come: uvicorn waits for it without an end."""
+
+    _awaited: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._await_head()
+
+    def _await_head(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_waiting()
+        elif self._awaited is None:
+            self._awaited = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._awaited is not None:
+            self._awaited.cancel()
+            self._awaited = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+
+class Server(uvicorn.Server):
+    """The first signal lets requests under way end, the second one doesn't."""
+
+    def __init__(self, app: FastAPI, service: Service, drain: float) -> None:
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, http=_Protocol, ws="none", lifespan="off",
+            timeout_graceful_shutdown=max(1, round(drain)), server_header=False, limit_concurrency=MOST_CONNECTIONS,
+        )  # fmt: skip
+        super().__init__(config)
+        self.service = service
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """On the loop; and what called this server is not ended by the same signal once more."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._signal, number)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    def _signal(self, number: int) -> None:
+        self.service.drain()
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+
+
+def serve(app: FastAPI, service: Service, listening: socket.socket, drain: float, ready: Callable[[], None]) -> None:
+    """Serves until a signal comes; loads the model meanwhile. `ready` is called once, when it is there.
+
+    Raises what kept the model from being loaded.
+    """
+    server = Server(app, service, drain)
+
+    async def run() -> None:
+        serving = asyncio.ensure_future(server.serve(sockets=[listening]))
+        loading = asyncio.ensure_future(asyncio.to_thread(service.wait))
+        try:
+            await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
+            if loading.done() and loading.exception() is None and not server.should_exit:
+                ready()
+            elif loading.done():
+                server.should_exit = True
+            await serving
+        finally:
+            if loading.done() and (error := loading.exception()) is not None:
+                raise error
+
+    service.start()
+    try:
+        asyncio.run(run())
+    finally:
+        service.close()
+        listening.close()

@@ -1,0 +1,218 @@
+"""What requests may say: OpenAI's fields, and those that vLLM's and llama.cpp's clients know beside them.
+
+A field that is not listed is refused, not ignored: who sends it expects something of it. Knows JSON; knows nothing of
+the engine but its sampling parameters.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+
+from weft.batching.params import SamplingParams
+from weft.errors import InputError
+from weft.grammar import ANY_OBJECT
+
+MOST_STOPS, MOST_STOP_CHARACTERS, MOST_STOP_TOKENS = 16, 256, 256
+MOST_PROMPTS, MOST_COMPLETIONS = 64, 64  # of one request; completions in all
+MOST_LOGPROBS = 20
+MOST_SCHEMA_CHARACTERS = 65536
+
+Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=MOST_STOP_CHARACTERS)]
+Count = Annotated[int, Field(ge=1, lt=1 << 31)]
+
+
+class Strict(BaseModel):
+    """Unknown fields are errors; texts must be Unicode."""
+
+    model_config = ConfigDict(extra="forbid", str_strip_whitespace=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _unicode(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            _demand_unicode(value)
+        return value
+
+
+def _demand_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no character; send whole characters") from None
+
+
+class JsonSchema(Strict):
+    """The schema of a `json_schema` response format."""
+
+    name: str = "answer"
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """What form the answer must have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def as_schema(self) -> str | None:
+        """As JSON text, or None for free text. Raises `InputError`."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return ANY_OBJECT
+        if self.json_schema is None:
+            raise InputError("response_format json_schema needs the field json_schema with a schema in it")
+        schema = json.dumps(self.json_schema.schema_)
+        if len(schema) > MOST_SCHEMA_CHARACTERS:
+            raise InputError(
+                f"the JSON schema has {len(schema)} characters; at most {MOST_SCHEMA_CHARACTERS} are taken"
+            )
+        return schema
+
+
+class StreamOptions(Strict):
+    """OpenAI's."""
+
+    include_usage: bool = False
+    include_obfuscation: bool | None = None  # nothing is padded here in any case
+
+
+class Sampling(Strict):
+    """What completions and chats have in common."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_COMPLETIONS)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=MOST_STOP_TOKENS)] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    skip_special_tokens: bool = True
+    response_format: ResponseFormat | None = None
+    priority: Annotated[int, Field(ge=-1000, le=1000, description="lower runs earlier")] = 0
+    timeout: Annotated[float, Field(gt=0, le=86400, description="seconds until the request ends")] | None = None
+    return_progress: Annotated[bool, Field(description="stream how far the prompt is")] = False
+    # Sent by OpenAI's clients for OpenAI's own accounts; they ask nothing of an answer.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @field_validator("stop", mode="after")
+    @classmethod
+    def _stops(cls, value: str | list[str] | None) -> str | list[str] | None:
+        for text in value if isinstance(value, list) else ():
+            _demand_unicode(text)
+        return value
+
+    def params(self, defaults: SamplingParams, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """The checkpoint's defaults with what was given. Raises `InputError`."""
+        names = (
+            "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+            "repetition_penalty", "seed", "stop", "stop_token_ids",
+        )  # fmt: skip
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        kept = {name: getattr(defaults, name) for name in names if name not in given}
+        schema = self.response_format.as_schema() if self.response_format is not None else None
+        return SamplingParams(
+            **kept, **given, max_tokens=max_tokens, min_tokens=self.min_tokens, logprobs=logprobs,
+            ignore_eos=self.ignore_eos, include_stop_str_in_output=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens, json_schema=schema,
+        )  # fmt: skip
+
+
+Prompts = (
+    str
+    | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
+    | Annotated[list[Token], Field(min_length=1)]
+    | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)]
+)
+
+
+class CompletionRequest(Sampling):
+    """`POST /v1/completions`."""
+
+    prompt: Prompts
+    max_tokens: Count | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    echo: bool = False
+
+    @field_validator("prompt", mode="after")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        for text in value if isinstance(value, list) else ():
+            if isinstance(text, str):
+                _demand_unicode(text)
+        return value
+
+    def prompts(self) -> list[str | list[int]]:
+        """One entry a prompt: its text, or its tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+class Part(Strict):
+    """A part of a message: text is what there is here."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """One message of a conversation."""
+
+    role: Annotated[str, StringConstraints(min_length=1, max_length=64)]
+    content: str | list[Part] | None = None
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it."""
+        parts = self.content if isinstance(self.content, list) else []
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
+        return {"role": self.role, "content": text} | ({"name": self.name} if self.name else {})
+
+
+class ChatRequest(Sampling):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+
+class TokenizeRequest(Strict):
+    """`POST /tokenize`: a prompt, or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+
+
+class DetokenizeRequest(Strict):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[Token]

@@ -1,0 +1,389 @@
+"""The engine's loop on a thread of its own, and its requests as streams for asyncio.
+
+Knows the engine and asyncio; knows nothing of HTTP. Everything that touches the engine while it runs happens on its
+thread: requests and cancellations reach it between two batches, and what a batch gave leaves it in one go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+from queue import Empty, SimpleQueue
+
+from weft.batching.params import SamplingParams
+from weft.batching.request import Request, Sequence
+from weft.engine import Completion, Engine, Progress, Step
+from weft.errors import Busy, InputError, Unavailable, WorkerFailed
+from weft.execute.protocol import Chosen
+from weft.server.metrics import Metrics
+
+IDLE_SECONDS = 0.1  # how often workers are looked at while nothing is to do
+FINISHED_SEEN = 60.0  # seconds of finished requests, from which the wait of a refused one is estimated
+
+
+class State(StrEnum):
+    """Of the service."""
+
+    LOADING = "loading"
+    READY = "ready"
+    RESTARTING = "restarting"  # workers were lost; requests are kept
+    DRAINING = "draining"  # what runs is finished, nothing new is taken
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a batch added to one completion."""
+
+    index: int
+    text: str
+    chosen: list[Chosen]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """How far a prompt is: tokens computed, of them reused, and all; seconds since it was queued."""
+
+    done: int
+    reused: int
+    total: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a request asks of the service beside its sampling parameters. `timeout`: seconds."""
+
+    priority: int = 0
+    owner: str = ""
+    timeout: float | None = None
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One request under way, and what of it is to be fetched."""
+
+    loop: asyncio.AbstractEventLoop
+    arrived: float
+    prompt_tokens: int
+    request: Request | None = None
+    reused: int = 0
+    first: float | None = None  # seconds to the first token
+    last: float = 0.0  # when its last token came
+    tokens: int = 0
+    _queue: asyncio.Queue[Piece | Prefill | Exception] = field(default_factory=asyncio.Queue)
+    _shown: dict[int, tuple[int, int]] = field(default_factory=dict)  # characters and tokens, by completion
+
+    async def pieces(self, every: float) -> AsyncIterator[Piece | Prefill | None]:
+        """What comes, until all completions have ended; None after `every` seconds in which nothing came.
+
+        Raises what ended the request early.
+        """
+        left = self.request.params.n if self.request is not None else 1
+        while left:
+            item: Piece | Prefill | Exception | None = None
+            if self._queue.empty():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(every):
+                        item = await self._queue.get()
+            else:
+                item = self._queue.get_nowait()
+            if isinstance(item, Exception):
+                raise item
+            if isinstance(item, Piece) and item.finish_reason is not None:
+                left -= 1
+            yield item
+
+    def put(self, item: Piece | Prefill | Exception) -> None:
+        """On the event loop's thread."""
+        self._queue.put_nowait(item)
+
+    def grown(self, sequence: Sequence, completion: Completion) -> Piece:
+        """What this completion has more than when it was asked last."""
+        text, ended = completion.text, sequence.finish_reason is not None
+        shown, chosen = self._shown.get(sequence.index, (0, 0))
+        until = max(shown, len(text.text) if ended else text.settled)
+        self._shown[sequence.index] = until, len(completion.chosen)
+        return Piece(
+            sequence.index, text.text[shown:until], completion.chosen[chosen:], sequence.finish_reason,
+            completion.stop_reason,
+        )  # fmt: skip
+
+
+@dataclass
+class Live:
+    """What the page shows of the last seconds."""
+
+    tokens: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=2000))  # when, how many
+    first: deque[float] = field(default_factory=lambda: deque(maxlen=50))  # seconds to the first token
+    drawn: Step | None = None  # the last batch that was recorded, with its timeline
+    number: int = 0  # how many were recorded
+
+    def rate(self, over: float = 10.0) -> float:
+        """Tokens a second, of the last seconds."""
+        since = time.monotonic() - over
+        return sum(count for when, count in self.tokens if when > since) / over
+
+
+class Service:
+    """Runs an engine. `make`: builds it, told of progress; on the service's thread, so that others go on meanwhile.
+
+    `most_waiting`: requests that may wait for a slot; more are refused with `Busy`.
+    """
+
+    def __init__(self, make: Callable[[Progress], Engine], most_waiting: int = 256) -> None:
+        self._make, self.most_waiting = make, most_waiting
+        self.state, self.reason, self.loaded = State.LOADING, "", 0.0
+        self.metrics = Metrics()
+        self.live = Live()
+        self._engine: Engine | None = None
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._tickets: dict[Request, Ticket] = {}
+        self._finished: deque[float] = deque(maxlen=1000)
+        self._submitted = 0  # sequences that the engine's thread has not yet seen
+        self._closing = False
+        self._settled = threading.Event()
+        self.error: BaseException | None = None  # what ended the loop, if anything did
+        self._thread = threading.Thread(target=self._run, name="weft-engine")
+
+    def start(self) -> None:
+        """Starts loading; returns at once."""
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when the engine is loaded. Raises what kept it from that."""
+        self._settled.wait()
+        if self.error is not None:
+            raise self.error
+
+    @property
+    def engine(self) -> Engine:
+        """Raises `Unavailable` while it is not there."""
+        if self._engine is None or self.state is State.FAILED:
+            raise Unavailable(f"the model is {self.state}{': ' + self.reason if self.reason else ''}; try again later")
+        return self._engine
+
+    @property
+    def loaded_engine(self) -> Engine | None:
+        """The engine if there is one, in whatever state."""
+        return self._engine
+
+    @property
+    def waiting(self) -> int:
+        """Completions that wait for a slot."""
+        return self._submitted + (len(self._engine.batcher.waiting) if self._engine is not None else 0)
+
+    @property
+    def running(self) -> int:
+        """Completions that have one."""
+        return len(self._engine.batcher.running) if self._engine is not None else 0
+
+    async def submit(self, prompt: list[int], params: SamplingParams, wishes: Wishes) -> Ticket:
+        """Queues a request. Raises `InputError` if it can't run, `Busy` if too many wait, `Unavailable`."""
+        engine = self.engine
+        if self.state is State.DRAINING:
+            raise Unavailable("the server is shutting down; ask another one")
+        engine.check(prompt, params)
+        free = max(0, engine.config.max_sequences - self.running)
+        if self.waiting + params.n > self.most_waiting + free:
+            raise Busy(f"{self.waiting} completions wait already; try again later", self._retry_after())
+        ticket = Ticket(asyncio.get_running_loop(), time.monotonic(), len(prompt))
+        self._submitted += params.n
+        ready: asyncio.Future[None] = ticket.loop.create_future()
+        self._commands.put(lambda: self._add(ticket, ready, prompt, params, wishes))
+        try:
+            await ready
+        except asyncio.CancelledError:
+            self.cancel(ticket)
+            raise
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends a request that nobody waits for any more; its slot is free before the next batch. Safe to repeat."""
+        self._commands.put(lambda: self._drop(ticket))
+
+    def drain(self) -> None:
+        """Takes nothing new from now on."""
+        if self.state is not State.FAILED:
+            self.state = State.DRAINING
+
+    def close(self) -> None:
+        """Ends the loop and the workers; requests under way are told so."""
+        self._closing = True
+        self._commands.put(lambda: None)
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def check_integrity(self) -> None:
+        """Asserts that slots and prefixes are in order, between two batches."""
+        found: SimpleQueue[AssertionError | None] = SimpleQueue()
+
+        def look() -> None:
+            try:
+                self.engine.batcher.check_integrity()
+                found.put(None)
+            except AssertionError as error:
+                found.put(error)
+
+        self._commands.put(look)
+        if (error := found.get(timeout=60)) is not None:
+            raise error
+
+    def _retry_after(self) -> int:
+        """Seconds after which there should be room, by how many were finished of late."""
+        since = time.monotonic() - FINISHED_SEEN
+        lately = sum(then > since for then in self._finished)
+        return max(1, min(60, round(self.waiting * FINISHED_SEEN / lately / 2))) if lately else 5
+
+    # What follows runs on the service's own thread.
+
+    def _run(self) -> None:
+        try:
+            self._load()
+            self._settled.set()
+            while not self._closing:
+                self._turn()
+            self._tell_all(Unavailable("the server is shutting down"))
+        except BaseException as error:  # what kept it from loading; workers that can't be kept alive; our mistakes
+            self.state, self.reason, self.error = State.FAILED, str(error) or type(error).__name__, error
+            self._settled.set()
+            self._tell_all(Unavailable(f"the engine has failed: {self.reason}"))
+        finally:
+            if self._engine is not None:
+                self._engine.close()
+        while not self._closing:  # who still asks is told what happened
+            self._obey(wait=True)
+
+    def _load(self) -> None:
+        def tell(what: str, share: float) -> None:
+            self.reason, self.loaded = what, share
+
+        engine = self._make(tell)
+        engine.on_lost = self._lost
+        self._engine, self.state, self.reason = engine, State.READY, ""
+
+    def _turn(self) -> None:
+        """What was asked meanwhile, then one batch."""
+        engine = self.engine
+        self._obey(wait=engine.batcher.idle)
+        if engine.batcher.idle:
+            engine.look()
+            grown: list[Sequence] = []
+        else:
+            grown = self._step(engine)
+        if self.state is State.RESTARTING:
+            self.state, self.reason = State.READY, ""
+        self._deliver(engine, grown)
+
+    def _step(self, engine: Engine) -> list[Sequence]:
+        before = engine.last_step
+        try:
+            grown = engine.step()
+        except (InputError, WorkerFailed) as error:  # a rank ran out of memory, say: its group can't go on
+            engine.restart(str(error))
+            return []
+        if engine.last_step is not before and engine.last_step is not None:
+            self.metrics.step(engine.last_step)
+            if engine.last_step.result.timeline is not None:
+                self.live.drawn, self.live.number = engine.last_step, self.live.number + 1
+        return grown
+
+    def _lost(self, reason: str) -> None:
+        if self.state is State.READY:
+            self.state, self.reason = State.RESTARTING, reason
+
+    def _obey(self, wait: bool) -> None:
+        """Does what was asked meanwhile."""
+        with suppress(Empty):
+            while True:
+                self._commands.get(block=wait, timeout=IDLE_SECONDS)()
+                wait = False
+
+    def _add(
+        self, ticket: Ticket, ready: asyncio.Future[None], prompt: list[int], params: SamplingParams, wishes: Wishes
+    ) -> None:  # fmt: skip
+        self._submitted -= params.n
+        error: Exception | None = None
+        deadline = ticket.arrived + wishes.timeout if wishes.timeout is not None else None
+        try:
+            ticket.request = self.engine.add(prompt, params, wishes.priority, wishes.owner, deadline)
+            self._tickets[ticket.request] = ticket
+        except Exception as reason:  # whatever it is, it is one request's
+            error = reason
+
+        def answer() -> None:
+            if not ready.done():
+                ready.set_result(None) if error is None else ready.set_exception(error)
+
+        _on(ticket.loop, answer)
+
+    def _drop(self, ticket: Ticket) -> None:
+        request = ticket.request
+        if request is None or self._tickets.pop(request, None) is None or self._engine is None:
+            return
+        self._engine.forget([s for s in request.sequences if s.finish_reason is None])
+        self._engine.settle(request)
+        self.metrics.finished("abort", time.monotonic() - ticket.arrived)
+
+    def _deliver(self, engine: Engine, grown: list[Sequence]) -> None:
+        """Hands out what a batch gave, to each loop in one go."""
+        now = time.monotonic()
+        out: list[tuple[Ticket, Piece | Prefill]] = list(self._under_way(engine, now))
+        for sequence in grown:
+            ticket = self._tickets[sequence.request]
+            piece = ticket.grown(sequence, engine.completions[sequence])
+            out.append((ticket, piece))
+            self._count(ticket, sequence, len(piece.chosen), now)
+        self.live.tokens.append((now, sum(len(piece.chosen) for _, piece in out if isinstance(piece, Piece))))
+        for request in {sequence.request for sequence in grown if sequence.request.finished}:
+            ticket = self._tickets.pop(request)
+            engine.settle(request)
+            self._finished.append(now)
+            self.metrics.finished(str(request.sequences[0].finish_reason), now - ticket.arrived)
+        for loop in {ticket.loop for ticket, _ in out}:
+            _on(loop, partial(_hand_out, [(t, item) for t, item in out if t.loop is loop]))
+
+    def _under_way(self, engine: Engine, now: float) -> Iterator[tuple[Ticket, Prefill]]:
+        """Prompts that are not yet computed to their end."""
+        for sequence in engine.batcher.running:
+            ticket = self._tickets.get(sequence.request)
+            if ticket is not None and sequence.left > 1 and sequence.index == 0:
+                total = len(sequence.request.prompt)
+                yield ticket, Prefill(min(sequence.computed, total), sequence.reused, total, now - ticket.arrived)
+
+    def _count(self, ticket: Ticket, sequence: Sequence, tokens: int, now: float) -> None:
+        """Times of one completion's new tokens."""
+        if ticket.first is None and tokens:
+            ticket.first, ticket.reused = now - ticket.arrived, sequence.reused
+            self.live.first.append(ticket.first)
+            self.metrics.first_token(ticket.first)
+        elif tokens and sequence.index == 0:
+            self.metrics.next_token(now - ticket.last)
+        ticket.tokens += tokens
+        if sequence.index == 0:
+            ticket.last = now
+
+    def _tell_all(self, error: Exception) -> None:
+        for ticket in self._tickets.values():
+            _on(ticket.loop, partial(ticket.put, error))
+        self._tickets.clear()
+
+
+def _hand_out(items: list[tuple[Ticket, Piece | Prefill]]) -> None:
+    for ticket, item in items:
+        ticket.put(item)
+
+
+def _on(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """Has the loop do it; a loop that has ended has nobody left who waits."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call)

@@ -1,0 +1,97 @@
+"""Answers that end when their client goes away: whole ones and server-sent events. Plain ASGI.
+
+Knows HTTP and asyncio; knows nothing of what is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+from starlette.responses import Response
+
+from weft.server import errors
+from weft.server.guard import Message, Receive, Scope, Send
+
+Event = dict[str, Any] | str  # a string is a comment, which clients ignore
+_dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def event(content: Event) -> bytes:
+    """One event, or a comment, as it travels."""
+    if isinstance(content, str):
+        return f": {content}\n\n".encode()
+    return f"data: {_dump(content)}\n\n".encode()
+
+
+class Watched(Response):
+    """Runs `work` while it looks whether the client is still there; cancels it when it is gone."""
+
+    def __init__(self, work: Callable[[Send], Awaitable[None]]) -> None:
+        super().__init__()
+        self.work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        working = asyncio.ensure_future(self.work(send))
+        watching = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watching.cancel()
+            if not working.done():
+                working.cancel()
+            with suppress(asyncio.CancelledError, OSError):  # OSError: the client went away meanwhile
+                await working
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def whole(make: Callable[[], Awaitable[dict[str, Any]]]) -> Watched:
+    """One JSON document."""
+
+    async def work(send: Send) -> None:
+        try:
+            body, status, more = _dump(await make()).encode(), 200, {}
+        except Exception as error:
+            failed = errors.answer(error)
+            if failed.status_code == 500:
+                raise
+            body, status, more = bytes(failed.body), failed.status_code, dict(failed.headers)
+        kept = {name: value for name, value in more.items() if name != "content-length"}
+        headers = {"content-type": "application/json", **kept, "content-length": str(len(body))}
+        await _send(send, status, headers, body, more=False)
+
+    return Watched(work)
+
+
+def events(make: Callable[[], AsyncIterator[Event]]) -> Watched:
+    """Server-sent events; an error after the first one is an event of its own."""
+
+    async def work(send: Send) -> None:
+        await _send(send, 200, {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}, b"")
+        try:
+            async for content in make():
+                await send({"type": "http.response.body", "body": event(content), "more_body": True})
+        except Exception as error:
+            status = errors.status_of(error) or 500
+            said = errors.body(status, str(error) if status < 500 or status == 503 else "the server made a mistake")
+            await send({"type": "http.response.body", "body": b"data: " + said + b"\n\n", "more_body": True})
+            if status == 500:
+                raise
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+    return Watched(work)
+
+
+async def _send(send: Send, status: int, headers: dict[str, str], body: bytes, more: bool = True) -> None:
+    listed = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    start: Message = {"type": "http.response.start", "status": status, "headers": listed}
+    await send(start)
+    await send({"type": "http.response.body", "body": body, "more_body": more})
