@@ -27,6 +27,13 @@ REPEATS = {"topic": 4, "docstrings": 2, "source": 1}  # prose is rare beside sou
 END_OF_TEXT = "<|endoftext|>"
 
 
+# It was not taught to converse: messages are lines of one text, which it goes on with.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}{{ message['content'] }}"
+    "{%- if not loop.last -%}{{ '\\n' }}{%- endif -%}{%- endfor -%}"
+)
+
+
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE of `VOCABULARY` entries with one special token, which ends and separates documents."""
     tokenizer = Tokenizer(models.BPE())
@@ -40,8 +47,9 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
-    )
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
 
 
 def configuration() -> LlamaConfig:
@@ -181,6 +189,7 @@ CARD = """# The model in the package
 A Llama of {parameters:.1f} M parameters (hidden 256, 6 layers, 8 heads over 4 key/value heads, vocabulary
 {vocabulary}, context 2048), stored in bfloat16, so that weft's main job runs without a download. It continues
 Python documentation and source recognisably and knows nothing else: it is for trying weft, not for asking.
+Messages of a chat are lines of one text for it, which it goes on with.
 
 - **Text**: what comes with CPython {python}: the documentation topics of `help()`, the docstrings and the
   sources of the standard library (without its tests). Python Software Foundation licence, see `LICENSE-DATA`.

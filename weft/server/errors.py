@@ -50,8 +50,9 @@ def answer(error: BaseException) -> Response:
 
 
 def _invalid(_: Request, error: Any) -> Response:
-    """What pydantic says, the first of it."""
-    first = error.errors()[0]
+    """What pydantic says, the first of it; of a union's members rather the one that had the right type."""
+    found = error.errors()
+    first = next((each for each in found if not each["type"].endswith("_type")), found[0])
     field = next((str(part) for part in first["loc"][1:]), None)
     place = ".".join(str(part) for part in first["loc"][1:] if not _names_a_type(part))
     message = first["msg"].removeprefix("Value error, ")

@@ -1,0 +1,238 @@
+"""The endpoints, mostly as OpenAI's own client sees them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+
+from tests.server.running import NAME, Running, running
+from weft import LLM, SamplingParams
+
+PROMPT = "The for statement is used to"
+
+
+@pytest.fixture(scope="module")
+def server(packaged: Path) -> Iterator[Running]:
+    with running(packaged, max_num_seqs=4) as there:
+        yield there
+        there.service.check_integrity()
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def alone(packaged: Path) -> dict[str, Any]:
+    """What the engine gives without a server."""
+    with LLM(packaged, num_threads=1, overlap="serial") as llm:
+        params = SamplingParams(temperature=0.0, max_tokens=24, logprobs=2)
+        [output] = llm.generate(PROMPT, params)
+        assert llm.engine.tokenizer is not None
+        return {"text": output.outputs[0].text, "output": output, "tokens": output.prompt_token_ids}
+
+
+def test_a_completion_is_what_the_engine_gives(client: OpenAI, alone: dict[str, Any]) -> None:
+    answer = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=24, temperature=0, logprobs=2)
+    assert answer.choices[0].text == alone["text"] and answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(alone["tokens"]), 24)
+    found, expected = answer.choices[0].logprobs, alone["output"].outputs[0]
+    assert found is not None and found.token_logprobs is not None
+    assert sum(found.token_logprobs) == pytest.approx(expected.cumulative_logprob, rel=1e-4)
+    assert [len(top) for top in found.top_logprobs or ()] == [2] * 24
+
+
+def test_streams_add_up_to_the_whole(client: OpenAI, alone: dict[str, Any]) -> None:
+    chunks = list(
+        client.completions.create(
+            model=NAME, prompt=PROMPT, max_tokens=24, temperature=0, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == alone["text"]
+    assert chunks[-2].choices[0].finish_reason == "length" and len(chunks) > 10
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 24
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_several_prompts_and_completions(client: OpenAI, alone: dict[str, Any]) -> None:
+    asked: dict[str, Any] = {"model": NAME, "prompt": [PROMPT, alone["tokens"]], "n": 2, "max_tokens": 24}
+    asked["prompt"] = [alone["tokens"], alone["tokens"]]
+    answer = client.completions.create(**asked, temperature=0)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert {choice.text for choice in answer.choices} == {alone["text"]}
+    texts: dict[int, str] = {}
+    for chunk in client.completions.create(**asked, temperature=0, stream=True):
+        texts[chunk.choices[0].index] = texts.get(chunk.choices[0].index, "") + chunk.choices[0].text
+    assert texts == dict.fromkeys(range(4), alone["text"])
+
+
+def test_stops_seeds_and_echo(client: OpenAI, alone: dict[str, Any]) -> None:
+    word = alone["text"].split()[3]
+    answer = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=24, temperature=0, stop=[word], echo=True)
+    choice = answer.choices[0]
+    assert choice.text == PROMPT + alone["text"][: alone["text"].index(word)] and choice.finish_reason == "stop"
+    drawn = [
+        client.completions.create(model=NAME, prompt=PROMPT, max_tokens=12, seed=seed, temperature=1).choices[0].text
+        for seed in (5, 5, 6)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_chats(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "import os\n"}], "temperature": 0}
+    answer = client.chat.completions.create(**asked, max_completion_tokens=8, logprobs=True, top_logprobs=3)
+    message = answer.choices[0].message
+    assert message.role == "assistant" and message.content
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None and logprobs.content is not None and len(logprobs.content[0].top_logprobs) == 3
+    chunks = list(client.chat.completions.create(**asked, max_tokens=8, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == message.content
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_json_of_a_schema(client: OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"size": {"type": "integer", "minimum": 1, "maximum": 99}, "kind": {"enum": ["a", "b"]}},
+        "required": ["size", "kind"], "additionalProperties": False,
+    }  # fmt: skip
+    answer = client.chat.completions.create(
+        model=NAME, messages=[{"role": "user", "content": "describe it"}], temperature=1, seed=1,
+        response_format={"type": "json_schema", "json_schema": {"name": "thing", "schema": schema}},
+    )  # fmt: skip
+    assert answer.choices[0].finish_reason == "stop"
+    given = json.loads(answer.choices[0].message.content or "")
+    assert 1 <= given["size"] <= 99 and given["kind"] in ("a", "b") and len(given) == 2
+    answer = client.chat.completions.create(
+        model=NAME, messages=[{"role": "user", "content": "describe it"}], temperature=0, max_tokens=20,
+        response_format={"type": "json_object"},
+    )  # fmt: skip
+    assert (answer.choices[0].message.content or "").startswith("{")
+
+
+def test_models_tokens_and_version(server: Running, client: OpenAI, alone: dict[str, Any]) -> None:
+    assert [model.id for model in client.models.list()] == [NAME] and client.models.retrieve(NAME).id == NAME
+    with server.client() as http:
+        found = http.post("/tokenize", json={"prompt": PROMPT}).json()
+        assert found == {"count": len(alone["tokens"]), "max_model_len": 2048, "tokens": alone["tokens"]}
+        assert http.post("/detokenize", json={"tokens": alone["tokens"]}).json() == {"prompt": PROMPT}
+        messages = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}
+        assert http.post("/tokenize", json=messages).json()["count"] > 0
+        assert http.get("/version").json()["version"]
+
+
+def test_health_ready_and_metrics(server: Running, client: OpenAI) -> None:
+    client.completions.create(model=NAME, prompt=PROMPT * 8, max_tokens=4)
+    client.completions.create(model=NAME, prompt=PROMPT * 8, max_tokens=4)
+    with server.client() as http:
+        assert http.get("/health").json()["status"] == "ready" and http.get("/ready").status_code == 200
+        lines = http.get("/metrics").text.splitlines()
+    values = {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+    label = f'{{model_name="{NAME}"}}'
+    assert values[f"vllm:num_requests_running{label}"] == 0
+    assert values[f"vllm:generation_tokens_total{label}"] >= 8
+    assert values[f"vllm:prefix_cache_hits_total{label}"] >= 40
+    assert values[f"vllm:time_to_first_token_seconds_count{label}"] >= 2
+    assert f"weft:wire_bytes_total{label}" in values and f"weft:exposed_communication_seconds_total{label}" in values
+
+
+def test_progress_of_a_long_prompt(packaged: Path) -> None:
+    with running(packaged, max_num_batched_tokens=64) as server, server.client() as http:
+        asked = {"prompt": list(range(10, 400)), "max_tokens": 2, "stream": True, "return_progress": True}
+        with http.stream("POST", "/v1/completions", json=asked) as answer:
+            lines = list(answer.iter_lines())
+        progress = [json.loads(line[6:])["prompt_progress"] for line in lines if "prompt_progress" in line]
+        done = [entry["processed"] for entry in progress]
+        assert len(done) >= 5 and done == sorted(done) and progress[0]["total"] == 390
+        assert any(line.startswith(": prompt 64 of 390") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "says"),
+    [
+        ("/v1/completions", {"prompt": ""}, "the prompt is empty"),
+        ("/v1/completions", {"prompt": "a", "temperature": -1}, "temperature"),
+        ("/v1/completions", {"prompt": "a", "tempreature": 1}, "tempreature: is not known here"),
+        ("/v1/completions", {"prompt": "a", "n": 1000}, "n:"),
+        ("/v1/completions", {"prompt": ["a"] * 40, "n": 2}, "more than 64 completions"),
+        ("/v1/completions", {"prompt": [1, 99999]}, "token id 99999 is not in the vocabulary"),
+        ("/v1/completions", {"prompt": [1] * 3000}, "3000 tokens"),
+        ("/v1/completions", {"prompt": "a", "stop": ["x"] * 17}, "stop"),
+        ("/v1/completions", {"prompt": "a", "stop_token_ids": [99999]}, "not in the vocabulary"),
+        ("/v1/completions", {"prompt": "\ud800"}, "surrogate"),
+        ("/v1/completions", {"prompt": "a", "stop": ["\ud800"]}, "unicode"),
+        ("/v1/completions", {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
+        ("/v1/completions", {"prompt": "a", "response_format": {"type": "json_schema"}}, "json_schema"),
+        ("/v1/chat/completions", {"messages": []}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ("/tokenize", {}, "either prompt or messages"),
+        ("/detokenize", {"tokens": [1 << 20]}, "not in the vocabulary"),
+    ],
+)
+def test_bad_requests_say_what_is_wrong(server: Running, path: str, body: dict[str, Any], says: str) -> None:
+    with server.client() as http:
+        answer = http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and says in error["message"], error
+    assert error["type"] == "invalid_request_error" and set(error) == {"message", "type", "param", "code"}
+
+
+def test_bad_schemas_bodies_and_names(server: Running, client: OpenAI) -> None:
+    wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
+    with pytest.raises(openai.BadRequestError, match="schema"):
+        client.completions.create(model=NAME, prompt="a", extra_body={"response_format": wrong})
+    with pytest.raises(openai.NotFoundError, match="not served here"):
+        client.completions.create(model="other", prompt="a")
+    with server.client() as http:
+        answer = http.post("/v1/completions", content=b"{", headers={"content-type": "application/json"})
+        assert answer.status_code == 400 and "not JSON" in answer.json()["error"]["message"]
+        assert http.get("/v1/completions").status_code == 405 and http.get("/nothing").json()["error"]["type"]
+
+
+def test_who_goes_away_frees_the_slot(server: Running) -> None:
+    asked = {"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    with server.client() as http:
+        for stream in (True, False):
+            if stream:
+                with http.stream("POST", "/v1/completions", json=asked) as answer:
+                    lines = answer.iter_lines()  # kept: the stream ends with its iterator
+                    next(lines)
+                    assert server.service.running == 1
+            else:
+                with pytest.raises(Exception, match="timed out"):
+                    http.post("/v1/completions", json={**asked, "stream": False}, timeout=0.5)
+            until = time.monotonic() + 2
+            while server.service.running and time.monotonic() < until:
+                time.sleep(0.01)
+            assert server.service.running == 0
+
+
+def test_a_deadline_ends_a_request(server: Running, client: OpenAI) -> None:
+    answer = client.completions.create(
+        model=NAME, prompt=PROMPT, max_tokens=1900, extra_body={"ignore_eos": True, "timeout": 0.5}
+    )
+    assert answer.choices[0].finish_reason == "timeout" and len(answer.choices[0].text) > 0
+
+
+def test_too_many_are_told_when_to_come_again(packaged: Path) -> None:
+    with running(packaged, max_num_seqs=1, most_waiting=1) as server, server.client() as http:
+        asked = {"prompt": PROMPT, "max_tokens": 500, "ignore_eos": True, "stream": True}
+        with http.stream("POST", "/v1/completions", json=asked) as first:
+            lines = first.iter_lines()  # kept: the stream ends with its iterator
+            next(lines)
+            with http.stream("POST", "/v1/completions", json=asked) as second:
+                assert second.status_code == 200
+                refused = http.post("/v1/completions", json=asked)
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["code"] == "queue_full"
