@@ -88,7 +88,8 @@ class LocalLauncher:
 
     def _last_line(self, log: IO[bytes]) -> str:
         log.seek(0)
-        lines = [line for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        written = log.read().decode("utf-8", "replace").splitlines()
+        lines = [line for line in written if line.strip() and not line.startswith("[W")]  # torch warns of nothing
         return f": {lines[-1].strip()}" if lines else ""
 
     def stop(self) -> None:
