@@ -18,7 +18,7 @@ from weft.program.batch import Batch, Segment
 AGE_SECONDS = 10.0  # of waiting make up for one step of priority, and for any share that others have not had
 LEAST_SHARED = 16  # tokens: shorter prefixes are not worth a copy
 WORTH_WAITING = 32  # tokens that another sequence is computing just now, beyond those that are there
-LITTLE = 0.1  # of a kept prefix may be lost by continuing it in place instead of in a copy
+LITTLE = 0.25  # of a shared beginning may be lost behind it by going on in place: a copy costs a page fault every 4 KiB
 HEADROOM = 16  # tokens that every running sequence should still find memory for when one more starts
 
 

@@ -11,12 +11,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from weft.cli.options import shares_or_auto
+from weft.cli.terminal import bar, loaded
 from weft.compare import Measured, compare
-from weft.config import available_cores
 from weft.errors import InputError
 from weft.llm import LLM, RequestOutput
 from weft.plan.search import WORTH
@@ -103,7 +102,7 @@ def generate(
         "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }  # fmt: skip
-    with _loaded(
+    with loaded(
         errors, model, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=shares_or_auto(shares),
         reproducible=reproducible, num_threads=threads, recalibrate=recalibrate,
     ) as llm:  # fmt: skip
@@ -140,17 +139,6 @@ def _names_a_model(text: str) -> bool:
     return Path(text).is_dir() or re.fullmatch(r"[\w.~-]*(/[\w.-]+)+/?", text) is not None
 
 
-def _loaded(errors: Console, model: str | None, **options: Any) -> LLM:
-    """The model, loaded under a progress bar; warns where ranks outnumber cores."""
-    ranks = options["tensor_parallel_size"]
-    if ranks > available_cores():
-        errors.print(f"[yellow]warning:[/] {ranks} ranks share {available_cores()} cores, so they will be slow")
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=errors, transient=True) as bar:
-        task = bar.add_task(f"starting {ranks} rank{'s' if ranks > 1 else ''}", total=1.0)
-        return LLM(model, **options, progress=lambda what, done: bar.update(task, completed=done, description=what))
-
-
 def _stream(llm: LLM, prompt: str, params: Any, show: bool) -> tuple[RequestOutput, _Timing]:
     """Prints the text as it comes."""
     import time
@@ -172,9 +160,9 @@ def _stream(llm: LLM, prompt: str, params: Any, show: bool) -> tuple[RequestOutp
 
 def _compared(errors: Console, llm: LLM, tokens: list[int], overlap: str, rounds: int = 5) -> list[Measured]:
     """Serial first, then the strategy."""
-    with Progress(console=errors, transient=True) as bar:
-        task = bar.add_task("measuring", total=rounds + 1)
-        return compare(llm.engine, tokens, [overlap], rounds, lambda: bar.advance(task))
+    with bar(errors) as progress:
+        task = progress.add_task("measuring", total=rounds + 1)
+        return compare(llm.engine, tokens, [overlap], rounds, lambda: progress.advance(task))
 
 
 def _drawn(comparison: list[Measured]) -> list[Timeline]:

@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from weft.cli import bench, doctor, generate, plan, serve, timeline
+from weft.cli import bench, chat, doctor, generate, plan, serve, timeline
 from weft.errors import InputError, WorkerFailed
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 app.command("generate", help=generate.HELP)(generate.generate)
+app.command("chat", help=chat.HELP)(chat.chat)
 app.command("serve", help=serve.HELP)(serve.serve_command)
 app.command("bench", help=bench.HELP)(bench.bench)
 app.command("plan", help=plan.HELP)(plan.plan)

@@ -6,13 +6,11 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated
 
-import rich.progress
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from weft.cli.options import shares_or_auto
-from weft.config import available_cores
+from weft.cli.terminal import bar, warn_of_shared_cores
 from weft.engine import Engine, Progress
 from weft.errors import InputError
 from weft.launch.launcher import Launcher
@@ -99,16 +97,14 @@ def serve_command(
         )
     listening = bound(host, port)
     launcher = _launcher(join_address, tp, local_ranks, out)
-    if tp - (tp - local_ranks if join_address else 0) > available_cores():
-        out.print(f"[yellow]warning:[/] {tp} ranks share {available_cores()} cores, so they will be slow")
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    bar = rich.progress.Progress(*columns, console=out, transient=True)
-    task = bar.add_task("starting", total=1.0)
+    warn_of_shared_cores(out, tp if launcher is None else local_ranks)
+    showing = bar(out)
+    task = showing.add_task("starting", total=1.0)
 
     def make(tell: Progress) -> Engine:
         def both(what: str, share: float) -> None:
             tell(what, share)
-            bar.update(task, description=what, completed=share)
+            showing.update(task, description=what, completed=share)
 
         llm = LLM(
             model, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=shares_or_auto(shares),
@@ -126,13 +122,13 @@ def serve_command(
     url = f"http://{shown}:{listening.getsockname()[1]}"
 
     def ready() -> None:
-        bar.stop()
+        showing.stop()
         for notice in service.engine.notices:
             out.print(notice, style="dim")
         ranks = f"{tp} rank{'s' if tp > 1 else ''}"
         out.print(f"[bold]{name}[/] on {ranks}: {url}/v1 for OpenAI's clients, {url}/ for a page", soft_wrap=True)
 
-    with bar:
+    with showing:
         serve(application(service, settings), service, listening, drain, ready)
 
 
