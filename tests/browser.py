@@ -21,8 +21,8 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (the
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[Any, list[str], list[str]]]:
-    """The page of a file, with what it complained of and what it asked for, both growing."""
+def opened(place: Path | str) -> Iterator[tuple[Any, list[str], list[str]]]:
+    """The page of a file or an address, with what it complained of and what it asked for, both growing."""
     from playwright.sync_api import sync_playwright
 
     root = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -37,7 +37,7 @@ def opened(path: Path) -> Iterator[tuple[Any, list[str], list[str]]]:
             page.on("console", lambda message: complaints.append(message.text))
             page.on("pageerror", lambda error: complaints.append(str(error)))
             page.on("request", lambda request: requests.append(request.url))
-            page.goto(path.as_uri())
+            page.goto(place.as_uri() if isinstance(place, Path) else place)
             yield page, complaints, requests
         finally:
             browser.close()

@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from weft.cli import bench, chat, doctor, generate, plan, serve, timeline
+from weft.cli import bench, chat, doctor, generate, plan, serve, timeline, worker
 from weft.errors import InputError, WorkerFailed
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("generate", help=generate.HELP)(generate.generate)
 app.command("chat", help=chat.HELP)(chat.chat)
 app.command("serve", help=serve.HELP)(serve.serve_command)
+app.command("worker", help=worker.HELP)(worker.worker)
 app.command("bench", help=bench.HELP)(bench.bench)
 app.command("plan", help=plan.HELP)(plan.plan)
 app.command("timeline", help=timeline.HELP)(timeline.timeline)

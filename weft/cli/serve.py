@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,8 @@ from weft.cli.options import shares_or_auto
 from weft.cli.terminal import bar, warn_of_shared_cores
 from weft.engine import Engine, Progress
 from weft.errors import InputError
-from weft.launch.launcher import Launcher
+from weft.launch.joined import JoinedLauncher
+from weft.launch.launcher import TOKEN_VARIABLE
 from weft.llm import LLM
 from weft.server.app import Settings, application
 from weft.server.run import bound, serve
@@ -114,7 +116,7 @@ def serve_command(
         )  # fmt: skip
         return llm.engine
 
-    service = Service(make, max_waiting)
+    service = Service(make, max_waiting, launcher.interrupted.set if launcher is not None else lambda: None)
     name = served_model_name or _name(model)
     service.metrics.named(name)
     settings = Settings(name, keys, local, max_body_bytes, client_timeout, request_timeout)
@@ -154,5 +156,15 @@ def _name(model: str | None) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
-def _launcher(join_address: str | None, ranks: int, local: int, out: Console) -> Launcher | None:
-    return None
+def _launcher(join_address: str | None, ranks: int, local: int, out: Console) -> JoinedLauncher | None:
+    """For ranks on other machines; says what to run there."""
+    if join_address is None:
+        return None
+    if not 0 <= local < ranks:
+        raise InputError(f"--local-ranks {local} of --tp {ranks} leaves no rank for another machine; give --tp more")
+    token = os.environ.get(TOKEN_VARIABLE)
+    launcher = JoinedLauncher(join_address, local, token, lambda line: out.print(line, style="dim", markup=False))
+    shown = "…" if token else launcher.token  # who set it knows it
+    out.print(f"on {ranks - local} other machine{'s' if ranks - local > 1 else ''}, with the same model there, run:")
+    out.print(f"  {TOKEN_VARIABLE}={shown} weft worker --join {join_address} [MODEL]", markup=False, soft_wrap=True)
+    return launcher

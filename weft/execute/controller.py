@@ -20,6 +20,7 @@ from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, WorkerFailed, WorkerLost
 from weft.execute import protocol as p
 from weft.launch.launcher import Launcher
+from weft.launch.sockets import engine_socket
 from weft.program.batch import Batch
 from weft.program.steps import Program
 from weft.timeline.timeline import Event, Timeline
@@ -104,17 +105,15 @@ class Controller:
 
     def _bring_up(self) -> None:
         world, token = self.config.ranks, secrets.token_hex(32)
-        self._socket = p.engine_socket(self._context, token)
-        address = f"ipc://{self._folder / 'control'}"
-        self._socket.bind(address)
+        self._socket = engine_socket(self._context, token)
+        self._socket.bind(self.launcher.control_address(str(self._folder)))
+        address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)  # with the port, where it was left open
         self.launcher.start(world, self.config.threads, address, token)
         deadline = time.monotonic() + START_SECONDS
         hellos = {i: hello for i, hello in (self._receive(p.Hello, deadline) for _ in range(world))}
         if any(hello.version != p.VERSION for hello in hellos.values()):
             raise InputError(f"a worker runs another version of weft; this engine speaks protocol {p.VERSION}")
-        # In the order of their start: with network namespaces, an address belongs to a place.
-        order = self.launcher.pids()
-        self._ranks = sorted(hellos, key=lambda identity: order.index(hellos[identity].pid))
+        self._ranks = sorted(hellos, key=lambda identity: hellos[identity].place)
         for rank, identity in enumerate(self._ranks):
             self._send(identity, p.Assign(rank, world, self.config.threads, self._cores(rank)))
         if world > 1:
@@ -181,7 +180,7 @@ class Controller:
         return RunResult(
             answers[0].chosen, max(a.seconds for a in answers), [a.processor for a in answers],
             max(a.lanes[0] for a in answers), min(a.lanes[1] for a in answers), [a.bytes_sent for a in answers],
-            _timeline(submitted.program, answers) if submitted.options.timeline else None,
+            _timeline(submitted.program, answers, self.launcher.one_clock) if submitted.options.timeline else None,
             [a.checksums for a in answers], answers[0].logits,
         )  # fmt: skip
 
@@ -227,6 +226,7 @@ class Controller:
     def close(self) -> None:
         """Ends everything and removes what it left on disk."""
         self.stop()
+        self.launcher.close()
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -284,12 +284,22 @@ class Controller:
         raise WorkerFailed(message.message)
 
 
-def _timeline(program: Program, answers: Sequence[p.Done]) -> Timeline:
-    """All ranks' spans on one clock (they share the machine's), from the first beginning on."""
-    begin = min((start for answer in answers for start, stop in answer.spans if stop > 0), default=0.0)
+def _timeline(program: Program, answers: Sequence[p.Done], one_clock: bool) -> Timeline:
+    """All ranks' spans on one clock, from the first beginning on.
+
+    Ranks of one machine share its clock. On several machines a collective ends for all ranks at about the same time:
+    the first one sets the others' clocks.
+    """
+    first = next((index for index in sorted(program.collectives) if answers[0].spans[index][1] > 0), None)
+    clocks = [0.0 if one_clock or first is None else answer.spans[first][1] for answer in answers]
+    zeros = [
+        min((start - clock for start, stop in answer.spans if stop > 0), default=0.0)
+        for answer, clock in zip(answers, clocks, strict=True)
+    ]
+    begin = min(zeros, default=0.0)
     events = [
-        Event(rank, step.lane, step.kind, step.stage, step.rows, start - begin, stop - begin)
-        for rank, answer in enumerate(answers)
+        Event(rank, step.lane, step.kind, step.stage, step.rows, start - clock - begin, stop - clock - begin)
+        for rank, (answer, clock) in enumerate(zip(answers, clocks, strict=True))
         for step, (start, stop) in zip(program, answer.spans, strict=True)
         if stop > 0
     ]

@@ -1,20 +1,12 @@
 """What engine and workers say to each other: msgpack over ZeroMQ, never pickle. No torch.
 
-    worker -> engine   Hello, Meeting, Joined, Loading, Loaded, Done, Lost, Failed
-    engine -> worker   Assign, Meet, Load, Run, Release, Copy, Shutdown
-
-The socket is encrypted, and authenticated by the group's token: both ends derive the same keys from it, and who
-doesn't have them can't say a word.
+worker -> engine   Hello, Meeting, Joined, Loading, Loaded, Done, Lost, Failed
+engine -> worker   Assign, Meet, Load, Run, Release, Copy, Shutdown
 """
 
 from __future__ import annotations
 
-import hashlib
-from typing import Any
-
 import msgspec
-import zmq
-from zmq.utils import z85
 
 from weft.config import ModelConfig
 
@@ -25,6 +17,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     """A worker has come."""
 
     version: int
+    place: int  # in the order of ranks
     host: str
     pid: int
     address: str  # where other ranks reach it
@@ -189,29 +182,3 @@ ToEngine = Hello | Meeting | Joined | Loading | Loaded | Done | Lost | Failed
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
-
-
-def engine_socket(context: zmq.Context[Any], token: str) -> zmq.Socket[bytes]:
-    """The engine's end: talks to many workers, by identity."""
-    socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
-    public, secret = _keys(token, "engine")
-    socket.curve_secretkey, socket.curve_publickey, socket.curve_server = secret, public, True
-    socket.linger = 0
-    socket.router_mandatory = True
-    return socket
-
-
-def worker_socket(context: zmq.Context[Any], token: str) -> zmq.Socket[bytes]:
-    """A worker's end. Only who knows the token can derive the key that the engine's end answers to."""
-    socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
-    public, secret = _keys(token, "worker")
-    socket.curve_secretkey, socket.curve_publickey = secret, public
-    socket.curve_serverkey = _keys(token, "engine")[0]
-    socket.linger = 1000
-    return socket
-
-
-def _keys(token: str, role: str) -> tuple[bytes, bytes]:
-    """A CURVE key pair (public, secret) that follows from the token."""
-    secret: bytes = z85.encode(hashlib.sha256(f"weft/{role}/{token}".encode()).digest())
-    return zmq.curve_public(secret), secret

@@ -27,7 +27,8 @@ from weft.execute.executor import Executor, Part
 from weft.execute.lanes import ThreadLanes
 from weft.execute.process import Peak, end_with_launcher, give_back_freed_memory, keep_freed_memory, pin
 from weft.execute.sampler import sample
-from weft.launch.launcher import LEASE_VARIABLE, TOKEN_VARIABLE
+from weft.launch.launcher import LEASE_VARIABLE, MODEL_VARIABLE, PLACE_VARIABLE, TOKEN_VARIABLE
+from weft.launch.sockets import worker_socket
 from weft.model.checkpoint import Checkpoint
 from weft.model.decoder import Decoder
 from weft.model.families import flags_of
@@ -70,7 +71,8 @@ class Worker:
 
     def serve(self) -> None:
         """Until the engine says that it is over."""
-        self.say(p.Hello(p.VERSION, socket.gethostname(), os.getpid(), self.address))
+        place = int(os.environ.get(PLACE_VARIABLE, "0"))
+        self.say(p.Hello(p.VERSION, place, socket.gethostname(), os.getpid(), self.address))
         while True:
             message = p.decode_to_worker(self.control.recv())
             if isinstance(message, p.Shutdown):
@@ -135,7 +137,7 @@ class Worker:
         give_back_freed_memory()
         with Peak() as peak:
             weights = load(
-                Checkpoint(Path(m.directory)), m.config, flags, share, device=m.device, dtype=dtype,
+                Checkpoint(_directory(m.directory)), m.config, flags, share, device=m.device, dtype=dtype,
                 exact_rows=m.exact_rows, progress=lambda done, total: self.say(p.Loading(done, total)),
             )  # fmt: skip
         kv_heads = len(share.kv_heads)
@@ -171,6 +173,17 @@ class Worker:
         self.say(p.Done(m.number, seconds, processor, lanes, sent, self.chosen, spans, result.checksums, logits))
 
 
+def _directory(given: str) -> Path:
+    """The model's on this machine, which need not be the engine's."""
+    directory = Path(os.environ.get(MODEL_VARIABLE) or given)
+    if not directory.is_dir():
+        raise InputError(
+            f"{socket.gethostname()} has no directory {directory}; copy the model there, or say where it is: "
+            "weft worker MODEL"
+        )
+    return directory
+
+
 def _failure(error: Exception) -> p.Failed:
     """What the engine is told of an error; one that is nobody's wish also goes to the log, whole."""
     line = next(iter(str(error).splitlines()), "")
@@ -195,9 +208,9 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get(LEASE_VARIABLE):
         end_with_launcher()
     context = zmq.Context()
-    control = p.worker_socket(context, token)
+    control = worker_socket(context, token)
     control.connect(given.join)
-    alarm = p.worker_socket(context, token)
+    alarm = worker_socket(context, token)
     alarm.connect(given.join)
     worker = Worker(control, given.address, alarm)
     try:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Protocol
 
 TOKEN_VARIABLE = "WEFT_TOKEN"  # in the environment: a command line is seen by everyone
+PLACE_VARIABLE = "WEFT_PLACE"  # of a worker in the order of ranks
+MODEL_VARIABLE = "WEFT_MODEL"  # where the model is, if not where the engine has it
 LEASE_VARIABLE = "WEFT_LEASE"  # set by a launcher that holds the worker's standard input open while it lives
 
 
@@ -18,6 +20,15 @@ class Launcher(Protocol):
     @property
     def link_name(self) -> str:
         """Such as loopback."""
+        ...
+
+    @property
+    def one_clock(self) -> bool:
+        """True if all workers read the same clock."""
+        ...
+
+    def control_address(self, folder: str) -> str:
+        """Where the engine is to listen for workers, as ZeroMQ writes it; `folder` is the engine's own."""
         ...
 
     def start(self, count: int, threads: int, address: str, token: str) -> None:
@@ -33,5 +44,9 @@ class Launcher(Protocol):
         ...
 
     def stop(self) -> None:
-        """Ends all workers; returns when none is left."""
+        """Ends all workers; returns when none is left. Others may be started then."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of everything."""
         ...

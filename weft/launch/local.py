@@ -17,7 +17,7 @@ from typing import IO
 
 import psutil
 
-from weft.launch.launcher import LEASE_VARIABLE, TOKEN_VARIABLE
+from weft.launch.launcher import LEASE_VARIABLE, PLACE_VARIABLE, TOKEN_VARIABLE
 
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
@@ -30,6 +30,9 @@ class LocalLauncher:
 
     command: Sequence[str] = (sys.executable, "-m", "weft.execute.worker")
 
+    one_clock = True
+    first_place = 0  # of the ranks that are started here
+
     def __init__(self) -> None:
         self._children: list[subprocess.Popen[bytes]] = []
         self._logs: list[IO[bytes]] = []
@@ -38,6 +41,10 @@ class LocalLauncher:
     def link_name(self) -> str:
         """Of the device that the workers talk over."""
         return "loopback"
+
+    def control_address(self, folder: str) -> str:
+        """A socket of the file system, which network namespaces share too."""
+        return f"ipc://{folder}/control"
 
     def start(self, count: int, threads: int, address: str, token: str) -> None:
         """Starts the children, each with its own environment and a log of what it prints."""
@@ -68,7 +75,8 @@ class LocalLauncher:
         package = str(Path(__file__).resolve().parents[2])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         return os.environ | {
-            TOKEN_VARIABLE: token, LEASE_VARIABLE: "1", "GLOO_SOCKET_IFNAME": self.interface(index),
+            TOKEN_VARIABLE: token, LEASE_VARIABLE: "1", PLACE_VARIABLE: str(self.first_place + index),
+            "GLOO_SOCKET_IFNAME": self.interface(index),
             "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
             "PYTHONPATH": os.pathsep.join(paths),
         }  # fmt: skip
@@ -103,6 +111,10 @@ class LocalLauncher:
                 child.stdin.close()
             log.close()
         self._children, self._logs = [], []
+
+    def close(self) -> None:
+        """The same: nothing else is held."""
+        self.stop()
 
 
 def _stopped(child: subprocess.Popen[bytes]) -> bool:

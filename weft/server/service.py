@@ -137,11 +137,14 @@ class Live:
 class Service:
     """Runs an engine. `make`: builds it, told of progress; on the service's thread, so that others go on meanwhile.
 
-    `most_waiting`: requests that may wait for a slot; more are refused with `Busy`.
+    `most_waiting`: completions that may wait for a slot; more are refused with `Busy`. `interrupt`: ends a start of
+    workers that waits for something.
     """
 
-    def __init__(self, make: Callable[[Progress], Engine], most_waiting: int = 256) -> None:
-        self._make, self.most_waiting = make, most_waiting
+    def __init__(
+        self, make: Callable[[Progress], Engine], most_waiting: int = 256, interrupt: Callable[[], None] = lambda: None
+    ) -> None:  # fmt: skip
+        self._make, self.most_waiting, self._interrupt = make, most_waiting, interrupt
         self.state, self.reason, self.loaded = State.LOADING, "", 0.0
         self.metrics = Metrics()
         self.live = Live()
@@ -219,6 +222,7 @@ class Service:
     def close(self) -> None:
         """Ends the loop and the workers; requests under way are told so."""
         self._closing = True
+        self._interrupt()
         self._commands.put(lambda: None)
         if self._thread.ident is not None:
             self._thread.join()

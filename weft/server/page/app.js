@@ -138,7 +138,8 @@ function draw_rate(value) {
 function draw_batch(batch) {
   if (!batch) return;
   const time = `${(batch.seconds * 1000).toFixed(1)} ms`;
-  $("plan").textContent = `${batch.tokens} tokens of ${batch.sequences} sequences in ${time} · ${batch.plan}`;
+  const count = (number, word) => `${number} ${word}${number === 1 ? "" : "s"}`;
+  $("plan").textContent = `${count(batch.tokens, "token")} of ${count(batch.sequences, "sequence")} in ${time} · ${batch.plan}`;
   if (!batch.svg) return;
   drawn = batch.number;
   const parsed = new DOMParser().parseFromString(batch.svg, "image/svg+xml").documentElement;

@@ -1,0 +1,56 @@
+"""`weft worker`: a rank on another machine. Knows options and terminals; the work is done in launch/."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from weft.errors import InputError
+from weft.hub import locate
+from weft.launch.joined import Machine
+from weft.launch.launcher import MODEL_VARIABLE, TOKEN_VARIABLE
+
+HELP = """Be a rank of a server on another machine: weft serve --join-address prints what to run.
+
+Waits for the server, starts a rank when it is told to, starts it again after it was lost, and waits on when the server
+ends. MODEL says where this machine has the model; default: where the server has it. The token is in the environment,
+because a command line is seen by everyone.
+
+Example:
+
+  WEFT_TOKEN=… weft worker --join 10.0.0.1:7000 ./llama
+"""
+
+
+def worker(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
+    join: Annotated[str, typer.Option(help="HOST:PORT of the server's --join-address.")] = "",
+    address: Annotated[
+        str | None, typer.Option(help="This machine's, at which the others reach it; default: by the way to HOST.")
+    ] = None,
+) -> None:
+    """See HELP."""
+    out = Console(stderr=True)
+    if not join:
+        raise InputError("--join is missing; weft serve --join-address prints what to run")
+    token = os.environ.pop(TOKEN_VARIABLE, "")
+    if not token:
+        raise InputError(f"{TOKEN_VARIABLE} is not in the environment; weft serve --join-address prints it")
+    if model is not None:
+        os.environ[MODEL_VARIABLE] = str(Path(locate(model)).resolve())
+    machine = Machine(join, token, address, lambda line: out.print(line, style="dim", markup=False, soft_wrap=True))
+    signal.signal(signal.SIGTERM, _interrupted)
+    try:
+        machine.serve()
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

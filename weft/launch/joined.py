@@ -1,0 +1,300 @@
+"""Workers on other machines: there `weft worker` waits, starts a worker when it is told to, and says when that ended.
+
+    machine -> hub   Here (every second), Ended
+    hub -> machine   Known (to every Here), Begin, End
+
+The hub is the engine's side. What the workers then say to the engine is none of this room's business. Knows processes
+and addresses; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import psutil
+import zmq
+
+from weft.errors import InputError, WorkerFailed
+from weft.launch.local import LocalLauncher
+from weft.launch.sockets import engine_socket, worker_socket
+
+EVERY = 0.5  # seconds between signs of life
+SILENT = 4.0  # seconds after which a machine, or the engine, counts as gone
+LOOK_MILLISECONDS = 100
+
+
+class Here(msgspec.Struct, tag=True, frozen=True):
+    """A machine lives. `name`: of its host; `address`: where other ranks reach it."""
+
+    name: str
+    address: str
+
+
+class Ended(msgspec.Struct, tag=True, frozen=True):
+    """The machine's worker has ended, or can't go on."""
+
+    reason: str
+
+
+class Known(msgspec.Struct, tag=True, frozen=True):
+    """The engine lives."""
+
+
+class Begin(msgspec.Struct, tag=True, frozen=True):
+    """Start a worker that joins this address with this token."""
+
+    address: str
+    token: str
+    threads: int
+    place: int
+
+
+class End(msgspec.Struct, tag=True, frozen=True):
+    """End it."""
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_to_hub = msgspec.msgpack.Decoder(Here | Ended).decode
+_to_machine = msgspec.msgpack.Decoder(Known | Begin | End).decode
+
+
+def parse_address(text: str, name: str) -> tuple[str, int]:
+    """HOST:PORT. Raises `InputError`."""
+    host, colon, port = text.removeprefix("tcp://").rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise InputError(f"{name} {text!r} is not an address; write it like 10.0.0.1:7000")
+    return host.strip("[]"), int(port)
+
+
+def endpoint(host: str, port: int | str) -> str:
+    """As ZeroMQ writes it."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def interface_of(address: str) -> str:
+    """The network device that has this address. Raises `InputError`."""
+    devices = psutil.net_if_addrs().items()
+    found = [str(name) for name, entries in devices if any(entry.address == address for entry in entries)]
+    if not found:
+        raise InputError(f"no network device of this machine has the address {address}; see the output of: ip address")
+    return found[0]
+
+
+class Placed(LocalLauncher):
+    """Children on this machine that other machines' ranks reach at `address`."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__()
+        self.address, self._interface = address, interface_of(address)
+
+    def data_address(self, index: int) -> str:
+        """The same for all."""
+        return self.address
+
+    def interface(self, index: int) -> str:
+        """Of that address."""
+        return self._interface
+
+
+@dataclass
+class _Machine:
+    """One that has joined."""
+
+    identity: bytes
+    here: Here
+    heard: float
+    reason: str | None = None  # why its worker has ended
+
+
+class JoinedLauncher:
+    """`local` ranks on this machine, the rest on machines that join at HOST:PORT. `told`: progress, in words.
+
+    Raises `InputError` for an address that this machine doesn't have.
+    """
+
+    def __init__(self, address: str, local: int, token: str | None, told: Callable[[str], None]) -> None:
+        self.host, port = parse_address(address, "--join-address")
+        if self.host in ("0.0.0.0", "::", "*"):
+            raise InputError("--join-address must be the address at which the other machines reach this one, not any")
+        self.local, self._told = local, told
+        self.token = token or secrets.token_urlsafe(24)
+        self._children = Placed(self.host)
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._hub = engine_socket(self._context, self.token)
+        self._machines: dict[bytes, _Machine] = {}
+        self._used: list[_Machine] = []
+        self.interrupted = threading.Event()  # set by who doesn't want to wait for machines any more
+        try:
+            self._hub.bind(endpoint(self.host, port))
+        except zmq.ZMQError as error:
+            raise InputError(f"--join-address {address} can't be used ({error}); choose another port") from None
+
+    @property
+    def link_name(self) -> str:
+        """By the machines that are used: what was measured with others says nothing of these."""
+        return f"between machines: {self.host} {' '.join(machine.here.address for machine in self._used)}"
+
+    one_clock = False
+
+    def control_address(self, folder: str) -> str:
+        """One that other machines reach; the port is chosen free."""
+        return endpoint(self.host, "*")
+
+    def start(self, count: int, threads: int, address: str, token: str) -> None:
+        """Starts the local ranks, then waits for as many machines as are missing and has them start one each."""
+        local = min(self.local, count)
+        self._children.start(local, threads, address, token)
+        missing = count - local
+        said = False
+        while len(there := self._there()) < missing:
+            if not said:
+                what = f"{missing - len(there)} more machine{'s' if missing - len(there) > 1 else ''}"
+                self._told(f"waiting for {what} to join at {self.host}")
+                said = True
+            if self.interrupted.is_set():
+                raise WorkerFailed("interrupted while waiting for machines to join")
+            self._listen(LOOK_MILLISECONDS)
+        self._used = there[:missing]
+        for place, machine in enumerate(self._used, start=local):
+            machine.reason = None
+            self._say(machine, Begin(address, token, threads, place))
+
+    def _there(self) -> list[_Machine]:
+        """Machines that live, in the order of their coming."""
+        self._listen(0)
+        now = time.monotonic()
+        self._machines = {i: m for i, m in self._machines.items() if now - m.heard < SILENT}
+        return list(self._machines.values())
+
+    def _listen(self, milliseconds: int) -> None:
+        while self._hub.poll(milliseconds):
+            milliseconds = 0
+            identity, data = self._hub.recv_multipart()
+            message = _to_hub(data)
+            if isinstance(message, Here):
+                known = self._machines.setdefault(identity, _Machine(identity, message, 0.0))
+                known.heard = time.monotonic()
+                self._say(known, Known())
+            elif identity in self._machines:
+                self._machines[identity].reason = message.reason
+
+    def _say(self, machine: _Machine, message: Known | Begin | End) -> None:
+        with suppress(zmq.ZMQError):  # gone: its silence says so
+            self._hub.send_multipart([machine.identity, _encode(message)])
+
+    def pids(self) -> list[int]:
+        """Of the local ranks."""
+        return self._children.pids()
+
+    def dead(self) -> list[str]:
+        """Local ranks, machines whose worker has ended, and machines that are silent."""
+        self._listen(0)
+        now, lines = time.monotonic(), self._children.dead()
+        for machine in self._used:
+            where = f"the worker on {machine.here.name} ({machine.here.address})"
+            if machine.reason is not None:
+                lines.append(f"{where}: {machine.reason}")
+            elif now - machine.heard > SILENT:
+                lines.append(f"{where} has been silent for {now - machine.heard:.0f} s")
+        return lines
+
+    def stop(self) -> None:
+        """Ends all workers; machines stay joined."""
+        for machine in self._used:
+            self._say(machine, End())
+        self._used = []
+        self._children.stop()
+
+    def close(self) -> None:
+        """Lets go of the address."""
+        self.stop()
+        self._hub.close(200)  # milliseconds for the last words
+        self._context.term()
+
+
+class Machine:
+    """The other side: waits to be told, has one worker at a time. `told`: what happens, in words."""
+
+    def __init__(self, address: str, token: str, own_address: str | None, told: Callable[[str], None]) -> None:
+        host, port = parse_address(address, "--join")
+        self.address = own_address or _towards(host, port)
+        self._children, self._told = Placed(self.address), told
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._socket = worker_socket(self._context, token)
+        self._socket.linger = 0
+        self._socket.connect(endpoint(host, port))
+        self._hub = f"{host}:{port}"
+        self._known: float | None = None  # when the engine was heard last
+
+    def serve(self) -> None:
+        """Until it is interrupted; then the worker is ended."""
+        sent, warned, begin = 0.0, False, time.monotonic()
+        try:
+            while True:
+                now = time.monotonic()
+                if now - sent >= EVERY:
+                    self._say(Here(socket.gethostname(), self.address))
+                    sent = now
+                if not warned and self._known is None and now - begin > 2 * SILENT:
+                    warned = True
+                    self._told(
+                        f"no answer from {self._hub} yet: is weft serve running there with --join-address, and is the "
+                        "token the same? Waiting"
+                    )
+                if self._socket.poll(LOOK_MILLISECONDS):
+                    self._obey(_to_machine(self._socket.recv()))
+                self._look()
+        finally:
+            self._children.stop()
+            self._say(Ended("weft worker was ended there"))
+            self._socket.close(500)  # milliseconds for the last words
+            self._context.term()
+
+    def _obey(self, message: Known | Begin | End) -> None:
+        if self._known is None:
+            self._told(f"joined {self._hub} as {self.address}; waiting for work")
+        self._known = time.monotonic()
+        if isinstance(message, Known):
+            return
+        self._children.stop()
+        if isinstance(message, Begin):
+            self._told(f"starting rank {message.place}")
+            self._children.first_place = message.place
+            self._children.start(1, message.threads, message.address, message.token)
+        else:
+            self._told("the worker has ended, as it was told to; waiting for work")
+
+    def _look(self) -> None:
+        """Tells the engine of a lost worker; ends one whose engine is gone."""
+        if lines := self._children.dead():
+            self._children.stop()
+            self._say(Ended("; ".join(lines)))
+            self._told("; ".join(lines))
+        if self._known is not None and time.monotonic() - self._known > SILENT:
+            self._known = None
+            if self._children.pids():
+                self._children.stop()
+            self._told(f"{self._hub} has gone silent; waiting for it to come back")
+
+    def _say(self, message: Here | Ended) -> None:
+        with suppress(zmq.ZMQError):
+            self._socket.send(_encode(message), zmq.NOBLOCK)
+
+
+def _towards(host: str, port: int) -> str:
+    """This machine's address on the way to another. Raises `InputError`."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, port))  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise InputError(f"there is no way from this machine to {host} ({error}); check --join") from None
