@@ -14,7 +14,7 @@ from weft.llm import LLM
 def bar(console: Console) -> Progress:
     """A line with what goes on, how far it is, and for how long; gone at the end."""
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    return Progress(*columns, console=console, transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def warn_of_shared_cores(console: Console, ranks: int) -> None:

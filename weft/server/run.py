@@ -21,6 +21,7 @@ from weft.errors import InputError
 from weft.server.service import Service
 
 HEADER_SECONDS = 20.0  # to send the head of a request
+SETTLE_SECONDS = 5.0  # for who was told that the server ends
 MOST_CONNECTIONS = 2048
 
 
@@ -69,15 +70,16 @@ class _Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """The first signal lets requests under way end, the second one doesn't."""
+    """The first signal lets requests under way end, the second one tells them that they can't, a third ends at once."""
 
     def __init__(self, app: FastAPI, service: Service, drain: float) -> None:
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, http=_Protocol, ws="none", lifespan="off",
-            timeout_graceful_shutdown=max(1, round(drain)), server_header=False, limit_concurrency=MOST_CONNECTIONS,
+            timeout_graceful_shutdown=round(drain + SETTLE_SECONDS), limit_concurrency=MOST_CONNECTIONS,
+            server_header=False,
         )  # fmt: skip
         super().__init__(config)
-        self.service = service
+        self.service, self.drain, self._signals = service, drain, 0
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -92,10 +94,13 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def _signal(self, number: int) -> None:
-        self.service.drain()
-        if self.should_exit:
-            self.force_exit = True
-        self.should_exit = True
+        self._signals += 1
+        self.should_exit, self.force_exit = True, self._signals > 2
+        if self._signals == 1:
+            self.service.drain()
+            asyncio.get_running_loop().call_later(self.drain, self.service.abort)
+        else:
+            self.service.abort()
 
 
 def serve(app: FastAPI, service: Service, listening: socket.socket, drain: float, ready: Callable[[], None]) -> None:

@@ -219,6 +219,11 @@ class Service:
         if self.state is not State.FAILED:
             self.state = State.DRAINING
 
+    def abort(self, reason: str = "the server is shutting down") -> None:
+        """Tells all requests under way that they can't be finished."""
+        for ticket in list(self._tickets.values()):
+            _on(ticket.loop, partial(ticket.put, Unavailable(reason)))
+
     def close(self) -> None:
         """Ends the loop and the workers; requests under way are told so."""
         self._closing = True
@@ -256,11 +261,11 @@ class Service:
             self._settled.set()
             while not self._closing:
                 self._turn()
-            self._tell_all(Unavailable("the server is shutting down"))
+            self.abort()
         except BaseException as error:  # what kept it from loading; workers that can't be kept alive; our mistakes
             self.state, self.reason, self.error = State.FAILED, str(error) or type(error).__name__, error
             self._settled.set()
-            self._tell_all(Unavailable(f"the engine has failed: {self.reason}"))
+            self.abort(f"the engine has failed: {self.reason}")
         finally:
             if self._engine is not None:
                 self._engine.close()
@@ -334,7 +339,8 @@ class Service:
         request = ticket.request
         if request is None or self._tickets.pop(request, None) is None or self._engine is None:
             return
-        self._engine.forget([s for s in request.sequences if s.finish_reason is None])
+        if self.state is not State.FAILED:
+            self._engine.forget([s for s in request.sequences if s.finish_reason is None])
         self._engine.settle(request)
         self.metrics.finished("abort", time.monotonic() - ticket.arrived)
 
@@ -375,11 +381,6 @@ class Service:
         ticket.tokens += tokens
         if sequence.index == 0:
             ticket.last = now
-
-    def _tell_all(self, error: Exception) -> None:
-        for ticket in self._tickets.values():
-            _on(ticket.loop, partial(ticket.put, error))
-        self._tickets.clear()
 
 
 def _hand_out(items: list[tuple[Ticket, Piece | Prefill]]) -> None:

@@ -1,0 +1,119 @@
+"""`weft serve` as a process: what it prints, signals, mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import psutil
+import pytest
+
+from tests.processes import Command
+from weft.cli.main import main
+
+
+@contextmanager
+def started(*options: str, **environment: str) -> Iterator[Command]:
+    """A server; nothing is left behind, whatever the test does."""
+    before = workers()
+    with Command("serve", "--port", "0", "--threads", "1", *options, **environment) as server:
+        yield server
+    until = time.monotonic() + 10
+    while workers() - before and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not workers() - before
+
+
+def workers() -> set[int]:
+    """All worker processes of this machine."""
+    return {
+        process.pid for process in psutil.process_iter(["cmdline"])
+        if "weft.execute.worker" in " ".join(process.info["cmdline"] or ())
+    }  # fmt: skip
+
+
+def url_of(server: Command) -> str:
+    """When it is ready."""
+    found = re.search(r"(http://\S+)/v1", server.until("/v1"))
+    assert found is not None
+    return found[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_answers_end(number: int) -> None:
+    with started() as server:
+        url = url_of(server)
+        asked = {"prompt": "import os", "max_tokens": 300, "ignore_eos": True, "stream": True}
+        with httpx2.stream("POST", f"{url}/v1/completions", json=asked, timeout=30) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.child.send_signal(number)
+            rest = [line for line in lines if line.startswith("data: ")]
+        assert rest[-1] == "data: [DONE]" and json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
+        assert server.child.wait(20) == 0
+        assert "Traceback" not in server.said
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    with started() as server:
+        url = url_of(server)
+        asked = {"prompt": "import os", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+        with httpx2.stream("POST", f"{url}/v1/completions", json=asked, timeout=30) as answer:
+            lines = answer.iter_lines()  # kept: the stream ends with its iterator
+            next(lines)
+            server.child.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            begin = time.monotonic()
+            server.end(signal.SIGTERM, 10)
+            assert time.monotonic() - begin < 5
+        assert "Traceback" not in server.said
+
+
+def test_a_signal_while_it_loads() -> None:
+    with started("--tp", "2") as server:
+        time.sleep(2.5)
+        assert server.end(signal.SIGINT) in (0, 130)
+        assert "Traceback" not in server.said
+
+
+def test_mistakes_end_with_a_line_and_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for options, says in (
+            (["--port", port], f"port {port} of 127.0.0.1 can't be used"),
+            (["--host", "0.0.0.0"], "give --api-key"),
+            (["--host", "not.a.host.invalid", "--allow-anyone"], "can't be used"),
+            (["--api-key", ""], "an API key is empty"),
+            ([str(tmp_path)], "config.json is missing"),
+            (["--tp", "2", "--shares", "1"], "--shares gives 1 numbers for 2 ranks"),
+            (["--tp", "2", "--join-address", "nowhere"], "not an address"),
+            (["--tp", "2", "--join-address", "0.0.0.0:7000"], "the address at which the other machines reach"),
+            (["--tp", "2", "--join-address", "192.0.2.1:7000"], "no network device"),
+            (["--tp", "2", "--join-address", "127.0.0.1:7000", "--local-ranks", "2"], "leaves no rank"),
+            (["--token-interval", "0"], "must be above 0"),
+        ):
+            monkeypatch.setattr("sys.argv", ["weft", "serve", "--port", "0", *options])
+            with pytest.raises(SystemExit) as ended:
+                main()
+            said = capsys.readouterr().err
+            assert ended.value.code == 2 and says in said and said.count("\n") == 1, (options, said)
+
+
+def test_the_key_may_come_from_the_environment() -> None:
+    with started("--host", "0.0.0.0", WEFT_API_KEY="sk-secret") as server:
+        url = url_of(server).replace("0.0.0.0", "127.0.0.1")
+        assert httpx2.get(f"{url}/v1/models").status_code == 401
+        assert httpx2.get(f"{url}/v1/models", headers={"Authorization": "Bearer sk-secret"}).status_code == 200
+        server.end(signal.SIGTERM)
+        assert "sk-secret" not in server.said

@@ -1,0 +1,120 @@
+"""Ranks on other machines: here they are processes that join over loopback, as they would over a network."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.processes import Command
+from tests.server.running import Running, running
+from weft import LLM
+from weft.errors import InputError
+from weft.launch.joined import JoinedLauncher, interface_of, parse_address
+
+TOKEN = "between-us"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def joining(port: int, token: str = TOKEN, *options: str) -> Command:
+    """`weft worker` on "another machine"."""
+    return Command("worker", "--join", f"127.0.0.1:{port}", *options, WEFT_TOKEN=token)
+
+
+def worker_of(machine: Command) -> int:
+    return int(psutil.Process(machine.child.pid).children()[0].pid)
+
+
+def ask(server: Running) -> str:
+    with server.client() as http:
+        asked = {"prompt": "def main(", "max_tokens": 12, "temperature": 0}
+        return str(http.post("/v1/completions", json=asked).json()["choices"][0]["text"])
+
+
+def test_a_rank_that_joined_is_started_again_and_machines_may_change(packaged: Path) -> None:
+    port = free_port()
+    launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, TOKEN, lambda line: None)
+    with (
+        joining(port) as first, joining(port) as other,
+        running(packaged, tensor_parallel_size=2, launcher=launcher) as server,
+    ):  # fmt: skip
+        expected = ask(server)
+        used, spare = (first, other) if "starting rank 1" in first.said else (other, first)
+        os.kill(worker_of(used), signal.SIGKILL)
+        begin = time.monotonic()
+        while server.service.state != "restarting":
+            assert time.monotonic() - begin < 2.0
+            time.sleep(0.01)
+        assert re.search(r"the worker on \S+ \(127.0.0.1\): .*SIGKILL", server.service.reason)
+        assert ask(server) == expected
+        assert used.end(signal.SIGTERM) == 130
+        assert ask(server) == expected, "the other machine takes its place"
+        spare.until("starting rank 1")
+        server.service.close()
+        spare.until("as it was told to")
+
+
+def test_who_has_another_token_is_not_heard() -> None:
+    port = free_port()
+    launcher = JoinedLauncher(f"127.0.0.1:{port}", 0, TOKEN, lambda line: None)
+    with joining(port, "another") as stranger:
+        stranger.until("no answer from", 20)
+        assert launcher._there() == []
+    launcher.close()
+
+
+def test_a_machine_may_have_the_model_elsewhere(packaged: Path, tmp_path: Path) -> None:
+    port = free_port()
+    shutil.copytree(packaged, tmp_path / "model")
+    launcher = JoinedLauncher(f"127.0.0.1:{port}", 0, TOKEN, lambda line: None)
+    with joining(port, TOKEN, str(packaged)), running(tmp_path / "model", launcher=launcher) as server:
+        assert ask(server)
+
+
+def test_a_model_that_is_missing_there_is_said_so(packaged: Path, tmp_path: Path) -> None:
+    port = free_port()
+    launcher = JoinedLauncher(f"127.0.0.1:{port}", 0, TOKEN, lambda line: None)
+    here = tmp_path / "model"
+    shutil.copytree(packaged, here)
+    with joining(port) as machine:
+        with pytest.raises(InputError, match="has no directory .*weft worker MODEL"):
+            LLM(here, num_threads=1, launcher=_Removing(launcher, here))
+        machine.until("as it was told to")
+
+
+class _Removing:
+    """A launcher during whose start the model goes away, as it is missing on another machine."""
+
+    def __init__(self, launcher: JoinedLauncher, directory: Path) -> None:
+        self._launcher, self._directory = launcher, directory
+
+    def start(self, *arguments: Any) -> None:
+        shutil.rmtree(self._directory)
+        self._launcher.start(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._launcher, name)
+
+
+def test_addresses() -> None:
+    assert parse_address("10.0.0.1:7000", "--join") == ("10.0.0.1", 7000)
+    assert parse_address("tcp://[::1]:7000", "--join") == ("::1", 7000)
+    for wrong in ("10.0.0.1", ":7000", "a:b", "a:0", "a:70000", ""):
+        with pytest.raises(InputError, match="write it like"):
+            parse_address(wrong, "--join")
+    assert interface_of("127.0.0.1")
+    with pytest.raises(InputError, match="no network device"):
+        interface_of("192.0.2.1")
