@@ -97,41 +97,41 @@ def serve_command(
             f"--host {host} would let everyone who reaches this machine use the model; give --api-key (or "
             "WEFT_API_KEY in the environment), or --allow-anyone"
         )
-    listening = bound(host, port)
-    launcher = _launcher(join_address, tp, local_ranks, out)
-    warn_of_shared_cores(out, tp if launcher is None else local_ranks)
-    showing = bar(out)
-    task = showing.add_task("starting", total=1.0)
+    with bound(host, port) as listening:
+        launcher = _launcher(join_address, tp, local_ranks, out)
+        warn_of_shared_cores(out, tp if launcher is None else local_ranks)
+        showing = bar(out)
+        task = showing.add_task("starting", total=1.0)
 
-    def make(tell: Progress) -> Engine:
-        def both(what: str, share: float) -> None:
-            tell(what, share)
-            showing.update(task, description=what, completed=share)
+        def make(tell: Progress) -> Engine:
+            def both(what: str, share: float) -> None:
+                tell(what, share)
+                showing.update(task, description=what, completed=share)
 
-        llm = LLM(
-            model, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=shares_or_auto(shares),
-            reproducible=reproducible, num_threads=threads, recalibrate=recalibrate, max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, launcher=launcher,
-            enable_prefix_caching=prefix_caching, token_interval=token_interval, progress=both,
-        )  # fmt: skip
-        return llm.engine
+            llm = LLM(
+                model, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=shares_or_auto(shares),
+                reproducible=reproducible, num_threads=threads, recalibrate=recalibrate, max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, launcher=launcher,
+                enable_prefix_caching=prefix_caching, token_interval=token_interval, progress=both,
+            )  # fmt: skip
+            return llm.engine
 
-    service = Service(make, max_waiting, launcher.interrupted.set if launcher is not None else lambda: None)
-    name = served_model_name or _name(model)
-    service.metrics.named(name)
-    settings = Settings(name, keys, local, max_body_bytes, client_timeout, request_timeout)
-    shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{listening.getsockname()[1]}"
+        service = Service(make, max_waiting, launcher.interrupted.set if launcher is not None else lambda: None)
+        name = served_model_name or _name(model)
+        service.metrics.named(name)
+        settings = Settings(name, keys, local, max_body_bytes, client_timeout, request_timeout)
+        shown = f"[{host}]" if ":" in host else host
+        url = f"http://{shown}:{listening.getsockname()[1]}"
 
-    def ready() -> None:
-        showing.stop()
-        for notice in service.engine.notices:
-            out.print(notice, style="dim")
-        ranks = f"{tp} rank{'s' if tp > 1 else ''}"
-        out.print(f"[bold]{name}[/] on {ranks}: {url}/v1 for OpenAI's clients, {url}/ for a page", soft_wrap=True)
+        def ready() -> None:
+            showing.stop()
+            for notice in service.engine.notices:
+                out.print(notice, style="dim")
+            ranks = f"{tp} rank{'s' if tp > 1 else ''}"
+            out.print(f"[bold]{name}[/] on {ranks}: {url}/v1 for OpenAI's clients, {url}/ for a page", soft_wrap=True)
 
-    with showing:
-        serve(application(service, settings), service, listening, drain, ready)
+        with showing:
+            serve(application(service, settings), service, listening, drain, ready)
 
 
 def _keys(given: list[str] | None) -> list[str]:

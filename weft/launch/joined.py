@@ -135,6 +135,8 @@ class JoinedLauncher:
         try:
             self._hub.bind(endpoint(self.host, port))
         except zmq.ZMQError as error:
+            self._hub.close(0)
+            self._context.term()
             raise InputError(f"--join-address {address} can't be used ({error}); choose another port") from None
 
     @property

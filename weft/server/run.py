@@ -129,4 +129,3 @@ def serve(app: FastAPI, service: Service, listening: socket.socket, drain: float
         asyncio.run(run())
     finally:
         service.close()
-        listening.close()
