@@ -17,7 +17,7 @@ from tests.tiny import Checkpoints, prompt_of
 from weft import LLM, InputError, SamplingParams
 from weft.errors import WorkerFailed
 from weft.execute.controller import RunOptions
-from weft.llm import RequestOutput
+from weft.llm import Prompt, RequestOutput
 from weft.program.batch import one_prompt
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=32)
@@ -263,3 +263,62 @@ def test_a_rank_loads_little_more_than_its_shard(checkpoints: Checkpoints, tmp_p
         for loaded in llm.engine.started.loaded:
             assert loaded.weights > 180e6
             assert loaded.peak < 1.1 * loaded.weights
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_pieces_and_reuse_change_nothing(packaged: Path, ranks: int) -> None:
+    """Prompts in pieces, shared beginnings, several completions: the same tokens as whole and anew."""
+    text = "class Shape:\n    def area(self):\n        raise NotImplementedError\n" * 12
+    with LLM(packaged, tensor_parallel_size=ranks, overlap="serial", num_threads=1, enable_prefix_caching=False) as llm:
+        assert llm.engine.tokenizer is not None
+        ids = llm.engine.tokenizer.encode(text)
+        prompts: list[Prompt] = [
+            {"prompt_token_ids": part} for part in (ids[:200], ids[:150] + ids[10:60], ids[5:90], ids[:201])
+        ]
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
+        assert llm.engine.batcher.counts.reused == 0
+    with LLM(
+        packaged, tensor_parallel_size=ranks, overlap="iso:2", num_threads=1, max_num_batched_tokens=48, max_num_seqs=3
+    ) as llm:
+        for _ in range(2):
+            assert [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)] == expected
+            llm.engine.batcher.check_integrity()
+        assert llm.engine.batcher.counts.reused > 600
+        several = llm.generate(prompts[0], SamplingParams(temperature=0.0, max_tokens=32, n=3))[0]
+        assert [completion.token_ids for completion in several.outputs] == [expected[0]] * 3
+
+
+def test_reproducible_with_pieces_and_reuse(packaged: Path) -> None:
+    """The same bits: log-probabilities of the chosen tokens are equal, not merely close."""
+    wishes = SamplingParams(temperature=0.0, max_tokens=8, logprobs=0)
+    prompts: list[Prompt] = [{"prompt_token_ids": [(7 * i) % 4000 + 1 for i in range(n)]} for n in (400, 385, 257, 129)]
+    found = []
+    for options in ({"enable_prefix_caching": False}, {"max_num_batched_tokens": 200}):
+        with LLM(packaged, reproducible=True, num_threads=1, **options) as llm:  # type: ignore[arg-type]
+            for prompt in prompts:
+                output = llm.generate(prompt, wishes)[0].outputs[0]
+                assert output.logprobs is not None
+                found.append((output.token_ids, output.cumulative_logprob))
+            reused = llm.engine.batcher.counts.reused
+    assert reused == 128 * 2 + 128 and found[:4] == found[4:]
+
+
+def test_completions_of_a_schema(two_ranks: LLM) -> None:
+    schema = (
+        '{"type": "object", "properties": {"a": {"enum": [1, 22]}}, "required": ["a"], "additionalProperties": false}'
+    )
+    params = SamplingParams(n=3, seed=1, max_tokens=40, json_schema=schema)
+    for completion in two_ranks.generate("as JSON: ", params)[0].outputs:
+        assert completion.text in ('{"a": 1}', '{"a": 22}') and completion.finish_reason == "stop"
+
+
+def test_sequences_that_had_to_wait_for_memory_go_on_where_they_were(packaged: Path) -> None:
+    prompts: list[Prompt] = [{"prompt_token_ids": [i + 1, i + 2, 17 * i + 5, 40, 41]} for i in range(4)]
+    wishes = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    with LLM(packaged, num_threads=1, enable_prefix_caching=False) as llm:
+        expected = [llm.generate(prompt, wishes)[0].outputs[0].token_ids for prompt in prompts]
+        llm.engine.batcher.memory = 130
+        found = [output.outputs[0].token_ids for output in llm.generate(prompts, wishes)]
+        assert llm.engine.batcher.counts.preempted > 0
+        llm.engine.batcher.check_integrity()
+    assert found == expected

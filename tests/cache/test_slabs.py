@@ -45,3 +45,17 @@ def test_a_rank_without_heads_has_an_empty_slab() -> None:
     slabs.write(0, 0, 0, torch.empty(3, 0, 4))
     slabs.check_integrity()
     slabs.release(0)
+
+
+def test_a_beginning_is_copied_and_both_go_on_apart() -> None:
+    slabs = Slabs(2, 2, 3, 16, 4)
+    for layer in range(2):
+        slabs.write(0, layer, 0, torch.randn(10, 6, 4))
+    slabs.copy(0, 1, 7)
+    for layer in range(2):
+        for one, other in zip(slabs.read(0, layer), slabs.read(1, layer), strict=True):
+            assert torch.equal(one[:, :7], other[:, :7])
+    slabs.write(1, 0, 3, torch.zeros(1, 6, 4))
+    assert slabs.read(0, 0)[0][:, 3].abs().sum() > 0
+    assert slabs.used_bytes == 17 * slabs.bytes_per_token
+    slabs.check_integrity()

@@ -121,3 +121,10 @@ def test_exact_attention_wants_the_granule() -> None:
     query = torch.randn(1, 10, 8)
     with pytest.raises(ValueError, match="not a multiple of 128"):
         attend(query, query, query, 5, None, True)
+
+
+def test_a_single_row_that_a_cut_left_has_the_bits_of_the_whole() -> None:
+    query, keys, values = torch.randn(4, 129, 16), torch.randn(2, 129, 16), torch.randn(2, 129, 16)
+    whole = attend(query, keys, values, 0, None, True)
+    last = attend(query[:, 128:], keys, values, 128, None, True, decoding=False)
+    assert torch.equal(whole[128:], last)

@@ -34,16 +34,23 @@ def fused_attention_works() -> bool:
 
 
 def attend(
-    query_HnD: Tensor, keys_GSD: Tensor, values_GSD: Tensor, start: int, window: int | None, exact_rows: bool
+    query_HnD: Tensor,
+    keys_GSD: Tensor,
+    values_GSD: Tensor,
+    start: int,
+    window: int | None,
+    exact_rows: bool,
+    decoding: bool = True,
 ) -> Tensor:
     """Attention of the tokens at positions start, start + 1, … over keys 0 … start + n: [n, H * D].
 
     The keys and values of the new tokens are already in memory. `window`: positions that a token sees, itself
     included. `exact_rows`: bits of a row do not depend on where the sequence was cut, as long as `start` is a
-    multiple of GRANULE; raises ValueError if it isn't and n > 1.
+    multiple of GRANULE; raises ValueError if it isn't and n > 1. `decoding`: a single token is the next one of its
+    sequence, not what a cut left of a longer piece, which must have the bits that it has in that piece.
     """
     count, end = query_HnD.shape[1], start + query_HnD.shape[1]
-    if count == 1:
+    if count == 1 and (decoding or not exact_rows):
         first = 0 if window is None else max(0, end - window)
         return _one_token(query_HnD, keys_GSD[:, first:end], values_GSD[:, first:end])
     if exact_rows and start % GRANULE:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +64,14 @@ class Decoder:
         return self.embedding.new_empty(rows, self.width)
 
 
+class Piece(NamedTuple):
+    """Tokens of one sequence: its slot, the first one's position, and whether it is the sequence's next token alone."""
+
+    slot: int
+    start: int
+    decoding: bool
+
+
 @dataclass(slots=True)
 class Forward:
     """What the stages need to know of one batch."""
@@ -71,13 +80,16 @@ class Forward:
     tokens: Tensor  # [all rows]
     angles: Tensor  # [all rows, 1, D/2], complex
     slabs: Slabs
-    _pieces: dict[Rows, list[tuple[slice, int, int]]] = field(default_factory=dict)
+    _pieces: dict[Rows, list[tuple[slice, Piece]]] = field(default_factory=dict)
 
-    def pieces(self, rows: Rows) -> list[tuple[slice, int, int]]:
-        """The sequences that have tokens in `rows`: where in `rows`, which slot, and the first one's position."""
+    def pieces(self, rows: Rows) -> list[tuple[slice, Piece]]:
+        """The sequences that have tokens in `rows`, and where in `rows`."""
         if rows not in self._pieces:  # every layer asks for the same few rows
             self._pieces[rows] = [
-                (slice(part.start - rows.start, part.stop - rows.start), segment.sequence, self._position(part))
+                (
+                    slice(part.start - rows.start, part.stop - rows.start),
+                    Piece(segment.sequence, self._position(part), segment.length == 1),
+                )
                 for segment, part in self.batch.within(rows)
             ]
         return self._pieces[rows]
@@ -146,9 +158,8 @@ class Attention:
         heads_TnD = self._project(forward, input_TM, rows)
         pieces = forward.pieces(rows)
         if len(pieces) == 1:
-            _, slot, start = pieces[0]
-            return self._attend(forward.slabs, heads_TnD, slot, start)
-        return torch.cat([self._attend(forward.slabs, heads_TnD[here], slot, at) for here, slot, at in pieces])
+            return self._attend(forward.slabs, heads_TnD, pieces[0][1])
+        return torch.cat([self._attend(forward.slabs, heads_TnD[here], piece) for here, piece in pieces])
 
     def _project(self, forward: Forward, input_TM: Tensor, rows: Rows) -> Tensor:
         """This rank's query, key and value heads, in this order, turned by position: [T, H + 2G, D]."""
@@ -160,16 +171,16 @@ class Attention:
         rotate(turned, forward.angles[rows.start : rows.stop], self.exact_rows)
         return heads
 
-    def _attend(self, slabs: Slabs, heads_TnD: Tensor, slot: int, start: int) -> Tensor:
-        """Tokens of one sequence, from position `start` on: [T, H * D]."""
-        shape = self.shape
+    def _attend(self, slabs: Slabs, heads_TnD: Tensor, piece: Piece) -> Tensor:
+        """Tokens of one sequence: [T, H * D]."""
+        shape, (slot, start, decoding) = self.shape, piece
         query_HTD = heads_TnD[:, : shape.queries].transpose(0, 1)
         slabs.write(slot, self.layer, start, heads_TnD[:, shape.queries :])
         keys, values = slabs.read(slot, self.layer)
         if len(shape.runs) == 1:
-            return attend(query_HTD, keys, values, start, shape.window, self.exact_rows)
+            return attend(query_HTD, keys, values, start, shape.window, self.exact_rows, decoding)
         pieces = [
-            attend(query_HTD[run.query], keys[run.key], values[run.key], start, shape.window, self.exact_rows)
+            attend(query_HTD[run.query], keys[run.key], values[run.key], start, shape.window, self.exact_rows, decoding)
             for run in shape.runs
         ]
         return torch.cat(pieces, dim=1)

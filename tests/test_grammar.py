@@ -1,0 +1,48 @@
+"""Completions that must be JSON of a given form."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from weft.errors import InputError
+from weft.grammar import ANY_OBJECT, Grammars
+from weft.text import Tokenizer
+
+SCHEMA = json.dumps({
+    "type": "object", "required": ["name", "sizes"], "additionalProperties": False,
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "sizes": {"type": "array", "items": {"type": "integer", "minimum": -3, "maximum": 30}, "maxItems": 3},
+    },
+})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def grammars(packaged: Path) -> Grammars:
+    return Grammars(Tokenizer(packaged), 4096, frozenset({0}))
+
+
+def test_whatever_is_drawn_fits_the_schema(grammars: Grammars, packaged: Path) -> None:
+    tokenizer = Tokenizer(packaged)
+    for seed in range(10):
+        draw, matcher, tokens = random.Random(seed), grammars.matcher(SCHEMA), list[int]()
+        while not matcher.finished and len(tokens) < 200:
+            bits = np.unpackbits(np.frombuffer(matcher.allowed(), np.uint8), bitorder="little", count=4096)
+            token = draw.choice(np.flatnonzero(bits).tolist())
+            matcher.advance(token)
+            tokens.append(token)
+        value = json.loads(tokenizer.decode([token for token in tokens if token != 0]))
+        assert set(value) == {"name", "sizes"} and len(value["name"]) <= 6
+        assert all(-3 <= size <= 30 for size in value["sizes"]) and len(value["sizes"]) <= 3
+
+
+def test_schemas_that_cannot_be_followed(grammars: Grammars) -> None:
+    for wrong in ("nonsense", '{"type": "nothing"}', '{"$ref": "http://elsewhere/schema"}', "[]"):
+        with pytest.raises(InputError, match="schema can't be followed"):
+            grammars.matcher(wrong)
+    assert grammars.matcher(ANY_OBJECT).allowed() == grammars.matcher(ANY_OBJECT).allowed()
