@@ -262,9 +262,7 @@ def main() -> int:
     parser.add_argument("--overlap", default="iso:2")
     parser.add_argument("--cases", type=int, default=200, help="distinct requests")
     parser.add_argument("--reproducible", action="store_true")
-    parser.add_argument(
-        "--memory", type=int, default=8000, help="tokens; so few that some wait again"
-    )
+    parser.add_argument("--memory", type=int, default=8000, help="tokens; so few that some wait again")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None)
     given = parser.parse_args()
@@ -279,7 +277,6 @@ def main() -> int:
         known = cases(given.cases, options, given.seed)
         launcher = LocalLauncher()
         with server(options, launcher) as (service, url):
-            service.engine.batcher.memory = given.memory
             bar.update(task, description="soaking", total=given.requests if not given.seconds else None)
             soak = Soak(given, known, service, launcher)
             begin = time.perf_counter()

@@ -9,10 +9,10 @@ from pathlib import Path
 
 TORCH_FREE = (
     "weft", "weft.errors", "weft.config", "weft.program.check", "weft.program.build", "weft.timeline.terminal",
-    "weft.timeline.files",
-    "weft.simulate.run", "weft.simulate.hardware", "weft.plan.planner", "weft.plan.calibrate", "weft.plan.kept",
-    "weft.outlook.figures", "weft.batching.batcher", "weft.batching.params", "weft.execute.protocol",
-    "weft.execute.controller", "weft.launch.namespaces", "weft.model.families", "weft.model.shares",
+    "weft.timeline.files", "weft.simulate.run", "weft.simulate.hardware", "weft.plan.planner", "weft.plan.calibrate",
+    "weft.plan.kept", "weft.plan.budget", "weft.outlook.figures", "weft.batching.batcher", "weft.batching.params",
+    "weft.cache.prefixes", "weft.execute.protocol", "weft.execute.controller", "weft.launch.namespaces",
+    "weft.launch.joined", "weft.parallel.pulse", "weft.model.families", "weft.model.shares",
 )  # fmt: skip
 
 
@@ -37,8 +37,12 @@ def test_only_parallel_uses_torch_distributed() -> None:
     assert importers("torch.distributed") == {"weft/parallel/group.py"}
 
 
-def test_only_lanes_and_process_own_threads() -> None:
-    assert importers("threading") | importers("concurrent") == {"weft/execute/lanes.py", "weft/execute/process.py"}
+def test_who_owns_threads() -> None:
+    """On a rank the lanes, its process and its pulse; in the engine's process the service."""
+    assert importers("threading") | importers("concurrent") == {
+        "weft/execute/lanes.py", "weft/execute/process.py", "weft/parallel/pulse.py", "weft/server/service.py",
+        "weft/launch/joined.py",  # an event, by which a start that waits is interrupted
+    }  # fmt: skip
 
 
 def test_nothing_reads_pickle() -> None:

@@ -22,7 +22,7 @@ from weft.batching.params import SamplingParams
 from weft.batching.request import Request, Sequence
 from weft.calibration import granule_of, key_of, subject_of
 from weft.config import EngineConfig, ModelConfig
-from weft.errors import InputError, WorkerFailed, WorkerLost
+from weft.errors import GivenUp, InputError, WorkerFailed, WorkerLost
 from weft.execute.controller import Controller, RunOptions, RunResult, Started, Submitted
 from weft.execute.protocol import Choice, Chosen
 from weft.grammar import Grammars, Matcher
@@ -315,7 +315,7 @@ class Engine:
         return self._submit(following, after=1) if following is not None else None
 
     def restart(self, reason: str) -> None:
-        """A new group of workers. Raises `WorkerFailed` if that has been needed too often lately."""
+        """A new group of workers. Raises `GivenUp` if that has been needed too often lately."""
         self._ahead = None
         self.batcher.rewind()
         while True:
@@ -325,7 +325,7 @@ class Engine:
             self._restarts = [then for then in self._restarts if now - then < RESTART_SECONDS] + [now]
             self.controller.stop()
             if len(self._restarts) > MOST_RESTARTS:
-                raise WorkerFailed(f"workers were lost {len(self._restarts)} times within a minute; the last: {reason}")
+                raise GivenUp(f"workers were lost {len(self._restarts)} times within a minute; the last: {reason}")
             try:
                 self.started = self.controller.start(self.directory, self.model)
                 return

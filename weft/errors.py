@@ -15,6 +15,10 @@ class WorkerFailed(RuntimeError):
     """A rank can't do what was asked, and would fail the same way again."""
 
 
+class GivenUp(WorkerFailed):
+    """Workers are lost again and again; starting them once more would not help."""
+
+
 class Busy(RuntimeError):
     """More is asked for than may wait. `retry_after`: seconds after which there should be room."""
 

@@ -11,6 +11,10 @@ FORM = {
         "--html", "--json", "--link", "--mixed", "--overlap", "--plot", "--prompts", "--rounds", "--shares",
         "--threads", "--timeline", "--tokens", "--tp", "--wire", "model",
     ],
+    "chat": [
+        "--api-key", "--max-tokens", "--overlap", "--seed", "--shares", "--system", "--temperature", "--threads",
+        "--top-p", "--tp", "--url", "--wire", "model",
+    ],
     "doctor": ["--json"],
     "generate": [
         "--compare", "--json", "--max-tokens", "--min-p", "--overlap", "--recalibrate", "--repetition-penalty",
@@ -21,7 +25,14 @@ FORM = {
         "--catalogue", "--decoding", "--hardware", "--html", "--json", "--link", "--list", "--overlap", "--price",
         "--prompts", "--shares", "--tokens", "--ttft", "--wire", "model",
     ],
+    "serve": [
+        "--allow-anyone", "--api-key", "--client-timeout", "--drain", "--host", "--join-address", "--local-ranks",
+        "--max-body-bytes", "--max-model-len", "--max-num-batched-tokens", "--max-num-seqs", "--max-waiting",
+        "--overlap", "--port", "--prefix-caching", "--recalibrate", "--reproducible", "--request-timeout",
+        "--served-model-name", "--shares", "--threads", "--token-interval", "--tp", "--wire", "model",
+    ],
     "timeline": ["--out", "--width", "files"],
+    "worker": ["--address", "--join", "model"],
 }  # fmt: skip
 
 

@@ -11,9 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-import httpx2
 import typer
 from rich.console import Console
 
@@ -21,6 +20,9 @@ from weft.cli.options import shares_or_auto
 from weft.cli.terminal import loaded
 from weft.errors import InputError
 from weft.llm import LLM, RequestOutput
+
+if TYPE_CHECKING:
+    import httpx2
 
 HELP = """Talk with MODEL on the terminal, or with a running server (--url).
 
@@ -91,6 +93,8 @@ class Remote:
 
     def answer(self, messages: Messages) -> Iterator[str | Ended]:
         """As the server streams it."""
+        import httpx2
+
         asked = {
             "model": self.model, "messages": messages, "stream": True, "stream_options": {"include_usage": True},
             **self.wishes,
@@ -111,6 +115,8 @@ class Remote:
         yield Ended(tokens, reason)
 
     def _sent(self, send: Any) -> httpx2.Response:
+        import httpx2
+
         try:
             response: httpx2.Response = send()
         except (httpx2.TransportError, httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
@@ -178,6 +184,8 @@ def chat(
 
 
 def _client(url: str, api_key: str | None) -> httpx2.Client:
+    import httpx2
+
     base = url.rstrip("/") if "://" in url else f"http://{url.rstrip('/')}"
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:

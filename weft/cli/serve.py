@@ -17,9 +17,6 @@ from weft.errors import InputError
 from weft.launch.joined import JoinedLauncher
 from weft.launch.launcher import TOKEN_VARIABLE
 from weft.llm import LLM
-from weft.server.app import Settings, application
-from weft.server.run import bound, serve
-from weft.server.service import Service
 
 HELP = """Serve MODEL behind the OpenAI API, with a page at /.
 
@@ -89,6 +86,10 @@ def serve_command(
     local_ranks: Annotated[int, typer.Option(help="With --join-address: ranks on this machine.")] = 1,
 ) -> None:  # fmt: skip
     """See HELP."""
+    from weft.server.app import Settings, application
+    from weft.server.run import bound, serve
+    from weft.server.service import Service
+
     out = Console(stderr=True)
     keys = _keys(api_key)
     local = _is_loopback(host)

@@ -212,13 +212,13 @@ async def _answer(
     """Queues all prompts, then answers as they were asked for; whoever goes away frees their slots."""
     if asked.stream_options is not None and not asked.stream:
         raise InputError("stream_options are for streams; send stream true, or leave them out")
-    wishes, tickets = api.wishes(asked, request), list[Ticket]()
-    try:
-        for prompt in prompts:
-            tickets.append(await api.service.submit(prompt, params, wishes))
-    except BaseException:
+    wishes = api.wishes(asked, request)
+    # Together, so that all are there for the next batch.
+    found = await asyncio.gather(*(api.service.submit(p, params, wishes) for p in prompts), return_exceptions=True)
+    tickets = [ticket for ticket in found if isinstance(ticket, Ticket)]
+    if errors := [error for error in found if isinstance(error, BaseException)]:
         _cancel(api, tickets)
-        raise
+        raise errors[0]
     answer = _Answer(api, tickets, params.n, form, echoes)
     if not asked.stream:
         return whole(answer.whole)

@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 from weft.batching.params import SamplingParams
 from weft.batching.request import Request, Sequence
 from weft.engine import Completion, Engine, Progress, Step
-from weft.errors import Busy, InputError, Unavailable, WorkerFailed
+from weft.errors import Busy, GivenUp, InputError, Unavailable, WorkerFailed
 from weft.execute.protocol import Chosen
 from weft.server.metrics import Metrics
 
@@ -297,6 +297,8 @@ class Service:
         before = engine.last_step
         try:
             grown = engine.step()
+        except GivenUp:
+            raise
         except (InputError, WorkerFailed) as error:  # a rank ran out of memory, say: its group can't go on
             engine.restart(str(error))
             return []
