@@ -89,6 +89,7 @@ def test_chat_by_the_checkpoints_own_template(tmp_path: Path, packaged: Path) ->
 
     directory = Path(shutil.copytree(packaged, tmp_path / "model"))
     messages = [{"role": "user", "content": "What is a list?"}]
+    (directory / "chat_template.jinja").unlink()
     with pytest.raises(InputError, match="no chat template"):
         Tokenizer(directory).chat(messages)
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"

@@ -59,7 +59,7 @@ def _invalid(_: Request, error: Any) -> Response:
     if first["type"] == "extra_forbidden":
         message = "is not known here; leave it out"
     elif first["type"] == "json_invalid":
-        place, message = "", f"the body is not JSON: {first.get('ctx', {}).get('error', message)}"
+        field, place, message = None, "", f"the body is not JSON: {first.get('ctx', {}).get('error', message)}"
     return response(400, f"{place}: {message}" if place else message, field)
 
 

@@ -195,7 +195,10 @@ class Service:
         engine = self.engine
         if self.state is State.DRAINING:
             raise Unavailable("the server is shutting down; ask another one")
-        engine.check(prompt, params)
+        if params.json_schema:  # compiling it may take a while
+            await asyncio.to_thread(engine.check, prompt, params)
+        else:
+            engine.check(prompt, params)
         free = max(0, engine.config.max_sequences - self.running)
         if self.waiting + params.n > self.most_waiting + free:
             raise Busy(f"{self.waiting} completions wait already; try again later", self._retry_after())
