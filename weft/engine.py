@@ -262,7 +262,7 @@ class Engine:
         """Between requests: sees whether all workers are there, and starts them again if not."""
         try:
             self.controller.look()
-        except WorkerLost as error:
+        except (WorkerLost, WorkerFailed) as error:
             self.restart(str(error))
 
     def _expire(self) -> list[Sequence]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -263,7 +263,7 @@ class _Answer:
     def _echo(self, number: int) -> str:
         return self.echoes[number] if self.echoes is not None else ""
 
-    async def events(self, usage: bool, progress: bool) -> AsyncIterator[Event]:
+    async def events(self, usage: bool, progress: bool) -> AsyncGenerator[Event]:
         """Pieces as they come, of all prompts."""
         merged: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
         tasks = [asyncio.create_task(self._feed(number, merged, progress)) for number in range(1, len(self.tickets))]
@@ -295,7 +295,7 @@ class _Answer:
         except Exception as error:
             merged.put_nowait(error)
 
-    async def _events_of(self, number: int, progress: bool) -> AsyncIterator[Event]:
+    async def _events_of(self, number: int, progress: bool) -> AsyncGenerator[Event]:
         """One prompt's."""
         fresh = set(range(self.n)) if self.echoes is not None else set()
         async for piece in self.tickets[number].pieces(QUIET):

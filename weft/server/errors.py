@@ -76,5 +76,5 @@ def install(app: FastAPI) -> None:
     """Has the application answer so."""
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
-    for kind in (InputError, UnknownModel, Busy, Unavailable):
+    for kind in (InputError, UnknownModel, Busy, Unavailable, Exception):  # the last one is logged too
         app.add_exception_handler(kind, lambda _, error: answer(error))

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, suppress
 from typing import Any
 
 from starlette.responses import Response
@@ -71,14 +71,15 @@ def whole(make: Callable[[], Awaitable[dict[str, Any]]]) -> Watched:
     return Watched(work)
 
 
-def events(make: Callable[[], AsyncIterator[Event]]) -> Watched:
+def events(make: Callable[[], AsyncGenerator[Event]]) -> Watched:
     """Server-sent events; an error after the first one is an event of its own."""
 
     async def work(send: Send) -> None:
         await _send(send, 200, {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}, b"")
         try:
-            async for content in make():
-                await send({"type": "http.response.body", "body": event(content), "more_body": True})
+            async with aclosing(make()) as made:
+                async for content in made:
+                    await send({"type": "http.response.body", "body": event(content), "more_body": True})
         except Exception as error:
             status = errors.status_of(error) or 500
             said = errors.body(status, str(error) if status < 500 or status == 503 else "the server made a mistake")
