@@ -344,6 +344,7 @@ class Service:
         request = ticket.request
         if request is None or self._tickets.pop(request, None) is None or self._engine is None:
             return
+        _on(ticket.loop, partial(ticket.put, Unavailable("the request was cancelled")))  # whoever still reads it
         if self.state is not State.FAILED:
             self._engine.forget([s for s in request.sequences if s.finish_reason is None])
         self._engine.settle(request)
