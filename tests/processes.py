@@ -1,13 +1,44 @@
-"""weft's commands as processes of their own, for tests: what they say, and their end."""
+"""weft's commands, for tests: in this process, or as processes of their own."""
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from types import TracebackType
+from unittest.mock import patch
+
+from weft.cli.main import main
+
+WEFT = [sys.executable, "-m", "weft.cli.main"]
+
+
+def weft(
+    *arguments: str, text: str | None = None, code: int = 0, process: bool = False
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """`weft ARGUMENTS` with `text` on its standard input. In this process unless it is asked for another one: there
+    what it needs is imported already, which takes four seconds."""
+    if process:
+        command = [*WEFT, *arguments]
+        done = subprocess.run(command, input=text or "", capture_output=True, text=True, timeout=120, check=False)
+    else:
+        out, errors, ended = io.StringIO(), io.StringIO(), 0
+        with (
+            redirect_stdout(out), redirect_stderr(errors), patch.object(sys, "argv", ["weft", *arguments]),
+            patch.object(sys, "stdin", io.StringIO(text or "")),
+        ):  # fmt: skip
+            try:
+                main()
+            except SystemExit as exit:
+                ended = int(exit.code or 0)
+        done = subprocess.CompletedProcess(list(arguments), ended, out.getvalue(), errors.getvalue())
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
 
 
 class Command:
@@ -16,7 +47,7 @@ class Command:
     def __init__(self, *arguments: str, **environment: str) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed at the end)
         self.child = subprocess.Popen(
-            [sys.executable, "-m", "weft.cli.main", *arguments], stderr=self._log, stdout=self._log,
+            [*WEFT, *arguments], stderr=self._log, stdout=self._log,
             stdin=subprocess.DEVNULL, env=os.environ | {"COLUMNS": "200"} | environment,
         )  # fmt: skip
 

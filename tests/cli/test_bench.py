@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cli.test_generate import WEFT, weft
 from tests.launch.test_namespaces import needs_namespaces, ours
+from tests.processes import WEFT, weft
 
 SMALL = ("--tokens", "64", "--threads", "1")
 
@@ -23,7 +23,7 @@ def test_table_and_files(tmp_path: Path) -> None:
     files = {option: tmp_path / f"out{suffix}" for option, suffix in
              (("--json", ".json"), ("--html", ".html"), ("--timeline", ".svg"))}  # fmt: skip
     written = [str(part) for pair in files.items() for part in pair]
-    done = weft("bench", *SMALL, "--rounds", "2", "--overlap", "iso:2,rs,iso@20,40/30", *written)
+    done = weft("bench", *SMALL, "--rounds", "2", "--overlap", "iso:2,rs,iso@20,40/30", *written, process=True)
     for part in ("64 tokens, 2 ranks, link none", "iso@20,40/30", "possible", "GFLOP/s a rank", "Best strategy"):
         assert part in done.stdout
     data = json.loads(files["--json"].read_text())
@@ -38,7 +38,7 @@ def test_shaped_links_and_the_devices_counters(tmp_path: Path) -> None:
     out, plot = tmp_path / "out.json", tmp_path / "plot.svg"
     done = weft(
         "bench", "--tokens", "512", "--threads", "1", "--link", "100mbit,1x", "--overlap", "iso:2", "--rounds", "2",
-        "--json", str(out), "--plot", str(plot),
+        "--json", str(out), "--plot", str(plot), process=True,
     )  # fmt: skip
     assert "(1 x balance)" in done.stdout and plot.read_text().startswith("<svg")
     slow, _, balanced, _ = json.loads(out.read_text())["runs"]
@@ -129,7 +129,7 @@ def test_what_a_killed_bench_left_is_removed_by_the_next(tmp_path: Path) -> None
         signal.SIGKILL,
     )
     assert code == -signal.SIGKILL and len(ours()) == 2
-    weft("bench", *SMALL, "--rounds", "1", "--link", "200mbit", "--overlap", "iso:2")
+    weft("bench", *SMALL, "--rounds", "1", "--link", "200mbit", "--overlap", "iso:2", process=True)
     assert ours() == []
 
 

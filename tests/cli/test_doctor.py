@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tests.cli.test_generate import weft
+from tests.processes import weft
 
 
 def test_says_what_there_is_and_what_it_is_for() -> None:

@@ -6,31 +6,20 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.processes import WEFT, weft
 from tests.tiny import Checkpoints
-
-WEFT = [sys.executable, "-m", "weft.cli.main"]
-
-
-def weft(*arguments: str, text: str | None = None, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [*WEFT, *arguments], input=text or "", capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
 
 
 def test_text_and_what_it_achieved() -> None:
     done = weft(
         "generate", "The for statement is used to", "--tp", "2", "--overlap", "iso:2", "--threads", "1",
-        "--max-tokens", "12", "--temperature", "0", "--compare",
+        "--max-tokens", "12", "--temperature", "0", "--compare", process=True,
     )  # fmt: skip
     assert len(done.stdout.strip()) > 10
     for part in ("first token after", "tokens/s", "iso:2 · attention", "bound", "serial", "rank 1 network"):

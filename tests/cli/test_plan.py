@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_generate import weft
 from tests.outlook.test_figures import LLAMA_8B
+from tests.processes import weft
 
 
 @pytest.fixture(scope="module")
