@@ -18,7 +18,7 @@ from tests.processes import Command
 from tests.server.running import Running, running
 from weft import LLM
 from weft.errors import InputError
-from weft.launch.joined import JoinedLauncher, interface_of, parse_address
+from weft.launch.joined import SILENT, JoinedLauncher, interface_of, parse_address
 
 TOKEN = "between-us"
 
@@ -65,6 +65,19 @@ def test_a_rank_that_joined_is_started_again_and_machines_may_change(packaged: P
         spare.until("starting rank 1")
         server.service.close()
         spare.until("as it was told to")
+
+
+def test_long_work_is_no_silence(packaged: Path) -> None:
+    """Answers come one upon the other for longer than a machine waits for a sign of life."""
+    port = free_port()
+    launcher = JoinedLauncher(f"127.0.0.1:{port}", 0, TOKEN, lambda line: None)
+    with joining(port) as machine, running(packaged, launcher=launcher, max_num_seqs=1) as server:
+        with server.client() as http:
+            begin = time.monotonic()
+            while time.monotonic() - begin < 1.5 * SILENT:
+                asked = {"prompt": "def main(", "max_tokens": 1000, "ignore_eos": True}
+                assert http.post("/v1/completions", json=asked).is_success
+        assert server.service.engine.restarts == 0 and "gone silent" not in machine.said
 
 
 def test_who_has_another_token_is_not_heard() -> None:

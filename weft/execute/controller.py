@@ -27,6 +27,7 @@ from weft.timeline.timeline import Event, Timeline
 
 START_SECONDS = 120.0  # to import torch and to say hello, on a loaded machine
 LOOK_MILLISECONDS = 100  # how often the processes are looked at while a message is awaited
+LOOK_SECONDS = 0.5  # and while messages come: machines that joined want to hear that the engine lives
 
 M = TypeVar("M", bound=p.ToEngine)
 
@@ -88,16 +89,19 @@ class Controller:
         self._ranks: list[bytes] = []  # identities, by rank
         self._programs: dict[Program, int] = {}
         self._number = 0
+        self._looked = 0.0  # when the processes were looked at
+        self._loaded = False
 
     def start(self, directory: Path, model: ModelConfig, progress: Callable[[float], None] | None = None) -> Started:
         """Starts the workers and loads the model on them. `progress` is given the share that is done, 0 to 1.
 
         Raises `InputError` for what the user can change, `WorkerFailed` for the rest; no worker is left then.
         """
-        begin = time.monotonic()
+        begin, self._loaded = time.monotonic(), False
         try:
             self._bring_up()
             loaded = self._load(directory, model, progress or (lambda share: None))
+            self._loaded = True
         except BaseException:
             self.stop()
             raise
@@ -248,13 +252,15 @@ class Controller:
     def _next(self, deadline: float | None = None) -> tuple[bytes, p.ToEngine]:
         """The next message. Raises if a rank failed or ended, or if it is too late (seconds, monotonic)."""
         assert self._socket is not None, "the group is not started"
+        if time.monotonic() - self._looked > LOOK_SECONDS:  # also while messages come one upon the other
+            self._look(deadline)
         while not self._socket.poll(LOOK_MILLISECONDS):
             self._look(deadline)
         identity, data = self._socket.recv_multipart()
         message = p.decode_to_engine(data)
         if isinstance(message, p.Failed):
             self._failed(message)
-        if isinstance(message, p.Lost):
+        if isinstance(message, p.Lost) and self._loaded:  # a rank that loads may be silent for a while
             raise WorkerLost(f"rank {message.rank} heard nothing from rank {message.peer} for {message.seconds:.0f} s")
         return identity, message
 
@@ -267,6 +273,7 @@ class Controller:
 
     def _look(self, deadline: float | None) -> None:
         """Raises if a worker has ended, or if the time is over."""
+        self._looked = time.monotonic()
         if dead := self.launcher.dead():
             raise WorkerLost("; ".join(dead))
         if deadline is not None and time.monotonic() > deadline:

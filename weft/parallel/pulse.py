@@ -21,7 +21,8 @@ OWN_PAUSE = 1.5  # seconds that this thread itself did not run: then nothing is 
 
 
 class Pulse:
-    """Sends and listens until `stop()`. `store`: where ranks find each other. `lost(peer, seconds)` is told once."""
+    """Sends and listens until `stop()`. `store`: where ranks find each other. `lost(peer, seconds)` is told, again and
+    again while a peer is silent."""
 
     def __init__(self, rank: int, world: int, store: Any, address: str, lost: Callable[[int, float], None]) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -52,7 +53,7 @@ class Pulse:
                 self._send()
             for peer, then in list(heard.items()):
                 if now - then > SILENT:
-                    del heard[peer]
+                    heard[peer] = now  # and again, should it stay silent: who is told may not listen yet
                     self._lost(peer, now - then)
             with suppress(OSError):  # nothing came, or the network is down: silence says it
                 sender = self._names.get(self._socket.recv(64))
