@@ -59,6 +59,7 @@ def test_all_others_notice_a_silent_one_and_say_so_while_it_is(
     three: tuple[list[Pulse], list[tuple[int, int]]],
 ) -> None:
     pulses, lost = three
+    time.sleep(0.3)
     pulses[1].stop()
     time.sleep(1.4)
     assert set(lost) == {(0, 1), (2, 1)} and len(lost) == 4

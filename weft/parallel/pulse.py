@@ -41,7 +41,7 @@ class Pulse:
         self._thread.start()
 
     def _beat(self) -> None:
-        heard = dict.fromkeys(self._peers, time.monotonic())
+        heard: dict[int, float] = {}  # a peer that was never heard is behind a firewall, not lost
         before = sent = 0.0
         while not self._over.is_set():
             now = time.monotonic()
@@ -57,7 +57,7 @@ class Pulse:
                     self._lost(peer, now - then)
             with suppress(OSError):  # nothing came, or the network is down: silence says it
                 sender = self._names.get(self._socket.recv(64))
-                if sender in heard:
+                if sender is not None:
                     heard[sender] = time.monotonic()
 
     def _send(self) -> None:
