@@ -19,11 +19,9 @@ import platform
 import random
 import signal
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -40,7 +38,7 @@ from weft.config import processor_name
 from weft.hub import PACKAGED
 from weft.launch.local import LocalLauncher
 from weft.server.app import Settings, application
-from weft.server.run import Server, bound
+from weft.server.run import in_background
 from weft.server.service import Service
 from weft.timeline.timeline import median
 
@@ -91,34 +89,6 @@ def cases(count: int, options: dict[str, Any], seed: int) -> list[Case]:
             [output] = llm.generate({"prompt_token_ids": prompt}, params)
             found.append(Case(tuple(prompt), tokens, output.outputs[0].text))
     return found
-
-
-@contextmanager
-def server(options: dict[str, Any], launcher: LocalLauncher) -> Iterator[tuple[Service, str]]:
-    """In this process, so that its slots can be looked at."""
-    service = Service(lambda tell: LLM(PACKAGED, launcher=launcher, token_interval=0.2, **options).engine)
-    service.metrics.named("soak")
-    listening = bound("127.0.0.1", 0)
-    serving = _Quiet(application(service, Settings("soak")), service, drain=5)
-    thread = threading.Thread(target=lambda: asyncio.run(serving.serve(sockets=[listening])))
-    service.start()
-    thread.start()
-    try:
-        service.wait()
-        yield service, f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        serving.should_exit = True
-        thread.join()
-        service.close()
-        listening.close()
-
-
-class _Quiet(Server):
-    """Leaves signals to the main thread."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class Soak:
@@ -276,7 +246,11 @@ def main() -> int:
         task = bar.add_task("answering each alone", total=None)
         known = cases(given.cases, options, given.seed)
         launcher = LocalLauncher()
-        with server(options, launcher) as (service, url):
+        # In this process, so that its slots can be looked at.
+        service = Service(lambda tell: LLM(PACKAGED, launcher=launcher, token_interval=0.2, **options).engine)
+        service.metrics.named("soak")
+        with in_background(application(service, Settings("soak")), service) as url:
+            service.wait()
             bar.update(task, description="soaking", total=given.requests if not given.seconds else None)
             soak = Soak(given, known, service, launcher)
             begin = time.perf_counter()

@@ -38,9 +38,10 @@ def test_only_parallel_uses_torch_distributed() -> None:
 
 
 def test_who_owns_threads() -> None:
-    """On a rank the lanes, its process and its pulse; in the engine's process the service."""
+    """On a rank the lanes, its process and its pulse; in the engine's process the service and its server."""
     assert importers("threading") | importers("concurrent") == {
         "weft/execute/lanes.py", "weft/execute/process.py", "weft/parallel/pulse.py", "weft/server/service.py",
+        "weft/server/run.py",
         "weft/launch/joined.py",  # an event, by which a start that waits is interrupted
     }  # fmt: skip
 

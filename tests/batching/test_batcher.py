@@ -150,6 +150,20 @@ def test_memory_that_runs_out_makes_the_least_urgent_wait_again() -> None:
     assert shape(batcher.next(100)) == [(0, 21)], "with the tokens that it had, once there is memory"
 
 
+def test_nobody_waits_again_for_someone_less_urgent() -> None:
+    urgent, late = request(40, limit=4, first=100), request(3, limit=60, priority=1)
+    batcher = batcher_of(late, memory=86)
+    for _ in range(10):
+        commit(batcher, batcher.next(100))
+    batcher.add(urgent)  # comes in pieces, while the other one goes on decoding
+    while urgent.sequences[0].produced < 4:
+        commit(batcher, batcher.next(2))
+        assert urgent.sequences[0] in batcher.running
+    finish(batcher, urgent.sequences)
+    while late.sequences[0].produced < 60:
+        commit(batcher, batcher.next(100))
+
+
 class TestReuse:
     def test_a_longer_conversation_goes_on_in_place(self) -> None:
         first = request(40)

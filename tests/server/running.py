@@ -1,9 +1,7 @@
-"""Servers in this process, for tests: uvicorn on a thread, the engine with real workers behind it."""
+"""Servers in this process, for tests: the engine with real workers behind them."""
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ import httpx2
 from weft.engine import Engine, Progress
 from weft.llm import LLM
 from weft.server.app import Settings, application
-from weft.server.run import Server, bound
+from weft.server.run import in_background
 from weft.server.service import Service
 
 NAME = "tested"
@@ -42,36 +40,7 @@ def running(
     given = {"num_threads": 1, "overlap": "serial", "token_interval": 0.2, **options}
     service = Service(make or (lambda tell: LLM(model, progress=tell, **given).engine), most_waiting)
     service.metrics.named(NAME)
-    app = application(service, settings or Settings(NAME, patience=patience))
-    listening = bound("127.0.0.1", 0)
-    server = _Server(app, service, drain=5)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
-    service.start()
-    thread.start()
-    try:
+    with in_background(application(service, settings or Settings(NAME, patience=patience)), service) as url:
         if make is None:
             service.wait()
-        server.ready.wait(30)
-        yield Running(service, f"http://127.0.0.1:{listening.getsockname()[1]}")
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        service.close()
-        listening.close()
-        assert not thread.is_alive(), "the server did not end"
-
-
-class _Server(Server):
-    """Without signals, which are for main threads."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.ready = threading.Event()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, *arguments: Any, **options: Any) -> None:
-        await super().startup(*arguments, **options)
-        self.ready.set()
+        yield Running(service, url)

@@ -163,7 +163,7 @@ class Batcher:
         count = self._piece(sequence, most, alone=not chosen)
         slot, end = sequence.slot, sequence.computed + count
         assert slot is not None
-        if not count or not self._make_room(end - self._filled[slot], {*chosen, sequence}, now):
+        if not count or not self._make_room(end - self._filled[slot], sequence, chosen, now):
             return 0
         self._filled[slot] = max(self._filled[slot], end)
         chosen[sequence] = count
@@ -180,10 +180,11 @@ class Batcher:
             stop = _cut(stop, len(sequence.tokens), self.granule)
         return max(0, stop - sequence.computed)
 
-    def _make_room(self, tokens: int, needed: set[Sequence], now: float) -> bool:
-        """Sees to it that so many more tokens fit, at the cost of prefixes and of less urgent sequences."""
+    def _make_room(self, tokens: int, sequence: Sequence, chosen: Iterable[Sequence], now: float) -> bool:
+        """Sees to it that so many more tokens of a sequence fit, at the cost of prefixes and of less urgent ones."""
+        own = self.urgency(sequence, now)
         while self.used + tokens > self.memory:
-            others = [s for s in self.running if s not in needed]
+            others = [s for s in self.running if s not in chosen and self.urgency(s, now) > own]
             if (slot := self.prefixes.oldest()) is not None:
                 self.prefixes.take(slot)
                 self._drop(slot)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -84,16 +86,19 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """On the loop; and what called this server is not ended by the same signal once more."""
+        if threading.current_thread() is not threading.main_thread():  # signals are for that one
+            yield
+            return
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._signal, number)
+            loop.add_signal_handler(number, self._signal)
         try:
             yield
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
 
-    def _signal(self, number: int) -> None:
+    def _signal(self) -> None:
         self._signals += 1
         self.should_exit, self.force_exit = True, self._signals > 2
         if self._signals == 1:
@@ -129,3 +134,24 @@ def serve(app: FastAPI, service: Service, listening: socket.socket, drain: float
         asyncio.run(run())
     finally:
         service.close()
+
+
+@contextmanager
+def in_background(app: FastAPI, service: Service) -> Iterator[str]:
+    """The same on a thread and a free port of loopback, without signals: for who looks at the service meanwhile.
+
+    Yields the server's address while the model may still be loading; ends everything.
+    """
+    with bound("127.0.0.1", 0) as listening:
+        server = Server(app, service, drain=SETTLE_SECONDS)
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), name="weft-http")
+        service.start()
+        thread.start()
+        try:
+            while not server.started and thread.is_alive():
+                time.sleep(0.005)
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+            service.close()
