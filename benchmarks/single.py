@@ -84,10 +84,10 @@ class Transformers:
     def decode(self, tokens: list[int]) -> float:
         """Seconds a token, after the first one."""
         out = self.model(torch.tensor([tokens]), use_cache=True, logits_to_keep=1)
-        cache, token = out.past_key_values, int(out.logits[0, -1].argmax())
+        cache, token = out.cache, int(out.logits[0, -1].argmax())
         begin = time.perf_counter()
         for _ in range(DECODED - 1):
-            out = self.model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            out = self.model(torch.tensor([[token]]), cache=cache, use_cache=True)
             token = int(out.logits[0, -1].argmax())
         return (time.perf_counter() - begin) / (DECODED - 1)
 

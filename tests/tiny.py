@@ -76,12 +76,12 @@ class Checkpoints:
             model = copy.deepcopy(model)
         with torch.no_grad():
             out = model(torch.tensor([prompt]), use_cache=True)
-            first, cache_, greedy = out.logits[0, -1], out.past_key_values, []
+            first, past, greedy = out.logits[0, -1], out.cache, []
             logits = first
             for _ in range(tokens):
                 greedy.append(int(logits.argmax()))
-                step = model(torch.tensor([[greedy[-1]]]), past_key_values=cache_, use_cache=True)
-                logits, cache_ = step.logits[0, -1], step.past_key_values
+                step = model(torch.tensor([[greedy[-1]]]), cache=past, use_cache=True)
+                logits, past = step.logits[0, -1], step.cache
         return first, greedy
 
 
