@@ -38,6 +38,12 @@ class ModelConfig:
     max_length: int
     fields: dict[str, Any] = field(compare=False, repr=False)
 
+    @property
+    def stretches_beyond(self) -> int | None:
+        """Tokens of a prompt beyond which its rotary angles depend on its length; None if they never do."""
+        rope = self.fields.get("rope_parameters") or {}
+        return int(self.fields["max_position_embeddings"]) if rope.get("rope_type") == "dynamic" else None
+
     @classmethod
     def from_directory(cls, directory: Path) -> ModelConfig:
         """Reads `config.json`. Raises `InputError` if it is missing, unreadable, or of an unknown kind."""

@@ -1,16 +1,20 @@
 """The engine: batch -> plan -> submit -> collect -> commit.
 
-Owns every request; the workers own nothing that can't be rebuilt, so a lost rank costs time and no request.
+Owns every request; the workers own nothing that can't be rebuilt, so a lost rank costs time and no request, and a
+request can hurt nobody but itself: what goes wrong with one sequence ends its request; those of a batch that failed are
+tried once more, each by itself, and the one that fails again is refused.
 Knows all rooms by their fronts; knows nothing of HTTP or the command line.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as ReadOnly
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from random import Random
@@ -18,14 +22,15 @@ from random import Random
 import psutil
 
 from weft.batching.batcher import Batcher, Copy, Scheduled
-from weft.batching.params import SamplingParams
+from weft.batching.params import SamplingParams, token_ids
 from weft.batching.request import Request, Sequence
 from weft.calibration import granule_of, key_of, subject_of
+from weft.completion import Completion
 from weft.config import EngineConfig, ModelConfig
-from weft.errors import GivenUp, InputError, WorkerFailed, WorkerLost
+from weft.errors import GivenUp, InputError, Interrupted, WorkerFailed, WorkerLost
 from weft.execute.controller import Controller, RunOptions, RunResult, Started, Submitted
 from weft.execute.protocol import Choice, Chosen
-from weft.grammar import Grammars, Matcher
+from weft.grammar import Grammars
 from weft.launch.launcher import Launcher
 from weft.launch.local import LocalLauncher
 from weft.model.families import flags_of
@@ -39,29 +44,23 @@ from weft.program.batch import Batch, Segment
 from weft.program.steps import Program, decoder_stages
 from weft.program.strategy import AUTO, Strategy
 from weft.simulate.cost import Costs
-from weft.text import Detokenizer, StopText, Tokenizer, generation_defaults
+from weft.text import StopText, Tokenizer, generation_defaults
 
 Progress = Callable[[str, float], None]  # what goes on, and the share of it that is done
 ALIKE = 0.95  # of the fastest rank's speed: less than that is worth other shares
-MOST_RESTARTS = 3  # within RESTART_SECONDS; then whatever ends the workers will not go away by itself
+MOST_RESTARTS = 3  # groups that did not stay, within RESTART_SECONDS; then what ends them will not go away by itself
 RESTART_SECONDS = 60.0
+STAYS = 1.0  # seconds after which a group that was ready counts as one that stays, if it has done nothing until then
+PAUSES = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds before the next try, where other machines may come back
+MOST_FAILURES = 3  # batches by itself in which a request may find ranks killed or cut off; that need not be its doing
+SCORED_BYTES = 128 << 20  # of logits that a batch's scored rows may take
 SEEDS = 1 << 62  # with a completion's number added, still one of 64 bits
 MEMORY_PART = 0.9  # of what is free after loading may become key/value memory
 ALONE = 5  # times the wanted time between tokens a batch may take while nobody is waiting for a next token
 LEAST_ALONE = 512  # tokens of such a batch: smaller ones hide their communication worse
 
 
-@dataclass
-class Completion:
-    """What the engine keeps of a sequence beside its tokens."""
-
-    seed: int
-    detokenizer: Detokenizer | None
-    text: StopText
-    chosen: list[Chosen] = field(default_factory=list)
-    stop_reason: int | str | None = None
-    first_token: float | None = None  # seconds after the request came
-    matcher: Matcher | None = None  # if it must follow a grammar
+_log = logging.getLogger("weft")
 
 
 @dataclass(frozen=True)
@@ -109,19 +108,22 @@ class Engine:
         flags_of(self.model)  # says so now if the family is unknown
         _demand_memory(self.model, config)
         self.tokenizer = Tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
+        self.notices: list[str] = []
         self.end_ids = self._end_ids()
         self.planner = Planner(decoder_stages(self.model.layers), config.overlap, config.wire, granule_of(config))
         self.budget = Budget(self.planner)
         self.completions: dict[Sequence, Completion] = {}
-        self.notices: list[str] = []
         self.last_step: Step | None = None
         self.timeline_wanted = False  # of the next batch; it then is in `last_step`
         self.restarts = 0
-        self.on_lost: Callable[[str], None] = lambda reason: None  # is told when workers are lost
+        self.on_lost: Callable[[str], None] = lambda reason: None  # is told when workers are lost, and what is tried
+        self.meanwhile: Callable[[], None] = lambda: None  # is called again and again while workers are started again
         self._ahead: Flight | None = None
-        self._restarts: list[float] = []
+        self._restarts: list[float] = []  # when groups were lost that did not stay
+        self._ready: float | None = None  # since when the group is there, as long as it has done nothing
+        self._up = False
         self._began: dict[Request, float] = {}
-        self.controller = Controller(launcher or LocalLauncher(), config)
+        self.controller = Controller(launcher or LocalLauncher(), config, self._waiting)
         try:
             self._start(tell, recalibrate, share_by_speed)
         except WorkerLost as error:
@@ -135,8 +137,12 @@ class Engine:
         """Workers with the model and, where they are needed, its costs; a second time with other shares."""
         config = self.config
         self.started = self.controller.start(self.directory, self.model, lambda share: tell("loading", share))
+        self._up = True
         memory = self._memory_tokens(self.started)
-        self.batcher = Batcher(config.max_sequences, memory, config.prefixes, granule_of(config))
+        self.batcher = Batcher(
+            config.max_sequences, memory, config.prefixes, granule_of(config), self.model.stretches_beyond,
+            SCORED_BYTES // (4 * self.model.vocabulary),
+        )  # fmt: skip
         if config.ranks > 1 and (recalibrate or share_by_speed or config.overlap == AUTO):
             self._learn(tell, recalibrate)
         if not share_by_speed or self.planner.costs is None:
@@ -178,9 +184,13 @@ class Engine:
     def _end_ids(self) -> frozenset[int]:
         """Tokens that end a completion: generation_config.json's, else config.json's, and the tokenizer's."""
         given = generation_defaults(self.directory).get("eos_token_id", self.model.fields.get("eos_token_id"))
-        listed = given if isinstance(given, list) else [given]
-        own = self.tokenizer.end_ids if self.tokenizer else set()
-        return frozenset({token for token in listed if isinstance(token, int)} | own)
+        listed = [*(given if isinstance(given, list) else [given]), *(self.tokenizer.end_ids if self.tokenizer else ())]
+        known = range(self.model.vocabulary)
+        there = frozenset(token for token in listed if type(token) is int and token in known)
+        if missing := [token for token in listed if token is not None and token not in there]:
+            said = ", ".join(dict.fromkeys(map(repr, missing)))
+            self.notices.append(f"end token {said} is not in the vocabulary, 0 to {len(known) - 1}; left out")
+        return there
 
     def _memory_tokens(self, started: Started) -> int:
         """Tokens whose keys and values fit into what is free now, over all ranks of this machine."""
@@ -195,24 +205,32 @@ class Engine:
         return Grammars(self.tokenizer, self.model.vocabulary, self.end_ids)
 
     def add(
-        self, prompt: list[int], params: SamplingParams, priority: int = 0, owner: str = "",
+        self, prompt: ReadOnly[int], params: SamplingParams, priority: int = 0, owner: str = "",
         deadline: float | None = None,
     ) -> Request:  # fmt: skip
         """Queues a request; see `Request` for what it can be given. Raises `InputError` if it can't ever run."""
-        limit = self.check(prompt, params)
-        request = Request(tuple(prompt), params, limit, priority, owner, time.monotonic(), deadline)
-        schema = params.json_schema
-        matchers = [self.grammars.matcher(schema) if schema else None for _ in request.sequences]
+        tokens = token_ids(prompt, "the prompt")
+        limit = self.check(tokens, params)
+        request = Request(tokens, params, limit, priority, owner, time.monotonic(), deadline)
+        completions = [self._completion(sequence) for sequence in request.sequences]
+        # Nothing was changed until here, and nothing can fail from here on.
         self._began[request] = time.perf_counter()
-        seed = params.seed % SEEDS if params.seed is not None else secrets.randbits(62)
-        for sequence, matcher in zip(request.sequences, matchers, strict=True):
-            stream = self.tokenizer.stream(request.prompt, params.skip_special_tokens) if self.tokenizer else None
-            text = StopText(params.stops, params.include_stop_str_in_output)
-            self.completions[sequence] = Completion(seed + sequence.index, stream, text, matcher=matcher)
+        self.completions.update(zip(request.sequences, completions, strict=True))
         self.batcher.add(request)
         return request
 
-    def check(self, prompt: list[int], params: SamplingParams) -> int:
+    def _completion(self, sequence: Sequence) -> Completion:
+        params, prompt = sequence.request.params, sequence.request.prompt
+        seed = params.seed % SEEDS if params.seed is not None else secrets.randbits(62)
+        own = frozenset(params.stop_token_ids or ()) - (frozenset() if params.ignore_eos else self.end_ids)
+        return Completion(
+            sequence, seed + sequence.index,
+            self.tokenizer.stream(prompt, params.skip_special_tokens) if self.tokenizer else None,
+            StopText(params.stops, params.include_stop_str_in_output), own if params.ignore_eos else own | self.end_ids,
+            own, self.grammars.matcher(params.json_schema) if params.json_schema else None,
+        )  # fmt: skip
+
+    def check(self, prompt: ReadOnly[int], params: SamplingParams) -> int:
         """How many tokens may follow; raises `InputError` for requests that can't be run. For any thread."""
         limit = self._limit(prompt, params)
         if (room := len(prompt) + limit) > self.batcher.memory:
@@ -226,7 +244,7 @@ class Engine:
             self.grammars.matcher(params.json_schema)
         return limit
 
-    def _limit(self, prompt: list[int], params: SamplingParams) -> int:
+    def _limit(self, prompt: ReadOnly[int], params: SamplingParams) -> int:
         length, known = self.config.max_length, range(self.model.vocabulary)
         if not prompt:
             raise InputError("the prompt is empty; give at least one token")
@@ -238,35 +256,45 @@ class Engine:
             )
         if params.stops and self.tokenizer is None:
             raise InputError("stop texts need a tokenizer, and this model has no tokenizer.json; use stop_token_ids")
-        return min(params.max_tokens or max(1, self.batcher.memory - len(prompt)), length - len(prompt))
+        ends = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else self.end_ids)}
+        if params.min_tokens and len(ends) >= len(known):
+            raise InputError("every token ends the answer, so min_tokens leaves none to choose; leave it out")
+        most = params.max_tokens if params.max_tokens is not None else max(1, self.batcher.memory - len(prompt))
+        return min(most, length - len(prompt))
 
     def step(self) -> list[Sequence]:
         """One turn; returns the sequences that got a token or ended. There must be something to do."""
         begin = time.perf_counter()
-        if expired := self._expire():
+        if expired := self.expire():
             return expired
+        scheduled: Scheduled | None = None
+        flight: Flight | None = None
         try:
-            flight = self._ahead or self._submit(self.batcher.next(self._budget(), time.monotonic()))
-            self._ahead = self._look_ahead(flight.scheduled)
+            scheduled = self._ahead.scheduled if self._ahead else self.batcher.next(self._budget(), time.monotonic())
+            flight = self._ahead or self._submit(scheduled)
+            self._ahead = self._look_ahead(scheduled)
             result = self.controller.collect(flight.submitted)
-        except WorkerLost as error:
-            self.restart(str(error))
-            return []
-        alive = self._commit(flight.scheduled, result)
-        self.planner.observe(flight.plan, flight.scheduled.batch, result.compute, result.network)
-        self.budget.observe(flight.scheduled.batch, result.seconds)
-        self.last_step = Step(flight.scheduled, flight.plan, time.perf_counter() - begin, result)
+            self.planner.observe(flight.plan, scheduled.batch, result.compute, result.network)
+            self.budget.observe(scheduled.batch, result.seconds)
+        except Exception as error:  # whatever it is: nobody got a token yet, so the batch can be tried again
+            if flight is None and isinstance(error, WorkerLost):  # no worker has seen the batch
+                self.restart(str(error))
+                return []
+            return self._recover(scheduled, error)
+        self._ready = None
+        alive = self._commit(scheduled, result)
+        self.last_step = Step(scheduled, flight.plan, time.perf_counter() - begin, result)
         return alive
 
     def look(self) -> None:
         """Between requests: sees whether all workers are there, and starts them again if not."""
         try:
             self.controller.look()
-        except (WorkerLost, WorkerFailed) as error:
+        except (WorkerLost, WorkerFailed, InputError) as error:
             self.restart(str(error))
 
-    def _expire(self) -> list[Sequence]:
-        """Ends sequences whose time is over."""
+    def expire(self) -> list[Sequence]:
+        """Ends sequences whose time is over, and returns them."""
         expired = self.batcher.expired(time.monotonic())
         for sequence in expired:
             sequence.finish_reason = "timeout"
@@ -291,16 +319,26 @@ class Engine:
     def _submit(self, scheduled: Scheduled, after: int = 0) -> Flight:
         """Sends a batch off. `after`: tokens that its sequences will have got by then, beyond those they have."""
         plan = self.planner.plan(scheduled.batch)
-        choices = [self._choice(sequence, after) for sequence in scheduled.sampled]
+        choices = [choice for part in scheduled.parts for choice in self._choices(*part, after)]
         self._move()
         options = RunOptions(timeline=self.timeline_wanted)
         self.timeline_wanted = False
         submitted = self.controller.submit(scheduled.batch, scheduled.tokens, choices, plan.program, plan.wire, options)
         return Flight(scheduled, plan, submitted)
 
+    def _choices(self, sequence: Sequence, segment: Segment, _: bool, after: int) -> list[Choice]:
+        """Of a segment's wanted rows; where that fails, any, and the request is refused with the batch."""
+        try:
+            return self.completions[sequence].choices(segment, after)
+        except Exception as error:  # a grammar's, say
+            sequence.request.error = _said(error)
+            return [Choice()] * segment.wanted
+
     def _move(self) -> None:
-        """Has the workers do with their memory what the batcher decided."""
+        """Has the workers do with their memory what the batcher decided; new ones have none."""
         for move in self.batcher.moves():
+            if not self._up:
+                continue
             if isinstance(move, Copy):
                 self.controller.copy(*move)
             else:
@@ -314,77 +352,107 @@ class Engine:
         following = self.batcher.ahead(scheduled) if self.config.ranks == 1 else None
         return self._submit(following, after=1) if following is not None else None
 
-    def restart(self, reason: str) -> None:
-        """A new group of workers. Raises `GivenUp` if that has been needed too often lately."""
-        self._ahead = None
+    def _recover(self, scheduled: Scheduled | None, error: Exception) -> list[Sequence]:
+        """After a batch that failed: its requests are tried again, each by itself, or refused if they were.
+
+        Returns the sequences that ended. Raises `GivenUp` where starting the workers again doesn't help.
+        """
+        there = (*self.batcher.running, *self.batcher.waiting) if scheduled is None else scheduled.sequences
+        suspects = [sequence for sequence in there if sequence.finish_reason is None]
+        by_itself = len(suspects) == 1 and suspects[0].alone
+        for request in {sequence.request for sequence in suspects}:
+            request.failures += 1
+        if not isinstance(error, WorkerLost | WorkerFailed | InputError):
+            _log.error("a batch failed; its requests are tried again, each by itself", exc_info=error)
+        refused: list[Sequence] = []
+        if by_itself and (not isinstance(error, WorkerLost) or suspects[0].request.failures > MOST_FAILURES):
+            refused = self._refuse(suspects[0].request, f"this request made a rank fail, twice: {_said(error)}")
+        for sequence in suspects:
+            sequence.alone = True
+        self.restart(_said(error), blamed=by_itself)
+        return refused
+
+    def _refuse(self, request: Request, reason: str) -> list[Sequence]:
+        """Ends a request, and no other, because of what it did; returns its sequences that were not over yet."""
+        request.error = reason
+        ended = [sequence for sequence in request.sequences if sequence.finish_reason is None]
+        for sequence in ended:
+            sequence.finish_reason = "error"
+        self.forget(ended)
+        return ended
+
+    def restart(self, reason: str, blamed: bool = False) -> None:
+        """A new group of workers: one loss, however many tries that takes. `blamed`: a request may have caused it.
+
+        Raises `GivenUp` if groups don't stay, and no other machine is there that could make the difference.
+        """
+        self._ahead, self._up = None, False
         self.batcher.rewind()
+        self.restarts += 1
+        stayed = blamed or self._ready is None or time.monotonic() - self._ready > STAYS
+        patient, tries = self.controller.launcher.may_change, 0
         while True:
-            self.restarts += 1
             self.on_lost(reason)
             now = time.monotonic()
-            self._restarts = [then for then in self._restarts if now - then < RESTART_SECONDS] + [now]
+            self._restarts = [t for t in self._restarts if now - t < RESTART_SECONDS] + ([] if stayed else [now])
             self.controller.stop()
-            if len(self._restarts) > MOST_RESTARTS:
+            if len(self._restarts) > MOST_RESTARTS and not patient:
                 raise GivenUp(f"workers were lost {len(self._restarts)} times within a minute; the last: {reason}")
             try:
+                self._pause(PAUSES[min(tries, len(PAUSES) - 1)] if patient else 0.0)
                 self.started = self.controller.start(self.directory, self.model)
+                self._ready, self._up = time.monotonic(), True
                 return
-            except WorkerLost as error:
-                reason = str(error)
+            except Interrupted:
+                raise
+            except (WorkerLost, WorkerFailed, InputError) as error:
+                reason, stayed, tries = str(error), False, tries + 1
 
-    def _choice(self, sequence: Sequence, after: int = 0) -> Choice:
-        params, index = sequence.request.params, sequence.produced + after
-        banned = sorted(self._ends(sequence)) if index < params.min_tokens else []
-        matcher = self.completions[sequence].matcher
-        if params.greedy and not (params.penalised or banned or matcher or params.logprobs is not None):
-            return Choice()
-        return Choice(
-            temperature=0.0 if params.greedy else params.temperature, top_p=params.top_p,
-            top_k=max(0, params.top_k), min_p=params.min_p, presence=params.presence_penalty,
-            frequency=params.frequency_penalty, repetition=params.repetition_penalty,
-            seed=self.completions[sequence].seed, index=index, banned=banned,
-            prompt=list(sequence.request.prompt) if params.penalised else [],
-            output=list(sequence.output) if params.penalised else [], logprobs=params.logprobs,
-            allowed=matcher.allowed() if matcher else b"",
-        )  # fmt: skip
+    def _waiting(self) -> None:
+        self.meanwhile()
 
-    def _ends(self, sequence: Sequence) -> frozenset[int]:
-        """Tokens that end this completion."""
-        params = sequence.request.params
-        own = frozenset(params.stop_token_ids or ())
-        return own if params.ignore_eos else own | self.end_ids
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self._waiting()
+            time.sleep(0.05)
 
     def _commit(self, scheduled: Scheduled, result: RunResult) -> list[Sequence]:
-        """Gives every sequence that is still alive its token, and lets go of those that are complete."""
-        for sequence, segment in zip(scheduled.sequences, scheduled.batch.segments, strict=True):
-            if sequence.alive:
-                sequence.computed = segment.end
-        pairs = [(s, chosen) for s, chosen in zip(scheduled.sampled, result.chosen, strict=True) if s.alive]
-        for sequence, chosen in pairs:
-            sequence.tokens.append(chosen.token)
-            self._grow(sequence, chosen)
-        self.forget([sequence for sequence, _ in pairs if sequence.finish_reason])
-        return [sequence for sequence, _ in pairs]
+        """Gives every sequence that is still alive its token, and lets go of those that are complete.
 
-    def _grow(self, sequence: Sequence, chosen: Chosen) -> None:
-        """Text, stop conditions and first-token time of one new token."""
-        completion = self.completions[sequence]
-        completion.chosen.append(chosen)
-        if completion.first_token is None:
-            completion.first_token = time.perf_counter() - self._began[sequence.request]
-        if chosen.token in self._ends(sequence):
-            sequence.finish_reason = "stop"
-            completion.stop_reason = None if chosen.token in self.end_ids else chosen.token
-            return
-        if completion.matcher is not None:
-            completion.matcher.advance(chosen.token)
-        if completion.detokenizer is not None:
-            completion.text.grow(completion.detokenizer.step(chosen.token))
-        if completion.matcher is not None and completion.matcher.finished:
-            sequence.finish_reason = "stop"
-        elif completion.text.stopped is not None and sequence.produced >= sequence.request.params.min_tokens:
-            sequence.finish_reason, completion.stop_reason = "stop", completion.text.stopped
-        elif sequence.produced >= sequence.request.limit:
+        Returns those that got one or ended.
+        """
+        grown, complete, row = [], [], 0
+        for sequence, segment, grows in scheduled.parts:
+            answers, row = result.chosen[row : row + segment.wanted], row + segment.wanted
+            if not sequence.alive:
+                continue
+            sequence.computed = segment.end
+            try:
+                if sequence.request.error:
+                    raise InputError(sequence.request.error)
+                self._take(sequence, segment, grows, answers)
+            except Exception as error:  # whatever it is, it is this request's
+                grown += self._refuse(sequence.request, _said(error))
+                continue
+            grown += [sequence] if grows or sequence.finish_reason else []
+            complete += [sequence] if sequence.finish_reason else []
+        self.forget([sequence for sequence in complete if sequence.slot is not None])
+        return list(dict.fromkeys(grown))
+
+    def _take(self, sequence: Sequence, segment: Segment, grows: bool, answers: list[Chosen]) -> None:
+        """What a batch gave one sequence."""
+        completion, request = self.completions[sequence], sequence.request
+        if sequence.scored:
+            completion.score(segment, answers)
+        if grows:
+            sequence.tokens.append(answers[-1].token)
+            if completion.first_token is None:
+                completion.first_token = time.perf_counter() - self._began[request]
+            sequence.finish_reason = completion.take(answers[-1])
+            # Whatever failed, it wasn't this alone; a second time it would be in company only.
+            sequence.alone = sequence.alone and request.failures > 1
+        elif not request.limit and sequence.computed == len(request.prompt):
             sequence.finish_reason = "length"
 
     def forget(self, sequences: list[Sequence]) -> None:
@@ -392,7 +460,7 @@ class Engine:
         self.batcher.leave(sequences)
         if self._ahead is not None and not any(s.alive for s in self._ahead.scheduled.sequences):
             self._ahead = None  # nobody waits for it; its result is dropped when the next one is collected
-        with suppress(WorkerLost):  # a lost rank has no memory to free, and the next run notices
+        with suppress(WorkerLost, WorkerFailed):  # a lost rank has no memory to free, and the next run notices
             self._move()
 
     def settle(self, request: Request) -> list[Completion]:
@@ -405,12 +473,18 @@ class Engine:
         assert self.idle, "a probe would overwrite a running sequence's memory"
         self.batcher.forget_prefixes()
         self._move()
-        choices = [Choice() for _ in batch.sampled_rows]
+        choices = [Choice() for _ in batch.wanted_rows]
         return self.controller.run(batch, tokens, choices, plan.program, plan.wire, options)
 
     def close(self) -> None:
         """Ends the workers."""
         self.controller.close()
+
+
+def _said(error: Exception) -> str:
+    """An error in one line."""
+    line = next(iter(str(error).splitlines()), "")
+    return line if isinstance(error, WorkerLost | WorkerFailed | InputError) else f"{type(error).__name__}: {line}"
 
 
 def _demand_memory(model: ModelConfig, config: EngineConfig) -> None:

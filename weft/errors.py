@@ -7,12 +7,20 @@ class InputError(ValueError):
     """Something that the user gave can't be used: one line with what was given, what is allowed, what to do."""
 
 
+class LinkLost(RuntimeError):
+    """A rank can't reach another one."""
+
+
 class WorkerLost(RuntimeError):
-    """A rank ended, or said that it can't go on, while a batch was under way; the batch can be run again."""
+    """A rank was killed, stopped or cut off; whatever was under way can be run again."""
 
 
 class WorkerFailed(RuntimeError):
-    """A rank can't do what was asked, and would fail the same way again."""
+    """A rank can't do what was asked, or ended by its own fault; what was asked may be why."""
+
+
+class Interrupted(WorkerFailed):
+    """Who waited for workers doesn't want to any more."""
 
 
 class GivenUp(WorkerFailed):
@@ -25,6 +33,10 @@ class Busy(RuntimeError):
     def __init__(self, reason: str, retry_after: int) -> None:
         super().__init__(reason)
         self.retry_after = retry_after
+
+
+class RequestFailed(RuntimeError):
+    """One request could not be answered to its end, for a reason of its own; no other is concerned."""
 
 
 class Unavailable(RuntimeError):

@@ -8,10 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypedDict
 
-from weft.batching.params import SamplingParams
+from weft.batching.params import SamplingParams, token_ids
 from weft.batching.request import Request
+from weft.completion import Completion
 from weft.config import EngineConfig, ModelConfig
-from weft.engine import Completion, Engine, Progress
+from weft.engine import Engine, Progress
 from weft.errors import InputError
 from weft.hub import locate
 from weft.launch.launcher import Launcher
@@ -39,7 +40,8 @@ class Logprob:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One completion. `finish_reason`: "stop" or "length"; `stop_reason`: the stop text or token, if one ended it."""
+    """One completion. `finish_reason`: "stop", "length" or "error"; `stop_reason`: the stop text or token, if one ended
+    it."""
 
     index: int
     text: str
@@ -52,24 +54,42 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A prompt and its completions. `time_to_first_token`: seconds from when the request was queued."""
+    """A prompt and its completions. `time_to_first_token`: seconds from when the request was queued, if it got one.
+    `prompt_logprobs`: of each token of the prompt, the first one's None, if they were asked for. `error`: why it could
+    not be answered to its end; nothing else of the same call is concerned.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
-    time_to_first_token: float
+    time_to_first_token: float | None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    error: str | None = None
 
 
 def default_params(directory: Path, **changes: Any) -> SamplingParams:
     """What a checkpoint's `generation_config.json` proposes, with these changes."""
+    usable, _ = _proposed(directory)
+    return SamplingParams(**{**usable, **changes})
+
+
+def _proposed(directory: Path) -> tuple[dict[str, Any], list[str]]:
+    """A checkpoint's proposals, and a line for each that can't be used."""
     proposed = generation_defaults(directory)
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    taken = {name: proposed[name] for name in names if proposed.get(name) is not None}
+    usable: dict[str, Any] = {}
+    lines = []
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        if (value := proposed.get(name)) is None:
+            continue
+        try:
+            usable[name] = getattr(SamplingParams(**{name: value}), name)
+        except InputError as error:
+            lines.append(f"generation_config.json: {error}; left out")
     if proposed.get("do_sample") is False:
-        taken["temperature"] = 0.0
-    return SamplingParams(**{**taken, **changes})
+        usable["temperature"] = 0.0
+    return usable, lines
 
 
 class LLM:
@@ -107,6 +127,7 @@ class LLM:
         self.engine = Engine(
             directory, config, model_config, launcher, progress, recalibrate, share_by_speed=shares == AUTO
         )
+        self.engine.notices += _proposed(directory)[1]
 
     def __enter__(self) -> LLM:
         return self
@@ -184,7 +205,7 @@ class LLM:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, dict):
-            return list(prompt["prompt_token_ids"])
+            return list(token_ids(prompt["prompt_token_ids"], "prompt_token_ids"))
         if not prompt:
             raise InputError("the prompt is empty; give at least one character")
         if self.engine.tokenizer is None:
@@ -197,14 +218,19 @@ class LLM:
             self._completion(index, completion, list(sequence.output), sequence.finish_reason)
             for index, (sequence, completion) in enumerate(zip(request.sequences, completions, strict=True))
         ]
-        first = min(c.first_token for c in completions if c.first_token is not None)
+        first = min((c.first_token for c in completions if c.first_token is not None), default=None)
         text = prompt if isinstance(prompt, str) else None
-        return RequestOutput(str(request.number), text, list(request.prompt), outputs, True, first)
+        scores = completions[0].scores
+        scored = [self._logprobs(scores[at]) if at in scores else None for at in range(len(request.prompt))]
+        return RequestOutput(
+            str(request.number), text, list(request.prompt), outputs, True, first,
+            scored if request.params.prompt_logprobs is not None else None, request.error or None,
+        )  # fmt: skip
 
     def _completion(
         self, index: int, completion: Completion, tokens: list[int], reason: str | None
     ) -> CompletionOutput:
-        asked = any(chosen.rank for chosen in completion.chosen)
+        asked = completion.sequence.request.params.logprobs is not None
         logprobs = [self._logprobs(chosen) for chosen in completion.chosen] if asked else None
         total = sum(chosen.logprob for chosen in completion.chosen) if asked else None
         return CompletionOutput(index, completion.text.text, tokens, logprobs, total, reason, completion.stop_reason)
@@ -212,5 +238,5 @@ class LLM:
     def _logprobs(self, chosen: Any) -> dict[int, Logprob]:
         entries = {token: (value, rank) for rank, (token, value) in enumerate(chosen.top, start=1)}
         entries[chosen.token] = (chosen.logprob, chosen.rank)
-        decode = self.engine.tokenizer.decode if self.engine.tokenizer else (lambda ids: "")
-        return {token: Logprob(value, rank, decode([token])) for token, (value, rank) in entries.items()}
+        text_of = self.engine.tokenizer.spelling.text_of if self.engine.tokenizer else (lambda token: "")
+        return {token: Logprob(value, rank, text_of(token)) for token, (value, rank) in entries.items()}

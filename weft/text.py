@@ -1,4 +1,4 @@
-"""Text and tokens: a checkpoint's tokenizer, and completions that grow by whole characters.
+"""Text and tokens: a checkpoint's tokenizer, and completions that end before a stop text.
 
 Knows the tokenizer's files and stop texts; knows nothing of models or requests.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from copy import copy
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
+from weft.detokenizer import Detokenizer, Spelling
 from weft.errors import InputError
 
 
@@ -33,6 +33,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the checkpoint puts around a text."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError("the prompt holds half of a surrogate pair, which is no character") from None
         return list(self._hf(text)["input_ids"])
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
@@ -71,22 +75,14 @@ class Tokenizer:
         """The tokenizer's end-of-text token, if it has one."""
         return {self._hf.eos_token_id} if self._hf.eos_token_id is not None else set()
 
+    @cached_property
+    def spelling(self) -> Spelling:
+        """What its tokens are in bytes and in texts that grow."""
+        return Spelling(self._hf.backend_tokenizer)
+
     def stream(self, prompt: tuple[int, ...], skip_special_tokens: bool) -> Detokenizer:
         """Decodes what follows this prompt, token by token."""
-        return Detokenizer(self._hf.backend_tokenizer, prompt, skip_special_tokens)
-
-
-class Detokenizer:
-    """Tokens in, whole characters out: bytes of an unfinished character wait for the next token."""
-
-    def __init__(self, backend: Any, prompt: tuple[int, ...], skip_special_tokens: bool) -> None:
-        self._backend = backend
-        # The last tokens of the prompt tell whether a leading space belongs to the first word.
-        self._stream = DecodeStream(ids=list(prompt[-8:]), skip_special_tokens=skip_special_tokens)
-
-    def step(self, token: int) -> str:
-        """The characters that this token completes; often its own, sometimes none."""
-        return self._stream.step(self._backend, token) or ""
+        return self.spelling.stream(prompt, skip_special_tokens)
 
 
 class StopText:
@@ -97,14 +93,25 @@ class StopText:
         self.text = ""
         self.stopped: str | None = None
 
-    def grow(self, more: str) -> None:
-        """Appends; cuts the text at the earliest stop text that is now in it."""
-        searched = max(0, len(self.text) - max((len(stop) for stop in self._stops), default=0) + 1)
+    def grow(self, more: str, may_stop: bool = True) -> None:
+        """Appends; cuts the text at the earliest stop text that `more` completes, if it may stop here already."""
+        found = self._found(more) if may_stop else None
         self.text += more
-        found = [(at, stop) for stop in self._stops if (at := self.text.find(stop, searched)) >= 0]
-        if found:
-            at, self.stopped = min(found)
+        if found is not None:
+            at, self.stopped = found
             self.text = self.text[: at + (len(self.stopped) if self._keep_stop else 0)]
+
+    def would_stop(self, more: str) -> bool:
+        """Whether `more` completes a stop text."""
+        return self._found(more) is not None
+
+    def _found(self, more: str) -> tuple[int, str] | None:
+        if not (self._stops and more):
+            return None
+        begin = max(0, len(self.text) - max(map(len, self._stops)))
+        tail, end = self.text[begin:] + more, len(self.text) - begin
+        places = ((tail.find(stop, max(0, end - len(stop) + 1)), stop) for stop in self._stops)
+        return min(((begin + at, stop) for at, stop in places if at >= 0), default=None)
 
     @property
     def settled(self) -> int:

@@ -18,9 +18,9 @@ def request(length: int, limit: int = 4, n: int = 1, first: int = 0, **more: obj
 
 
 def commit(batcher: Batcher, scheduled: Scheduled, token: int = 7) -> None:
-    for sequence, segment in zip(scheduled.sequences, scheduled.batch.segments, strict=True):
+    for sequence, segment, grows in scheduled.parts:
         sequence.computed = segment.end
-        if segment.sampled:
+        if grows:
             sequence.tokens.append(token)
     batcher.check_integrity()
 
@@ -66,7 +66,7 @@ def test_a_long_prompt_comes_in_pieces_beside_next_tokens() -> None:
         shapes.append(shape(scheduled))
         commit(batcher, scheduled)
     assert shapes == [[(3, 1), (0, 7)], [(4, 1), (7, 7)], [(5, 1), (14, 6)]]
-    assert [segment.sampled for segment in scheduled.batch.segments] == [True, True]
+    assert [segment.wanted for segment in scheduled.batch.segments] == [1, 1]
 
 
 def test_pieces_end_on_the_granule_and_never_leave_a_single_token() -> None:
@@ -224,24 +224,40 @@ class TestReuse:
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_whatever_happens_all_is_computed_once_and_memory_is_kept_right(data: st.DataObject) -> None:
-    """Requests come, are cancelled, end; workers are lost. A model of the workers' memory sees every move."""
+    """Requests come, are cancelled, end; workers are lost. A model of the workers' memory sees every move.
+
+    A position's memory is its token, and whatever else its bits depend on: with a granule, whether it was computed as a
+    token of an answer; with angles that stretch, by how much they were.
+    """
     granule = data.draw(st.sampled_from([1, 8]))
     memory = data.draw(st.integers(60, 300))
-    batcher = Batcher(data.draw(st.integers(1, 4)), memory, data.draw(st.integers(0, 4)), granule)
-    slots: list[list[int]] = [[] for _ in range(batcher.slots)]
+    trained = data.draw(st.sampled_from([None, 20]))
+    batcher = Batcher(
+        data.draw(st.integers(1, 4)),
+        memory,
+        data.draw(st.integers(0, 4)),
+        granule,
+        trained,
+        data.draw(st.integers(1, 40)),
+    )
+    slots: list[list[Kept]] = [[] for _ in range(batcher.slots)]
     for turn in range(data.draw(st.integers(5, 40))):
         action = data.draw(st.sampled_from(["add", "add", "run", "run", "run", "cancel", "restart"]))
         if action == "add":
             kind, length = data.draw(st.integers(0, 1)), data.draw(st.integers(1, 50))
             prompt = (*([kind] * data.draw(st.integers(0, length))), *range(length))[:length]
-            params = SamplingParams(n=data.draw(st.integers(1, 2)))
-            batcher.add(Request(prompt, params, data.draw(st.integers(1, 8)), owner=str(kind), arrived=turn))
+            params = SamplingParams(
+                n=data.draw(st.integers(1, 2)), prompt_logprobs=data.draw(st.sampled_from([None, 0]))
+            )
+            batcher.add(Request(prompt, params, data.draw(st.integers(0, 8)), owner=str(kind), arrived=turn))
         elif action == "cancel" and not batcher.idle:
             there = [*batcher.waiting, *batcher.running]
             batcher.leave([there[data.draw(st.integers(0, len(there) - 1))]])
         elif action == "restart":
             batcher.rewind()
             slots = [[] for _ in slots]
+            for sequence in batcher.running:
+                sequence.alone = data.draw(st.booleans())
         elif not batcher.idle:
             scheduled = batcher.next(data.draw(st.integers(1, 40)), now=turn)
             run(batcher, scheduled, slots)
@@ -253,7 +269,17 @@ def test_whatever_happens_all_is_computed_once_and_memory_is_kept_right(data: st
     assert batcher.idle, "something waits for ever"
 
 
-def run(batcher: Batcher, scheduled: Scheduled, slots: list[list[int]]) -> None:
+Kept = tuple[int, bool, int]
+
+
+def bits(batcher: Batcher, sequence: Sequence, position: int) -> Kept:
+    """What a position's keys and values are, if each sequence were alone."""
+    length = len(sequence.request.prompt)
+    stretch = max(batcher.trained, length, position + 1) if batcher.trained is not None else 0
+    return sequence.tokens[position], batcher.granule > 1 and position >= length, stretch
+
+
+def run(batcher: Batcher, scheduled: Scheduled, slots: list[list[Kept]]) -> None:
     """What workers and engine do with a batch: memory must hold each sequence's own tokens up to where it goes on."""
     for move in batcher.moves():
         if isinstance(move, Copy):
@@ -261,20 +287,30 @@ def run(batcher: Batcher, scheduled: Scheduled, slots: list[list[int]]) -> None:
             slots[move.target] = slots[move.source][: move.length]
         else:
             slots[move.slot] = []
-    offset = 0
-    for sequence, segment in zip(scheduled.sequences, scheduled.batch.segments, strict=True):
+    offset, done = 0, []
+    if any(sequence.alone for sequence in scheduled.sequences):
+        assert len(scheduled.sequences) == 1
+    assert sum(s.length for q, s, _ in scheduled.parts if q.scored) <= batcher.most_scored
+    for sequence, segment, grows in scheduled.parts:
         memory = slots[segment.sequence]
-        assert memory[: segment.start] == sequence.tokens[: segment.start], "another sequence's keys and values"
+        own = [bits(batcher, sequence, position) for position in range(segment.end)]
+        assert memory[: segment.start] == own[: segment.start], "another sequence's keys and values"
         tokens = list(scheduled.tokens[offset : offset + segment.length])
         assert tokens == sequence.tokens[segment.start : segment.end]
-        slots[segment.sequence] = memory[: segment.start] + tokens
+        length = len(sequence.request.prompt)
+        if batcher.granule > 1:
+            assert segment.end <= length or segment.length == 1 or segment.start == 0 == length - segment.end
+        if sequence.scored:
+            assert segment.wanted == segment.length and sequence.reused == 0
+        slots[segment.sequence] = memory[: segment.start] + own[segment.start :]
         offset += segment.length
         sequence.computed = segment.end
-        if segment.sampled:
+        if grows:
             sequence.tokens.append(9)
-    done = [s for s in scheduled.sampled if s.produced >= s.request.limit]
-    for sequence in done:
-        sequence.finish_reason = "length"
+            sequence.alone = False
+        if sequence.produced >= sequence.request.limit and sequence.computed >= length:
+            sequence.finish_reason = "length"
+            done.append(sequence)
     batcher.leave(done)
     batcher.check_integrity()
 

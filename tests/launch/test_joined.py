@@ -85,7 +85,7 @@ def test_who_has_another_token_is_not_heard() -> None:
     launcher = JoinedLauncher(f"127.0.0.1:{port}", 0, TOKEN, lambda line: None)
     with joining(port, "another") as stranger:
         stranger.until("no answer from", 20)
-        assert launcher._there() == []
+        assert launcher._there(0.0) == []
     launcher.close()
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from weft.program.batch import Batch, Rows, Segment, one_prompt
 
-BATCH = Batch((Segment(0, 0, 5), Segment(3, 7, 1), Segment(1, 2, 4, sampled=False)))
+BATCH = Batch((Segment(0, 0, 5), Segment(3, 7, 1), Segment(1, 2, 4, wanted=2)))
 
 
-def test_spans_and_sampled_rows() -> None:
+def test_spans_and_wanted_rows() -> None:
     assert BATCH.tokens == 10
     assert BATCH.spans == (Rows(0, 5), Rows(5, 6), Rows(6, 10))
-    assert BATCH.sampled_rows == (4, 5)
+    assert BATCH.wanted_rows == (4, 5, 8, 9)
     assert BATCH.segments[1].end == 8
 
 

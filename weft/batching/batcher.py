@@ -19,6 +19,7 @@ AGE_SECONDS = 10.0  # of waiting make up for one step of priority, and for any s
 LEAST_SHARED = 16  # tokens: shorter prefixes are not worth a copy
 WORTH_WAITING = 32  # tokens that another sequence is computing just now, beyond those that are there
 LITTLE = 0.25  # of a shared beginning may be lost behind it by going on in place: a copy costs a page fault every 4 KiB
+FEW = 16  # rows that a batch may score in any case
 HEADROOM = 16  # tokens that every running sequence should still find memory for when one more starts
 
 
@@ -49,11 +50,12 @@ class Scheduled:
     batch: Batch
     sequences: tuple[Sequence, ...]
     tokens: tuple[int, ...]
+    growing: tuple[bool, ...]  # which of them get a token: all but those that go on in another batch
 
     @property
-    def sampled(self) -> Iterator[Sequence]:
-        """Those that get a token: all but prompts that go on in another batch."""
-        return (s for s, segment in zip(self.sequences, self.batch.segments, strict=True) if segment.sampled)
+    def parts(self) -> Iterator[tuple[Sequence, Segment, bool]]:
+        """Each sequence with its segment, and whether it gets a token."""
+        return zip(self.sequences, self.batch.segments, self.growing, strict=True)
 
 
 @dataclass
@@ -71,11 +73,17 @@ class Batcher:
 
     sequences: how many run at once. memory: what key/value memory holds in all. prefixes: how many sequences that are
     over may be kept for those that begin alike; 0 reuses nothing. granule: positions on whose multiples alone a
-    sequence may be cut.
+    sequence may be cut; above 1 answers are computed token by token also where they are known already, as after a
+    loss, so that the bits of keys and values don't tell. trained: where rotary angles stretch with a prompt that is
+    longer than this many tokens. scored: rows of prompts that a batch may score at most.
     """
 
-    def __init__(self, sequences: int, memory: int, prefixes: int = 0, granule: int = 1) -> None:
-        self.sequences, self.memory, self.granule = sequences, memory, granule
+    def __init__(
+        self, sequences: int, memory: int, prefixes: int = 0, granule: int = 1, trained: int | None = None,
+        scored: int = 1 << 20,
+    ) -> None:  # fmt: skip
+        self.sequences, self.memory, self.granule, self.trained = sequences, memory, granule, trained
+        self.most_scored = max(scored, 2 * granule, FEW)
         self.slots = sequences + prefixes
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -85,6 +93,7 @@ class Batcher:
         self._filled = [0] * self.slots  # positions whose memory is taken, still of use or not
         self._served: dict[str, float] = {}  # tokens, by owner
         self._moves: list[Move] = []
+        self._alone_last = False  # the last batch was the turn of those that are computed by themselves
 
     def add(self, request: Request) -> None:
         """Queues a request's sequences."""
@@ -118,17 +127,38 @@ class Batcher:
 
     def next(self, budget: int, now: float = 0.0) -> Scheduled:
         """The next batch, of about `budget` tokens at most; there must be something to do."""
+        self._alone_last = not self._alone_last
+        turns = [self._together, self._one_alone][:: -1 if self._alone_last else 1]
+        chosen = turns[0](budget, now) or turns[1](budget, now)
+        assert chosen, "nothing runs though something waits"
+        return self._counted(self._scheduled(chosen))
+
+    def _together(self, budget: int, now: float) -> dict[Sequence, int]:
+        """How many tokens of each go into one batch."""
         chosen: dict[Sequence, int] = {}
         self.running.sort(key=lambda s: (s.left > 1, self.urgency(s, now)))
         for sequence in list(self.running):
-            if budget > 0 and sequence.slot is not None:  # else it was preempted for one before it
+            if budget > 0 and sequence.slot is not None and not sequence.alone:  # no slot: preempted for one before it
                 budget -= self._extend(sequence, budget, chosen, now)
         for sequence in self._starting(now):
             if budget <= 0:
                 break
             budget -= self._extend(sequence, budget, chosen, now)
-        assert chosen, "nothing runs though something waits"
-        return self._counted(_scheduled(chosen))
+        return chosen
+
+    def _one_alone(self, budget: int, now: float) -> dict[Sequence, int]:
+        """The same for the most urgent of those that are computed by themselves; a slot is found for it."""
+        chosen: dict[Sequence, int] = {}
+        there = (s for s in (*self.running, *self.waiting) if s.alone)
+        first = min(there, key=lambda s: self.urgency(s, now), default=None)
+        if first is None:
+            return chosen
+        if first.slot is None and not self._may_start():
+            self._preempt(max(self.running, key=lambda s: self.urgency(s, now)))
+        if first.slot is None:
+            self._start(first, None)
+        self._extend(first, budget, chosen, now)
+        return chosen
 
     def ahead(self, scheduled: Scheduled) -> Scheduled | None:
         """The batch that follows `scheduled`, made before its tokens are known; None if that can't be foreseen.
@@ -137,30 +167,46 @@ class Batcher:
         has then been computed once too often, which costs a row and changes nothing.
         """
         same = set(scheduled.sequences) == set(self.running) and not (self.waiting and self._may_start())
-        fits = self.used + 2 * len(self.running) <= self.memory and all(s.sampled for s in scheduled.batch.segments)
+        fits = self.used + 2 * len(self.running) <= self.memory and all(scheduled.growing)
         if not (same and fits):
             return None
-        if any(not s.foreseeable or s.produced + 1 >= s.request.limit for s in scheduled.sequences):
+        if any(not s.foreseeable or s.alone or s.produced + 1 >= s.request.limit for s in scheduled.sequences):
             return None
-        segments = tuple(Segment(segment.sequence, segment.end, 1) for segment in scheduled.batch.segments)
+        segments = tuple(Segment(old.sequence, old.end, 1, prompt=old.prompt) for old in scheduled.batch.segments)
         for segment in segments:
             self._filled[segment.sequence] = max(self._filled[segment.sequence], segment.end)
         return self._counted(
-            Scheduled(Batch(segments), scheduled.sequences, tuple(-1 - i for i in range(len(segments))))
+            Scheduled(
+                Batch(segments), scheduled.sequences, tuple(-1 - i for i in range(len(segments))), scheduled.growing
+            )
         )
 
     def _counted(self, scheduled: Scheduled) -> Scheduled:
         """Puts the batch on its owners' accounts; a token of an answer counts twice, as it takes a pass of its own."""
-        for sequence, segment in zip(scheduled.sequences, scheduled.batch.segments, strict=True):
-            self._served[sequence.request.owner] += segment.length + segment.sampled
+        for sequence, segment, grows in scheduled.parts:
+            self._served[sequence.request.owner] += segment.length + grows
         return scheduled
+
+    def _scheduled(self, chosen: dict[Sequence, int]) -> Scheduled:
+        segments, tokens, growing = [], [], []
+        for sequence, count in chosen.items():
+            assert sequence.slot is not None
+            whole = count == sequence.left
+            prompt = len(sequence.request.prompt) if self.trained is not None else 0
+            wanted = count if sequence.scored else int(whole)
+            segments.append(Segment(sequence.slot, sequence.computed, count, wanted, prompt))
+            growing.append(whole and sequence.request.limit > 0)
+            tokens += sequence.tokens[sequence.computed : sequence.computed + count]
+        return Scheduled(Batch(tuple(segments)), tuple(chosen), tuple(tokens), tuple(growing))
 
     def _may_start(self) -> bool:
         return len(self.running) < self.sequences
 
     def _extend(self, sequence: Sequence, most: int, chosen: dict[Sequence, int], now: float) -> int:
         """Takes the next tokens of a running sequence into the batch; returns how many there was memory for."""
-        count = self._piece(sequence, most, alone=not chosen)
+        if sequence.scored:
+            most = min(most, self.most_scored - sum(count for other, count in chosen.items() if other.scored))
+        count = self._piece(sequence, most, alone=not chosen) if most > 0 else 0
         slot, end = sequence.slot, sequence.computed + count
         assert slot is not None
         if not count or not self._make_room(end - self._filled[slot], sequence, chosen, now):
@@ -174,10 +220,14 @@ class Batcher:
 
         Never all but one where the granule matters: one token by itself is computed by another kernel.
         """
-        stop = _cut(sequence.computed + most, len(sequence.tokens), self.granule)
+        length = len(sequence.tokens)
+        if self.granule > 1 and sequence.produced:  # what was an answer has the bits of tokens one by one
+            length = len(sequence.request.prompt)
+            if sequence.computed >= length:
+                return 1
+        stop = _cut(sequence.computed + most, length, self.granule)
         if stop <= sequence.computed and alone:
-            stop = min(len(sequence.tokens), sequence.computed + 2 * self.granule)
-            stop = _cut(stop, len(sequence.tokens), self.granule)
+            stop = _cut(min(length, sequence.computed + 2 * self.granule), length, self.granule)
         return max(0, stop - sequence.computed)
 
     def _make_room(self, tokens: int, sequence: Sequence, chosen: Iterable[Sequence], now: float) -> bool:
@@ -206,7 +256,7 @@ class Batcher:
         """Waiting sequences that start now, the most urgent first; the first that finds no memory ends it."""
         if not self._may_start():
             return
-        for sequence in sorted(self.waiting, key=lambda s: self.urgency(s, now)):
+        for sequence in sorted((s for s in self.waiting if not s.alone), key=lambda s: self.urgency(s, now)):
             found = self._found(sequence)
             if self._being_computed(sequence) >= (found.length if found else 0) + WORTH_WAITING:
                 continue  # until then: the others' turn
@@ -225,14 +275,14 @@ class Batcher:
 
     def _found(self, sequence: Sequence) -> Found | None:
         """Where the longest known beginning of its tokens is."""
-        if not self.prefixes.limit:
+        if not self.prefixes.limit or sequence.scored:
             return None
         tokens = sequence.request.packed if not sequence.produced else packed(sequence.tokens)
-        kept = self.prefixes.longest(tokens)
+        kept = self.prefixes.longest(tokens, self._stretch(sequence))
         found = [kept] if kept is not None else []
         for other in self.running:
             assert other.slot is not None
-            if other.tokens[0] == sequence.tokens[0]:
+            if other.tokens[0] == sequence.tokens[0] and self._stretch(other) == self._stretch(sequence):
                 found.append(Found(other.slot, min(other.computed, shared(other.request.packed, tokens))))
         slot, length = max(found, key=lambda f: f.length, default=Found(0, 0))
         length = self._usable(length, sequence)
@@ -240,20 +290,33 @@ class Batcher:
 
     def _usable(self, length: int, sequence: Sequence) -> int:
         """How much of a shared beginning can be reused: the last token is computed in any case."""
-        length = min(length, len(sequence.tokens) - 1) // self.granule * self.granule
-        alone = self.granule > 1 and length == len(sequence.tokens) - 1
+        last = (len(sequence.request.prompt) if self.granule > 1 else len(sequence.tokens)) - 1
+        length = min(length, last) // self.granule * self.granule
+        alone = self.granule > 1 and length == last
         return length - self.granule if alone else length
 
     def _being_computed(self, sequence: Sequence) -> int:
         """How much of its beginning other sequences are about to have."""
-        if not self.prefixes.limit:
+        if not self.prefixes.limit or sequence.scored:
             return 0
         soon = (
             self._usable(shared(other.request.packed, sequence.request.packed), sequence)
             for other in self.running
-            if other.left > 1 and other.tokens[0] == sequence.tokens[0]
+            if other.left > 1 and other.tokens[0] == sequence.tokens[0] and not other.alone
+            if self._stretch(other) == self._stretch(sequence)
         )
         return max(soon, default=0)
+
+    def _stretch(self, sequence: Sequence) -> int:
+        """What the angles of a prompt's positions depend on beside the position; alike for all but with `trained`."""
+        return max(self.trained, len(sequence.request.prompt)) if self.trained is not None else 0
+
+    def _lasting(self, sequence: Sequence) -> int:
+        """How many of its computed positions are what they would be in another sequence that begins alike."""
+        most = self._stretch(sequence) if self.trained is not None else sequence.computed
+        if self.granule > 1:
+            most = min(most, len(sequence.request.prompt))
+        return min(most, sequence.computed)
 
     def _start(self, sequence: Sequence, found: Found | None) -> None:
         """Gives a waiting sequence a slot, with what is known of its beginning in it."""
@@ -298,7 +361,8 @@ class Batcher:
                 self.waiting.remove(sequence)
                 continue
             self.running.remove(sequence)
-            for slot in self.prefixes.keep(sequence.slot, packed(sequence.tokens[: sequence.computed])):
+            tokens = packed(sequence.tokens[: self._lasting(sequence)])
+            for slot in self.prefixes.keep(sequence.slot, tokens, self._stretch(sequence)):
                 self._drop(slot)
             sequence.slot = None
 
@@ -327,13 +391,3 @@ def _cut(stop: int, length: int, granule: int) -> int:
         return length
     stop = stop // granule * granule
     return stop - granule if granule > 1 and length - stop == 1 else stop
-
-
-def _scheduled(chosen: dict[Sequence, int]) -> Scheduled:
-    segments, tokens = [], []
-    for sequence, count in chosen.items():
-        assert sequence.slot is not None
-        new = sequence.tokens[sequence.computed : sequence.computed + count]
-        segments.append(Segment(sequence.slot, sequence.computed, count, sampled=count == sequence.left))
-        tokens += new
-    return Scheduled(Batch(tuple(segments)), tuple(chosen), tuple(tokens))

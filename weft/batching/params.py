@@ -5,7 +5,10 @@ Names and meanings are those that vLLM's users know. Knows no tokenizer and no m
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 from weft.errors import InputError
 
@@ -14,12 +17,15 @@ from weft.errors import InputError
 class SamplingParams:
     """One request's wishes; raises `InputError` on construction for values that make no sense.
 
+    Everything is plain numbers, texts and tuples afterwards, whatever kind of number was given.
+
     n: how many completions. temperature: 0 is greedy. top_k: 0 or -1 is all. top_p, min_p: in 0..1.
     presence_penalty, frequency_penalty: subtracted from the logits of tokens that the completion has, once or per
     occurrence, in -2..2. repetition_penalty: divides (multiplies, below zero) the logits of tokens that prompt or
     completion have; 1 is none. seed: the same draw again, at any number of ranks and after any restart.
     stop: texts that end the completion. stop_token_ids: tokens that do. logprobs: how many of the likeliest
-    tokens to report beside the chosen one. json_schema: as JSON text; the completion is JSON that it describes.
+    tokens to report beside the chosen one; prompt_logprobs: the same for the tokens of the prompt, from the second one
+    on. max_tokens: 0 scores the prompt alone. json_schema: as JSON text; the completion is JSON that it describes.
     """
 
     n: int = 1
@@ -38,34 +44,39 @@ class SamplingParams:
     max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     json_schema: str | None = None
 
     def __post_init__(self) -> None:
-        _range(self.n, "n", 1, 128)
-        _range(self.temperature, "temperature", 0.0, 100.0)
-        _range(self.top_p, "top_p", 0.0, 1.0)
-        _range(self.top_k, "top_k", -1, 1 << 31)
-        _range(self.min_p, "min_p", 0.0, 1.0)
-        _range(self.presence_penalty, "presence_penalty", -2.0, 2.0)
-        _range(self.frequency_penalty, "frequency_penalty", -2.0, 2.0)
-        _range(self.repetition_penalty, "repetition_penalty", 0.01, 100.0)
-        _range(self.min_tokens, "min_tokens", 0, 1 << 31)
-        if self.max_tokens is not None:
-            _range(self.max_tokens, "max_tokens", 1, 1 << 31)
-        if self.logprobs is not None:
-            _range(self.logprobs, "logprobs", 0, 100)
+        for name, (low, high) in _NUMBERS.items():
+            self._set(name, _number(getattr(self, name), name, low, high))
+        for name, (least, most) in _COUNTS.items():
+            if getattr(self, name) is not None or name not in _OPTIONAL:
+                self._set(name, _whole(getattr(self, name), name, least, most))
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            self._set(name, bool(getattr(self, name)))
+        if self.max_tokens == 0 and self.prompt_logprobs is None:
+            raise InputError(
+                "max_tokens 0 is for scoring a prompt; give prompt_logprobs (echo, over HTTP), or at least 1"
+            )
         if self.top_p == 0.0:
             raise InputError("top_p 0 leaves no token; give a number above 0, or temperature 0 for greedy")
+        self._set("stop", _texts(self.stop))
         if any(not text for text in self.stops):
             raise InputError("stop contains an empty text, which would end every completion at once; leave it out")
+        if self.stop_token_ids is not None:
+            self._set("stop_token_ids", token_ids(self.stop_token_ids, "stop_token_ids"))
+        if self.json_schema is not None and not isinstance(self.json_schema, str):
+            raise InputError(f"json_schema is a {type(self.json_schema).__name__}; give the schema as JSON text")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # frozen for everybody else
 
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop texts as a tuple."""
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return _texts(self.stop) or ()
 
     @property
     def greedy(self) -> bool:
@@ -78,6 +89,55 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
 
 
-def _range(value: float, name: str, low: float, high: float) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+_NUMBERS = {
+    "temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0), "repetition_penalty": (0.01, 100.0),
+}  # fmt: skip
+_COUNTS = {
+    "n": (1, 128), "top_k": (-1, 1 << 31), "min_tokens": (0, 1 << 31), "max_tokens": (0, 1 << 31),
+    "logprobs": (0, 100), "prompt_logprobs": (0, 100), "seed": (-(1 << 63), (1 << 64) - 1),
+}  # fmt: skip
+_OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs", "seed")
+
+
+def _number(value: Any, name: str, low: float, high: float) -> float:
+    if type(value) is bool or not isinstance(value, Real) or not low <= float(value) <= high:
         raise InputError(f"{name} {value!r} is not allowed; give a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def _whole(value: Any, name: str, low: int, high: int) -> int:
+    whole = _index(int(value) if isinstance(value, float) and value.is_integer() else value)
+    if whole is None or not low <= whole <= high:
+        raise InputError(f"{name} {value!r} is not allowed; give a whole number from {low} to {high}")
+    return whole
+
+
+def _index(value: Any) -> int | None:
+    """A whole number of any kind as a plain one; None for anything else, and for true and false."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _texts(given: Any) -> tuple[str, ...] | None:
+    listed = (given,) if isinstance(given, str) else given
+    if listed is None:
+        return None
+    if not isinstance(listed, list | tuple) or not all(isinstance(text, str) for text in listed):
+        raise InputError(f"stop {given!r} is not allowed; give a text, or a list of texts")
+    return tuple(listed)
+
+
+def token_ids(given: Any, name: str) -> tuple[int, ...]:
+    """Token ids as plain integers, whatever kind of sequence and of integers they came in. Raises `InputError`."""
+    if isinstance(given, str | bytes) or not hasattr(given, "__iter__"):
+        raise InputError(f"{name} must be a list of token ids, not {type(given).__name__}")
+    whole = []
+    for token in given:
+        index = _index(token)
+        if index is None:
+            raise InputError(f"{name} holds {token!r}; token ids are whole numbers")
+        whole.append(index)
+    return tuple(whole)

@@ -18,7 +18,8 @@ class Request:
     """A prompt with its wishes, and the `n` sequences that continue it.
 
     `limit`: tokens of the longest completion. `priority`: lower runs earlier. `owner`: who shares the engine fairly
-    with other owners. `arrived`, `deadline`: seconds of a monotonic clock.
+    with other owners. `arrived`, `deadline`: seconds of a monotonic clock. `failures`: batches that failed with it;
+    `error`: why it was refused.
     """
 
     prompt: tuple[int, ...]
@@ -30,6 +31,8 @@ class Request:
     deadline: float | None = None
     number: int = field(default_factory=lambda: next(_numbers))
     sequences: list[Sequence] = field(default_factory=list)
+    failures: int = 0
+    error: str = ""
 
     def __post_init__(self) -> None:
         self.sequences = [Sequence(self, index, list(self.prompt)) for index in range(self.params.n)]
@@ -50,7 +53,8 @@ class Sequence:
     """One completion under way.
 
     `computed`: how many of its tokens have their keys and values in memory; `reused`: how many of them were not
-    computed for it. `finish_reason`: "stop", "length" or "timeout".
+    computed for it. `finish_reason`: "stop", "length", "timeout" or "error". `alone`: it is computed in batches by
+    itself, because one that failed had it.
     """
 
     request: Request
@@ -60,6 +64,7 @@ class Sequence:
     computed: int = 0
     reused: int = 0
     finish_reason: str | None = None
+    alone: bool = False
 
     @property
     def output(self) -> ReadOnly[int]:
@@ -75,6 +80,14 @@ class Sequence:
     def left(self) -> int:
         """Tokens that have no keys and values yet; 1 while decoding."""
         return len(self.tokens) - self.computed
+
+    @property
+    def scored(self) -> bool:
+        """True while the tokens of its prompt are to be scored: then all its rows are wanted, and none is reused.
+
+        Whoever has a token more than the prompt has its scores.
+        """
+        return self.request.params.prompt_logprobs is not None and not self.produced
 
     @property
     def foreseeable(self) -> bool:

@@ -40,11 +40,15 @@ def shared(one: bytes, other: bytes) -> int:
 
 
 class Prefixes:
-    """Kept slots with their tokens, at most `limit` of them, the least recently used first."""
+    """Kept slots with their tokens, at most `limit` of them, the least recently used first.
+
+    Slots of another `stretch` hold other keys for the same tokens: a number that must be equal (see `Batcher`).
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._stretch: dict[int, int] = {}
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._kept
@@ -56,35 +60,39 @@ class Prefixes:
         """Tokens that a kept slot holds."""
         return len(self._kept[slot]) // _WIDTH
 
-    def longest(self, tokens: bytes) -> Found | None:
+    def longest(self, tokens: bytes, stretch: int = 0) -> Found | None:
         """The kept slot that shares the longest beginning with these tokens; it counts as used now."""
         best: Found | None = None
-        for slot, kept in self._kept.items():
+        for slot, kept in self._alike(stretch):
             if kept[:_WIDTH] == tokens[:_WIDTH] and (length := shared(kept, tokens)) > (best.length if best else 0):
                 best = Found(slot, length)
         if best is not None:
             self._kept.move_to_end(best.slot)
         return best
 
-    def keep(self, slot: int, tokens: bytes) -> list[int]:
+    def _alike(self, stretch: int) -> list[tuple[int, bytes]]:
+        return [(slot, kept) for slot, kept in self._kept.items() if self._stretch[slot] == stretch]
+
+    def keep(self, slot: int, tokens: bytes, stretch: int = 0) -> list[int]:
         """Keeps a slot; returns those that are let go for it, which may be the slot itself.
 
         What one slot holds, and more, need not be held by another.
         """
         assert slot not in self._kept, f"slot {slot} is kept already"
-        if not tokens or self.limit == 0 or any(kept.startswith(tokens) for kept in self._kept.values()):
+        if not tokens or self.limit == 0 or any(kept.startswith(tokens) for _, kept in self._alike(stretch)):
             return [slot]
-        dropped = [other for other, kept in self._kept.items() if tokens.startswith(kept)]
+        dropped = [other for other, kept in self._alike(stretch) if tokens.startswith(kept)]
+        self._kept[slot], self._stretch[slot] = tokens, stretch
         for other in dropped:
             self.take(other)
-        self._kept[slot] = tokens
         while len(self._kept) > self.limit:
-            dropped.append(self._kept.popitem(last=False)[0])
+            dropped.append(next(iter(self._kept)))
+            self.take(dropped[-1])
         return dropped
 
     def take(self, slot: int) -> None:
         """A slot gets another use."""
-        del self._kept[slot]
+        del self._kept[slot], self._stretch[slot]
 
     def oldest(self, but: int | None = None) -> int | None:
         """The least recently used slot, beside `but`."""
@@ -94,13 +102,14 @@ class Prefixes:
         """Lets go of all; returns their slots."""
         slots = list(self._kept)
         self._kept.clear()
+        self._stretch.clear()
         return slots
 
     def check_integrity(self) -> None:
         """Asserts that there are no more than allowed, and that none is empty or held by another."""
         assert len(self._kept) <= self.limit, f"{len(self._kept)} prefixes are kept, {self.limit} are allowed"
-        listed = list(self._kept.values())
-        assert all(listed), "an empty prefix is kept"
-        assert not any(
-            one is not other and one.startswith(other) for one in listed for other in listed
-        ), "a prefix is kept twice"  # fmt: skip
+        assert all(self._kept.values()), "an empty prefix is kept"
+        assert self._kept.keys() == self._stretch.keys(), "a slot is kept in part"
+        for slot, tokens in self._kept.items():
+            others = [kept for other, kept in self._alike(self._stretch[slot]) if other != slot]
+            assert not any(tokens.startswith(kept) for kept in others), "a prefix is kept twice"

@@ -76,6 +76,8 @@ class Local:
         prompt = self.llm.engine.tokenizer.chat(messages)
         for piece in self.llm.stream({"prompt_token_ids": prompt}, self.params):
             if isinstance(piece, RequestOutput):
+                if piece.error is not None:
+                    raise InputError(piece.error)
                 yield Ended(len(piece.outputs[0].token_ids), piece.outputs[0].finish_reason)
             else:
                 yield piece

@@ -16,7 +16,7 @@ from rich.table import Table
 from weft.cli.options import shares_or_auto
 from weft.cli.terminal import bar, loaded
 from weft.compare import Measured, compare
-from weft.errors import InputError
+from weft.errors import InputError, RequestFailed
 from weft.llm import LLM, RequestOutput
 from weft.plan.search import WORTH
 from weft.program.batch import one_prompt
@@ -46,9 +46,9 @@ Examples:
 
 @dataclass(frozen=True)
 class _Timing:
-    """Seconds and tokens of one generation."""
+    """Seconds and tokens of one generation; no first token if it was to have none."""
 
-    first_token: float
+    first_token: float | None
     seconds: float
     prompt_tokens: int
     tokens: int
@@ -56,8 +56,12 @@ class _Timing:
     @property
     def decode_rate(self) -> float | None:
         """Tokens a second after the first one."""
-        rest = self.seconds - self.first_token
+        rest = self.seconds - self.first_token if self.first_token is not None else 0.0
         return (self.tokens - 1) / rest if self.tokens > 1 and rest > 0 else None
+
+    def describe(self) -> str:
+        """When the first token came."""
+        return "no token" if self.first_token is None else f"first token after {self.first_token * 1e3:.1f} ms"
 
 
 def generate(
@@ -154,6 +158,8 @@ def _stream(llm: LLM, prompt: str, params: Any, show: bool) -> tuple[RequestOutp
     if show:
         sys.stdout.write("\n")
         sys.stdout.flush()
+    if output.error is not None:
+        raise RequestFailed(output.error)
     tokens = sum(len(completion.token_ids) for completion in output.outputs)
     return output, _Timing(output.time_to_first_token, seconds, len(output.prompt_token_ids), tokens)
 
@@ -193,7 +199,7 @@ def _report(console: Console, llm: LLM, timing: _Timing, comparison: list[Measur
     plan = llm.engine.planner.plan(one_prompt(timing.prompt_tokens))
     decode = f"{timing.decode_rate:.1f} tokens/s after it" if timing.decode_rate else "one token"
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("prompt", f"{timing.prompt_tokens} tokens, first token after {timing.first_token * 1e3:.1f} ms")
+    table.add_row("prompt", f"{timing.prompt_tokens} tokens, {timing.describe()}")
     table.add_row("answer", f"{timing.tokens} tokens, {decode}")
     table.add_row("plan", plan.describe())
     if plan.predicted is not None:

@@ -12,7 +12,7 @@ import sys
 import typer
 
 from weft.cli import bench, chat, doctor, generate, plan, serve, timeline, worker
-from weft.errors import InputError, WorkerFailed
+from weft.errors import InputError, RequestFailed, WorkerFailed
 
 app = typer.Typer(
     name="weft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -37,7 +37,7 @@ def main() -> None:
         app()
     except InputError as error:
         _end(f"weft: {error}", 2)
-    except WorkerFailed as error:
+    except (WorkerFailed, RequestFailed) as error:
         _end(f"weft: {error}", 1)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -117,7 +117,10 @@ def serve_command(
             )  # fmt: skip
             return llm.engine
 
-        service = Service(make, max_waiting, launcher.interrupted.set if launcher is not None else lambda: None)
+        interrupt = launcher.interrupted.set if launcher is not None else lambda: None
+        service = Service(make, max_waiting, interrupt, lambda line: out.print(line, style="dim", markup=False))
+        if launcher is not None:
+            launcher.told = service.tell
         name = served_model_name or _name(model)
         service.metrics.named(name)
         settings = Settings(name, keys, local, max_body_bytes, client_timeout, request_timeout)

@@ -79,10 +79,12 @@ class Started:
 
 
 class Controller:
-    """One group of workers. Not for several threads."""
+    """One group of workers. Not for several threads. `meanwhile` is called again and again while they start."""
 
-    def __init__(self, launcher: Launcher, config: EngineConfig) -> None:
-        self.launcher, self.config = launcher, config
+    def __init__(
+        self, launcher: Launcher, config: EngineConfig, meanwhile: Callable[[], None] = lambda: None
+    ) -> None:  # fmt: skip
+        self.launcher, self.config, self._meanwhile = launcher, config, meanwhile
         self._context: zmq.Context[Any] = zmq.Context()
         self._folder = Path(tempfile.mkdtemp(prefix="weft-"))  # readable by this user only
         self._socket: zmq.Socket[bytes] | None = None
@@ -112,6 +114,7 @@ class Controller:
         self._socket = engine_socket(self._context, token)
         self._socket.bind(self.launcher.control_address(str(self._folder)))
         address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)  # with the port, where it was left open
+        self.launcher.meanwhile = self._meanwhile
         self.launcher.start(world, self.config.threads, address, token)
         deadline = time.monotonic() + START_SECONDS
         hellos = {i: hello for i, hello in (self._receive(p.Hello, deadline) for _ in range(world))}
@@ -194,7 +197,7 @@ class Controller:
     ) -> bytes:  # fmt: skip
         known = self._programs.get(program)
         number = self._programs.setdefault(program, len(self._programs))
-        segments = [(s.sequence, s.start, s.length, s.sampled) for s in batch.segments]
+        segments = [(s.sequence, s.start, s.length, s.wanted, s.prompt) for s in batch.segments]
         return p.encode(
             p.Run(
                 self._number, number, None if known is not None else program.text, segments, list(tokens),
@@ -274,10 +277,16 @@ class Controller:
     def _look(self, deadline: float | None) -> None:
         """Raises if a worker has ended, or if the time is over."""
         self._looked = time.monotonic()
-        if dead := self.launcher.dead():
-            raise WorkerLost("; ".join(dead))
+        if not self._loaded:
+            self._meanwhile()
+        self._demand_workers()
         if deadline is not None and time.monotonic() > deadline:
             raise WorkerFailed(f"the workers were not ready within {START_SECONDS:.0f} s; is the machine overloaded?")
+
+    def _demand_workers(self) -> None:
+        """Raises if a worker has ended, hangs or is silent."""
+        if dead := self.launcher.dead():
+            raise (WorkerFailed if self.launcher.crashed() else WorkerLost)("; ".join(dead))
 
     def _failed(self, message: p.Failed) -> None:
         if message.kind in ("input", "memory"):
@@ -285,10 +294,9 @@ class Controller:
         # A rank whose peer has died fails too, and may say so before the death is seen.
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline:
-            if dead := self.launcher.dead():
-                raise WorkerLost("; ".join(dead))
+            self._demand_workers()
             time.sleep(0.01)
-        raise WorkerFailed(message.message)
+        raise (WorkerLost if message.kind == "link" else WorkerFailed)(message.message)
 
 
 def _timeline(program: Program, answers: Sequence[p.Done], one_clock: bool) -> Timeline:

@@ -35,7 +35,7 @@ class Part(StrEnum):
 class Result:
     """What one run left on this rank.
 
-    `logits` [sampled rows, vocabulary], on rank 0 only. `spans`: start and end of every step, in seconds of this
+    `logits` [wanted rows, vocabulary], on rank 0 only. `spans`: start and end of every step, in seconds of this
     machine's monotonic clock. `checksums`: one per collective, equal on all ranks.
     """
 
@@ -230,6 +230,6 @@ class _Run:
     def _stand_in(self, step: Step) -> Tensor:
         """Memory of a partial's size, where nothing was computed."""
         if step.kind is Kind.GATHER:
-            rows = len(self.forward.batch.sampled_rows)
+            rows = len(self.forward.batch.wanted_rows)
             return self.state.hidden.new_zeros(rows, self.vocabulary[self.group.rank]).float()
         return self._hidden(step.rows)

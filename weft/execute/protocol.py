@@ -10,7 +10,7 @@ import msgspec
 
 from weft.config import ModelConfig
 
-VERSION = 3
+VERSION = 4
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
@@ -80,7 +80,10 @@ class Loaded(msgspec.Struct, tag=True, frozen=True):
 
 
 class Choice(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How to choose one sampled row's next token. `prompt` and `output` are there if penalties need them."""
+    """How to choose one wanted row's next token. `prompt` and `output` are there if penalties need them.
+
+    `given`: the token that does follow, as in a prompt; it is scored and nothing is chosen.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -95,6 +98,7 @@ class Choice(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt: list[int] = []
     output: list[int] = []
     logprobs: int | None = None
+    given: int | None = None
     allowed: bytes = b""  # a bit for every token that may be chosen, the lowest of each byte first; empty: all
 
 
@@ -107,7 +111,7 @@ class Run(msgspec.Struct, tag=True, frozen=True):
     number: int
     program: int
     text: str | None
-    segments: list[tuple[int, int, int, bool]]  # sequence, start, length, sampled
+    segments: list[tuple[int, int, int, int, int]]  # as in `program.batch.Segment`
     tokens: list[int]
     choices: list[Choice]
     wire: str
@@ -118,12 +122,16 @@ class Run(msgspec.Struct, tag=True, frozen=True):
 
 
 class Chosen(msgspec.Struct, frozen=True):
-    """One sampled token; its log-probability and rank (1 is likeliest) and the likeliest tokens, if asked for."""
+    """One token; its log-probability and rank (1 is likeliest) and the likeliest tokens, if asked for.
+
+    `error`: why there is none, for this row alone.
+    """
 
     token: int
     logprob: float = 0.0
     rank: int = 0
     top: list[tuple[int, float]] = []
+    error: str = ""
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):
@@ -140,7 +148,7 @@ class Done(msgspec.Struct, tag=True, frozen=True):
     chosen: list[Chosen] = []
     spans: list[tuple[float, float]] = []
     checksums: list[int] = []
-    logits: bytes = b""  # float32 [sampled rows, vocabulary]
+    logits: bytes = b""  # float32 [wanted rows, vocabulary]
 
 
 class Lost(msgspec.Struct, tag=True, frozen=True):
@@ -152,7 +160,7 @@ class Lost(msgspec.Struct, tag=True, frozen=True):
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
-    """It could not be done. `kind`: "input" (the user's), "memory", or "error"."""
+    """It could not be done. `kind`: "input" (the user's), "memory", "link" (to another rank) or "error"."""
 
     kind: str
     message: str

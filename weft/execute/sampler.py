@@ -1,7 +1,8 @@
-"""Chooses the next token from logits.
+"""Chooses the next token from logits, or scores the one that is given.
 
 Stateless: a choice depends on the logits, the request's wishes, its tokens so far, and (seed, index); so it is the
-same after a restart and beside any other request. Knows nothing of sequences or text.
+same after a restart and beside any other request. A row that can't be chosen from says why, and concerns no other.
+Knows nothing of sequences or text.
 
 Shapes: V vocabulary.
 """
@@ -19,13 +20,23 @@ from weft.execute.protocol import Choice, Chosen
 
 def sample(logits: Tensor, choices: list[Choice]) -> list[Chosen]:
     """One token for each row of `logits` [rows, V] (float32)."""
-    plain = all(c == _GREEDY or (c.temperature == 0 and _untouched(c) and c.logprobs is None) for c in choices)
-    if plain:
-        return [Chosen(token) for token in logits.argmax(dim=1).tolist()]
-    return [_one(row, choice) for row, choice in zip(logits, choices, strict=True)]
+    tokens = logits.argmax(dim=1)
+    fine = logits.gather(1, tokens[:, None]).isfinite()[:, 0].tolist()
+    rows = zip(logits, choices, fine, tokens.tolist(), strict=True)
+    return [_chosen(row, choice, token) if usable else _REFUSED for row, choice, usable, token in rows]
 
 
 _GREEDY = Choice()
+_REFUSED = Chosen(0, error="the model computed numbers that are none (not finite) for this request")
+
+
+def _chosen(row_V: Tensor, choice: Choice, likeliest: int) -> Chosen:
+    if choice == _GREEDY:
+        return Chosen(likeliest)
+    try:
+        return _one(row_V, choice)
+    except Exception as error:  # whatever it is, it is this row's alone
+        return Chosen(0, error=f"its next token could not be chosen ({type(error).__name__}: {error})")
 
 
 def _untouched(choice: Choice) -> bool:
@@ -33,10 +44,11 @@ def _untouched(choice: Choice) -> bool:
 
 
 def _one(raw_V: Tensor, choice: Choice) -> Chosen:
-    logits = raw_V
-    if not _untouched(choice):
-        logits = _penalised(raw_V.clone(), choice)
-    token = int(logits.argmax()) if choice.temperature == 0 else _draw(logits, choice)
+    logits = raw_V if _untouched(choice) else _penalised(raw_V.clone(), choice)
+    if choice.given is not None:
+        token = choice.given
+    else:
+        token = int(logits.argmax()) if choice.temperature == 0 else _draw(logits, choice)
     if choice.logprobs is None:
         return Chosen(token)
     logprobs = torch.log_softmax(raw_V, dim=0)
@@ -54,10 +66,15 @@ def _penalised(logits_V: Tensor, choice: Choice) -> Tensor:
         values = logits_V[seen]
         logits_V[seen] = torch.where(values > 0, values / choice.repetition, values * choice.repetition)
     logits_V -= choice.frequency * output + choice.presence * (output > 0)
-    logits_V[choice.banned] = -torch.inf
     if choice.allowed:
         bits = np.unpackbits(np.frombuffer(choice.allowed, dtype=np.uint8), bitorder="little", count=size)
         logits_V[torch.from_numpy(bits) == 0] = -torch.inf
+    unbanned = logits_V[choice.banned]
+    logits_V[choice.banned] = -torch.inf
+    if choice.banned and logits_V.max() == -torch.inf:  # a grammar that is over allows nothing but the end
+        logits_V[choice.banned] = unbanned
+    if logits_V.max() == -torch.inf:
+        raise ValueError("no token is allowed")
     return logits_V
 
 

@@ -21,7 +21,7 @@ import torch
 import zmq
 
 from weft.cache.slabs import Slabs
-from weft.errors import InputError
+from weft.errors import InputError, LinkLost
 from weft.execute import protocol as p
 from weft.execute.executor import Executor, Part
 from weft.execute.lanes import ThreadLanes
@@ -74,10 +74,11 @@ class Worker:
         place = int(os.environ.get(PLACE_VARIABLE, "0"))
         self.say(p.Hello(p.VERSION, place, socket.gethostname(), os.getpid(), self.address))
         while True:
-            message = p.decode_to_worker(self.control.recv())
-            if isinstance(message, p.Shutdown):
-                return
+            data = self.control.recv()
             try:
+                message = p.decode_to_worker(data)
+                if isinstance(message, p.Shutdown):
+                    return
                 self.answer(message)
             except Exception as error:  # whatever it is, the engine decides what follows
                 self.say(_failure(error))
@@ -189,6 +190,8 @@ def _failure(error: Exception) -> p.Failed:
     line = next(iter(str(error).splitlines()), "")
     if isinstance(error, InputError):
         return p.Failed("input", line)
+    if isinstance(error, LinkLost):
+        return p.Failed("link", line)
     if isinstance(error, MemoryError) or "can't allocate memory" in line:  # torch raises RuntimeError for it
         return p.Failed("memory", f"a rank ran out of memory: {line or 'no more is free'}")
     traceback.print_exception(error)

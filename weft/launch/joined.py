@@ -22,7 +22,7 @@ import msgspec
 import psutil
 import zmq
 
-from weft.errors import InputError, WorkerFailed
+from weft.errors import InputError, Interrupted
 from weft.launch.local import LocalLauncher
 from weft.launch.sockets import engine_socket, worker_socket
 
@@ -39,9 +39,11 @@ class Here(msgspec.Struct, tag=True, frozen=True):
 
 
 class Ended(msgspec.Struct, tag=True, frozen=True):
-    """The machine's worker has ended, or can't go on."""
+    """The machine's worker of group `number` has ended, or can't go on; `crashed`: by its own fault."""
 
     reason: str
+    number: int
+    crashed: bool = False
 
 
 class Known(msgspec.Struct, tag=True, frozen=True):
@@ -49,12 +51,13 @@ class Known(msgspec.Struct, tag=True, frozen=True):
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True):
-    """Start a worker that joins this address with this token."""
+    """Start a worker that joins this address with this token. `number`: of the group, to tell it from earlier ones."""
 
     address: str
     token: str
     threads: int
     place: int
+    number: int
 
 
 class End(msgspec.Struct, tag=True, frozen=True):
@@ -111,26 +114,31 @@ class _Machine:
     identity: bytes
     here: Here
     heard: float
-    reason: str | None = None  # why its worker has ended
+    ended: Ended | None = None  # what it said of its worker's end
 
 
 class JoinedLauncher:
     """`local` ranks on this machine, the rest on machines that join at HOST:PORT. `told`: progress, in words.
+
+    A machine that is missing is waited for; another one may take its place.
 
     Raises `InputError` for an address that this machine doesn't have.
     """
 
     def __init__(self, address: str, local: int, token: str | None, told: Callable[[str], None]) -> None:
         self.host, port = parse_address(address, "--join-address")
+        self.address = f"{self.host}:{port}"
         if self.host in ("0.0.0.0", "::", "*"):
             raise InputError("--join-address must be the address at which the other machines reach this one, not any")
-        self.local, self._told = local, told
+        self.local, self.told = local, told
         self.token = token or secrets.token_urlsafe(24)
         self._children = Placed(self.host)
         self._context: zmq.Context[Any] = zmq.Context()
         self._hub = engine_socket(self._context, self.token)
         self._machines: dict[bytes, _Machine] = {}
         self._used: list[_Machine] = []
+        self._number = 0  # of the group
+        self.meanwhile: Callable[[], None] = lambda: None
         self.interrupted = threading.Event()  # set by who doesn't want to wait for machines any more
         try:
             self._hub.bind(endpoint(self.host, port))
@@ -145,36 +153,43 @@ class JoinedLauncher:
         return f"between machines: {self.host} {' '.join(machine.here.address for machine in self._used)}"
 
     one_clock = False
+    may_change = True
 
     def control_address(self, folder: str) -> str:
         """One that other machines reach; the port is chosen free."""
         return endpoint(self.host, "*")
 
     def start(self, count: int, threads: int, address: str, token: str) -> None:
-        """Starts the local ranks, then waits for as many machines as are missing and has them start one each."""
+        """Waits for the machines that are missing, then starts the local ranks and has each machine start one."""
         local = min(self.local, count)
+        self._used = self._awaited(count - local)
+        self._number += 1
         self._children.start(local, threads, address, token)
-        missing = count - local
-        said = False
-        while len(there := self._there()) < missing:
-            if not said:
-                what = f"{missing - len(there)} more machine{'s' if missing - len(there) > 1 else ''}"
-                self._told(f"waiting for {what} to join at {self.host}")
-                said = True
-            if self.interrupted.is_set():
-                raise WorkerFailed("interrupted while waiting for machines to join")
-            self._listen(LOOK_MILLISECONDS)
-        self._used = there[:missing]
         for place, machine in enumerate(self._used, start=local):
-            machine.reason = None
-            self._say(machine, Begin(address, token, threads, place))
+            machine.ended = None
+            self._say(machine, Begin(address, token, threads, place, self._number))
 
-    def _there(self) -> list[_Machine]:
-        """Machines that live, in the order of their coming."""
+    def _awaited(self, count: int) -> list[_Machine]:
+        """So many machines that have given a sign of life from now on: one that is gone may look alive for a while."""
+        self._listen(0)  # what was said before is no sign of life now
+        begin, said = time.monotonic(), 0
+        while len(there := self._there(begin)) < count:
+            missing = count - len(there)
+            if missing != said and time.monotonic() - begin > 2 * EVERY:
+                said = missing
+                self.told(f"waiting for {missing} more machine{'s' if missing > 1 else ''} to join at {self.address}")
+            if self.interrupted.is_set():
+                raise Interrupted("interrupted while waiting for machines to join")
+            self.meanwhile()
+            self._listen(LOOK_MILLISECONDS)
+        return there[:count]
+
+    def _there(self, since: float) -> list[_Machine]:
+        """Machines that were heard since then (seconds, monotonic), in the order of their coming."""
         self._listen(0)
         now = time.monotonic()
         self._machines = {i: m for i, m in self._machines.items() if now - m.heard < SILENT}
-        return list(self._machines.values())
+        return [machine for machine in self._machines.values() if machine.heard >= since]
 
     def _listen(self, milliseconds: int) -> None:
         while self._hub.poll(milliseconds):
@@ -185,8 +200,8 @@ class JoinedLauncher:
                 known = self._machines.setdefault(identity, _Machine(identity, message, 0.0))
                 known.heard = time.monotonic()
                 self._say(known, Known())
-            elif identity in self._machines:
-                self._machines[identity].reason = message.reason
+            elif identity in self._machines and message.number == self._number:  # else of a group that is over
+                self._machines[identity].ended = message
 
     def _say(self, machine: _Machine, message: Known | Begin | End) -> None:
         with suppress(zmq.ZMQError):  # gone: its silence says so
@@ -202,11 +217,15 @@ class JoinedLauncher:
         now, lines = time.monotonic(), self._children.dead()
         for machine in self._used:
             where = f"the worker on {machine.here.name} ({machine.here.address})"
-            if machine.reason is not None:
-                lines.append(f"{where}: {machine.reason}")
+            if machine.ended is not None:
+                lines.append(f"{where}: {machine.ended.reason}")
             elif now - machine.heard > SILENT:
                 lines.append(f"{where} has been silent for {now - machine.heard:.0f} s")
         return lines
+
+    def crashed(self) -> bool:
+        """Of any rank, here or there."""
+        return self._children.crashed() or any(m.ended is not None and m.ended.crashed for m in self._used)
 
     def stop(self) -> None:
         """Ends all workers; machines stay joined."""
@@ -235,6 +254,7 @@ class Machine:
         self._socket.connect(endpoint(host, port))
         self._hub = f"{host}:{port}"
         self._known: float | None = None  # when the engine was heard last
+        self._number = 0  # of the group that the worker is in
 
     def serve(self) -> None:
         """Until it is interrupted; then the worker is ended."""
@@ -256,7 +276,7 @@ class Machine:
                 self._look()
         finally:
             self._children.stop()
-            self._say(Ended("weft worker was ended there"))
+            self._say(Ended("weft worker was ended there", self._number))
             self._socket.close(500)  # milliseconds for the last words
             self._context.term()
 
@@ -268,6 +288,7 @@ class Machine:
             return
         self._children.stop()
         if isinstance(message, Begin):
+            self._number = message.number
             self._told(f"starting rank {message.place}")
             self._children.first_place = message.place
             self._children.start(1, message.threads, message.address, message.token)
@@ -277,8 +298,9 @@ class Machine:
     def _look(self) -> None:
         """Tells the engine of a lost worker; ends one whose engine is gone."""
         if lines := self._children.dead():
+            crashed = self._children.crashed()
             self._children.stop()
-            self._say(Ended("; ".join(lines)))
+            self._say(Ended("; ".join(lines), self._number, crashed))
             self._told("; ".join(lines))
         if self._known is not None and time.monotonic() - self._known > SILENT:
             self._known = None

@@ -5,6 +5,7 @@ Knows nothing of how or where workers run; a cluster engine is one more launcher
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 TOKEN_VARIABLE = "WEFT_TOKEN"  # in the environment: a command line is seen by everyone
@@ -27,6 +28,13 @@ class Launcher(Protocol):
         """True if all workers read the same clock."""
         ...
 
+    meanwhile: Callable[[], None]  # set by who starts workers: called again and again while that waits for machines
+
+    @property
+    def may_change(self) -> bool:
+        """True if what is missing may come back, or be replaced, while one waits: other machines."""
+        ...
+
     def control_address(self, folder: str) -> str:
         """Where the engine is to listen for workers, as ZeroMQ writes it; `folder` is the engine's own."""
         ...
@@ -41,6 +49,10 @@ class Launcher(Protocol):
 
     def dead(self) -> list[str]:
         """What is known of workers that have ended, or that can't go on: a line each."""
+        ...
+
+    def crashed(self) -> bool:
+        """True if a worker has ended by its own fault, not because somebody killed it."""
         ...
 
     def stop(self) -> None:

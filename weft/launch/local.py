@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -19,6 +19,7 @@ import psutil
 
 from weft.launch.launcher import LEASE_VARIABLE, PLACE_VARIABLE, TOKEN_VARIABLE
 
+CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGSYS)
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
@@ -31,11 +32,13 @@ class LocalLauncher:
     command: Sequence[str] = (sys.executable, "-m", "weft.execute.worker")
 
     one_clock = True
+    may_change = False
     first_place = 0  # of the ranks that are started here
 
     def __init__(self) -> None:
         self._children: list[subprocess.Popen[bytes]] = []
         self._logs: list[IO[bytes]] = []
+        self.meanwhile: Callable[[], None] = lambda: None  # nothing here has to be waited for
 
     @property
     def link_name(self) -> str:
@@ -93,6 +96,10 @@ class LocalLauncher:
             if child.poll() is not None
         ]
         return ended + [f"worker {child.pid} is stopped" for child in self._children if _stopped(child)]
+
+    def crashed(self) -> bool:
+        """True if a child has ended by its own fault: with an exit code, or a signal that processors send."""
+        return any((child.poll() or 0) > 0 or -(child.returncode or 0) in CRASHES for child in self._children)
 
     def _last_line(self, log: IO[bytes]) -> str:
         log.seek(0)

@@ -54,6 +54,9 @@ class Checkpoint:
             _names(self.directory / name)
         return {tensor: self.directory / name for tensor, name in weight_map.items()}
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
     def read(self, name: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
         """A copy of a tensor, or of these rows or columns of it, in the stored dtype."""
         if name not in self._file_of:

@@ -55,7 +55,7 @@ class Decoder:
     def begin(self, batch: Batch, tokens: Sequence[int], slabs: Slabs) -> Forward:
         """One forward pass of `tokens` (one id a row of the batch) over the key/value memory in `slabs`."""
         ids = torch.tensor(tokens, device=self.embedding.device)
-        spans = [self.rope.angles(s.start, s.end, s.end) for s in batch.segments]
+        spans = [self.rope.angles(s.start, s.end, s.prompt or s.end) for s in batch.segments]
         angles = spans[0] if len(spans) == 1 else torch.cat(spans)
         return Forward(batch, ids, angles[:, None], slabs)
 
@@ -221,7 +221,7 @@ class Mlp:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The output head, for this rank's part of the vocabulary, on the sampled rows only."""
+    """The output head, for this rank's part of the vocabulary, on the wanted rows only."""
 
     projection: Linear
     scale: Tensor
@@ -233,13 +233,13 @@ class Head:
         return hidden_TM
 
     def body(self, forward: Forward, input_TM: Tensor, rows: Rows) -> Tensor:
-        """The last norm of those rows that are sampled: [sampled rows, M]."""
-        picked = [row - rows.start for row in forward.batch.sampled_rows if rows.start <= row < rows.stop]
+        """The last norm of those rows that are wanted: [wanted rows, M]."""
+        picked = [row - rows.start for row in forward.batch.wanted_rows if rows.start <= row < rows.stop]
         chosen = input_TM if len(picked) == len(input_TM) else input_TM[picked]
         return unit_rows(chosen, self.epsilon, self.exact_rows).mul_(self.scale)
 
     def tail(self, features: Tensor) -> Tensor:
-        """Logits of this rank's vocabulary [sampled rows, vocabulary of this rank], float32."""
+        """Logits of this rank's vocabulary [wanted rows, vocabulary of this rank], float32."""
         return self.projection(features).float()
 
     def absorb(self, hidden_TM: Tensor, total_TM: Tensor) -> None:

@@ -17,28 +17,37 @@ from weft.config import ModelConfig, huggingface_config
 class Rope:
     """Complex angles of positions, computed on first use and kept.
 
-    The `dynamic` scaling stretches with the sequence: its frequencies depend on how long the sequence is by the
-    end of the forward pass, so `length` is an argument; the others ignore it.
+    The `dynamic` scaling stretches with the sequence. transformers turns a whole prompt by its length and each token
+    after it by the length up to there; so does this, however the tokens come in batches: `prompt` is an argument,
+    which the others ignore.
     """
 
     def __init__(self, config: ModelConfig, device: str = "cpu") -> None:
         self._config = config
         self._parameters: dict[str, Any] = config.fields.get("rope_parameters") or {}
         self._kind: str = self._parameters.get("rope_type", "default")
-        self._trained = int(config.fields["max_position_embeddings"])
+        self._trained = config.stretches_beyond or 0
         self._width = config.head_dim
         self._limit = config.max_length
         self._device = device
-        self._fixed = self._table(*self._frequencies(None), self._limit) if self._kind != "dynamic" else None
+        self._fixed = self._table(*self._frequencies(None), self._limit) if not self._trained else None
         self._stretched = lru_cache(maxsize=8)(self._for_length)
 
-    def angles(self, start: int, end: int, length: int) -> Tensor:
-        """cos + i sin, times the scaling's attention factor: complex [end - start, D/2]."""
-        table = self._fixed if self._fixed is not None else self._stretched(max(length, self._trained))
-        return table[start:end]
+    def angles(self, start: int, end: int, prompt: int) -> Tensor:
+        """cos + i sin, times the scaling's attention factor: complex [end - start, D/2].
 
-    def _for_length(self, length: int) -> Tensor:
-        return self._table(*self._frequencies(length), length)
+        `prompt`: tokens of the sequence's prompt.
+        """
+        if self._fixed is not None:
+            return self._fixed[start:end]
+        alike = max(prompt, self._trained)  # as many positions are turned by one table
+        parts = [self._stretched(alike)[start : min(end, alike)]] if start < alike else []
+        parts += [self._for_length(at + 1, at) for at in range(max(start, alike), end)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _for_length(self, length: int, start: int = 0) -> Tensor:
+        """Positions `start` to `length` of a sequence of that length."""
+        return self._table(*self._frequencies(length), length, start)
 
     def _frequencies(self, length: int | None) -> tuple[Tensor, float]:
         if self._kind == "default":  # nothing to look up: spares workers transformers' start-up time
@@ -50,6 +59,6 @@ class Rope:
         frequencies, factor = ROPE_INIT_FUNCTIONS[self._kind](hf, torch.device("cpu"), seq_len=length)
         return frequencies, float(factor)
 
-    def _table(self, frequencies: Tensor, factor: float, length: int) -> Tensor:
-        turns = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    def _table(self, frequencies: Tensor, factor: float, length: int, start: int = 0) -> Tensor:
+        turns = torch.outer(torch.arange(start, length, dtype=torch.float32), frequencies)
         return torch.complex(turns.cos() * factor, turns.sin() * factor).to(self._device)

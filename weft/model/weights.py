@@ -26,6 +26,9 @@ from weft.model.kernels import Linear
 from weft.model.shares import Share
 
 
+HEAD = "lm_head.weight"
+
+
 @dataclass(frozen=True)
 class AttentionWeights:
     """Fused query/key/value and output projections, and the scales of per-head norms [heads, D] if any."""
@@ -70,7 +73,7 @@ def load(
         mlp.append(reader.mlp(f"model.layers.{layer}."))
         checkpoint.forget()
         progress(layer + 1, config.layers)
-    embedding = reader.whole("model.embed_tokens.weight", config.vocabulary, config.hidden)
+    embedding = reader.whole(reader.embedding_name, config.vocabulary, config.hidden)
     head = reader.head(embedding)
     scale = reader.scale("model.norm.weight", config.hidden)
     checkpoint.forget()
@@ -154,12 +157,23 @@ class _Reader:
         down = self._columns(f"{prefix}mlp.down_proj", width, None, flags.mlp_bias)
         return MlpWeights(gate_up, down)
 
+    @property
+    def embedding_name(self) -> str:
+        """Of tied ones, either may be what was saved."""
+        name = "model.embed_tokens.weight"
+        swapped = self.config.tied_embeddings and HEAD in self.checkpoint and name not in self.checkpoint
+        return HEAD if swapped else name
+
     def head(self, embedding: Tensor) -> Linear:
+        """A view of the embedding, if they are tied and the checkpoint doesn't say otherwise: as in transformers, a
+        head of its own that differs counts for more than config.json."""
         rows, config = self.share.vocabulary, self.config
-        if config.tied_embeddings:  # a view of the embedding
-            return Linear(embedding[rows.start : rows.stop], exact_rows=self.exact_rows, packed=False)
-        self._demand("lm_head.weight", config.vocabulary, config.hidden)
-        return Linear(self._rows("lm_head.weight", rows), exact_rows=self.exact_rows, packed=False)
+        weight = embedding[rows.start : rows.stop]
+        if not config.tied_embeddings or HEAD in self.checkpoint:
+            self._demand(HEAD, config.vocabulary, config.hidden)
+            own = self._rows(HEAD, rows)
+            weight = weight if config.tied_embeddings and torch.equal(own, weight) else own
+        return Linear(weight, exact_rows=self.exact_rows, packed=False)
 
     def _columns(self, name: str, columns: range, heads: int | None, biased: bool) -> Linear:
         inputs = self.config.intermediate if heads is None else heads * self.config.head_dim

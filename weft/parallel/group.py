@@ -6,7 +6,8 @@ default group: tests run several ranks as threads of one process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -14,8 +15,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Work = dist.Work
+from weft.errors import LinkLost
+
 TIMEOUT = timedelta(minutes=10)  # a safety net only: the engine notices a lost or hung rank long before
+
+
+class Transfer:
+    """A message on its way."""
+
+    def __init__(self, work: dist.Work, rank: int) -> None:
+        self._work, self._rank = work, rank
+
+    def wait(self) -> None:
+        """Returns when it was sent, or has come. Raises `LinkLost`."""
+        with _link(self._rank):
+            self._work.wait()
+
+
+@contextmanager
+def _link(rank: int) -> Iterator[None]:
+    """What torch says of a connection is for people who know its sources."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LinkLost(f"rank {rank} lost its connection to another rank") from error
 
 
 class Group:
@@ -30,38 +53,41 @@ class Group:
         self._backends: Any = None
         if world > 1:
             assert store is not None, "more than one rank needs a store to meet at"
-            self._backends = [
-                dist.ProcessGroupGloo(dist.PrefixStore(way, store), rank, world, TIMEOUT)  # type: ignore[attr-defined]
-                for way in ("up", "down")
-            ]
+            with _link(rank):
+                self._backends = [
+                    dist.ProcessGroupGloo(dist.PrefixStore(way, store), rank, world, TIMEOUT)  # type: ignore[attr-defined]
+                    for way in ("up", "down")
+                ]
 
     @property
     def peers(self) -> list[int]:
         """All other ranks, those after this one first, so that not all ranks send to rank 0 at once."""
         return [(self.rank + step) % self.world for step in range(1, self.world)]
 
-    def send(self, tensor: Tensor, to: int) -> Work:
-        """Starts sending; the tensor must stay untouched until `.wait()` returned."""
+    def send(self, tensor: Tensor, to: int) -> Transfer:
+        """Starts sending; the tensor must stay untouched until `.wait()` returned. Raises `LinkLost`, as all here."""
         self.bytes_sent += tensor.nbytes
-        work: Work = self._gloo[to < self.rank].send([tensor], to, 0)
-        return work
+        with _link(self.rank):
+            return Transfer(self._gloo[to < self.rank].send([tensor], to, 0), self.rank)
 
-    def receive(self, tensor: Tensor, source: int) -> Work:
+    def receive(self, tensor: Tensor, source: int) -> Transfer:
         """Starts receiving into `tensor`; messages of one sender arrive in the order of their sending."""
-        work: Work = self._gloo[source > self.rank].recv([tensor], source, 0)
-        return work
+        with _link(self.rank):
+            return Transfer(self._gloo[source > self.rank].recv([tensor], source, 0), self.rank)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's `tensor` (all of one shape), in rank order."""
         gathered = [torch.empty_like(tensor) for _ in range(self.world)]
         self.bytes_sent += tensor.nbytes * (self.world - 1)
-        self._gloo[0].allgather([gathered], [tensor]).wait()
+        with _link(self.rank):
+            self._gloo[0].allgather([gathered], [tensor]).wait()
         return gathered
 
     def barrier(self) -> None:
         """Returns when every rank has called it."""
         if self.world > 1:
-            self._gloo[0].barrier().wait()
+            with _link(self.rank):
+                self._gloo[0].barrier().wait()
 
     @property
     def _gloo(self) -> Any:
@@ -74,10 +100,10 @@ def gloo_available() -> bool:
     return dist.is_gloo_available()
 
 
-def wait_all(works: Sequence[Work]) -> None:
-    """Waits for every message. Raises RuntimeError if a peer went away."""
-    for work in works:
-        work.wait()
+def wait_all(transfers: Sequence[Transfer]) -> None:
+    """Waits for every message. Raises `LinkLost` if a peer went away."""
+    for transfer in transfers:
+        transfer.wait()
 
 
 def host_store(address: str) -> tuple[Any, int]:
@@ -89,5 +115,8 @@ def host_store(address: str) -> tuple[Any, int]:
 
 
 def join_store(address: str, port: int) -> Any:
-    """Connects to a meeting point that another rank hosts."""
-    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))  # type: ignore[attr-defined]
+    """Connects to a meeting point that another rank hosts. Raises `LinkLost`."""
+    try:
+        return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))  # type: ignore[attr-defined]
+    except RuntimeError as error:
+        raise LinkLost(f"the ranks' meeting point, {address} port {port}, can't be reached") from error

@@ -139,7 +139,7 @@ class Planner:
         elif self.granule == 1 and start >= 16:
             grain = 1 << (start.bit_length() - 3)
             start = start // grain * grain
-        return replace(segment, sequence=number, start=start)
+        return replace(segment, sequence=number, start=start, prompt=0)
 
     @property
     def _by_sequence(self) -> bool:

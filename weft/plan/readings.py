@@ -140,7 +140,7 @@ class _Rank:
         return Table(tuple(map(float, sizes)), tuple(self._seconds("serial", n, part) for n in sizes))
 
     def _head(self) -> Table:
-        """Against sampled rows: one, and as many as there were short prompts."""
+        """Against wanted rows: one, and as many as there were short prompts."""
         one = median(self._seconds("serial", n, "head") for n in self.samples.sizes)
         several = self.samples.named("parted")
         if not several:

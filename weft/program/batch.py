@@ -43,13 +43,16 @@ class Rows(NamedTuple):
 class Segment:
     """`length` consecutive tokens of one sequence, the first at position `start` of that sequence.
 
-    `sequence` is the slot of key/value memory. `sampled`: the last token goes through the output head.
+    `sequence` is the slot of key/value memory. `wanted`: how many of the tokens, counted from the last, go through the
+    output head. `prompt`: tokens of the sequence's prompt, where rotary angles depend on it (see `model.rope`);
+    0: all of these tokens are.
     """
 
     sequence: int
     start: int
     length: int
-    sampled: bool = True
+    wanted: int = 1
+    prompt: int = 0
 
     @property
     def end(self) -> int:
@@ -78,10 +81,10 @@ class Batch:
         return tuple(spans)
 
     @cached_property
-    def sampled_rows(self) -> tuple[int, ...]:
-        """The rows that go through the output head: the last one of every sampled segment."""
+    def wanted_rows(self) -> tuple[int, ...]:
+        """The rows that go through the output head: the last ones of each segment, as many as it wants."""
         pairs = zip(self.segments, self.spans, strict=True)
-        return tuple(span.stop - 1 for segment, span in pairs if segment.sampled)
+        return tuple(row for segment, span in pairs for row in range(span.stop - segment.wanted, span.stop))
 
     def within(self, rows: Rows) -> Iterator[tuple[Segment, Rows]]:
         """Each segment that has tokens in `rows`, with those of its rows."""

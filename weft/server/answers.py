@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weft.execute.protocol import Chosen
-from weft.server.service import Piece, Prefill, Ticket
+from weft.server.service import Piece, Prefill, Ticket, Token
 
 Json = dict[str, Any]
-Decode = Callable[[list[int]], str]
+LEAST = -9999.0  # as a log-probability, instead of minus infinity, which JSON doesn't have
 
 
 @dataclass
@@ -38,10 +38,11 @@ class Usage:
 
 @dataclass
 class Form:
-    """Completions' form; `Chat` is the other one. `decode`: the text of tokens, for log-probabilities."""
+    """Completions' form; `Chat` is the other one. `text_of`, `bytes_of`: a token's, for log-probabilities."""
 
     model: str
-    decode: Decode
+    text_of: Callable[[int], str]
+    bytes_of: Callable[[int], bytes]
     logprobs: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     prefix = "cmpl"
@@ -76,7 +77,7 @@ class Form:
         return self._frame(self.chunk_kind, []) | {"prompt_progress": state}
 
     def _choice(self, piece: Piece) -> Json:
-        return self._ended(piece) | {"text": piece.text, "logprobs": self._logprobs(piece.chosen)}
+        return self._ended(piece) | {"text": piece.text, "logprobs": self._logprobs(piece.tokens)}
 
     def _delta(self, piece: Piece) -> Json:
         return self._choice(piece)
@@ -85,17 +86,23 @@ class Form:
         more = {"stop_reason": piece.stop_reason} if piece.stop_reason is not None else {}
         return {"index": piece.index, "finish_reason": piece.finish_reason, **more}
 
-    def _logprobs(self, chosen: Sequence[Chosen]) -> Json | None:
+    def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
         if not self.logprobs:
             return None
-        tokens, offsets, at = [self.decode([c.token]) for c in chosen], [], 0
-        for token in tokens:
-            offsets.append(at)
-            at += len(token)
         return {
-            "tokens": tokens, "token_logprobs": [c.logprob for c in chosen], "text_offset": offsets,
-            "top_logprobs": [{self.decode([t]): value for t, value in c.top} for c in chosen],
-        }  # fmt: skip
+            "tokens": [self.text_of(token.chosen.token) for token in tokens],
+            "token_logprobs": [_number(token.chosen.logprob) if token.scored else None for token in tokens],
+            "text_offset": [token.offset for token in tokens],
+            "top_logprobs": [self._alternatives(token.chosen) if token.scored else None for token in tokens],
+        }
+
+    def _alternatives(self, chosen: Chosen) -> dict[str, float]:
+        """By their texts; of two that look alike the less likely one by its id, as vLLM writes it."""
+        named: dict[str, float] = {}
+        for token, value in chosen.top:
+            text = self.text_of(token)
+            named[text if text not in named else f"token_id:{token}"] = _number(value)
+        return named
 
 
 @dataclass
@@ -113,20 +120,24 @@ class Chat(Form):
 
     def _choice(self, piece: Piece) -> Json:
         message = {"role": "assistant", "content": piece.text, "refusal": None}
-        return self._ended(piece) | {"message": message, "logprobs": self._logprobs(piece.chosen)}
+        return self._ended(piece) | {"message": message, "logprobs": self._logprobs(piece.tokens)}
 
     def _delta(self, piece: Piece) -> Json:
         content = {"content": piece.text} if piece.text or piece.finish_reason is None else {}
-        return self._ended(piece) | {"delta": content, "logprobs": self._logprobs(piece.chosen)}
+        return self._ended(piece) | {"delta": content, "logprobs": self._logprobs(piece.tokens)}
 
-    def _logprobs(self, chosen: Sequence[Chosen]) -> Json | None:
+    def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
         if not self.logprobs:
             return None
-        return {"content": [self._entry(c.token, c.logprob) | {"top_logprobs": self._top(c)} for c in chosen]}
+        listed = [token.chosen for token in tokens]
+        return {"content": [self._entry(c.token, c.logprob) | {"top_logprobs": self._top(c)} for c in listed]}
 
     def _top(self, chosen: Chosen) -> list[Json]:
         return [self._entry(token, value) for token, value in chosen.top]
 
     def _entry(self, token: int, value: float) -> Json:
-        text = self.decode([token])
-        return {"token": text, "logprob": value, "bytes": list(text.encode())}
+        return {"token": self.text_of(token), "logprob": _number(value), "bytes": list(self.bytes_of(token))}
+
+
+def _number(logprob: float) -> float:
+    return max(logprob, LEAST)

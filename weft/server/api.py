@@ -7,13 +7,14 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from weft.batching.params import SamplingParams
 from weft.errors import InputError
+from weft.execute.protocol import Chosen
 from weft.llm import default_params
 from weft.server.answers import Chat, Form, Json, Usage
 from weft.server.errors import UnknownModel
@@ -28,17 +29,36 @@ from weft.server.schema import (
     Sampling,
     TokenizeRequest,
 )
-from weft.server.service import Piece, Prefill, Service, State, Ticket, Wishes
+from weft.server.service import Piece, Prefill, Service, State, Ticket, Token, Wishes
 from weft.server.stream import Event, events, whole
 from weft.text import Tokenizer
 
 A = TypeVar("A")
-B = TypeVar("B")
+P = ParamSpec("P")
 QUIET = 10.0  # seconds without a piece after which a stream says that it is alive
 LONG = 20_000  # characters of a prompt that is better tokenised beside the loop
 REFUSALS: dict[int | str, dict[str, Any]] = {
     code: {"description": "an error in OpenAI's shape"} for code in (400, 401, 403, 404, 408, 413, 429, 503)
 }
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt's text and tokens, and the characters before each."""
+
+    text: str
+    tokens: list[int]
+    offsets: list[int]
+
+    def before(self, piece: Piece) -> Piece:
+        """A completion's first piece with the prompt before it."""
+        first = Token(Chosen(self.tokens[0]), 0, scored=False)
+        prompt = [first, *map(Token, piece.scores, self.offsets[1:])] if piece.scores or len(self.tokens) == 1 else []
+        return replace(self.after(piece), text=self.text + piece.text, tokens=prompt + self.after(piece).tokens)
+
+    def after(self, piece: Piece) -> Piece:
+        """Any other piece of it: its tokens stand behind the prompt."""
+        return replace(piece, tokens=[token._replace(offset=token.offset + len(self.text)) for token in piece.tokens])
 
 
 @dataclass(frozen=True)
@@ -66,6 +86,29 @@ class Api:
         tokenizer = self.service.engine.tokenizer
         return tokenizer.decode(tokens) if tokenizer else ""
 
+    def text_of(self, token: int) -> str:
+        """One token's; without a tokenizer its number."""
+        tokenizer = self.service.engine.tokenizer
+        return tokenizer.spelling.text_of(token) if tokenizer else f"token_id:{token}"
+
+    def bytes_of(self, token: int) -> bytes:
+        """The same in bytes."""
+        tokenizer = self.service.engine.tokenizer
+        return tokenizer.spelling.bytes_of(token) if tokenizer else b""
+
+    def echo(self, prompt: str | list[int], tokens: list[int]) -> Echo:
+        """A prompt as it stands before its answer."""
+        text = prompt if isinstance(prompt, str) else self.decode(tokens)
+        tokenizer = self.service.engine.tokenizer
+        if tokenizer is None:
+            return Echo(text, tokens, [0] * len(tokens))
+        # What was given as text has no special tokens; a tokenizer may put some around it.
+        stream = tokenizer.stream((), skip_special_tokens=isinstance(prompt, str))
+        for token in tokens:
+            stream.step(token)
+        stream.end()
+        return Echo(text, tokens, [min(offset, len(text)) for offset in stream.offsets])
+
     async def encode(self, prompt: str | list[int]) -> list[int]:
         """A prompt's tokens."""
         if not isinstance(prompt, str):
@@ -90,9 +133,9 @@ class Api:
         return default_params(self.service.engine.directory)
 
 
-async def _beside(size: int, work: Callable[[A], B], argument: A) -> B:
+async def _beside(size: int, work: Callable[P, A], *arguments: P.args, **options: P.kwargs) -> A:
     """At once, or on a thread where it would keep other requests waiting."""
-    return await asyncio.to_thread(work, argument) if size > LONG else work(argument)
+    return await asyncio.to_thread(work, *arguments, **options) if size > LONG else work(*arguments, **options)
 
 
 def router(api: Api) -> APIRouter:
@@ -114,9 +157,13 @@ def _answers(routes: APIRouter, api: Api) -> None:
         if len(prompts) * (asked.n or 1) > MOST_COMPLETIONS:
             raise InputError(f"{len(prompts)} prompts with n {asked.n} are more than {MOST_COMPLETIONS} completions")
         ids = [await api.encode(prompt) for prompt in prompts]
-        params = asked.params(api.proposed, asked.max_tokens, asked.logprobs)
-        form = Form(api.name, api.decode, asked.logprobs is not None)
-        echoes = [p if isinstance(p, str) else api.decode(p) for p in prompts] if asked.echo else None
+        alone = 0 if asked.max_tokens == 0 else None  # then the prompt is scored in any case: there is nothing else
+        scored = (asked.logprobs if asked.logprobs is not None else alone) if asked.echo else None
+        params = asked.params(api.proposed, asked.max_tokens, asked.logprobs, scored)
+        form = Form(api.name, api.text_of, api.bytes_of, asked.logprobs is not None)
+        echoes = None
+        if asked.echo:
+            echoes = [await _beside(4 * len(pair[1]), api.echo, *pair) for pair in zip(prompts, ids, strict=True)]
         return await _answer(api, asked, request, ids, params, form, echoes)
 
     @routes.post("/v1/chat/completions", response_class=JSONResponse, tags=["openai"])
@@ -126,7 +173,8 @@ def _answers(routes: APIRouter, api: Api) -> None:
         ids = await api.render(asked.messages)
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         params = asked.params(api.proposed, asked.max_completion_tokens or asked.max_tokens, logprobs)
-        return await _answer(api, asked, request, [ids], params, Chat(api.name, api.decode, bool(asked.logprobs)), None)
+        form = Chat(api.name, api.text_of, api.bytes_of, bool(asked.logprobs))
+        return await _answer(api, asked, request, [ids], params, form, None)
 
 
 def _models(routes: APIRouter, api: Api) -> None:
@@ -207,7 +255,7 @@ def _model(api: Api) -> Json:
 
 async def _answer(
     api: Api, asked: Sampling, request: Request, prompts: list[list[int]], params: SamplingParams, form: Form,
-    echoes: list[str] | None,
+    echoes: list[Echo] | None,
 ) -> Response:  # fmt: skip
     """Queues all prompts, then answers as they were asked for; whoever goes away frees their slots."""
     if asked.stream_options is not None and not asked.stream:
@@ -239,7 +287,7 @@ class _Answer:
     tickets: list[Ticket]
     n: int
     form: Form
-    echoes: list[str] | None
+    echoes: list[Echo] | None
 
     async def whole(self) -> Json:
         """All of them."""
@@ -251,17 +299,26 @@ class _Answer:
 
     async def _collected(self, number: int) -> list[Piece]:
         """One prompt's completions, each as a single piece."""
-        done = [Piece(number * self.n + index, self._echo(number), []) for index in range(self.n)]
-        async for piece in self.tickets[number].pieces(QUIET):
+        done: dict[int, Piece] = {}
+        async for piece in self._pieces(number):
             if isinstance(piece, Piece):
-                before = done[piece.index]
-                done[piece.index] = replace(
-                    piece, index=before.index, text=before.text + piece.text, chosen=before.chosen + piece.chosen
-                )
-        return done
+                before = done.get(piece.index, Piece(piece.index, "", []))
+                done[piece.index] = replace(piece, text=before.text + piece.text, tokens=before.tokens + piece.tokens)
+        return [done[index] for index in sorted(done)]
 
-    def _echo(self, number: int) -> str:
-        return self.echoes[number] if self.echoes is not None else ""
+    async def _pieces(self, number: int) -> AsyncGenerator[Piece | Prefill | None]:
+        """One prompt's, numbered among all completions, with the prompt before them if it is wanted."""
+        fresh = set(range(self.n))
+        async for piece in self.tickets[number].pieces(QUIET):
+            if not isinstance(piece, Piece):
+                yield piece
+                continue
+            numbered = replace(piece, index=number * self.n + piece.index)
+            if self.echoes is not None:
+                echo = self.echoes[number]
+                numbered = echo.before(numbered) if piece.index in fresh else echo.after(numbered)
+            fresh.discard(piece.index)
+            yield numbered
 
     async def events(self, usage: bool, progress: bool) -> AsyncGenerator[Event]:
         """Pieces as they come, of all prompts."""
@@ -297,15 +354,12 @@ class _Answer:
 
     async def _events_of(self, number: int, progress: bool) -> AsyncGenerator[Event]:
         """One prompt's."""
-        fresh = set(range(self.n)) if self.echoes is not None else set()
-        async for piece in self.tickets[number].pieces(QUIET):
+        async for piece in self._pieces(number):
             if piece is None:
                 yield "still at it"
             elif isinstance(piece, Prefill):
                 yield f"prompt {piece.done} of {piece.total} tokens"
                 if progress:
                     yield self.form.progress(piece)
-            elif piece.text or piece.finish_reason is not None or self.form.logprobs:
-                text = (self._echo(number) if piece.index in fresh else "") + piece.text
-                fresh.discard(piece.index)
-                yield self.form.chunk(replace(piece, index=number * self.n + piece.index, text=text))
+            elif piece.text or piece.finish_reason is not None or (self.form.logprobs and piece.tokens):
+                yield self.form.chunk(piece)

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from weft.errors import Busy, InputError, Unavailable
+from weft.errors import Busy, InputError, RequestFailed, Unavailable
 
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 408: "timeout_error",
          413: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable_error"}  # fmt: skip
@@ -35,18 +35,24 @@ def response(
 
 def status_of(error: BaseException) -> int | None:
     """How HTTP says it, if it is one of ours."""
-    kinds: dict[type[BaseException], int] = {InputError: 400, UnknownModel: 404, Busy: 429, Unavailable: 503}
+    kinds: dict[type[BaseException], int] = {
+        InputError: 400, UnknownModel: 404, Busy: 429, RequestFailed: 500, Unavailable: 503,
+    }  # fmt: skip
     return next((status for kind, status in kinds.items() if isinstance(error, kind)), None)
+
+
+def said(error: BaseException) -> tuple[int, str]:
+    """Status and message; our own mistakes say nothing of themselves."""
+    status = status_of(error)
+    return (500, "the server made a mistake; its log says more") if status is None else (status, str(error))
 
 
 def answer(error: BaseException) -> Response:
     """To a request that could not be served."""
-    status = status_of(error)
-    if status is None:
-        return response(500, "the server made a mistake; its log says more")
+    status, message = said(error)
     headers = {429: {"Retry-After": str(getattr(error, "retry_after", 1))}, 503: {"Retry-After": "5"}}.get(status)
     code = {404: "model_not_found", 429: "queue_full"}.get(status)
-    return response(status, str(error), None, code, headers)
+    return response(status, message, None, code, headers)
 
 
 def _invalid(_: Request, error: Any) -> Response:
@@ -76,5 +82,5 @@ def install(app: FastAPI) -> None:
     """Has the application answer so."""
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
-    for kind in (InputError, UnknownModel, Busy, Unavailable, Exception):  # the last one is logged too
+    for kind in (InputError, UnknownModel, Busy, RequestFailed, Unavailable, Exception):  # the last one is logged too
         app.add_exception_handler(kind, lambda _, error: answer(error))

@@ -26,7 +26,7 @@ class Metrics:
         self._waiting = gauge("vllm:num_requests_waiting", "Completions that wait for a slot")
         self._memory = gauge("vllm:kv_cache_usage_perc", "Part of the key/value memory that is taken, 0 to 1")
         self._efficiency = gauge("weft:overlap_efficiency", "Part of the shorter lane's time that was hidden, so far")
-        self._prompt = counter("vllm:prompt_tokens", "Tokens of prompts that were computed or reused")
+        self._prompt = counter("vllm:prompt_tokens", "Tokens of prompts, computed or reused, each once")
         self._output = counter("vllm:generation_tokens", "Tokens of answers")
         self._queries = counter("vllm:prefix_cache_queries", "Tokens of prompts looked up among the prefixes")
         self._hits = counter("vllm:prefix_cache_hits", "Tokens of prompts that were not computed again")
@@ -59,15 +59,13 @@ class Metrics:
 
     def step(self, step: Step) -> None:
         """One batch."""
-        result, batch = step.result, step.scheduled.batch
+        result = step.result
         self._add(self._batches, 1)
         self._add(self._run, result.seconds)
         self._add(self._compute, result.compute)
         self._add(self._network, result.network)
         self._add(self._exposed, max(0.0, result.seconds - result.compute))
         self._add(self._bytes, sum(result.bytes_sent))
-        self._add(self._output, len(result.chosen))
-        self._add(self._prompt, sum(segment.length for segment in batch.segments if segment.length > 1))
         if result.network > 0:
             self._hidden += max(0.0, result.compute + result.network - result.seconds)
             self._possible += min(result.compute, result.network)
@@ -84,9 +82,14 @@ class Metrics:
         self._up_to(self._preempted, counts.preempted)
         self._up_to(self._restarts, engine.restarts)
 
-    def first_token(self, seconds: float) -> None:
-        """Of one request."""
+    def first_token(self, seconds: float, prompt: int) -> None:
+        """Of one request, whose prompt of so many tokens is computed then."""
         self._first.labels(self._name).observe(seconds)
+        self._add(self._prompt, prompt)
+
+    def tokens(self, count: int) -> None:
+        """Of answers."""
+        self._add(self._output, count)
 
     def next_token(self, seconds: float) -> None:
         """Of one completion."""

@@ -28,7 +28,7 @@ Count = Annotated[int, Field(ge=1, lt=1 << 31)]
 class Strict(BaseModel):
     """Unknown fields are errors; texts must be Unicode."""
 
-    model_config = ConfigDict(extra="forbid", str_strip_whitespace=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", str_strip_whitespace=False, protected_namespaces=(), allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -68,7 +68,10 @@ class ResponseFormat(Strict):
             return ANY_OBJECT
         if self.json_schema is None:
             raise InputError("response_format json_schema needs the field json_schema with a schema in it")
-        schema = json.dumps(self.json_schema.schema_)
+        try:
+            schema = json.dumps(self.json_schema.schema_, allow_nan=False)
+        except ValueError:
+            raise InputError("the JSON schema holds NaN or Infinity, which are no numbers in JSON") from None
         if len(schema) > MOST_SCHEMA_CHARACTERS:
             raise InputError(
                 f"the JSON schema has {len(schema)} characters; at most {MOST_SCHEMA_CHARACTERS} are taken"
@@ -123,7 +126,9 @@ class Sampling(Strict):
             _demand_unicode(text)
         return value
 
-    def params(self, defaults: SamplingParams, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def params(
+        self, defaults: SamplingParams, max_tokens: int | None, logprobs: int | None, scored: int | None = None
+    ) -> SamplingParams:  # fmt: skip
         """The checkpoint's defaults with what was given. Raises `InputError`."""
         names = (
             "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
@@ -133,7 +138,7 @@ class Sampling(Strict):
         kept = {name: getattr(defaults, name) for name in names if name not in given}
         schema = self.response_format.as_schema() if self.response_format is not None else None
         return SamplingParams(
-            **kept, **given, max_tokens=max_tokens, min_tokens=self.min_tokens, logprobs=logprobs,
+            **kept, **given, max_tokens=max_tokens, min_tokens=self.min_tokens, logprobs=logprobs, prompt_logprobs=scored,
             ignore_eos=self.ignore_eos, include_stop_str_in_output=self.include_stop_str_in_output,
             skip_special_tokens=self.skip_special_tokens, json_schema=schema,
         )  # fmt: skip
@@ -151,7 +156,7 @@ class CompletionRequest(Sampling):
     """`POST /v1/completions`."""
 
     prompt: Prompts
-    max_tokens: Count | None = 16
+    max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool = False
 

@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 from weft.batching.params import SamplingParams
 from weft.batching.request import Request, Sequence
-from weft.engine import Completion, Engine, Progress, Step
-from weft.errors import Busy, GivenUp, InputError, Unavailable, WorkerFailed
+from weft.completion import Completion
+from weft.engine import Engine, Progress, Step
+from weft.errors import Busy, RequestFailed, Unavailable
 from weft.execute.protocol import Chosen
 from weft.server.metrics import Metrics
 
@@ -38,13 +40,23 @@ class State(StrEnum):
     FAILED = "failed"
 
 
+class Token(NamedTuple):
+    """A token of a prompt or an answer, and the characters of the text before it. `scored`: not for a first one."""
+
+    chosen: Chosen
+    offset: int
+    scored: bool = True
+
+
 @dataclass(frozen=True)
 class Piece:
-    """What a batch added to one completion."""
+    """What a batch added to one completion. `tokens`: those whose text is known; `scores`: of the prompt's tokens from
+    the second one on, with the first piece, if they were asked for."""
 
     index: int
     text: str
-    chosen: list[Chosen]
+    tokens: list[Token]
+    scores: list[Chosen] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -79,9 +91,9 @@ class Ticket:
     reused: int = 0
     first: float | None = None  # seconds to the first token
     last: float = 0.0  # when its last token came
-    tokens: int = 0
     _queue: asyncio.Queue[Piece | Prefill | Exception] = field(default_factory=asyncio.Queue)
     _shown: dict[int, tuple[int, int]] = field(default_factory=dict)  # characters and tokens, by completion
+    _counted: dict[int, int] = field(default_factory=dict)  # tokens, by completion
 
     async def pieces(self, every: float) -> AsyncIterator[Piece | Prefill | None]:
         """What comes, until all completions have ended; None after `every` seconds in which nothing came.
@@ -110,13 +122,27 @@ class Ticket:
     def grown(self, sequence: Sequence, completion: Completion) -> Piece:
         """What this completion has more than when it was asked last."""
         text, ended = completion.text, sequence.finish_reason is not None
-        shown, chosen = self._shown.get(sequence.index, (0, 0))
+        begun = sequence.index in self._shown
+        shown, first = self._shown.get(sequence.index, (0, 0))
         until = max(shown, len(text.text) if ended else text.settled)
-        self._shown[sequence.index] = until, len(completion.chosen)
+        self._shown[sequence.index] = until, len(completion.offsets)
+        tokens = map(Token, completion.chosen[first:], completion.offsets[first:])
+        scores = [] if begun else [completion.scores[position] for position in sorted(completion.scores)]
         return Piece(
-            sequence.index, text.text[shown:until], completion.chosen[chosen:], sequence.finish_reason,
+            sequence.index, text.text[shown:until], list(tokens), scores, sequence.finish_reason,
             completion.stop_reason,
         )  # fmt: skip
+
+    @property
+    def tokens(self) -> int:
+        """Of all its completions so far."""
+        return sum(self._counted.values())
+
+    def count(self, sequence: Sequence) -> int:
+        """How many tokens a completion got since this was asked last."""
+        before = self._counted.get(sequence.index, 0)
+        self._counted[sequence.index] = sequence.produced
+        return sequence.produced - before
 
 
 @dataclass
@@ -138,13 +164,14 @@ class Service:
     """Runs an engine. `make`: builds it, told of progress; on the service's thread, so that others go on meanwhile.
 
     `most_waiting`: completions that may wait for a slot; more are refused with `Busy`. `interrupt`: ends a start of
-    workers that waits for something.
+    workers that waits for something. `told`: what whoever runs the server should see, a line each.
     """
 
     def __init__(
-        self, make: Callable[[Progress], Engine], most_waiting: int = 256, interrupt: Callable[[], None] = lambda: None
+        self, make: Callable[[Progress], Engine], most_waiting: int = 256, interrupt: Callable[[], None] = lambda: None,
+        told: Callable[[str], None] = lambda line: None,
     ) -> None:  # fmt: skip
-        self._make, self.most_waiting, self._interrupt = make, most_waiting, interrupt
+        self._make, self.most_waiting, self._interrupt, self._told = make, most_waiting, interrupt, told
         self.state, self.reason, self.loaded = State.LOADING, "", 0.0
         self.metrics = Metrics()
         self.live = Live()
@@ -267,6 +294,8 @@ class Service:
             self.abort()
         except BaseException as error:  # what kept it from loading; workers that can't be kept alive; our mistakes
             self.state, self.reason, self.error = State.FAILED, str(error) or type(error).__name__, error
+            if self._settled.is_set():  # else it ends the command, which says so itself
+                self._told(f"the engine has failed: {self.reason}")
             self._settled.set()
             self.abort(f"the engine has failed: {self.reason}")
         finally:
@@ -281,6 +310,7 @@ class Service:
 
         engine = self._make(tell)
         engine.on_lost = self._lost
+        engine.meanwhile = partial(self._meanwhile, engine)
         self._engine, self.state, self.reason = engine, State.READY, ""
 
     def _turn(self) -> None:
@@ -294,17 +324,12 @@ class Service:
             grown = self._step(engine)
         if self.state is State.RESTARTING:
             self.state, self.reason = State.READY, ""
+            self._told("the workers are there again")
         self._deliver(engine, grown)
 
     def _step(self, engine: Engine) -> list[Sequence]:
         before = engine.last_step
-        try:
-            grown = engine.step()
-        except GivenUp:
-            raise
-        except (InputError, WorkerFailed) as error:  # a rank ran out of memory, say: its group can't go on
-            engine.restart(str(error))
-            return []
+        grown = engine.step()
         if engine.last_step is not before and engine.last_step is not None:
             self.metrics.step(engine.last_step)
             if engine.last_step.result.timeline is not None:
@@ -313,7 +338,19 @@ class Service:
 
     def _lost(self, reason: str) -> None:
         if self.state is State.READY:
-            self.state, self.reason = State.RESTARTING, reason
+            self.state = State.RESTARTING
+        self.tell(f"the workers are started again: {reason}")
+
+    def tell(self, line: str) -> None:
+        """Says what goes on: to whoever runs the server, and, while it is not ready, to whoever asks for its state."""
+        if self.state in (State.LOADING, State.RESTARTING, State.DRAINING):
+            self.reason = line
+        self._told(line)
+
+    def _meanwhile(self, engine: Engine) -> None:
+        """While workers are started again, which may take as long as a machine is missing."""
+        self._obey(wait=False)
+        self._deliver(engine, engine.expire())
 
     def _obey(self, wait: bool) -> None:
         """Does what was asked meanwhile."""
@@ -353,14 +390,20 @@ class Service:
     def _deliver(self, engine: Engine, grown: list[Sequence]) -> None:
         """Hands out what a batch gave, to each loop in one go."""
         now = time.monotonic()
-        out: list[tuple[Ticket, Piece | Prefill]] = list(self._under_way(engine, now))
+        out: list[tuple[Ticket, Piece | Prefill | Exception]] = list(self._under_way(engine, now))
+        tokens = 0
         for sequence in grown:
-            ticket = self._tickets[sequence.request]
-            piece = ticket.grown(sequence, engine.completions[sequence])
-            out.append((ticket, piece))
-            self._count(ticket, sequence, len(piece.chosen), now)
-        self.live.tokens.append((now, sum(len(piece.chosen) for _, piece in out if isinstance(piece, Piece))))
-        for request in {sequence.request for sequence in grown if sequence.request.finished}:
+            ticket = self._tickets.get(sequence.request)
+            if ticket is None:  # cancelled while workers were started again
+                continue
+            if sequence.request.error:
+                out.append((ticket, RequestFailed(sequence.request.error)))
+            else:
+                out.append((ticket, ticket.grown(sequence, engine.completions[sequence])))
+            tokens += self._count(ticket, sequence, now)
+        self.live.tokens.append((now, tokens))
+        finished = {sequence.request for sequence in grown if sequence.request.finished}
+        for request in finished & self._tickets.keys():
             ticket = self._tickets.pop(request)
             engine.settle(request)
             self._finished.append(now)
@@ -376,20 +419,23 @@ class Service:
                 total = len(sequence.request.prompt)
                 yield ticket, Prefill(min(sequence.computed, total), sequence.reused, total, now - ticket.arrived)
 
-    def _count(self, ticket: Ticket, sequence: Sequence, tokens: int, now: float) -> None:
-        """Times of one completion's new tokens."""
-        if ticket.first is None and tokens:
+    def _count(self, ticket: Ticket, sequence: Sequence, now: float) -> int:
+        """How many tokens a completion got; and when."""
+        tokens = ticket.count(sequence)
+        computed = sequence.produced > 0 or sequence.finish_reason == "length"
+        if ticket.first is None and computed:
             ticket.first, ticket.reused = now - ticket.arrived, sequence.reused
             self.live.first.append(ticket.first)
-            self.metrics.first_token(ticket.first)
+            self.metrics.first_token(ticket.first, ticket.prompt_tokens)
         elif tokens and sequence.index == 0:
             self.metrics.next_token(now - ticket.last)
-        ticket.tokens += tokens
+        self.metrics.tokens(tokens)
         if sequence.index == 0:
             ticket.last = now
+        return tokens
 
 
-def _hand_out(items: list[tuple[Ticket, Piece | Prefill]]) -> None:
+def _hand_out(items: list[tuple[Ticket, Piece | Prefill | Exception]]) -> None:
     for ticket, item in items:
         ticket.put(item)
 

@@ -17,7 +17,7 @@ from weft.server import errors
 from weft.server.guard import Message, Receive, Scope, Send
 
 Event = dict[str, Any] | str  # a string is a comment, which clients ignore
-_dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
 def event(content: Event) -> bytes:
@@ -60,9 +60,9 @@ def whole(make: Callable[[], Awaitable[dict[str, Any]]]) -> Watched:
         try:
             body, status, more = _dump(await make()).encode(), 200, {}
         except Exception as error:
-            failed = errors.answer(error)
-            if failed.status_code == 500:
+            if errors.status_of(error) is None:
                 raise
+            failed = errors.answer(error)
             body, status, more = bytes(failed.body), failed.status_code, dict(failed.headers)
         kept = {name: value for name, value in more.items() if name != "content-length"}
         headers = {"content-type": "application/json", **kept, "content-length": str(len(body))}
@@ -81,10 +81,9 @@ def events(make: Callable[[], AsyncGenerator[Event]]) -> Watched:
                 async for content in made:
                     await send({"type": "http.response.body", "body": event(content), "more_body": True})
         except Exception as error:
-            status = errors.status_of(error) or 500
-            said = errors.body(status, str(error) if status < 500 or status == 503 else "the server made a mistake")
-            await send({"type": "http.response.body", "body": b"data: " + said + b"\n\n", "more_body": True})
-            if status == 500:
+            body = errors.body(*errors.said(error))
+            await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": True})
+            if errors.status_of(error) is None:
                 raise
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 

@@ -190,7 +190,7 @@ class Contention:
 class Costs:
     """Everything that the simulator needs: ranks (several may be alike), wires by name, contention.
 
-    `width`: numbers in one row of a partial. `logits`: bytes of one sampled row that a rank sends to rank 0.
+    `width`: numbers in one row of a partial. `logits`: bytes of one wanted row that a rank sends to rank 0.
     `world`: ranks, where `ranks` holds one entry for all of them.
     """
 
@@ -216,7 +216,7 @@ class Costs:
         if kind is Kind.TAIL:
             return rank.tail[part].at(count)
         if part == "head":
-            count = sum(rows[0] <= row < rows[1] for row in batch.sampled_rows)
+            count = sum(rows[0] <= row < rows[1] for row in batch.wanted_rows)
         seconds = (rank.body if kind is Kind.BODY else rank.whole)[part].at(count)
         if part == "attention":
             seconds += rank.scores(batch, rows)
@@ -225,7 +225,7 @@ class Costs:
     def size(self, wire: WireCosts, kind: Kind, rows: Rows, batch: Batch) -> float:
         """Bytes that a collective is about."""
         if kind is Kind.GATHER:
-            return self.logits * len(batch.sampled_rows)
+            return self.logits * len(batch.wanted_rows)
         return wire.element * self.width * (rows[1] - rows[0])
 
     def scaled(self, compute: float, network: float) -> Costs:

@@ -1,0 +1,120 @@
+"""What becomes of one sequence's tokens: how each is to be chosen, their text, and when there are enough of them.
+
+Knows texts, grammars and wishes; knows nothing of batches' plans, workers or other sequences. Whatever raises here
+concerns this sequence alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from weft.batching.request import Sequence
+from weft.detokenizer import Detokenizer
+from weft.execute.protocol import Choice, Chosen
+from weft.grammar import Matcher
+from weft.program.batch import Segment
+from weft.text import StopText
+
+
+@dataclass
+class Completion:
+    """What the engine keeps of a sequence beside its tokens.
+
+    `ends`: tokens that end it; those of `own_ends` were asked for and are its stop reason. `scores`: of the prompt's
+    tokens, by position, from the second one on. `offsets`: characters of the text before each token; tokens without
+    one are parts of characters that are waited for, and are not shown yet. `first_token`: seconds after the request
+    came.
+    """
+
+    sequence: Sequence
+    seed: int
+    detokenizer: Detokenizer | None
+    text: StopText
+    ends: frozenset[int]
+    own_ends: frozenset[int]
+    matcher: Matcher | None = None
+    chosen: list[Chosen] = field(default_factory=list)
+    scores: dict[int, Chosen] = field(default_factory=dict)
+    offsets: list[int] = field(default_factory=list)
+    stop_reason: int | str | None = None
+    first_token: float | None = None
+    _length: int = 0  # of the text, with what a stop text cut off
+
+    def choices(self, segment: Segment, after: int) -> list[Choice]:
+        """How each wanted row's token is chosen. `after`: tokens that the sequence will have got by then, beyond those
+        that it has."""
+        if not self.sequence.scored:
+            return [self._choice(after)] * segment.wanted
+        prompt, wanted = self.sequence.request.prompt, self.sequence.request.params.prompt_logprobs
+        following = prompt[segment.end - segment.wanted + 1 : segment.end + 1]
+        scored = [Choice(given=token, logprobs=wanted) for token in following]
+        return scored + [self._choice(after)] * (segment.wanted - len(scored))
+
+    def _choice(self, after: int) -> Choice:
+        params, index = self.sequence.request.params, self.sequence.produced + after
+        banned = sorted(self.ends) if index < params.min_tokens else []
+        if params.greedy and not (params.penalised or banned or self.matcher or params.logprobs is not None):
+            return Choice()
+        return Choice(
+            temperature=0.0 if params.greedy else params.temperature, top_p=params.top_p,
+            top_k=max(0, params.top_k), min_p=params.min_p, presence=params.presence_penalty,
+            frequency=params.frequency_penalty, repetition=params.repetition_penalty,
+            seed=self.seed, index=index, banned=banned,
+            prompt=list(self.sequence.request.prompt) if params.penalised else [],
+            output=list(self.sequence.output) if params.penalised else [], logprobs=params.logprobs,
+            allowed=self.matcher.allowed() if self.matcher else b"",
+        )  # fmt: skip
+
+    def score(self, segment: Segment, answers: list[Chosen]) -> None:
+        """What the rows of a piece of prompt said of the tokens that follow them."""
+        first = segment.end - segment.wanted + 1
+        for position, chosen in enumerate(answers, start=first):
+            _demand(chosen)
+            if position < len(self.sequence.request.prompt):
+                self.scores[position] = chosen
+
+    def take(self, chosen: Chosen) -> str | None:
+        """The sequence's newest token; returns why that was the last one, if it was."""
+        _demand(chosen)
+        sequence, token = self.sequence, chosen.token
+        self.chosen.append(chosen)
+        may_stop = sequence.produced >= sequence.request.params.min_tokens
+        if token in self.ends:
+            self.stop_reason = token if token in self.own_ends else None
+            self._end(may_stop=False)
+            return "stop"
+        if self.matcher is not None:
+            self.matcher.advance(token)
+        self._spell(token, may_stop)
+        over = self.matcher is not None and self.matcher.finished
+        if over or self.text.stopped is not None or sequence.produced >= sequence.request.limit:
+            self._end(may_stop)
+            self.stop_reason = self.text.stopped
+            return "stop" if over or self.text.stopped is not None else "length"
+        return None
+
+    def _spell(self, token: int, may_stop: bool) -> None:
+        if self.detokenizer is None:
+            self.offsets.append(0)
+            return
+        self._grow(self.detokenizer.step(token), may_stop)
+        if may_stop and self.text.stopped is None and self.text.would_stop(self.detokenizer.ahead):
+            self._grow(self.detokenizer.end(), may_stop)
+        self.offsets = self.detokenizer.offsets
+
+    def _grow(self, more: str, may_stop: bool) -> None:
+        self._length += len(more)
+        if self.text.stopped is None:
+            self.text.grow(more, may_stop)
+
+    def _end(self, may_stop: bool) -> None:
+        """The text that is still waited for; a token that only ends the answer stands behind it."""
+        if self.detokenizer is not None:
+            self._grow(self.detokenizer.end(), may_stop)
+            self.offsets = list(self.detokenizer.offsets)
+        self.offsets += [self._length] * (len(self.chosen) - len(self.offsets))
+
+
+def _demand(chosen: Chosen) -> None:
+    if chosen.error:
+        raise ValueError(chosen.error)
