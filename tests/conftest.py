@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.guardian import Guardian
+
+# Commands that tests start are to take signals as they do for users, whatever this process was told to ignore: a
+# handler that does nothing, unlike "ignore", is not passed on to them.
+for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda number, frame: None)
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _CACHE = tempfile.TemporaryDirectory(prefix="weft-tests-")  # calibrations of test models are nobody's
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
+_GUARDIAN = Guardian(Path(_CACHE.name))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """What tests have left running is a failure of theirs, and ends with them."""
+    for line in _GUARDIAN.end():
+        print(f"\nleft behind: {line}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")

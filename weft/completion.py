@@ -22,8 +22,8 @@ class Completion:
 
     `ends`: tokens that end it; those of `own_ends` were asked for and are its stop reason. `scores`: of the prompt's
     tokens, by position, from the second one on. `offsets`: characters of the text before each token; tokens without
-    one are parts of characters that are waited for, and are not shown yet. `first_token`: seconds after the request
-    came.
+    one are parts of characters that are waited for, and are not shown yet. `settled`: characters of the text that can
+    be shown, because no stop text can take them back. `first_token`: seconds after the request came.
     """
 
     sequence: Sequence
@@ -36,6 +36,7 @@ class Completion:
     chosen: list[Chosen] = field(default_factory=list)
     scores: dict[int, Chosen] = field(default_factory=dict)
     offsets: list[int] = field(default_factory=list)
+    settled: int = 0
     stop_reason: int | str | None = None
     first_token: float | None = None
     _length: int = 0  # of the text, with what a stop text cut off
@@ -91,6 +92,7 @@ class Completion:
             self._end(may_stop)
             self.stop_reason = self.text.stopped
             return "stop" if over or self.text.stopped is not None else "length"
+        self.settled = max(self.settled, self.text.settled)
         return None
 
     def _spell(self, token: int, may_stop: bool) -> None:
@@ -113,6 +115,7 @@ class Completion:
             self._grow(self.detokenizer.end(), may_stop)
             self.offsets = list(self.detokenizer.offsets)
         self.offsets += [self._length] * (len(self.chosen) - len(self.offsets))
+        self.settled = len(self.text.text)
 
 
 def _demand(chosen: Chosen) -> None:

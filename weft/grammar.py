@@ -59,8 +59,9 @@ class Matcher:
         return bytes(self._matcher.compute_bitmask())
 
     def advance(self, token: int) -> None:
-        """This token came."""
-        self._matcher.consume_token(token)
+        """This token came. Raises ValueError if the grammar doesn't allow it."""
+        if not self._matcher.consume_token(token):
+            raise ValueError(f"token {token} does not follow the grammar: {self._matcher.get_error()}")
 
     @property
     def finished(self) -> bool:

@@ -179,11 +179,10 @@ class LLM:
         try:
             while not request.finished:
                 self.engine.step()
-                text = self.engine.completions[first].text
-                until = len(text.text) if first.finish_reason else text.settled
-                if until > shown:
-                    yield text.text[shown:until]
-                    shown = until
+                completion = self.engine.completions[first]
+                if completion.settled > shown:
+                    yield completion.text.text[shown : completion.settled]
+                    shown = completion.settled
         except BaseException:
             self._abandon(request)
             raise

@@ -6,8 +6,6 @@ Knows messages and processes; knows nothing of requests, text or plans. No torch
 from __future__ import annotations
 
 import secrets
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import zmq
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, WorkerFailed, WorkerLost
 from weft.execute import protocol as p
+from weft.launch.folder import Folder
 from weft.launch.launcher import Launcher
 from weft.launch.sockets import engine_socket
 from weft.program.batch import Batch
@@ -86,7 +85,7 @@ class Controller:
     ) -> None:  # fmt: skip
         self.launcher, self.config, self._meanwhile = launcher, config, meanwhile
         self._context: zmq.Context[Any] = zmq.Context()
-        self._folder = Path(tempfile.mkdtemp(prefix="weft-"))  # readable by this user only
+        self._folder = Folder()
         self._socket: zmq.Socket[bytes] | None = None
         self._ranks: list[bytes] = []  # identities, by rank
         self._programs: dict[Program, int] = {}
@@ -112,7 +111,7 @@ class Controller:
     def _bring_up(self) -> None:
         world, token = self.config.ranks, secrets.token_hex(32)
         self._socket = engine_socket(self._context, token)
-        self._socket.bind(self.launcher.control_address(str(self._folder)))
+        self._socket.bind(self.launcher.control_address(str(self._folder.path)))
         address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)  # with the port, where it was left open
         self.launcher.meanwhile = self._meanwhile
         self.launcher.start(world, self.config.threads, address, token)
@@ -235,7 +234,7 @@ class Controller:
         self.stop()
         self.launcher.close()
         self._context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
 
     def _send(self, identity: bytes, message: p.ToWorker | bytes) -> None:
         assert self._socket is not None, "the group is not started"

@@ -25,7 +25,6 @@ from weft.model.families import Flags
 from weft.model.kernels import Linear
 from weft.model.shares import Share
 
-
 HEAD = "lm_head.weight"
 
 

@@ -138,8 +138,9 @@ class Sampling(Strict):
         kept = {name: getattr(defaults, name) for name in names if name not in given}
         schema = self.response_format.as_schema() if self.response_format is not None else None
         return SamplingParams(
-            **kept, **given, max_tokens=max_tokens, min_tokens=self.min_tokens, logprobs=logprobs, prompt_logprobs=scored,
-            ignore_eos=self.ignore_eos, include_stop_str_in_output=self.include_stop_str_in_output,
+            **kept, **given, max_tokens=max_tokens, min_tokens=self.min_tokens, logprobs=logprobs,
+            prompt_logprobs=scored, ignore_eos=self.ignore_eos,
+            include_stop_str_in_output=self.include_stop_str_in_output,
             skip_special_tokens=self.skip_special_tokens, json_schema=schema,
         )  # fmt: skip
 

@@ -121,16 +121,14 @@ class Ticket:
 
     def grown(self, sequence: Sequence, completion: Completion) -> Piece:
         """What this completion has more than when it was asked last."""
-        text, ended = completion.text, sequence.finish_reason is not None
         begun = sequence.index in self._shown
         shown, first = self._shown.get(sequence.index, (0, 0))
-        until = max(shown, len(text.text) if ended else text.settled)
-        self._shown[sequence.index] = until, len(completion.offsets)
+        self._shown[sequence.index] = completion.settled, len(completion.offsets)
         tokens = map(Token, completion.chosen[first:], completion.offsets[first:])
         scores = [] if begun else [completion.scores[position] for position in sorted(completion.scores)]
         return Piece(
-            sequence.index, text.text[shown:until], list(tokens), scores, sequence.finish_reason,
-            completion.stop_reason,
+            sequence.index, completion.text.text[shown : completion.settled], list(tokens), scores,
+            sequence.finish_reason, completion.stop_reason,
         )  # fmt: skip
 
     @property
