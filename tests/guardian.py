@@ -1,7 +1,7 @@
 """Nothing that tests start outlives them, however they end: a process beside pytest sees to that.
 
 Everything that pytest starts, directly or not, has a mark in its environment. The guardian holds the read end of a
-pipe; when the other end closes, it kills what has the mark, and removes the folder and the network namespaces of pytest.
+pipe; when the other end closes, it kills what has the mark, and removes pytest's folder and network namespaces.
 """
 
 from __future__ import annotations

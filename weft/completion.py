@@ -79,40 +79,46 @@ class Completion:
         _demand(chosen)
         sequence, token = self.sequence, chosen.token
         self.chosen.append(chosen)
-        may_stop = sequence.produced >= sequence.request.params.min_tokens
         if token in self.ends:
             self.stop_reason = token if token in self.own_ends else None
             self._end(may_stop=False)
             return "stop"
         if self.matcher is not None:
             self.matcher.advance(token)
-        self._spell(token, may_stop)
+        self._spell(token)
         over = self.matcher is not None and self.matcher.finished
         if over or self.text.stopped is not None or sequence.produced >= sequence.request.limit:
-            self._end(may_stop)
+            self._end(may_stop=True)
             self.stop_reason = self.text.stopped
             return "stop" if over or self.text.stopped is not None else "length"
         self.settled = max(self.settled, self.text.settled)
         return None
 
-    def _spell(self, token: int, may_stop: bool) -> None:
+    def _spell(self, token: int) -> None:
         if self.detokenizer is None:
             self.offsets.append(0)
             return
-        self._grow(self.detokenizer.step(token), may_stop)
-        if may_stop and self.text.stopped is None and self.text.would_stop(self.detokenizer.ahead):
-            self._grow(self.detokenizer.end(), may_stop)
+        early = self.sequence.produced < self.sequence.request.params.min_tokens
+        more = self.detokenizer.step(token)
+        if early:
+            self.text.go_on(more + self.detokenizer.ahead)
+        self._grow(more)
+        if self.text.stopped is None and self.text.would_stop(self.detokenizer.ahead):
+            self._grow(self.detokenizer.end())
         self.offsets = self.detokenizer.offsets
 
-    def _grow(self, more: str, may_stop: bool) -> None:
+    def _grow(self, more: str) -> None:
         self._length += len(more)
         if self.text.stopped is None:
-            self.text.grow(more, may_stop)
+            self.text.grow(more)
 
     def _end(self, may_stop: bool) -> None:
         """The text that is still waited for; a token that only ends the answer stands behind it."""
         if self.detokenizer is not None:
-            self._grow(self.detokenizer.end(), may_stop)
+            left = self.detokenizer.end()
+            if not may_stop:
+                self.text.go_on(left)
+            self._grow(left)
             self.offsets = list(self.detokenizer.offsets)
         self.offsets += [self._length] * (len(self.chosen) - len(self.offsets))
         self.settled = len(self.text.text)

@@ -36,7 +36,7 @@ class Spelling:
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
-        self._special = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        self.special = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         kinds = _kinds(json.loads(backend.decoder.__getstate__())) if backend.decoder is not None else set()
         self._byte_level = "ByteLevel" in kinds
         self._fallback = "ByteFallback" in kinds
@@ -53,7 +53,7 @@ class Spelling:
 
     def hidden(self, token: int, skip_special_tokens: bool) -> bool:
         """True for what leaves no trace in a text: special tokens if they are left out, and ids without a token."""
-        return (skip_special_tokens and token in self._special) or self._backend.id_to_token(token) is None
+        return (skip_special_tokens and token in self.special) or self._backend.id_to_token(token) is None
 
     def byte_of(self, token: int) -> int | None:
         """The byte that a byte-fallback token stands for."""

@@ -20,9 +20,13 @@ class Grammars:
     """Compiles schemas for one tokenizer. `vocabulary`: the model's, which may be larger."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, end_ids: frozenset[int]) -> None:
-        from llguidance import LLTokenizer
-
-        self._tokenizer = LLTokenizer(tokenizer.serialised, n_vocab=vocabulary, eos_token=sorted(end_ids) or None)
+        ends = sorted(end_ids) or None
+        try:
+            self._tokenizer = _tokenizer(tokenizer.serialised, vocabulary, ends)
+        except ValueError:  # a decoder that llguidance doesn't know: then what each token is in bytes
+            if ends is None:
+                raise InputError("a JSON schema needs an end token, and this model has none") from None
+            self._tokenizer = _tokenizer(_spelt(tokenizer, vocabulary, ends[0]), vocabulary, ends)
         self._compiled: dict[str, str] = {}
 
     def matcher(self, schema: str) -> Matcher:
@@ -48,6 +52,44 @@ class Grammars:
         return grammar
 
 
+def _tokenizer(described: Any, vocabulary: int, ends: list[int] | None) -> Any:
+    from llguidance import LLTokenizer
+
+    return LLTokenizer(described, n_vocab=vocabulary, eos_token=ends)
+
+
+class _Spelt:
+    """A tokenizer as llguidance wants it described."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, end: int) -> None:
+        self.eos_token_id = end
+        self.tokens = [tokenizer.spelling.bytes_of(token) for token in range(vocabulary)]
+        self.special_token_ids = sorted(tokenizer.spelling.special)
+        self._by_bytes = {
+            raw: token for token, raw in enumerate(self.tokens) if token not in tokenizer.spelling.special
+        }
+        self._longest = max(map(len, self._by_bytes))
+
+    def __call__(self, text: bytes) -> list[int]:
+        """The longest tokens first: the tokenizer's own way may put a space before a text, which is none here."""
+        tokens, at = [], 0
+        while at < len(text):
+            lengths = range(min(self._longest, len(text) - at), 0, -1)
+            length = next((n for n in lengths if text[at : at + n] in self._by_bytes), None)
+            if length is not None:
+                tokens.append(self._by_bytes[text[at : at + length]])
+            at += length or 1
+        return tokens
+
+
+def _spelt(tokenizer: Tokenizer, vocabulary: int, end: int) -> Any:
+    from llguidance import TokenizerWrapper
+
+    return TokenizerWrapper(_Spelt(tokenizer, vocabulary, end))
+
+
 class Matcher:
     """Where one completion is in its grammar."""
 
@@ -61,7 +103,7 @@ class Matcher:
     def advance(self, token: int) -> None:
         """This token came. Raises ValueError if the grammar doesn't allow it."""
         if not self._matcher.consume_token(token):
-            raise ValueError(f"token {token} does not follow the grammar: {self._matcher.get_error()}")
+            raise ValueError(f"token {token} does not follow the grammar: {self._matcher.get_error().splitlines()[0]}")
 
     @property
     def finished(self) -> bool:

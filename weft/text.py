@@ -90,16 +90,21 @@ class StopText:
 
     def __init__(self, stops: tuple[str, ...], keep_stop: bool) -> None:
         self._stops, self._keep_stop = stops, keep_stop
+        self._closed = 0  # characters in which no stop text ends
         self.text = ""
         self.stopped: str | None = None
 
-    def grow(self, more: str, may_stop: bool = True) -> None:
-        """Appends; cuts the text at the earliest stop text that `more` completes, if it may stop here already."""
-        found = self._found(more) if may_stop else None
+    def grow(self, more: str) -> None:
+        """Appends; cuts the text at the earliest stop text that `more` completes."""
+        found = self._found(more)
         self.text += more
         if found is not None:
             at, self.stopped = found
             self.text = self.text[: at + (len(self.stopped) if self._keep_stop else 0)]
+
+    def go_on(self, ahead: str = "") -> None:
+        """No stop text ends in what there is, nor in what is ahead of it: the text must be longer."""
+        self._closed = len(self.text) + len(ahead)
 
     def would_stop(self, more: str) -> bool:
         """Whether `more` completes a stop text."""
@@ -109,7 +114,7 @@ class StopText:
         if not (self._stops and more):
             return None
         begin = max(0, len(self.text) - max(map(len, self._stops)))
-        tail, end = self.text[begin:] + more, len(self.text) - begin
+        tail, end = self.text[begin:] + more, max(len(self.text), self._closed) - begin
         places = ((tail.find(stop, max(0, end - len(stop) + 1)), stop) for stop in self._stops)
         return min(((begin + at, stop) for at, stop in places if at >= 0), default=None)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from weft.batching.request import Request, Sequence
@@ -44,7 +45,7 @@ Move = Copy | Drop
 class Scheduled:
     """A batch, the sequence behind each of its segments, and the token of each of its rows.
 
-    A token below zero is not known yet: -1 - i stands for what the batch before gives its i-th sequence.
+    A token below zero is not known yet: -1 - i stands for what the batch before gives its i-th wanted row.
     """
 
     batch: Batch
@@ -175,11 +176,9 @@ class Batcher:
         segments = tuple(Segment(old.sequence, old.end, 1, prompt=old.prompt) for old in scheduled.batch.segments)
         for segment in segments:
             self._filled[segment.sequence] = max(self._filled[segment.sequence], segment.end)
-        return self._counted(
-            Scheduled(
-                Batch(segments), scheduled.sequences, tuple(-1 - i for i in range(len(segments))), scheduled.growing
-            )
-        )
+        rows = accumulate(old.wanted for old in scheduled.batch.segments)
+        tokens = tuple(-row for row in rows)
+        return self._counted(Scheduled(Batch(segments), scheduled.sequences, tokens, scheduled.growing))
 
     def _counted(self, scheduled: Scheduled) -> Scheduled:
         """Puts the batch on its owners' accounts; a token of an answer counts twice, as it takes a pass of its own."""

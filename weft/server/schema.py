@@ -20,7 +20,7 @@ MOST_PROMPTS, MOST_COMPLETIONS = 64, 64  # of one request; completions in all
 MOST_LOGPROBS = 20
 MOST_SCHEMA_CHARACTERS = 65536
 
-Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+Token = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]  # strict: true is no token
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]
 

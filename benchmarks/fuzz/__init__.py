@@ -1,0 +1,1 @@
+"""Random requests, well-formed and not, against a server with faults in it: see __main__.py."""
