@@ -91,7 +91,7 @@ def scores_of_the_next_token(patch: Patch) -> None:
 
 def offsets_begin_anew(patch: Patch) -> None:
     """Each streamed chunk counts its characters from 0."""
-    from weft.server.service import Ticket
+    from weft.server.ticket import Ticket
 
     grown = Ticket.grown
 

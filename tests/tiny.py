@@ -68,12 +68,23 @@ class Checkpoints:
                     parameter.add_(torch.randn_like(parameter), alpha=0.3)
         return model
 
+    def model_anew(self, name: str) -> Any:
+        """The same; its rotary embedding has not seen a long prompt yet."""
+        return copy.deepcopy(self.model(name)) if "dynamic" in name else self.model(name)
+
+    def greedy(self, directory: Path, prompt: tuple[int, ...], tokens: int) -> list[int]:
+        """What transformers makes of a checkpoint as it is on disk."""
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+        found = list(prompt)
+        with torch.no_grad():
+            for _ in range(tokens):
+                found.append(int(model(torch.tensor([found])).logits[0, -1].argmax()))
+        return found[len(prompt) :]
+
     @cache  # noqa: B019
     def reference(self, name: str, prompt: tuple[int, ...], tokens: int = 32) -> tuple[torch.Tensor, list[int]]:
         """Logits after the prompt, and the greedy tokens that follow, as transformers computes them."""
-        model = self.model(name)
-        if "dynamic" in name:  # its rotary embedding remembers the longest prompt that it has seen
-            model = copy.deepcopy(model)
+        model = self.model_anew(name)
         with torch.no_grad():
             out = model(torch.tensor([prompt]), use_cache=True)
             first, past, greedy = out.logits[0, -1], out.cache, []

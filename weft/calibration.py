@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import version
+from random import Random
 
 from weft.config import EngineConfig, ModelConfig, processor_name
+from weft.execute.controller import RunOptions, RunResult
 from weft.model.families import flags_of
 from weft.model.shares import shares_of
-from weft.plan.readings import Subject
-from weft.program.strategy import GRANULE
+from weft.plan.calibrate import MOST, calibrate
+from weft.plan.planner import Plan
+from weft.plan.readings import Sample, Subject
+from weft.program.batch import Batch
+from weft.program.steps import Program
+from weft.program.strategy import GRANULE, Strategy
+from weft.simulate.cost import Costs
 
 
 def key_of(model: ModelConfig, config: EngineConfig, link: str) -> dict[str, str]:
@@ -43,3 +51,20 @@ def subject_of(model: ModelConfig, config: EngineConfig, wires: tuple[str, ...])
         elements={wire: element_bytes(wire, config.dtype) for wire in wires},
         window=windows.pop() if len(windows) == 1 else None, granule=granule_of(config),
     )  # fmt: skip
+
+
+def measured(
+    run: Callable[[Batch, list[int], Plan, RunOptions], RunResult], model: ModelConfig, config: EngineConfig,
+    wires: tuple[str, ...], watch: Callable[[float], None],
+) -> Costs:  # fmt: skip
+    """What steps cost on these ranks, for these wires. `run`: runs a batch of random tokens by a plan."""
+    random = Random(0)
+    tokens = [random.randrange(model.vocabulary) for _ in range(MOST)]
+
+    def probe(batch: Batch, program: Program, wire: str, part: str) -> Sample:
+        options = RunOptions(part, timeline=True)
+        result = run(batch, tokens[: batch.tokens], Plan(Strategy(), program, wire), options)
+        assert result.timeline is not None
+        return Sample(result.seconds, result.processor, result.timeline)
+
+    return calibrate(probe, subject_of(model, config, wires), watch)

@@ -6,6 +6,7 @@ concerns this sequence alone.
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 
 from weft.batching.request import Sequence
@@ -13,7 +14,9 @@ from weft.detokenizer import Detokenizer
 from weft.execute.protocol import Choice, Chosen
 from weft.grammar import Matcher
 from weft.program.batch import Segment
-from weft.text import StopText
+from weft.text import StopText, Tokenizer
+
+SEEDS = 1 << 62  # with a completion's number added, still one of 64 bits
 
 
 @dataclass
@@ -122,6 +125,19 @@ class Completion:
             self.offsets = list(self.detokenizer.offsets)
         self.offsets += [self._length] * (len(self.chosen) - len(self.offsets))
         self.settled = len(self.text.text)
+
+
+def completion_of(
+    sequence: Sequence, tokenizer: Tokenizer | None, end_ids: frozenset[int], grammar: Matcher | None
+) -> Completion:  # fmt: skip
+    """What a sequence begins with. `end_ids`: the model's, which end it unless they are to be ignored."""
+    params = sequence.request.params
+    ends = frozenset() if params.ignore_eos else end_ids
+    own = frozenset(params.stop_token_ids or ()) - ends
+    seed = params.seed % SEEDS if params.seed is not None else secrets.randbits(62)
+    stream = tokenizer.stream(sequence.request.prompt, params.skip_special_tokens) if tokenizer else None
+    text = StopText(params.stops, params.include_stop_str_in_output)
+    return Completion(sequence, seed + sequence.index, stream, text, own | ends, own, grammar)
 
 
 def _demand(chosen: Chosen) -> None:

@@ -9,7 +9,6 @@ Knows all rooms by their fronts; knows nothing of HTTP or the command line.
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as ReadOnly
@@ -17,45 +16,35 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from random import Random
 
-import psutil
-
+from weft.admission import demand_memory, demand_room, end_ids, limit_of, memory_tokens
 from weft.batching.batcher import Batcher, Copy, Scheduled
 from weft.batching.params import SamplingParams, token_ids
 from weft.batching.request import Request, Sequence
-from weft.calibration import granule_of, key_of, subject_of
-from weft.completion import Completion
+from weft.calibration import granule_of, key_of, measured
+from weft.completion import Completion, completion_of
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import GivenUp, InputError, Interrupted, WorkerFailed, WorkerLost
-from weft.execute.controller import Controller, RunOptions, RunResult, Started, Submitted
+from weft.execute.controller import Controller, RunOptions, RunResult, Submitted
 from weft.execute.protocol import Choice, Chosen
 from weft.grammar import Grammars
 from weft.launch.launcher import Launcher
 from weft.launch.local import LocalLauncher
 from weft.model.families import flags_of
-from weft.model.shares import shard_bytes, shares_of
 from weft.plan.budget import Budget
-from weft.plan.calibrate import MOST, calibrate
 from weft.plan.kept import keep, recall
 from weft.plan.planner import Plan, Planner, shares_by_speed
-from weft.plan.readings import Sample
 from weft.program.batch import Batch, Segment
-from weft.program.steps import Program, decoder_stages
-from weft.program.strategy import AUTO, Strategy
+from weft.program.steps import decoder_stages
+from weft.program.strategy import AUTO
+from weft.restarts import Restarts
 from weft.simulate.cost import Costs
-from weft.text import StopText, Tokenizer, generation_defaults
+from weft.text import Tokenizer
 
 Progress = Callable[[str, float], None]  # what goes on, and the share of it that is done
 ALIKE = 0.95  # of the fastest rank's speed: less than that is worth other shares
-MOST_RESTARTS = 3  # groups that did not stay, within RESTART_SECONDS; then what ends them will not go away by itself
-RESTART_SECONDS = 60.0
-STAYS = 1.0  # seconds after which a group that was ready counts as one that stays, if it has done nothing until then
-PAUSES = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds before the next try, where other machines may come back
 MOST_FAILURES = 3  # batches by itself in which a request may find ranks killed or cut off; that need not be its doing
 SCORED_BYTES = 128 << 20  # of logits that a batch's scored rows may take
-SEEDS = 1 << 62  # with a completion's number added, still one of 64 bits
-MEMORY_PART = 0.9  # of what is free after loading may become key/value memory
 ALONE = 5  # times the wanted time between tokens a batch may take while nobody is waiting for a next token
 LEAST_ALONE = 512  # tokens of such a batch: smaller ones hide their communication worse
 
@@ -106,21 +95,18 @@ class Engine:
         tell = progress or (lambda what, share: None)
         self.model = model or ModelConfig.from_directory(directory)
         flags_of(self.model)  # says so now if the family is unknown
-        _demand_memory(self.model, config)
+        demand_memory(self.model, config)
         self.tokenizer = Tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
-        self.notices: list[str] = []
-        self.end_ids = self._end_ids()
+        self.end_ids, self.notices = end_ids(directory, self.model, self.tokenizer)
         self.planner = Planner(decoder_stages(self.model.layers), config.overlap, config.wire, granule_of(config))
         self.budget = Budget(self.planner)
         self.completions: dict[Sequence, Completion] = {}
         self.last_step: Step | None = None
         self.timeline_wanted = False  # of the next batch; it then is in `last_step`
-        self.restarts = 0
         self.on_lost: Callable[[str], None] = lambda reason: None  # is told when workers are lost, and what is tried
         self.meanwhile: Callable[[], None] = lambda: None  # is called again and again while workers are started again
         self._ahead: Flight | None = None
-        self._restarts: list[float] = []  # when groups were lost that did not stay
-        self._ready: float | None = None  # since when the group is there, as long as it has done nothing
+        self._restarts = Restarts()
         self._up = False
         self._began: dict[Request, float] = {}
         self.controller = Controller(launcher or LocalLauncher(), config, self._waiting)
@@ -138,7 +124,7 @@ class Engine:
         config = self.config
         self.started = self.controller.start(self.directory, self.model, lambda share: tell("loading", share))
         self._up = True
-        memory = self._memory_tokens(self.started)
+        memory = memory_tokens(self.started.loaded)
         self.batcher = Batcher(
             config.max_sequences, memory, config.prefixes, granule_of(config), self.model.stretches_beyond,
             SCORED_BYTES // (4 * self.model.vocabulary),
@@ -167,35 +153,10 @@ class Engine:
 
     def calibrate(self, wires: tuple[str, ...], watch: Callable[[float], None] = lambda share: None) -> Costs:
         """Measures what steps cost on these ranks, between requests, in at most 5 s; plans follow from it then on."""
-        random = Random(0)
-        tokens = [random.randrange(self.model.vocabulary) for _ in range(MOST)]
-
-        def probe(batch: Batch, program: Program, wire: str, part: str) -> Sample:
-            plan = Plan(Strategy(), program, wire)
-            result = self.probe(batch, tokens[: batch.tokens], plan, RunOptions(part, timeline=True))
-            assert result.timeline is not None
-            return Sample(result.seconds, result.processor, result.timeline)
-
-        costs = calibrate(probe, subject_of(self.model, self.config, wires), watch)
+        costs = measured(self.probe, self.model, self.config, wires, watch)
         self.controller.release(list(range(self.config.slots)))  # the memory of what was only tried
         self.planner.learn(costs)
         return costs
-
-    def _end_ids(self) -> frozenset[int]:
-        """Tokens that end a completion: generation_config.json's, else config.json's, and the tokenizer's."""
-        given = generation_defaults(self.directory).get("eos_token_id", self.model.fields.get("eos_token_id"))
-        listed = [*(given if isinstance(given, list) else [given]), *(self.tokenizer.end_ids if self.tokenizer else ())]
-        known = range(self.model.vocabulary)
-        there = frozenset(token for token in listed if type(token) is int and token in known)
-        if missing := [token for token in listed if token is not None and token not in there]:
-            said = ", ".join(dict.fromkeys(map(repr, missing)))
-            self.notices.append(f"end token {said} is not in the vocabulary, 0 to {len(known) - 1}; left out")
-        return there
-
-    def _memory_tokens(self, started: Started) -> int:
-        """Tokens whose keys and values fit into what is free now, over all ranks of this machine."""
-        a_token = max(1, sum(loaded.kv_bytes_per_token for loaded in started.loaded))
-        return int(MEMORY_PART * psutil.virtual_memory().available / a_token)
 
     @cached_property
     def grammars(self) -> Grammars:
@@ -220,47 +181,20 @@ class Engine:
         return request
 
     def _completion(self, sequence: Sequence) -> Completion:
-        params, prompt = sequence.request.params, sequence.request.prompt
-        seed = params.seed % SEEDS if params.seed is not None else secrets.randbits(62)
-        own = frozenset(params.stop_token_ids or ()) - (frozenset() if params.ignore_eos else self.end_ids)
-        return Completion(
-            sequence, seed + sequence.index,
-            self.tokenizer.stream(prompt, params.skip_special_tokens) if self.tokenizer else None,
-            StopText(params.stops, params.include_stop_str_in_output), own if params.ignore_eos else own | self.end_ids,
-            own, self.grammars.matcher(params.json_schema) if params.json_schema else None,
-        )  # fmt: skip
+        params = sequence.request.params
+        grammar = self.grammars.matcher(params.json_schema) if params.json_schema else None
+        return completion_of(sequence, self.tokenizer, self.end_ids, grammar)
 
     def check(self, prompt: ReadOnly[int], params: SamplingParams) -> int:
         """How many tokens may follow; raises `InputError` for requests that can't be run. For any thread."""
-        limit = self._limit(prompt, params)
-        if (room := len(prompt) + limit) > self.batcher.memory:
-            a_token = sum(loaded.kv_bytes_per_token for loaded in self.started.loaded)
-            needed, there = (tokens * a_token / 2**30 for tokens in (room, self.batcher.memory))
-            raise InputError(
-                f"{room} tokens need {needed:.2f} GiB of key/value memory and {there:.2f} GiB are free; "
-                "shorten the prompt or max_tokens"
-            )
+        ends = frozenset() if params.ignore_eos else self.end_ids
+        if params.stops and self.tokenizer is None:
+            raise InputError("stop texts need a tokenizer, and this model has no tokenizer.json; use stop_token_ids")
+        limit = limit_of(prompt, params, self.model.vocabulary, self.config.max_length, self.batcher.memory, ends)
+        demand_room(len(prompt) + limit, self.batcher.memory, self.started.loaded)
         if params.json_schema:
             self.grammars.matcher(params.json_schema)
         return limit
-
-    def _limit(self, prompt: ReadOnly[int], params: SamplingParams) -> int:
-        length, known = self.config.max_length, range(self.model.vocabulary)
-        if not prompt:
-            raise InputError("the prompt is empty; give at least one token")
-        if outside := [t for t in (*prompt, *(params.stop_token_ids or ())) if t not in known]:
-            raise InputError(f"token id {outside[0]!r} is not in the vocabulary, 0 to {self.model.vocabulary - 1}")
-        if len(prompt) >= length:
-            raise InputError(
-                f"the prompt has {len(prompt)} tokens and the context holds {length}, the answer included; shorten it"
-            )
-        if params.stops and self.tokenizer is None:
-            raise InputError("stop texts need a tokenizer, and this model has no tokenizer.json; use stop_token_ids")
-        ends = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else self.end_ids)}
-        if params.min_tokens and len(ends) >= len(known):
-            raise InputError("every token ends the answer, so min_tokens leaves none to choose; leave it out")
-        most = params.max_tokens if params.max_tokens is not None else max(1, self.batcher.memory - len(prompt))
-        return min(most, length - len(prompt))
 
     def step(self) -> list[Sequence]:
         """One turn; returns the sequences that got a token or ended. There must be something to do."""
@@ -281,7 +215,7 @@ class Engine:
                 self.restart(str(error))
                 return []
             return self._recover(scheduled, error)
-        self._ready = None
+        self._restarts.worked()
         alive = self._commit(scheduled, result)
         self.last_step = Step(scheduled, flight.plan, time.perf_counter() - begin, result)
         return alive
@@ -381,6 +315,11 @@ class Engine:
         self.forget(ended)
         return ended
 
+    @property
+    def restarts(self) -> int:
+        """How often workers were lost."""
+        return self._restarts.total
+
     def restart(self, reason: str, blamed: bool = False) -> None:
         """A new group of workers: one loss, however many tries that takes. `blamed`: a request may have caused it.
 
@@ -388,25 +327,23 @@ class Engine:
         """
         self._ahead, self._up = None, False
         self.batcher.rewind()
-        self.restarts += 1
-        stayed = blamed or self._ready is None or time.monotonic() - self._ready > STAYS
-        patient, tries = self.controller.launcher.may_change, 0
-        while True:
+        self._restarts.lost(blamed)
+        patient = self.controller.launcher.may_change
+        while not self._up:
             self.on_lost(reason)
-            now = time.monotonic()
-            self._restarts = [t for t in self._restarts if now - t < RESTART_SECONDS] + ([] if stayed else [now])
             self.controller.stop()
-            if len(self._restarts) > MOST_RESTARTS and not patient:
+            if self._restarts.hopeless and not patient:
                 raise GivenUp(f"workers were lost {len(self._restarts)} times within a minute; the last: {reason}")
             try:
-                self._pause(PAUSES[min(tries, len(PAUSES) - 1)] if patient else 0.0)
+                self._pause(self._restarts.pause if patient else 0.0)
                 self.started = self.controller.start(self.directory, self.model)
-                self._ready, self._up = time.monotonic(), True
-                return
+                self._up = True
             except Interrupted:
                 raise
             except (WorkerLost, WorkerFailed, InputError) as error:
-                reason, stayed, tries = str(error), False, tries + 1
+                self._restarts.failed()
+                reason = str(error)
+        self._restarts.ready()
 
     def _waiting(self) -> None:
         self.meanwhile()
@@ -485,15 +422,3 @@ def _said(error: Exception) -> str:
     """An error in one line."""
     line = next(iter(str(error).splitlines()), "")
     return line if isinstance(error, WorkerLost | WorkerFailed | InputError) else f"{type(error).__name__}: {line}"
-
-
-def _demand_memory(model: ModelConfig, config: EngineConfig) -> None:
-    """Raises `InputError` before anything is started if the weights of all ranks of this machine can't fit."""
-    size = {"float32": 4, "bfloat16": 2}[config.dtype]
-    needed = sum(shard_bytes(model, share, size) for share in shares_of(model, config.shares))
-    free = psutil.virtual_memory().available
-    if config.device == "cpu" and needed > free:
-        raise InputError(
-            f"the weights need {needed / 2**30:.1f} GiB in {config.dtype} over {config.ranks} ranks, and "
-            f"{free / 2**30:.1f} GiB are free; use a smaller model, dtype bfloat16 or a machine with more memory"
-        )

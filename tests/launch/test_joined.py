@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,51 @@ def test_a_rank_that_joined_is_started_again_and_machines_may_change(packaged: P
         spare.until("starting rank 1")
         server.service.close()
         spare.until("as it was told to")
+
+
+def test_a_lost_machine_is_one_loss_and_is_waited_for(packaged: Path) -> None:
+    """Killed with its worker, silent for long, replaced: said on the terminal and in /health; requests wait, and those
+    that have no time end."""
+    port, said = free_port(), list[str]()
+    launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, TOKEN, lambda line: None)
+    with joining(port) as lost, running(packaged, tensor_parallel_size=2, launcher=launcher) as server:
+        launcher.told = server.service.tell
+        server.service._told = said.append
+        expected = ask(server)
+        lost.child.kill()
+        with server.client() as http:
+            end = time.monotonic() + 20
+            while "waiting for 1 more machine to join" not in (health := http.get("/health").json())["reason"]:
+                assert time.monotonic() < end, health
+                time.sleep(0.05)
+            assert health["status"] == "restarting" and http.get("/ready").status_code == 503
+            waiting: list[str] = []
+            asking = threading.Thread(target=lambda: waiting.append(ask(server)))
+            asking.start()
+            hurried = {"prompt": "a", "timeout": 0.5}
+            assert http.post("/v1/completions", json=hurried).json()["choices"][0]["finish_reason"] == "timeout"
+            time.sleep(SILENT)  # longer than a machine may be silent
+            with joining(port):
+                asking.join(60)
+                assert waiting == [expected] and http.get("/health").json()["status"] == "ready"
+            metrics = http.get("/metrics").text
+    assert re.search(r"^weft:restarts_total\S* 1.0$", metrics, re.MULTILINE)
+    told = " ".join(said)
+    assert said[0].startswith("the workers are started again: ")
+    assert "waiting for 1 more machine to join at 127.0.0.1" in told and "there again" in told
+    assert "gloo" not in told
+
+
+def test_a_machine_that_comes_and_goes_never_ends_the_server(packaged: Path) -> None:
+    """Five losses within a minute; see benchmarks/unplugging.py for more kinds of them."""
+    port = free_port()
+    launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, TOKEN, lambda line: None)
+    with joining(port) as machine, running(packaged, tensor_parallel_size=2, launcher=launcher) as server:
+        expected = ask(server)
+        for losses in range(1, 6):
+            os.kill(worker_of(machine), signal.SIGKILL)
+            assert ask(server) == expected
+            assert server.service.engine.restarts == losses
 
 
 def test_long_work_is_no_silence(packaged: Path) -> None:

@@ -105,8 +105,8 @@ class Choice(msgspec.Struct, frozen=True, omit_defaults=True):
 class Run(msgspec.Struct, tag=True, frozen=True):
     """Run a program. `text` is given the first time that `program` (a number) is used.
 
-    A token below zero, -1 - i, is what was chosen for the i-th wanted row of the run before (one rank only: the one that
-    samples).
+    A token below zero, -1 - i, is what was chosen for the i-th wanted row of the run before (with one rank only: else
+    one rank knows it, and the others don't).
     """
 
     number: int

@@ -66,15 +66,16 @@ class NamespaceLauncher(LocalLauncher):
         """Builds the network, then starts the workers in it."""
         remove_leftovers()
         try:
-            self._build(count)
+            self.build(count)
             self.shape(self.link)
         except subprocess.CalledProcessError as error:
-            self._remove()
+            self.remove()
             reason = error.stderr.decode().strip() or str(error)
             raise InputError(f"the network namespaces can't be built: {reason}") from None
         super().start(count, threads, address, token)
 
-    def _build(self, count: int) -> None:
+    def build(self, count: int) -> None:
+        """Namespaces and links for so many workers."""
         self._names = [f"{PREFIX}-{os.getpid()}-{index}" for index in range(count)]
         for name in self._names:
             _ip("netns", "add", name)
@@ -132,9 +133,10 @@ class NamespaceLauncher(LocalLauncher):
     def stop(self) -> None:
         """Ends the workers and removes the network."""
         super().stop()
-        self._remove()
+        self.remove()
 
-    def _remove(self) -> None:
+    def remove(self) -> None:
+        """Takes them away."""
         for name in self._names:
             with suppress(subprocess.CalledProcessError):
                 _ip("netns", "delete", name)

@@ -5,7 +5,7 @@ Knows one model's configuration and positions; knows nothing of weights.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -53,11 +53,18 @@ class Rope:
         if self._kind == "default":  # nothing to look up: spares workers transformers' start-up time
             exponents = torch.arange(0, self._width, 2, dtype=torch.float32) / self._width
             return 1.0 / self._parameters["rope_theta"] ** exponents, 1.0
+        frequencies, factor = self._formula(self._huggingface, torch.device("cpu"), seq_len=length)
+        return frequencies, float(factor)
+
+    @cached_property
+    def _formula(self) -> Any:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        hf = huggingface_config({**self._config.fields, "model_type": self._config.model_type})
-        frequencies, factor = ROPE_INIT_FUNCTIONS[self._kind](hf, torch.device("cpu"), seq_len=length)
-        return frequencies, float(factor)
+        return ROPE_INIT_FUNCTIONS[self._kind]
+
+    @cached_property
+    def _huggingface(self) -> Any:
+        return huggingface_config({**self._config.fields, "model_type": self._config.model_type})
 
     def _table(self, frequencies: Tensor, factor: float, length: int, start: int = 0) -> Tensor:
         turns = torch.outer(torch.arange(start, length, dtype=torch.float32), frequencies)

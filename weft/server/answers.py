@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weft.execute.protocol import Chosen
-from weft.server.service import Piece, Prefill, Ticket, Token
+from weft.server.ticket import Piece, Prefill, Ticket, Token
 
 Json = dict[str, Any]
 LEAST = -9999.0  # as a log-probability, instead of minus infinity, which JSON doesn't have

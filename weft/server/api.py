@@ -29,8 +29,9 @@ from weft.server.schema import (
     Sampling,
     TokenizeRequest,
 )
-from weft.server.service import Piece, Prefill, Service, State, Ticket, Token, Wishes
+from weft.server.service import Service, State
 from weft.server.stream import Event, events, whole
+from weft.server.ticket import Piece, Prefill, Ticket, Token, Wishes
 from weft.text import Tokenizer
 
 A = TypeVar("A")

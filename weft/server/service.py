@@ -10,21 +10,19 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import NamedTuple
 
 from weft.batching.params import SamplingParams
 from weft.batching.request import Request, Sequence
-from weft.completion import Completion
 from weft.engine import Engine, Progress, Step
 from weft.errors import Busy, RequestFailed, Unavailable
-from weft.execute.protocol import Chosen
 from weft.server.metrics import Metrics
+from weft.server.ticket import Piece, Prefill, Ticket, Wishes
 
 IDLE_SECONDS = 0.1  # how often workers are looked at while nothing is to do
 FINISHED_SEEN = 60.0  # seconds of finished requests, from which the wait of a refused one is estimated
@@ -38,109 +36,6 @@ class State(StrEnum):
     RESTARTING = "restarting"  # workers were lost; requests are kept
     DRAINING = "draining"  # what runs is finished, nothing new is taken
     FAILED = "failed"
-
-
-class Token(NamedTuple):
-    """A token of a prompt or an answer, and the characters of the text before it. `scored`: not for a first one."""
-
-    chosen: Chosen
-    offset: int
-    scored: bool = True
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What a batch added to one completion. `tokens`: those whose text is known; `scores`: of the prompt's tokens from
-    the second one on, with the first piece, if they were asked for."""
-
-    index: int
-    text: str
-    tokens: list[Token]
-    scores: list[Chosen] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """How far a prompt is: tokens computed, of them reused, and all; seconds since it was queued."""
-
-    done: int
-    reused: int
-    total: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What a request asks of the service beside its sampling parameters. `timeout`: seconds."""
-
-    priority: int = 0
-    owner: str = ""
-    timeout: float | None = None
-
-
-@dataclass(eq=False)
-class Ticket:
-    """One request under way, and what of it is to be fetched."""
-
-    loop: asyncio.AbstractEventLoop
-    arrived: float
-    prompt_tokens: int
-    request: Request | None = None
-    reused: int = 0
-    first: float | None = None  # seconds to the first token
-    last: float = 0.0  # when its last token came
-    _queue: asyncio.Queue[Piece | Prefill | Exception] = field(default_factory=asyncio.Queue)
-    _shown: dict[int, tuple[int, int]] = field(default_factory=dict)  # characters and tokens, by completion
-    _counted: dict[int, int] = field(default_factory=dict)  # tokens, by completion
-
-    async def pieces(self, every: float) -> AsyncIterator[Piece | Prefill | None]:
-        """What comes, until all completions have ended; None after `every` seconds in which nothing came.
-
-        Raises what ended the request early.
-        """
-        left = self.request.params.n if self.request is not None else 1
-        while left:
-            item: Piece | Prefill | Exception | None = None
-            if self._queue.empty():
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(every):
-                        item = await self._queue.get()
-            else:
-                item = self._queue.get_nowait()
-            if isinstance(item, Exception):
-                raise item
-            if isinstance(item, Piece) and item.finish_reason is not None:
-                left -= 1
-            yield item
-
-    def put(self, item: Piece | Prefill | Exception) -> None:
-        """On the event loop's thread."""
-        self._queue.put_nowait(item)
-
-    def grown(self, sequence: Sequence, completion: Completion) -> Piece:
-        """What this completion has more than when it was asked last."""
-        begun = sequence.index in self._shown
-        shown, first = self._shown.get(sequence.index, (0, 0))
-        self._shown[sequence.index] = completion.settled, len(completion.offsets)
-        tokens = map(Token, completion.chosen[first:], completion.offsets[first:])
-        scores = [] if begun else [completion.scores[position] for position in sorted(completion.scores)]
-        return Piece(
-            sequence.index, completion.text.text[shown : completion.settled], list(tokens), scores,
-            sequence.finish_reason, completion.stop_reason,
-        )  # fmt: skip
-
-    @property
-    def tokens(self) -> int:
-        """Of all its completions so far."""
-        return sum(self._counted.values())
-
-    def count(self, sequence: Sequence) -> int:
-        """How many tokens a completion got since this was asked last."""
-        before = self._counted.get(sequence.index, 0)
-        self._counted[sequence.index] = sequence.produced
-        return sequence.produced - before
 
 
 @dataclass

@@ -1,0 +1,229 @@
+"""A request can hurt nobody but itself: what goes wrong with one ends it, and the others get what they get alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.fuzz import faults
+from benchmarks.fuzz.models import KINDS, save
+from tests.tiny import Checkpoints, prompt_of
+from weft import LLM, SamplingParams
+from weft.errors import InputError
+from weft.launch.local import LocalLauncher
+from weft.llm import RequestOutput
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+PROMPTS: list[Any] = [{"prompt_token_ids": list(range(3, 3 + length))} for length in (5, 9, 30)]
+
+
+@pytest.fixture(scope="module")
+def soup(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a byte-fallback tokenizer, whose generation_config.json names an end token that isn't there."""
+    return save(KINDS["byte-fallback"], tmp_path_factory.mktemp("soup"))
+
+
+@pytest.fixture
+def llm(soup: Path) -> Iterator[LLM]:
+    """With faults in its workers, for who asks for them."""
+    launcher = LocalLauncher()
+    launcher.command = faults.COMMAND
+    with LLM(soup, num_threads=1, launcher=launcher, max_num_seqs=4, reproducible=True) as made:
+        yield made
+        made.engine.batcher.check_integrity()
+        assert made.engine.idle and not made.engine.completions
+
+
+def texts(outputs: list[RequestOutput]) -> list[str]:
+    return [output.outputs[0].text for output in outputs]
+
+
+def harmful(kind: str) -> SamplingParams:
+    return SamplingParams(temperature=1.0, max_tokens=8, ignore_eos=True, seed=faults.seed_of(kind))
+
+
+@pytest.mark.parametrize(("kind", "restarts"), [("rank raises", 2), ("rank crashes", 2), ("rank is killed", 4)])
+def test_poison_is_refused_and_its_restarts_do_not_count(llm: LLM, kind: str, restarts: int) -> None:
+    alone = texts([llm.generate(prompt, GREEDY)[0] for prompt in PROMPTS])
+    outputs = llm.generate([*PROMPTS, PROMPTS[0]], [GREEDY, GREEDY, GREEDY, harmful(kind)])
+    assert texts(outputs[:3]) == alone and [output.error for output in outputs[:3]] == [None] * 3
+    assert outputs[3].error and "this request made a rank fail" in outputs[3].error
+    assert outputs[3].outputs[0].finish_reason == "error"
+    assert llm.engine.restarts == restarts and not llm.engine._restarts
+    assert texts(llm.generate(PROMPTS, GREEDY)) == alone
+
+
+def test_two_poisons_at_once(llm: LLM) -> None:
+    alone = texts(llm.generate(PROMPTS[:1], GREEDY))
+    outputs = llm.generate([PROMPTS[0], *PROMPTS[:2]], [GREEDY, harmful("rank raises"), harmful("rank crashes")])
+    assert texts(outputs[:1]) == alone and all(output.error for output in outputs[1:])
+    assert not llm.engine._restarts
+
+
+def test_a_sampler_that_raises_ends_its_row_alone(llm: LLM) -> None:
+    alone = texts(llm.generate(PROMPTS, GREEDY))
+    outputs = llm.generate([*PROMPTS, PROMPTS[0]], [GREEDY, GREEDY, GREEDY, harmful("sampler")])
+    assert texts(outputs[:3]) == alone and llm.engine.restarts == 0
+    assert outputs[3].error and "planted in the sampler" in outputs[3].error
+
+
+def test_a_batch_that_cannot_be_sent_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, plan = texts(llm.generate(PROMPTS, GREEDY)), llm.engine.planner.plan
+
+    def planning(batch: Any) -> Any:
+        if any(segment.length == 21 for segment in batch.segments):
+            raise ZeroDivisionError("planted")
+        return plan(batch)
+
+    monkeypatch.setattr(llm.engine.planner, "plan", planning)
+    llm.engine.batcher.forget_prefixes()
+    outputs = llm.generate([*PROMPTS, {"prompt_token_ids": list(range(100, 121))}], GREEDY)
+    assert texts(outputs[:3]) == alone
+    assert outputs[3].error and "ZeroDivisionError: planted" in outputs[3].error
+
+
+def test_end_tokens_that_do_not_exist_are_left_out(llm: LLM) -> None:
+    [notice] = [line for line in llm.engine.notices if "end token" in line]
+    assert "is not in the vocabulary" in notice and llm.engine.end_ids == frozenset({1})
+    params = SamplingParams(temperature=0.0, max_tokens=4, min_tokens=1)
+    assert llm.generate(PROMPTS[0], params)[0].error is None
+
+
+def test_proposals_that_make_no_sense_are_left_out(soup: Path, tmp_path: Path) -> None:
+    shutil.copytree(soup, tmp_path / "model")
+    proposed = {"temperature": -1, "top_k": 5, "top_p": "all", "eos_token_id": ["</s>", True, -1, None]}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(proposed))
+    with LLM(tmp_path / "model", num_threads=1) as llm:
+        params = llm.get_default_sampling_params()
+        assert (params.temperature, params.top_k, params.top_p) == (1.0, 5, 1.0)
+        assert sum("generation_config.json" in line for line in llm.engine.notices) == 2
+        assert any("'</s>', True, -1 is not in" in line for line in llm.engine.notices)
+        assert llm.engine.end_ids == frozenset({1})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [np.arange(3, 8), tuple(np.int32(i) for i in range(3, 8)), torch.arange(3, 8), range(3, 8), iter(range(3, 8))],
+)
+def test_ids_of_any_kind_are_plain_ones(llm: LLM, given: Any) -> None:
+    expected = texts(llm.generate({"prompt_token_ids": list(range(3, 8))}, GREEDY))
+    assert texts(llm.generate({"prompt_token_ids": given}, GREEDY)) == expected
+
+
+@pytest.mark.parametrize("given", [[3, True], [3.0], ["3"], "345", 3, None, [[3]], [3, 1 << 70], [-1], []])
+def test_what_is_no_prompt_is_refused_and_leaves_nothing_behind(llm: LLM, given: Any) -> None:
+    with pytest.raises(InputError):
+        llm.generate([PROMPTS[0], {"prompt_token_ids": given}], GREEDY)
+    assert llm.engine.idle and not llm.engine.completions
+    assert llm.generate(PROMPTS[0], GREEDY)[0].error is None
+
+
+def test_all_tokens_end_the_answer_and_one_is_wanted(llm: LLM) -> None:
+    every = list(range(llm.engine.model.vocabulary))
+    with pytest.raises(InputError, match="min_tokens"):
+        llm.generate(PROMPTS[0], SamplingParams(min_tokens=1, stop_token_ids=every))
+    assert llm.generate(PROMPTS[0], SamplingParams(stop_token_ids=every))[0].outputs[0].finish_reason == "stop"
+
+
+def test_numbers_that_are_none_end_the_request(soup: Path, tmp_path: Path) -> None:
+    shutil.copytree(soup, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.embed_tokens.weight"][50] = float("nan")
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with LLM(tmp_path / "model", num_threads=1) as llm:
+        fine, wrong = llm.generate([PROMPTS[0], {"prompt_token_ids": [3, 50]}], GREEDY)
+        assert fine.error is None and wrong.error is not None and "not finite" in wrong.error
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biased-tied", "mistral", "qwen3", "llama-dynamic"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_scores_of_prompts_are_those_of_transformers(checkpoints: Checkpoints, name: str, ranks: int) -> None:
+    """In pieces, beside others, and with what comes after them."""
+    prompts = [prompt_of(length) for length in (1, 2, 40, 300)]
+    options = {"num_threads": 1, "overlap": "iso:2", "max_num_batched_tokens": 100, "tensor_parallel_size": ranks}
+    with LLM(checkpoints.directory(name), **options) as llm:  # type: ignore[arg-type]
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=2, logprobs=0)
+        outputs = llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], params)
+        again = llm.generate({"prompt_token_ids": list(prompts[3])}, SamplingParams(max_tokens=0, prompt_logprobs=2))
+    for prompt, output in zip([*prompts, prompts[3]], [*outputs, *again], strict=True):
+        logits = checkpoints.model_anew(name)(torch.tensor([prompt])).logits[0].detach()
+        logprobs = torch.log_softmax(logits.float(), dim=1)
+        assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
+        assert len(output.prompt_logprobs) == len(prompt)
+        for at in range(1, len(prompt)):
+            entries = output.prompt_logprobs[at]
+            assert entries is not None and prompt[at] in entries and len(entries) in (2, 3)
+            for token, entry in entries.items():
+                assert abs(entry.logprob - float(logprobs[at - 1, token])) < 1e-3
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [1] * 4
+    assert again[0].outputs[0].token_ids == [] and again[0].outputs[0].finish_reason == "length"
+
+
+def test_a_head_of_its_own_counts_for_more_than_tied(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """As transformers reads such a checkpoint; and one that has the head, but not the embedding it is tied to."""
+    source, prompt = checkpoints.directory("llama-biased-tied"), prompt_of(20)
+    for name in ("both", "alike", "swapped"):
+        shutil.copytree(source, tmp_path / name)
+        weights = load_file(tmp_path / name / "model.safetensors")
+        embedding = weights["model.embed_tokens.weight"]
+        weights["lm_head.weight"] = embedding.roll(1, 0) if name == "both" else embedding.clone()
+        if name == "swapped":
+            del weights["model.embed_tokens.weight"]
+        save_file(weights, tmp_path / name / "model.safetensors", {"format": "pt"})
+        expected = checkpoints.greedy(tmp_path / name, prompt, 8)
+        with LLM(tmp_path / name, num_threads=1, tensor_parallel_size=2, overlap="serial") as llm:
+            found = llm.generate({"prompt_token_ids": list(prompt)}, GREEDY)[0].outputs[0].token_ids
+        assert found == expected, name
+
+
+def test_angles_that_stretch_do_not_depend_on_cuts_or_reuse(checkpoints: Checkpoints) -> None:
+    """A prompt of 400 tokens for a model of 256, in pieces, and with beginnings that others have left."""
+    prompt = prompt_of(400)
+    _, expected = checkpoints.reference("llama-dynamic", prompt, 8)
+    for tokens in (8192, 70):
+        with LLM(checkpoints.directory("llama-dynamic"), num_threads=1, max_num_batched_tokens=tokens) as llm:
+            for other in (prompt[:100], prompt[:300], prompt, prompt + prompt[:50]):
+                llm.generate({"prompt_token_ids": list(other)}, GREEDY)
+            [output] = llm.generate({"prompt_token_ids": list(prompt)}, GREEDY)
+            assert output.outputs[0].token_ids == expected
+            assert llm.engine.batcher.counts.reused > 300, "the same prompt again is reused"
+
+
+def test_reproducible_bits_survive_reuse_preemption_and_restarts(checkpoints: Checkpoints) -> None:
+    """Log-probabilities to the last bit: a prefix that ends in an answer, memory for one of two, and lost ranks."""
+    first, params = list(prompt_of(140)), SamplingParams(temperature=0.0, max_tokens=60, logprobs=0, ignore_eos=True)
+
+    def ask(llm: LLM, *prompts: list[int]) -> list[list[float]]:
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
+        chosen = [(output.outputs[0].token_ids, output.outputs[0].logprobs) for output in outputs]
+        return [[entry[token].logprob for token, entry in zip(*each, strict=True)] for each in chosen]  # type: ignore[arg-type]
+
+    options: dict[str, Any] = {"num_threads": 1, "reproducible": True}
+    with LLM(checkpoints.directory("qwen3"), enable_prefix_caching=False, **options) as llm:
+        answer = llm.generate({"prompt_token_ids": first}, params)[0].outputs[0].token_ids
+        longer = first + list(answer) + list(prompt_of(90, 3))
+        expected = [ask(llm, prompt)[0] for prompt in (first, longer)]
+    with LLM(checkpoints.directory("qwen3"), **options) as llm:
+        assert [ask(llm, prompt)[0] for prompt in (first, longer)] == expected
+        assert llm.engine.batcher.counts.reused == 128, "what was an answer is computed as part of the prompt"
+        llm.engine.batcher.memory = 480
+        llm.engine.batcher.forget_prefixes()
+        assert ask(llm, longer, first) == expected[::-1] and llm.engine.batcher.counts.preempted > 0
+        llm.engine.batcher.memory = 10**6
+        requests = [llm.engine.add(prompt, params) for prompt in (first, longer)]
+        for _ in range(30):
+            llm.engine.step()
+        llm.engine.restart("a test")
+        while not llm.engine.idle:
+            llm.engine.step()
+        found = [[chosen.logprob for chosen in llm.engine.settle(request)[0].chosen] for request in requests]
+        assert found == expected
