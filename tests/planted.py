@@ -48,7 +48,7 @@ def poison_is_tried_for_ever(patch: Patch) -> None:
     """A batch that made a rank fail is run again as it was."""
     from weft.engine import Engine
 
-    patch.setattr(Engine, "_recover", lambda engine, scheduled, error: engine.restart(str(error)) or [])
+    patch.setattr(Engine, "_recover", lambda engine, scheduled, error: engine.restart(error) or [])
 
 
 def all_of_a_batch_are_refused(patch: Patch) -> None:
@@ -58,7 +58,7 @@ def all_of_a_batch_are_refused(patch: Patch) -> None:
     def recover(engine: Engine, scheduled: Any, error: Exception) -> Any:
         there = {sequence.request for sequence in scheduled.sequences}
         refused = [sequence for request in there for sequence in engine._refuse(request, "a rank failed")]
-        engine.restart(str(error))
+        engine.restart(error)
         return refused
 
     patch.setattr(Engine, "_recover", recover)

@@ -46,3 +46,14 @@ def test_schemas_that_cannot_be_followed(grammars: Grammars) -> None:
         with pytest.raises(InputError, match="schema can't be followed"):
             grammars.matcher(wrong)
     assert grammars.matcher(ANY_OBJECT).allowed() == grammars.matcher(ANY_OBJECT).allowed()
+
+
+def test_a_token_that_does_not_fit_is_an_error_and_so_is_all_that_follows(grammars: Grammars, packaged: Path) -> None:
+    """llguidance itself goes on with a mask that allows only the end, which would end any text as if it were whole."""
+    matcher = grammars.matcher(SCHEMA)
+    with pytest.raises(ValueError, match="follow"):
+        matcher.advance(Tokenizer(packaged).encode("x")[0])
+    with pytest.raises(ValueError, match="can't be followed"):
+        matcher.allowed()
+    with pytest.raises(ValueError, match="can't be followed"):
+        assert matcher.finished

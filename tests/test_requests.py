@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from benchmarks.fuzz import faults
 from benchmarks.fuzz.models import KINDS, save
 from tests.tiny import Checkpoints, prompt_of
 from weft import LLM, SamplingParams
-from weft.errors import InputError
+from weft.errors import InputError, WorkerLost
 from weft.launch.local import LocalLauncher
 from weft.llm import RequestOutput
 
@@ -55,7 +58,7 @@ def test_poison_is_refused_and_its_restarts_do_not_count(llm: LLM, kind: str, re
     alone = texts([llm.generate(prompt, GREEDY)[0] for prompt in PROMPTS])
     outputs = llm.generate([*PROMPTS, PROMPTS[0]], [GREEDY, GREEDY, GREEDY, harmful(kind)])
     assert texts(outputs[:3]) == alone and [output.error for output in outputs[:3]] == [None] * 3
-    assert outputs[3].error and "this request made a rank fail" in outputs[3].error
+    assert outputs[3].error and "by itself: " in outputs[3].error
     assert outputs[3].outputs[0].finish_reason == "error"
     assert llm.engine.restarts == restarts and not llm.engine._restarts
     assert texts(llm.generate(PROMPTS, GREEDY)) == alone
@@ -66,6 +69,79 @@ def test_two_poisons_at_once(llm: LLM) -> None:
     outputs = llm.generate([PROMPTS[0], *PROMPTS[:2]], [GREEDY, harmful("rank raises"), harmful("rank crashes")])
     assert texts(outputs[:1]) == alone and all(output.error for output in outputs[1:])
     assert not llm.engine._restarts
+
+
+def test_poison_again_and_again_never_ends_the_engine(llm: LLM) -> None:
+    """As a client sends it that tries again at once: the group has done nothing yet when it is lost."""
+    for times in range(1, 4):
+        [output] = llm.generate(PROMPTS[:1], harmful("rank crashes at once"))
+        assert output.error and llm.engine.restarts == 2 * times and not llm.engine._restarts
+    assert llm.generate(PROMPTS[0], GREEDY)[0].error is None
+
+
+def test_ranks_killed_from_outside_refuse_nobody(llm: LLM) -> None:
+    """One long answer, and a kill every few tokens: each time it is tried by itself, and goes on."""
+    params = SamplingParams(temperature=0.0, max_tokens=120, ignore_eos=True)
+    [alone] = llm.generate(PROMPTS[0], params)
+    request = llm.engine.add(PROMPTS[0]["prompt_token_ids"], params)
+    for kills in range(1, 6):
+        while request.sequences[0].produced < 20 * kills:
+            llm.engine.step()
+        os.kill(llm.engine.controller.launcher.pids()[0], signal.SIGKILL)
+    while not llm.engine.idle:
+        llm.engine.step()
+    assert request.error == "" and llm.engine.settle(request)[0].text.text == alone.outputs[0].text
+    assert llm.engine.restarts == 5
+
+
+def test_company_is_kept_after_two_kills(llm: LLM) -> None:
+    requests = [llm.engine.add(prompt["prompt_token_ids"], replace(GREEDY, max_tokens=60)) for prompt in PROMPTS]
+    for produced in (5, 25):
+        while requests[0].sequences[0].produced < produced:
+            llm.engine.step()
+        os.kill(llm.engine.controller.launcher.pids()[0], signal.SIGKILL)
+    while requests[0].sequences[0].produced < 45:
+        llm.engine.step()
+    assert llm.engine.last_step is not None and len(llm.engine.last_step.scheduled.sequences) == 3
+    while not llm.engine.idle:
+        llm.engine.step()
+    assert [llm.engine.settle(request)[0].offsets for request in requests] and llm.engine.restarts == 2
+
+
+def test_an_interrupted_batch_harms_no_other_answer(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while one answer streams and another is generated."""
+    params = replace(GREEDY, max_tokens=60)
+    [alone] = llm.generate(PROMPTS[0], params)
+    stream = llm.stream(PROMPTS[0], params)
+    next(stream)
+    collect = llm.engine.controller.collect
+
+    def interrupted(submitted: Any) -> Any:
+        if submitted.number % 7 == 0:
+            monkeypatch.setattr(llm.engine.controller, "collect", collect)
+            raise KeyboardInterrupt
+        return collect(submitted)
+
+    monkeypatch.setattr(llm.engine.controller, "collect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS[1], params)
+    *_, output = stream
+    assert isinstance(output, RequestOutput) and output.outputs[0].text == alone.outputs[0].text
+
+
+def test_a_start_that_fails_for_a_moment_is_tried_again(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher, fails = llm.engine.controller.launcher, [BlockingIOError(11, "no more processes")] * 2
+    start = launcher.start
+
+    def starting(*arguments: Any) -> None:
+        if fails:
+            raise fails.pop()
+        start(*arguments)
+
+    monkeypatch.setattr(launcher, "start", starting)
+    llm.engine.restart(WorkerLost("a test"))
+    assert not fails and llm.engine.restarts == 1
+    assert llm.generate(PROMPTS[0], GREEDY)[0].error is None
 
 
 def test_a_sampler_that_raises_ends_its_row_alone(llm: LLM) -> None:
@@ -116,6 +192,20 @@ def test_proposals_that_make_no_sense_are_left_out(soup: Path, tmp_path: Path) -
 def test_ids_of_any_kind_are_plain_ones(llm: LLM, given: Any) -> None:
     expected = texts(llm.generate({"prompt_token_ids": list(range(3, 8))}, GREEDY))
     assert texts(llm.generate({"prompt_token_ids": given}, GREEDY)) == expected
+
+
+def test_other_odd_input_is_refused_in_one_line(llm: LLM) -> None:
+    for prompts in (5, [5], [[1, 2]], [{"text": "a"}], [{"prompt": 5}], "\ud800"):
+        with pytest.raises(InputError):
+            llm.generate(prompts, GREEDY)  # type: ignore[arg-type]
+    for params in ([None], [{"temperature": 0}], 5):
+        with pytest.raises(InputError):
+            llm.generate("a", params)  # type: ignore[arg-type]
+    for wrong in ({"temperature": 10**400}, {"seed": 10**5000}, {"stop_token_ids": [10**5000]}, {"top_k": [1]}):
+        with pytest.raises(InputError) as told:
+            llm.generate("a", SamplingParams(**wrong))  # type: ignore[arg-type]
+        assert len(str(told.value)) < 300
+    assert llm.generate({"prompt": "a"}, GREEDY)[0].prompt == "a"
 
 
 @pytest.mark.parametrize("given", [[3, True], [3.0], ["3"], "345", 3, None, [[3]], [3, 1 << 70], [-1], []])
@@ -222,7 +312,7 @@ def test_reproducible_bits_survive_reuse_preemption_and_restarts(checkpoints: Ch
         requests = [llm.engine.add(prompt, params) for prompt in (first, longer)]
         for _ in range(30):
             llm.engine.step()
-        llm.engine.restart("a test")
+        llm.engine.restart(WorkerLost("a test"))
         while not llm.engine.idle:
             llm.engine.step()
         found = [[chosen.logprob for chosen in llm.engine.settle(request)[0].chosen] for request in requests]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from weft.batching.params import SamplingParams
+from weft.batching.params import SamplingParams, shown
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError
 from weft.execute.protocol import Loaded
@@ -45,7 +45,7 @@ def limit_of(
     if not prompt:
         raise InputError("the prompt is empty; give at least one token")
     if (outside := next((token for token in (*prompt, *own) if token not in known), None)) is not None:
-        raise InputError(f"token id {outside!r} is not in the vocabulary, 0 to {vocabulary - 1}")
+        raise InputError(f"token id {shown(outside)} is not in the vocabulary, 0 to {vocabulary - 1}")
     if len(prompt) >= length:
         raise InputError(
             f"the prompt has {len(prompt)} tokens and the context holds {length}, the answer included; shorten it"

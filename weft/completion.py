@@ -97,6 +97,10 @@ class Completion:
         self.settled = max(self.settled, self.text.settled)
         return None
 
+    def close(self) -> None:
+        """Nothing more comes: what is waited for is shown as it is."""
+        self._end(may_stop=True)
+
     def _spell(self, token: int) -> None:
         if self.detokenizer is None:
             self.offsets.append(0)

@@ -15,6 +15,7 @@ import codecs
 import json
 import re
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Protocol
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
@@ -217,5 +218,5 @@ class _Pieces:
         if not self._valid:
             return self._places
         starts = [byte & 0xC0 != 0x80 for byte in self._run]
-        inside = [not start for start in [*starts, True]]
-        return [sum(starts[:place]) - inside[place] for place in self._places]
+        begun = list(accumulate([*starts, True]))  # characters, with the one at that place
+        return [begun[place] - 1 for place in self._places]

@@ -24,7 +24,7 @@ from weft.batching.request import Request, Sequence
 from weft.calibration import granule_of, key_of, measured
 from weft.completion import Completion, completion_of
 from weft.config import EngineConfig, ModelConfig
-from weft.errors import GivenUp, InputError, Interrupted, WorkerFailed, WorkerLost
+from weft.errors import GivenUp, InputError, Interrupted, WorkerFailed, WorkerLost, told
 from weft.execute.controller import Controller, RunOptions, RunResult, Submitted
 from weft.execute.protocol import Choice, Chosen
 from weft.grammar import Grammars
@@ -43,7 +43,8 @@ from weft.text import Tokenizer
 
 Progress = Callable[[str, float], None]  # what goes on, and the share of it that is done
 ALIKE = 0.95  # of the fastest rank's speed: less than that is worth other shares
-MOST_FAILURES = 3  # batches by itself in which a request may find ranks killed or cut off; that need not be its doing
+MOST_FAILURES = 3  # batches by itself, one upon the other, that a request may lose to ranks that were killed or cut off
+COMPANY = 3  # failed batches from which on a request stays by itself: it may fail with others only
 SCORED_BYTES = 128 << 20  # of logits that a batch's scored rows may take
 ALONE = 5  # times the wanted time between tokens a batch may take while nobody is waiting for a next token
 LEAST_ALONE = 512  # tokens of such a batch: smaller ones hide their communication worse
@@ -103,9 +104,10 @@ class Engine:
         self.completions: dict[Sequence, Completion] = {}
         self.last_step: Step | None = None
         self.timeline_wanted = False  # of the next batch; it then is in `last_step`
-        self.on_lost: Callable[[str], None] = lambda reason: None  # is told when workers are lost, and what is tried
+        self.on_lost: Callable[[Exception], None] = lambda error: None  # is told when workers are lost, or don't start
         self.meanwhile: Callable[[], None] = lambda: None  # is called again and again while workers are started again
         self._ahead: Flight | None = None
+        self._untold: list[Sequence] = []  # that were refused while workers are started again
         self._restarts = Restarts()
         self._up = False
         self._began: dict[Request, float] = {}
@@ -114,7 +116,7 @@ class Engine:
             self._start(tell, recalibrate, share_by_speed)
         except WorkerLost as error:
             self.controller.close()
-            raise WorkerFailed(f"a worker ended while the model was loaded: {error}") from None
+            raise WorkerFailed(f"a worker ended while the model was loaded: {told(error)}") from None
         except BaseException:
             self.controller.close()
             raise
@@ -199,6 +201,7 @@ class Engine:
     def step(self) -> list[Sequence]:
         """One turn; returns the sequences that got a token or ended. There must be something to do."""
         begin = time.perf_counter()
+        self._demand_group()
         if expired := self.expire():
             return expired
         scheduled: Scheduled | None = None
@@ -212,9 +215,12 @@ class Engine:
             self.budget.observe(scheduled.batch, result.seconds)
         except Exception as error:  # whatever it is: nobody got a token yet, so the batch can be tried again
             if flight is None and isinstance(error, WorkerLost):  # no worker has seen the batch
-                self.restart(str(error))
+                self.restart(error)
                 return []
             return self._recover(scheduled, error)
+        except BaseException:  # Ctrl-C: who knows what the workers have been told
+            self._up = False
+            raise
         self._restarts.worked()
         alive = self._commit(scheduled, result)
         self.last_step = Step(scheduled, flight.plan, time.perf_counter() - begin, result)
@@ -222,18 +228,27 @@ class Engine:
 
     def look(self) -> None:
         """Between requests: sees whether all workers are there, and starts them again if not."""
+        self._demand_group()
         try:
             self.controller.look()
         except (WorkerLost, WorkerFailed, InputError) as error:
-            self.restart(str(error))
+            self.restart(error)
+
+    def _demand_group(self) -> None:
+        """Starts the workers if there are none that can be relied on: they were given up, or a batch interrupted."""
+        if not self._up:
+            self.restart(WorkerLost("what the workers do was interrupted"))
 
     def expire(self) -> list[Sequence]:
-        """Ends sequences whose time is over, and returns them."""
-        expired = self.batcher.expired(time.monotonic())
+        """Ends sequences whose time is over, and returns them, with those that ended and were not told yet."""
+        expired, untold = self.batcher.expired(time.monotonic()), self._untold
         for sequence in expired:
             sequence.finish_reason = "timeout"
+            with suppress(Exception):  # whatever it is, what can be shown already stays
+                self.completions[sequence].close()
         self.forget(expired)
-        return expired
+        self._untold = []
+        return untold + expired
 
     def _budget(self) -> int:
         """Tokens of the next batch: as many as go well with those who wait for their next token."""
@@ -298,13 +313,16 @@ class Engine:
             request.failures += 1
         if not isinstance(error, WorkerLost | WorkerFailed | InputError):
             _log.error("a batch failed; its requests are tried again, each by itself", exc_info=error)
-        refused: list[Sequence] = []
-        if by_itself and (not isinstance(error, WorkerLost) or suspects[0].request.failures > MOST_FAILURES):
-            refused = self._refuse(suspects[0].request, f"this request made a rank fail, twice: {_said(error)}")
+        # A rank that was killed or cut off need not have been so because of what it computed.
+        most = MOST_FAILURES if isinstance(error, WorkerLost) else 1
+        if by_itself and suspects[0].failures + 1 >= most:
+            reason = f"this request failed, and again by itself: {_said(error)}"
+            self._untold += self._refuse(suspects[0].request, reason)  # told also while the next start takes its time
         for sequence in suspects:
-            sequence.alone = True
-        self.restart(_said(error), blamed=by_itself)
-        return refused
+            sequence.alone, sequence.failures = True, sequence.failures + by_itself
+        self.restart(error, blamed=True)
+        untold, self._untold = self._untold, []
+        return untold
 
     def _refuse(self, request: Request, reason: str) -> list[Sequence]:
         """Ends a request, and no other, because of what it did; returns its sequences that were not over yet."""
@@ -320,29 +338,28 @@ class Engine:
         """How often workers were lost."""
         return self._restarts.total
 
-    def restart(self, reason: str, blamed: bool = False) -> None:
-        """A new group of workers: one loss, however many tries that takes. `blamed`: a request may have caused it.
+    def restart(self, error: Exception, blamed: bool = False) -> None:
+        """A new group of workers: one loss, however many tries that takes. `blamed`: what they computed may be why.
 
         Raises `GivenUp` if groups don't stay, and no other machine is there that could make the difference.
         """
         self._ahead, self._up = None, False
         self.batcher.rewind()
         self._restarts.lost(blamed)
-        patient = self.controller.launcher.may_change
         while not self._up:
-            self.on_lost(reason)
+            self.on_lost(error)
             self.controller.stop()
-            if self._restarts.hopeless and not patient:
-                raise GivenUp(f"workers were lost {len(self._restarts)} times within a minute; the last: {reason}")
+            if self._restarts.hopeless and not self.controller.launcher.may_change:
+                raise GivenUp(f"workers were lost {len(self._restarts)} times within a minute; the last: {error}")
             try:
-                self._pause(self._restarts.pause if patient else 0.0)
+                self._pause(self._restarts.pause)
                 self.started = self.controller.start(self.directory, self.model)
                 self._up = True
             except Interrupted:
                 raise
-            except (WorkerLost, WorkerFailed, InputError) as error:
+            except Exception as again:  # whatever it is, it may pass
                 self._restarts.failed()
-                reason = str(error)
+                error = again
         self._restarts.ready()
 
     def _waiting(self) -> None:
@@ -387,8 +404,7 @@ class Engine:
             if completion.first_token is None:
                 completion.first_token = time.perf_counter() - self._began[request]
             sequence.finish_reason = completion.take(answers[-1])
-            # Whatever failed, it wasn't this alone; a second time it would be in company only.
-            sequence.alone = sequence.alone and request.failures > 1
+            sequence.alone, sequence.failures = sequence.alone and request.failures >= COMPANY, 0
         elif not request.limit and sequence.computed == len(request.prompt):
             sequence.finish_reason = "length"
 

@@ -11,6 +11,11 @@ class LinkLost(RuntimeError):
     """A rank can't reach another one."""
 
 
+def told(error: BaseException) -> str:
+    """An error with its notes: for terminals, not for clients, who need not know what a process printed last."""
+    return "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
+
+
 class WorkerLost(RuntimeError):
     """A rank was killed, stopped or cut off; whatever was under way can be run again."""
 

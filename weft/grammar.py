@@ -5,6 +5,7 @@ Wraps llguidance. Knows tokenizers and JSON schemas; knows nothing of models or 
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import Any
 
 from weft.errors import InputError
@@ -28,16 +29,18 @@ class Grammars:
                 raise InputError("a JSON schema needs an end token, and this model has none") from None
             self._tokenizer = _tokenizer(_spelt(tokenizer, vocabulary, ends[0]), vocabulary, ends)
         self._compiled: dict[str, str] = {}
+        self._lock = Lock()
 
     def matcher(self, schema: str) -> Matcher:
         """For one completion. Raises `InputError` for a schema that can't be followed."""
         from llguidance import LLMatcher
 
-        if schema not in self._compiled:
-            self._compiled[schema] = self._compile(schema)
+        with self._lock:  # requests are checked on threads beside the engine's
+            grammar = self._compiled.get(schema) or self._compile(schema)
+            self._compiled[schema] = grammar
             if len(self._compiled) > _KEPT:
                 del self._compiled[next(iter(self._compiled))]
-        return Matcher(LLMatcher(self._tokenizer, self._compiled[schema], log_level=0))
+        return Matcher(LLMatcher(self._tokenizer, grammar, log_level=0))
 
     def _compile(self, schema: str) -> str:
         from llguidance import LLMatcher
@@ -97,15 +100,24 @@ class Matcher:
         self._matcher = matcher
 
     def allowed(self) -> bytes:
-        """A bit for every token, the lowest of each byte first: 1 if it may come next."""
-        return bytes(self._matcher.compute_bitmask())
+        """A bit for every token, the lowest of each byte first: 1 if it may come next. Raises ValueError if the grammar
+        has become more than can be followed."""
+        mask = bytes(self._matcher.compute_bitmask())
+        self._demand_sound()  # else all that the mask allows is the end, wherever the text is
+        return mask
 
     def advance(self, token: int) -> None:
         """This token came. Raises ValueError if the grammar doesn't allow it."""
         if not self._matcher.consume_token(token):
-            raise ValueError(f"token {token} does not follow the grammar: {self._matcher.get_error().splitlines()[0]}")
+            self._demand_sound()
+            raise ValueError(f"token {token} does not follow the grammar")
+
+    def _demand_sound(self) -> None:
+        if self._matcher.is_error():
+            raise ValueError(f"the grammar can't be followed: {self._matcher.get_error().splitlines()[0][:300]}")
 
     @property
     def finished(self) -> bool:
         """True if nothing more may follow."""
+        self._demand_sound()
         return bool(self._matcher.is_stopped())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, TypeGuard
 
-from weft.batching.params import SamplingParams, token_ids
+from weft.batching.params import SamplingParams, shown, token_ids
 from weft.batching.request import Request
 from weft.completion import Completion
 from weft.config import EngineConfig, ModelConfig
@@ -26,7 +26,13 @@ class TokensPrompt(TypedDict):
     prompt_token_ids: list[int]
 
 
-Prompt = str | TokensPrompt
+class TextPrompt(TypedDict):
+    """A prompt as text."""
+
+    prompt: str
+
+
+Prompt = str | TokensPrompt | TextPrompt
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,10 @@ def _proposed(directory: Path) -> tuple[dict[str, Any], list[str]]:
     return usable, lines
 
 
+def _one(prompts: Prompt | Sequence[Prompt]) -> TypeGuard[Prompt]:
+    return isinstance(prompts, str | dict)
+
+
 class LLM:
     """A model, split over `tensor_parallel_size` ranks. Also a context manager; `close()` ends the workers.
 
@@ -148,7 +158,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:  # fmt: skip
         """Completes every prompt, in batches, and returns the outputs in the order of the prompts."""
-        listed: list[Prompt] = [prompts] if isinstance(prompts, str | dict) else list(prompts)
+        listed: list[Prompt] = list(prompts) if isinstance(prompts, Iterable) and not _one(prompts) else [prompts]
         wishes = self._wishes(sampling_params, len(listed))
         encoded = [self._encode(prompt) for prompt in listed]  # all are looked at before any is run
         requests: list[Request] = []
@@ -197,19 +207,25 @@ class LLM:
     ) -> Sequence[SamplingParams]:  # fmt: skip
         if given is None:
             given = self.get_default_sampling_params()
-        wishes = [given] * count if isinstance(given, SamplingParams) else list(given)
+        wishes = list(given) if isinstance(given, Iterable) else [given] * count
+        if not all(isinstance(each, SamplingParams) for each in wishes):
+            raise InputError("sampling_params must be SamplingParams, or a list of them")
         if len(wishes) != count:
             raise InputError(f"{len(wishes)} sampling parameters for {count} prompts; give one, or one for each")
         return wishes
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, dict):
-            return list(token_ids(prompt["prompt_token_ids"], "prompt_token_ids"))
-        if not prompt:
+        given: dict[str, Any] = dict(prompt) if isinstance(prompt, dict) else {"prompt": prompt}
+        if "prompt_token_ids" in given:
+            return list(token_ids(given["prompt_token_ids"], "prompt_token_ids"))
+        text = given.get("prompt")
+        if not isinstance(text, str):
+            raise InputError(f"{shown(prompt)} is no prompt; give a text, or token ids as prompt_token_ids")
+        if not text:
             raise InputError("the prompt is empty; give at least one character")
         if self.engine.tokenizer is None:
             raise InputError(f"{self.engine.directory} has no tokenizer.json; give prompts as prompt_token_ids")
-        return self.engine.tokenizer.encode(prompt)
+        return self.engine.tokenizer.encode(text)
 
     def _output(self, prompt: Prompt, request: Request) -> RequestOutput:
         completions = self.engine.settle(request)
@@ -218,11 +234,11 @@ class LLM:
             for index, (sequence, completion) in enumerate(zip(request.sequences, completions, strict=True))
         ]
         first = min((c.first_token for c in completions if c.first_token is not None), default=None)
-        text = prompt if isinstance(prompt, str) else None
+        text = prompt if isinstance(prompt, str) else dict(prompt).get("prompt")
         scores = completions[0].scores
         scored = [self._logprobs(scores[at]) if at in scores else None for at in range(len(request.prompt))]
         return RequestOutput(
-            str(request.number), text, list(request.prompt), outputs, True, first,
+            str(request.number), str(text) if text is not None else None, list(request.prompt), outputs, True, first,
             scored if request.params.prompt_logprobs is not None else None, request.error or None,
         )  # fmt: skip
 

@@ -50,7 +50,8 @@ class Tokenizer:
         try:
             ids = self._hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         except Exception as error:  # templates raise jinja2's errors, for their own reasons
-            raise InputError(f"the chat template refuses these messages: {str(error).splitlines()[0]}") from None
+            reason = next(iter(str(error).splitlines()), "") or f"it gives no reason ({type(error).__name__})"
+            raise InputError(f"the chat template refuses these messages: {reason}") from None
         return list(ids)
 
     def decode(self, ids: list[int]) -> str:

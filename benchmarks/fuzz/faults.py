@@ -19,9 +19,11 @@ from weft.engine import Engine
 FIRST = 1 << 40  # seeds from here on bring a fault: so many for each kind, as a completion's number is added
 EACH = 1000
 ENGINE = ("detokenizer", "stop text", "grammar's mask", "grammar's step", "first text")
-WORKER = ("sampler", "rank raises", "rank crashes", "rank is killed")
+WORKER = ("sampler", "rank raises", "rank crashes", "rank is killed", "rank crashes at once")
 KINDS = ENGINE + WORKER
-RANK = frozenset({"rank raises", "rank crashes", "rank is killed"})  # a group of workers is lost over these
+RANK = frozenset(
+    {"rank raises", "rank crashes", "rank is killed", "rank crashes at once"}
+)  # a group of workers is lost over these
 AFTER = 2  # tokens
 
 
@@ -90,6 +92,8 @@ def in_worker() -> None:
 
     def running(worker: Any, message: Any) -> None:
         kinds = {kind_of(choice.seed) for choice in message.choices if choice.index >= AFTER}
+        if "rank crashes at once" in {kind_of(choice.seed) for choice in message.choices}:
+            kinds.add("rank crashes")
         if worker.rank == worker.world - 1:
             if "rank raises" in kinds:
                 raise RuntimeError("planted in a rank")

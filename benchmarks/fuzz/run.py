@@ -261,7 +261,7 @@ class Fuzz:
         self.found.maybe += len(case.prompt)
         answer = await http.post(case.path, json=case.body)
         message = _strict(answer.text).get("error", {}).get("message", "")
-        grounds = "rank" if kind in faults.RANK else "planted"
+        grounds = "by itself: " if kind in faults.RANK else "planted"
         if answer.status_code != 500 or grounds not in message:
             self._wrong(f"fault: {kind}", f"{answer.status_code}: {answer.text}")
         self.found.asked[kind] += 1

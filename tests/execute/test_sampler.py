@@ -78,3 +78,31 @@ def test_logits_are_left_alone() -> None:
     logits = LOGITS[None].clone()
     sample(logits, [Choice(repetition=2.0, prompt=[4], banned=[1])])
     assert torch.equal(logits, LOGITS[None])
+
+
+def test_a_top_p_next_to_nothing_leaves_the_likeliest() -> None:
+    logits = torch.tensor([[0.0, 1.0, 0.9, -5.0]])
+    for seed in range(20):
+        [chosen] = sample(logits, [Choice(temperature=1.0, top_p=5e-324, top_k=1, seed=seed)])
+        assert chosen.token == 1
+
+
+def test_a_row_that_cannot_be_chosen_from_says_why_and_concerns_no_other() -> None:
+    logits = torch.tensor([[0.0, 1.0], [float("nan"), 1.0], [float("inf"), 1.0], [0.0, 2.0]])
+    choices = [Choice(), Choice(), Choice(temperature=1.0), Choice(allowed=b"\0")]
+    fine, nan, infinite, forbidden = sample(logits, choices)
+    assert fine.token == 1 and not fine.error
+    assert "not finite" in nan.error and "not finite" in infinite.error and "no token is allowed" in forbidden.error
+
+
+def test_given_tokens_are_scored() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0]])
+    [scored] = sample(logits, [Choice(given=0, logprobs=1)])
+    expected = torch.log_softmax(logits[0], dim=0)
+    assert (scored.token, scored.rank) == (0, 3) and scored.logprob == float(expected[0])
+    assert scored.top == [(2, float(expected[2]))]
+
+
+def test_an_end_that_is_banned_may_come_where_a_grammar_allows_nothing_else() -> None:
+    [chosen] = sample(torch.tensor([[5.0, 1.0, 0.0]]), [Choice(banned=[2], allowed=b"\x04", temperature=1.0)])
+    assert chosen.token == 2 and not chosen.error

@@ -94,6 +94,7 @@ class Batcher:
         self._filled = [0] * self.slots  # positions whose memory is taken, still of use or not
         self._served: dict[str, float] = {}  # tokens, by owner
         self._moves: list[Move] = []
+        self._last_alone: Sequence | None = None
         self._alone_last = False  # the last batch was the turn of those that are computed by themselves
 
     def add(self, request: Request) -> None:
@@ -148,18 +149,28 @@ class Batcher:
         return chosen
 
     def _one_alone(self, budget: int, now: float) -> dict[Sequence, int]:
-        """The same for the most urgent of those that are computed by themselves; a slot is found for it."""
+        """The same for one of those that are computed by themselves."""
         chosen: dict[Sequence, int] = {}
-        there = (s for s in (*self.running, *self.waiting) if s.alone)
-        first = min(there, key=lambda s: self.urgency(s, now), default=None)
-        if first is None:
-            return chosen
-        if first.slot is None and not self._may_start():
-            self._preempt(max(self.running, key=lambda s: self.urgency(s, now)))
-        if first.slot is None:
-            self._start(first, None)
-        self._extend(first, budget, chosen, now)
+        there = sorted((s for s in (*self.running, *self.waiting) if s.alone), key=lambda s: self.urgency(s, now))
+        if self._last_alone in there:  # in turn
+            after = there.index(self._last_alone) + 1
+            there = there[after:] + there[:after]
+        for sequence in there:
+            if self._found_slot(sequence, now) and self._extend(sequence, budget, chosen, now):
+                self._last_alone = sequence
+                break
         return chosen
+
+    def _found_slot(self, sequence: Sequence, now: float) -> bool:
+        """Sees to it that a sequence runs, at the cost of a less urgent one if need be; True if it does."""
+        if sequence.slot is None and not self._may_start():
+            own = self.urgency(sequence, now)
+            others = [s for s in self.running if self.urgency(s, now) > own]
+            if others:
+                self._preempt(max(others, key=lambda s: self.urgency(s, now)))
+        if sequence.slot is None and self._may_start():
+            self._start(sequence, None)
+        return sequence.slot is not None
 
     def ahead(self, scheduled: Scheduled) -> Scheduled | None:
         """The batch that follows `scheduled`, made before its tokens are known; None if that can't be foreseen.
@@ -360,7 +371,8 @@ class Batcher:
                 self.waiting.remove(sequence)
                 continue
             self.running.remove(sequence)
-            tokens = packed(sequence.tokens[: self._lasting(sequence)])
+            # What a request that failed has in memory may be why.
+            tokens = packed(sequence.tokens[: self._lasting(sequence) if sequence.finish_reason != "error" else 0])
             for slot in self.prefixes.keep(sequence.slot, tokens, self._stretch(sequence)):
                 self._drop(slot)
             sequence.slot = None

@@ -5,7 +5,9 @@ Names and meanings are those that vLLM's users know. Knows no tokenizer and no m
 
 from __future__ import annotations
 
+import math
 import operator
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -101,15 +103,19 @@ _OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs", "seed")
 
 
 def _number(value: Any, name: str, low: float, high: float) -> float:
-    if type(value) is bool or not isinstance(value, Real) or not low <= float(value) <= high:
-        raise InputError(f"{name} {value!r} is not allowed; give a number from {low:g} to {high:g}")
-    return float(value)
+    number = math.nan
+    if isinstance(value, Real) and value is not True and value is not False:
+        with suppress(OverflowError):  # a whole number beyond any other
+            number = float(value)
+    if not low <= number <= high:
+        raise InputError(f"{name} {shown(value)} is not allowed; give a number from {low:g} to {high:g}")
+    return number
 
 
 def _whole(value: Any, name: str, low: int, high: int) -> int:
     whole = _index(int(value) if isinstance(value, float) and value.is_integer() else value)
     if whole is None or not low <= whole <= high:
-        raise InputError(f"{name} {value!r} is not allowed; give a whole number from {low} to {high}")
+        raise InputError(f"{name} {shown(value)} is not allowed; give a whole number from {low} to {high}")
     return whole
 
 
@@ -126,8 +132,17 @@ def _texts(given: Any) -> tuple[str, ...] | None:
     if listed is None:
         return None
     if not isinstance(listed, list | tuple) or not all(isinstance(text, str) for text in listed):
-        raise InputError(f"stop {given!r} is not allowed; give a text, or a list of texts")
+        raise InputError(f"stop {shown(given)} is not allowed; give a text, or a list of texts")
     return tuple(listed)
+
+
+def shown(value: Any) -> str:
+    """What was given, for a message: short, whatever it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        return "a number of very many digits"
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def token_ids(given: Any, name: str) -> tuple[int, ...]:
@@ -138,6 +153,6 @@ def token_ids(given: Any, name: str) -> tuple[int, ...]:
     for token in given:
         index = _index(token)
         if index is None:
-            raise InputError(f"{name} holds {token!r}; token ids are whole numbers")
+            raise InputError(f"{name} holds {shown(token)}; token ids are whole numbers")
         whole.append(index)
     return tuple(whole)

@@ -54,7 +54,7 @@ class Sequence:
 
     `computed`: how many of its tokens have their keys and values in memory; `reused`: how many of them were not
     computed for it. `finish_reason`: "stop", "length", "timeout" or "error". `alone`: it is computed in batches by
-    itself, because one that failed had it.
+    itself, because one that failed had it; `failures`: how many of those failed too, one upon the other.
     """
 
     request: Request
@@ -65,6 +65,7 @@ class Sequence:
     reused: int = 0
     finish_reason: str | None = None
     alone: bool = False
+    failures: int = 0
 
     @property
     def output(self) -> ReadOnly[int]:

@@ -285,7 +285,10 @@ class Controller:
     def _demand_workers(self) -> None:
         """Raises if a worker has ended, hangs or is silent."""
         if dead := self.launcher.dead():
-            raise (WorkerFailed if self.launcher.crashed() else WorkerLost)("; ".join(dead))
+            error = (WorkerFailed if self.launcher.crashed() else WorkerLost)("; ".join(dead))
+            for line in self.launcher.last_words():
+                error.add_note(line)
+            raise error
 
     def _failed(self, message: p.Failed) -> None:
         if message.kind in ("input", "memory"):

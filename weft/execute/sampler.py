@@ -92,6 +92,7 @@ def _draw(logits_V: Tensor, choice: Choice) -> int:
         left = probabilities * keep
         before = left.cumsum(0) - left
         keep &= before < choice.top_p * left.sum()
+    keep[0] = True  # also where a top_p next to nothing leaves none
     heights = (probabilities * keep).cumsum(0)
     # A hash, not a generator's state: nothing has to be remembered between tokens.
     uniform = random.Random(f"{choice.seed}/{choice.index}").random()

@@ -32,10 +32,11 @@ LOOK_MILLISECONDS = 100
 
 
 class Here(msgspec.Struct, tag=True, frozen=True):
-    """A machine lives. `name`: of its host; `address`: where other ranks reach it."""
+    """A machine lives. `name`: of its host; `address`: where other ranks reach it. `version`: of these messages."""
 
     name: str
     address: str
+    version: int = 0
 
 
 class Ended(msgspec.Struct, tag=True, frozen=True):
@@ -63,6 +64,9 @@ class Begin(msgspec.Struct, tag=True, frozen=True):
 class End(msgspec.Struct, tag=True, frozen=True):
     """End it."""
 
+
+VERSION = 2
+SOON = 30.0  # seconds: whoever was in a group that ended sooner comes after others in the next one
 
 _encode = msgspec.msgpack.Encoder().encode
 _to_hub = msgspec.msgpack.Decoder(Here | Ended).decode
@@ -115,6 +119,7 @@ class _Machine:
     here: Here
     heard: float
     ended: Ended | None = None  # what it said of its worker's end
+    failed: int = 0  # groups with it that ended soon
 
 
 class JoinedLauncher:
@@ -137,7 +142,8 @@ class JoinedLauncher:
         self._hub = engine_socket(self._context, self.token)
         self._machines: dict[bytes, _Machine] = {}
         self._used: list[_Machine] = []
-        self._number = 0  # of the group
+        self._number, self._begun = 0, 0.0  # of the group, and when it was started
+        self._strangers: set[bytes] = set()  # who speaks another version
         self.meanwhile: Callable[[], None] = lambda: None
         self.interrupted = threading.Event()  # set by who doesn't want to wait for machines any more
         try:
@@ -163,7 +169,7 @@ class JoinedLauncher:
         """Waits for the machines that are missing, then starts the local ranks and has each machine start one."""
         local = min(self.local, count)
         self._used = self._awaited(count - local)
-        self._number += 1
+        self._number, self._begun = self._number + 1, time.monotonic()
         self._children.start(local, threads, address, token)
         for place, machine in enumerate(self._used, start=local):
             machine.ended = None
@@ -182,7 +188,7 @@ class JoinedLauncher:
                 raise Interrupted("interrupted while waiting for machines to join")
             self.meanwhile()
             self._listen(LOOK_MILLISECONDS)
-        return there[:count]
+        return sorted(there, key=lambda machine: machine.failed)[:count]
 
     def _there(self, since: float) -> list[_Machine]:
         """Machines that were heard since then (seconds, monotonic), in the order of their coming."""
@@ -195,8 +201,17 @@ class JoinedLauncher:
         while self._hub.poll(milliseconds):
             milliseconds = 0
             identity, data = self._hub.recv_multipart()
-            message = _to_hub(data)
-            if isinstance(message, Here):
+            try:
+                message = _to_hub(data)
+            except msgspec.MsgspecError:
+                message = Here("", "")
+            if isinstance(message, Here) and message.version != VERSION:
+                if identity not in self._strangers:
+                    self.told(
+                        f"a machine that joins runs another version of weft, and isn't used: {message.name or '?'}"
+                    )
+                self._strangers.add(identity)
+            elif isinstance(message, Here):
                 known = self._machines.setdefault(identity, _Machine(identity, message, 0.0))
                 known.heard = time.monotonic()
                 self._say(known, Known())
@@ -223,14 +238,20 @@ class JoinedLauncher:
                 lines.append(f"{where} has been silent for {now - machine.heard:.0f} s")
         return lines
 
+    def last_words(self) -> list[str]:
+        """Of the local ranks; machines say theirs on their own terminals."""
+        return self._children.last_words()
+
     def crashed(self) -> bool:
         """Of any rank, here or there."""
         return self._children.crashed() or any(m.ended is not None and m.ended.crashed for m in self._used)
 
     def stop(self) -> None:
         """Ends all workers; machines stay joined."""
+        soon = time.monotonic() - self._begun < SOON
         for machine in self._used:
             self._say(machine, End())
+            machine.failed += soon
         self._used = []
         self._children.stop()
 
@@ -263,7 +284,7 @@ class Machine:
             while True:
                 now = time.monotonic()
                 if now - sent >= EVERY:
-                    self._say(Here(socket.gethostname(), self.address))
+                    self._say(Here(socket.gethostname(), self.address, VERSION))
                     sent = now
                 if not warned and self._known is None and now - begin > 2 * SILENT:
                     warned = True
@@ -291,17 +312,20 @@ class Machine:
             self._number = message.number
             self._told(f"starting rank {message.place}")
             self._children.first_place = message.place
-            self._children.start(1, message.threads, message.address, message.token)
+            try:
+                self._children.start(1, message.threads, message.address, message.token)
+            except OSError as error:  # no memory for one more process, say: that may pass
+                self._say(Ended(f"no worker could be started there ({error.strerror or error})", message.number))
         else:
             self._told("the worker has ended, as it was told to; waiting for work")
 
     def _look(self) -> None:
         """Tells the engine of a lost worker; ends one whose engine is gone."""
         if lines := self._children.dead():
-            crashed = self._children.crashed()
+            crashed, words = self._children.crashed(), self._children.last_words()
             self._children.stop()
             self._say(Ended("; ".join(lines), self._number, crashed))
-            self._told("; ".join(lines))
+            self._told("; ".join(lines + words))
         if self._known is not None and time.monotonic() - self._known > SILENT:
             self._known = None
             if self._children.pids():

@@ -51,6 +51,10 @@ class Launcher(Protocol):
         """What is known of workers that have ended, or that can't go on: a line each."""
         ...
 
+    def last_words(self) -> list[str]:
+        """What workers that have ended printed last: for who runs them."""
+        ...
+
     def crashed(self) -> bool:
         """True if a worker has ended by its own fault, not because somebody killed it."""
         ...

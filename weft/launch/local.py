@@ -89,23 +89,18 @@ class LocalLauncher:
         return [child.pid for child in self._children]
 
     def dead(self) -> list[str]:
-        """A line for each child that has ended, with the last line that it printed, or that is stopped."""
-        ended = [
-            f"worker {child.pid} {_how(child.returncode)}{self._last_line(log)}"
-            for child, log in zip(self._children, self._logs, strict=True)
-            if child.poll() is not None
-        ]
+        """A line for each child that has ended, or that is stopped."""
+        ended = [f"worker {child.pid} {_how(child.returncode)}" for child in self._children if child.poll() is not None]
         return ended + [f"worker {child.pid} is stopped" for child in self._children if _stopped(child)]
 
     def crashed(self) -> bool:
         """True if a child has ended by its own fault: with an exit code, or a signal that processors send."""
         return any((child.poll() or 0) > 0 or -(child.returncode or 0) in CRASHES for child in self._children)
 
-    def _last_line(self, log: IO[bytes]) -> str:
-        log.seek(0)
-        written = log.read().decode("utf-8", "replace").splitlines()
-        lines = [line for line in written if line.strip() and not line.startswith("[W")]  # torch warns of nothing
-        return f": {lines[-1].strip()}" if lines else ""
+    def last_words(self) -> list[str]:
+        """The last line that each child that has ended printed."""
+        pairs = zip(self._children, self._logs, strict=True)
+        return [line for child, log in pairs if child.poll() is not None for line in _last_line(log)]
 
     def stop(self) -> None:
         """Kills what is left, waits for it, and closes every pipe and log."""
@@ -122,6 +117,13 @@ class LocalLauncher:
     def close(self) -> None:
         """The same: nothing else is held."""
         self.stop()
+
+
+def _last_line(log: IO[bytes]) -> list[str]:
+    log.seek(0)
+    written = log.read().decode("utf-8", "replace").splitlines()
+    lines = [line.strip() for line in written if line.strip() and not line.startswith("[W")]  # torch warns of nothing
+    return lines[-1:]
 
 
 def _stopped(child: subprocess.Popen[bytes]) -> bool:

@@ -22,6 +22,7 @@ from weft.server.guard import OWNER
 from weft.server.live import live
 from weft.server.schema import (
     MOST_COMPLETIONS,
+    MOST_SCORES,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -110,13 +111,16 @@ class Api:
         stream.end()
         return Echo(text, tokens, [min(offset, len(text)) for offset in stream.offsets])
 
-    async def encode(self, prompt: str | list[int]) -> list[int]:
-        """A prompt's tokens."""
+    async def encode_all(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        """Every prompt's tokens."""
+        return await _beside(sum(map(len, prompts)), lambda: [self._encode(prompt) for prompt in prompts])
+
+    def _encode(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
             return prompt
         if not prompt:
             raise InputError("the prompt is empty; give at least one character")
-        return await _beside(len(prompt), self.tokenizer().encode, prompt)
+        return self.tokenizer().encode(prompt)
 
     async def render(self, messages: Sequence[Message]) -> list[int]:
         """A conversation's tokens."""
@@ -157,8 +161,10 @@ def _answers(routes: APIRouter, api: Api) -> None:
         prompts = asked.prompts()
         if len(prompts) * (asked.n or 1) > MOST_COMPLETIONS:
             raise InputError(f"{len(prompts)} prompts with n {asked.n} are more than {MOST_COMPLETIONS} completions")
-        ids = [await api.encode(prompt) for prompt in prompts]
+        ids = await api.encode_all(prompts)
         alone = 0 if asked.max_tokens == 0 else None  # then the prompt is scored in any case: there is nothing else
+        if asked.echo and (entries := sum(map(len, ids)) * ((asked.logprobs or 0) + 1)) > MOST_SCORES:
+            raise InputError(f"{entries} log-probabilities of prompts are more than {MOST_SCORES}; send fewer prompts")
         scored = (asked.logprobs if asked.logprobs is not None else alone) if asked.echo else None
         params = asked.params(api.proposed, asked.max_tokens, asked.logprobs, scored)
         form = Form(api.name, api.text_of, api.bytes_of, asked.logprobs is not None)
@@ -198,7 +204,10 @@ def _tokens(routes: APIRouter, api: Api) -> None:
         api.demand(asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise InputError("give either prompt or messages")
-        tokens = await (api.render(asked.messages) if asked.messages is not None else api.encode(asked.prompt or ""))
+        if asked.messages is not None:
+            tokens = await api.render(asked.messages)
+        else:
+            [tokens] = await api.encode_all([asked.prompt or ""])
         return {"count": len(tokens), "max_model_len": api.service.engine.config.max_length, "tokens": tokens}
 
     @routes.post("/detokenize", tags=["tokens"])

@@ -51,6 +51,8 @@ def answer(error: BaseException) -> Response:
     """To a request that could not be served."""
     status, message = said(error)
     headers = {429: {"Retry-After": str(getattr(error, "retry_after", 1))}, 503: {"Retry-After": "5"}}.get(status)
+    if isinstance(error, RequestFailed):  # it was tried twice already; OpenAI's clients try 500 again unless told
+        headers = {"x-should-retry": "false"}
     code = {404: "model_not_found", 429: "queue_full"}.get(status)
     return response(status, message, None, code, headers)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
 
 from weft.batching.params import SamplingParams
 from weft.errors import InputError
@@ -18,6 +18,7 @@ from weft.grammar import ANY_OBJECT
 MOST_STOPS, MOST_STOP_CHARACTERS, MOST_STOP_TOKENS = 16, 256, 256
 MOST_PROMPTS, MOST_COMPLETIONS = 64, 64  # of one request; completions in all
 MOST_LOGPROBS = 20
+MOST_SCORES = 1 << 18  # log-probabilities of the prompts of one request
 MOST_SCHEMA_CHARACTERS = 65536
 
 Token = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]  # strict: true is no token
@@ -32,9 +33,11 @@ class Strict(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _unicode(cls, value: Any) -> Any:
+    def _unicode(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, str):
             _demand_unicode(value)
+        if isinstance(value, bool) and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("true and false are no numbers")
         return value
 
 

@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 from weft.batching.params import SamplingParams
 from weft.batching.request import Request, Sequence
 from weft.engine import Engine, Progress, Step
-from weft.errors import Busy, RequestFailed, Unavailable
+from weft.errors import Busy, Interrupted, RequestFailed, Unavailable, told
 from weft.server.metrics import Metrics
 from weft.server.ticket import Piece, Prefill, Ticket, Wishes
 
@@ -229,19 +229,22 @@ class Service:
                 self.live.drawn, self.live.number = engine.last_step, self.live.number + 1
         return grown
 
-    def _lost(self, reason: str) -> None:
+    def _lost(self, error: Exception) -> None:
         if self.state is State.READY:
             self.state = State.RESTARTING
-        self.tell(f"the workers are started again: {reason}")
+        self.tell(f"the workers are started again: {error}", f"the workers are started again: {told(error)}")
 
-    def tell(self, line: str) -> None:
-        """Says what goes on: to whoever runs the server, and, while it is not ready, to whoever asks for its state."""
+    def tell(self, line: str, more: str = "") -> None:
+        """Says what goes on: to whoever runs the server, and, while it is not ready, to whoever asks for its state.
+        `more`: what the former alone should see."""
         if self.state in (State.LOADING, State.RESTARTING, State.DRAINING):
             self.reason = line
-        self._told(line)
+        self._told(more or line)
 
     def _meanwhile(self, engine: Engine) -> None:
         """While workers are started again, which may take as long as a machine is missing."""
+        if self._closing:
+            raise Interrupted("interrupted while workers were started")
         self._obey(wait=False)
         self._deliver(engine, engine.expire())
 
