@@ -21,9 +21,8 @@ EACH = 1000
 ENGINE = ("detokenizer", "stop text", "grammar's mask", "grammar's step", "first text")
 WORKER = ("sampler", "rank raises", "rank crashes", "rank is killed", "rank crashes at once")
 KINDS = ENGINE + WORKER
-RANK = frozenset(
-    {"rank raises", "rank crashes", "rank is killed", "rank crashes at once"}
-)  # a group of workers is lost over these
+# A group of workers is lost over these.
+RANK = frozenset({"rank raises", "rank crashes", "rank is killed", "rank crashes at once"})
 AFTER = 2  # tokens
 
 
