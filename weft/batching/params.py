@@ -60,7 +60,7 @@ class SamplingParams:
             self._set(name, bool(getattr(self, name)))
         if self.max_tokens == 0 and self.prompt_logprobs is None:
             raise InputError(
-                "max_tokens 0 is not allowed; give at least 1, or have the prompt scored (prompt_logprobs; echo over HTTP)"
+                "max_tokens 0 is not allowed; give at least 1, or have the prompt scored (prompt_logprobs, echo)"
             )
         if self.top_p == 0.0:
             raise InputError("top_p 0 leaves no token; give a number above 0, or temperature 0 for greedy")
