@@ -19,13 +19,14 @@ test-all: .venv/ready-dev system-packages lint
 	$(BIN)/python -m pytest -q -m "grid or not grid"
 
 # The suite against the newest of everything that pyproject.toml allows, and what of it is not what is locked. torch
-# stays where it is, because a plain `torch` may be gigabytes; `make test-newest TORCH=torch` takes that too.
+# stays where it is, because a plain `torch` may be gigabytes; `make test-newest TORCH=torch` takes that too, and
+# TESTS=tests/server runs a part.
 test-newest: python-version system-packages
 	rm -rf .venv-newest
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/$(PIP) $(TORCH)
 	.venv-newest/$(PIP) -e '.[dev]'
-	$(NEWEST)/python -m pytest -q -o filterwarnings=default; passed=$$?; \
+	$(NEWEST)/python -m pytest -q -o filterwarnings=default $(TESTS); passed=$$?; \
 		$(NEWEST)/python -m tests.versions locks/dev.txt; exit $$passed
 
 lint: .venv/ready-dev
