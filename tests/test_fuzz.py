@@ -28,12 +28,12 @@ def test_every_request_gets_what_it_gets_alone_or_an_error_of_its_own(folder: Pa
     assert not result.wrong
     assert result.asked["whole"] > 30 and result.asked["stream"] > 30 and result.asked["cancelled"] > 5
     assert result.asked["fault"] > 5 and result.asked["malformed"] > 5 and result.restarts > 0
-    assert result.reused > 0.05
+    assert result.reused > 0.02
 
 
 def demand(said: str, kind: str, folder: Path, lost: tuple[str, ...] = ()) -> None:
     """A short fuzz must find something, and for the right reason."""
-    wrong = Fuzz(kind, folder, SEED, cases=60, ranks_lost=lost, enough=1, patience=15).run(seconds=8).wrong
+    wrong = Fuzz(kind, folder, SEED, cases=100, ranks_lost=lost, enough=1, patience=15).run(seconds=20).wrong
     assert any(re.search(said, line) for line in wrong), f"not found, but {wrong[:3]}"
 
 

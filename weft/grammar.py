@@ -5,7 +5,7 @@ Wraps llguidance. Knows tokenizers and JSON schemas; knows nothing of models or 
 
 from __future__ import annotations
 
-from threading import Lock
+from functools import lru_cache
 from typing import Any
 
 from weft.errors import InputError
@@ -28,18 +28,13 @@ class Grammars:
             if ends is None:
                 raise InputError("a JSON schema needs an end token, and this model has none") from None
             self._tokenizer = _tokenizer(_spelt(tokenizer, vocabulary, ends[0]), vocabulary, ends)
-        self._compiled: dict[str, str] = {}
-        self._lock = Lock()
+        self._compiled = lru_cache(maxsize=_KEPT)(self._compile)  # requests are checked on several threads
 
     def matcher(self, schema: str) -> Matcher:
         """For one completion. Raises `InputError` for a schema that can't be followed."""
         from llguidance import LLMatcher
 
-        with self._lock:  # requests are checked on threads beside the engine's
-            grammar = self._compiled.get(schema) or self._compile(schema)
-            self._compiled[schema] = grammar
-            if len(self._compiled) > _KEPT:
-                del self._compiled[next(iter(self._compiled))]
+        grammar = self._compiled(schema)
         return Matcher(LLMatcher(self._tokenizer, grammar, log_level=0))
 
     def _compile(self, schema: str) -> str:

@@ -36,12 +36,14 @@ MALFORMED: tuple[Any, ...] = (
 
 @dataclass
 class Case:
-    """A request and what it gets alone: choices as JSON, or an error. `prompt`: its tokens."""
+    """A request and what it gets alone: choices as JSON, or an error. `prompt`: its tokens; `source`: the request whose
+    prompt and answer it goes on with."""
 
     chat: bool
     body: dict[str, Any]
     params: SamplingParams
     prompt: tuple[int, ...]
+    source: Case | None = None
     choices: list[dict[str, Any]] = field(default_factory=list)
     refused: bool = False
     scores: list[float] | None = None  # of the prompt, by transformers
@@ -63,7 +65,10 @@ class Cases:
         self.special = frozenset(self.backend.token_to_id(token) for token in SPECIAL)
         self.proposed = default_params(engine.directory)
         size = self.backend.get_vocab_size()
-        self.beginnings = [[self.draw.randrange(3, size) for _ in range(length)] for length in (40, 160, 300)]
+        # Some of which end a little before a multiple of 128, the granule of --reproducible.
+        self.beginnings = [[self.draw.randrange(3, size) for _ in range(length)] for length in (40, 115, 240, 300)]
+        self.answered: list[tuple[list[int], Case]] = []  # prompts with their answers, which others go on with
+        self.source: Case | None = None  # of the prompt that was drawn last
 
     def make(self) -> Case:
         """One that is well-formed, though the model's tokenizer may not be able to do what it asks."""
@@ -86,13 +91,18 @@ class Cases:
         logprobs = (asked.top_logprobs or 0) if chat and asked.logprobs else None if chat else asked.logprobs
         scored = logprobs if not chat and asked.echo else None
         scored = 0 if scored is None and asked.max_tokens == 0 else scored
-        return Case(chat, body, asked.params(self.proposed, asked.max_tokens, logprobs, scored), prompt)
+        return Case(chat, body, asked.params(self.proposed, asked.max_tokens, logprobs, scored), prompt, self.source)
 
     def _prompt(self) -> str | list[int]:
         """As text or as tokens, a good part of it shared with others."""
         draw = self.draw
         if draw.random() < 0.3:
             return "".join(draw.choice([*PIECES, " "]) for _ in range(draw.randrange(1, 40)))
+        self.source = None
+        if self.answered and draw.random() < 0.2:
+            across = [each for each in self.answered if len(each[0]) // 128 > len(each[1].prompt) // 128]
+            tokens, self.source = draw.choice(across or self.answered)
+            return tokens + [draw.randrange(3, self.backend.get_vocab_size()) for _ in range(5)]
         begin = draw.choice(self.beginnings) if draw.random() < 0.5 else []
         begin = begin[: draw.randrange(1, len(begin) + 1)] if begin and draw.random() < 0.5 else begin
         size = self.backend.get_vocab_size()
@@ -104,11 +114,13 @@ class Cases:
         some: dict[str, Any] = {
             "n": 2, "top_p": 0.8, "top_k": 20, "min_p": 0.05, "presence_penalty": 1.0, "frequency_penalty": -0.5,
             "repetition_penalty": 1.3, "ignore_eos": True, "include_stop_str_in_output": True,
-            "skip_special_tokens": False, "min_tokens": draw.randrange(1, 12),
+            "skip_special_tokens": False,
             "stop_token_ids": [draw.randrange(self.backend.get_vocab_size()) for _ in range(3)],
             "response_format": {"type": "json_schema", "json_schema": {"schema": draw.choice(SCHEMAS)}},
         }  # fmt: skip
         body |= {name: value for name, value in some.items() if draw.random() < 0.12}
+        if draw.random() < 0.25:
+            body["min_tokens"] = draw.randrange(1, 12)
         if draw.random() < 0.4:
             body["stop"] = [self._stop() for _ in range(draw.randrange(1, 4))]
         if draw.random() < 0.4:
@@ -146,6 +158,8 @@ class Cases:
         if case.params.prompt_logprobs is not None:
             case.scores = self.reference.scores(list(case.prompt))
         pairs = zip(request.sequences, engine.settle(request), strict=True)
+        if len(case.prompt) < 400:
+            self.answered += [([*case.prompt, *sequence.output], case) for sequence in request.sequences]
         case.choices = [self._choice(case, s.index, list(s.output), c, s.finish_reason) for s, c in pairs]
 
     def _choice(self, case: Case, index: int, tokens: list[int], completion: Completion, reason: Any) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class Fuzz:
         self.kind, self.found, self.draw = KINDS[kind], Found(kind), random.Random(seed)
         self.directory = save(self.kind, folder)
         self.seed, self.count, self.lethal = seed, cases, list(ranks_lost)
+        self.known: list[Case] = []
 
     def run(self, seconds: float) -> Found:
         """Answers the cases alone, then asks for so long."""
@@ -79,8 +80,8 @@ class Fuzz:
             num_threads=1, reproducible=True, max_num_seqs=4, max_num_batched_tokens=256, launcher=launcher,
         )  # fmt: skip
         made = Cases(llm.engine, Reference(self.directory), self.seed)
-        self.known = [made.make() for _ in range(self.count)]
-        for case in self.known:
+        for _ in range(self.count):
+            self.known.append(case := made.make())
             try:
                 made.answer(case)
             except Exception as error:  # whatever it is, there is an answer to a request that stands alone
@@ -88,7 +89,7 @@ class Fuzz:
         self.harmful = {name: made.harmful(name) for name in faults.KINDS}
         self.spelling = made
         llm.engine.batcher.forget_prefixes()
-        llm.engine.batcher.memory = 1500  # tokens: so few that some wait again
+        llm.engine.batcher.memory = 2000  # tokens: so few that some wait again
         service = Service(lambda tell: llm.engine)
         service.metrics.named("fuzz")
         with in_background(application(service, Settings("fuzz")), service) as url:
@@ -115,6 +116,8 @@ class Fuzz:
             kind = self.draw.choices(kinds, weights)[0]
             case = self.draw.choice(self.known)
             try:
+                if case.source is not None and kind in ("whole", "stream"):
+                    await self._whole(http, case.source)  # so that it may find that one's memory
                 await getattr(self, f"_{kind}")(http, case)
             except Exception as error:  # whatever it is, the promise was broken
                 self._wrong(kind, f"{type(error).__name__}: {error}")
