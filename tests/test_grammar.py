@@ -51,9 +51,18 @@ def test_schemas_that_cannot_be_followed(grammars: Grammars) -> None:
 def test_a_token_that_does_not_fit_is_an_error_and_so_is_all_that_follows(grammars: Grammars, packaged: Path) -> None:
     """llguidance itself goes on with a mask that allows only the end, which would end any text as if it were whole."""
     matcher = grammars.matcher(SCHEMA)
-    with pytest.raises(ValueError, match="follow"):
+    with pytest.raises(InputError, match="follow"):
         matcher.advance(Tokenizer(packaged).encode("x")[0])
-    with pytest.raises(ValueError, match="can't be followed"):
+    with pytest.raises(InputError, match="can't be followed any further"):
         matcher.allowed()
-    with pytest.raises(ValueError, match="can't be followed"):
+    with pytest.raises(InputError, match="can't be followed any further"):
         assert matcher.finished
+
+
+@pytest.mark.parametrize(
+    "schema", ['{"$ref": "#"}', '{"anyOf": [{"$ref": "#"}]}', '{"type": "string", "pattern": "("}']
+)
+def test_what_the_first_step_shows_is_refused_before_it(grammars: Grammars, schema: str) -> None:
+    with pytest.raises(InputError, match=r"the JSON schema can't be followed: .{10,}") as told:
+        grammars.matcher(schema)
+    assert "\n" not in str(told.value) and "<state>" not in str(told.value)

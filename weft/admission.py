@@ -30,7 +30,8 @@ def end_ids(directory: Path, model: ModelConfig, tokenizer: Tokenizer | None) ->
     known = range(model.vocabulary)
     there = {repr(token): token for token in listed if type(token) is int and token in known}
     missing = dict.fromkeys(repr(token) for token in listed if token is not None and repr(token) not in there)
-    lines = [f"end token {', '.join(missing)} is not in the vocabulary, 0 to {len(known) - 1}; left out"]
+    where = "(of generation_config.json, config.json or the tokenizer)"
+    lines = [f"end token {', '.join(missing)} {where} is not in the vocabulary, 0 to {len(known) - 1}; left out"]
     return frozenset(there.values()), lines if missing else []
 
 

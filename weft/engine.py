@@ -347,10 +347,10 @@ class Engine:
         self.batcher.rewind()
         self._restarts.lost(blamed)
         while not self._up:
-            self.on_lost(error)
             self.controller.stop()
             if self._restarts.hopeless and not self.controller.launcher.may_change:
                 raise GivenUp(f"workers were lost {len(self._restarts)} times within a minute; the last: {error}")
+            self.on_lost(error)
             try:
                 self._pause(self._restarts.pause)
                 self.started = self.controller.start(self.directory, self.model)

@@ -43,10 +43,14 @@ class Grammars:
         try:
             grammar = str(LLMatcher.grammar_from_json_schema(schema, defaults=_STYLE))
             wrong = LLMatcher.validate_grammar(grammar, self._tokenizer)
+            if not wrong:  # what its first step shows, nobody need wait for
+                begun = LLMatcher(self._tokenizer, grammar, log_level=0)
+                begun.compute_bitmask()
+                wrong = begun.get_error() if begun.is_error() else ""
         except (ValueError, TypeError) as error:
             wrong = str(error)
         if wrong:
-            raise InputError(f"the JSON schema can't be followed: {wrong.splitlines()[0][:300]}")
+            raise InputError(f"the JSON schema can't be followed: {_line(wrong)}")
         return grammar
 
 
@@ -88,6 +92,11 @@ def _spelt(tokenizer: Tokenizer, vocabulary: int, end: int) -> Any:
     return TokenizerWrapper(_Spelt(tokenizer, vocabulary, end))
 
 
+def _line(wrong: str) -> str:
+    """What llguidance says, in one line, without the grammar that it shows behind it."""
+    return " ".join(wrong.partition("<state>")[0].split())[:300]
+
+
 class Matcher:
     """Where one completion is in its grammar."""
 
@@ -95,21 +104,21 @@ class Matcher:
         self._matcher = matcher
 
     def allowed(self) -> bytes:
-        """A bit for every token, the lowest of each byte first: 1 if it may come next. Raises ValueError if the grammar
-        has become more than can be followed."""
+        """A bit for every token, the lowest of each byte first: 1 if it may come next. Raises `InputError` if the
+        grammar has become more than can be followed."""
         mask = bytes(self._matcher.compute_bitmask())
         self._demand_sound()  # else all that the mask allows is the end, wherever the text is
         return mask
 
     def advance(self, token: int) -> None:
-        """This token came. Raises ValueError if the grammar doesn't allow it."""
+        """This token came. Raises `InputError` if the grammar doesn't allow it."""
         if not self._matcher.consume_token(token):
             self._demand_sound()
-            raise ValueError(f"token {token} does not follow the grammar")
+            raise InputError(f"token {token} does not follow the JSON schema")
 
     def _demand_sound(self) -> None:
         if self._matcher.is_error():
-            raise ValueError(f"the grammar can't be followed: {self._matcher.get_error().splitlines()[0][:300]}")
+            raise InputError(f"the JSON schema can't be followed any further: {_line(self._matcher.get_error())}")
 
     @property
     def finished(self) -> bool:

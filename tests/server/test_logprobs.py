@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,6 +89,25 @@ def test_alternatives_that_look_alike_are_all_there(server: Running, http: httpx
     body = {"prompt": [*range(5, 60)], "echo": True, "max_tokens": 8, "logprobs": 20, "temperature": 0}
     found = http.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
     assert [len(top) for top in found["top_logprobs"][1:]] == [20] * (len(found["tokens"]) - 1)
+
+
+def test_a_token_that_looks_like_an_alternative_is_not_taken_for_it(server: Running, http: httpx2.Client) -> None:
+    """Evaluation harnesses ask whether the token's name is that of the likeliest one."""
+    vocabulary, draw = server.service.engine.model.vocabulary, random.Random(3)
+    prompts = [[draw.randrange(3, vocabulary) for _ in range(60)] for _ in range(10)]
+    body = {"prompt": prompts, "max_tokens": 1, "echo": True, "logprobs": 20, "temperature": 0}
+    for choice in http.post("/v1/completions", json=body).json()["choices"]:
+        found = choice["logprobs"]
+        entries = list(zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True))
+        for name, value, top in entries[1:]:
+            assert top.get(name, value) == value and (value < min(top.values()) or name in top)
+
+
+def test_a_prompt_that_there_was_no_time_to_score_has_its_entries(server: Running, http: httpx2.Client) -> None:
+    body = {"prompt": [*range(5, 60)], "max_tokens": 1, "echo": True, "logprobs": 1, "timeout": 1e-6}
+    [choice] = http.post("/v1/completions", json=body).json()["choices"]
+    assert choice["finish_reason"] == "timeout" and len(choice["logprobs"]["tokens"]) == 55
+    assert set(choice["logprobs"]["token_logprobs"]) == {None}
 
 
 def test_bytes_of_a_chat_add_up_to_its_text(server: Running, http: httpx2.Client) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -118,7 +119,8 @@ def serve_command(
             return llm.engine
 
         interrupt = launcher.interrupted.set if launcher is not None else lambda: None
-        service = Service(make, max_waiting, interrupt, lambda line: out.print(line, style="dim", markup=False))
+        told = partial(out.print, style="dim", markup=False, soft_wrap=True)
+        service = Service(make, max_waiting, interrupt, told)
         if launcher is not None:
             launcher.told = service.tell
         name = served_model_name or _name(model)

@@ -88,6 +88,7 @@ class Controller:
         self._folder = Folder()
         self._socket: zmq.Socket[bytes] | None = None
         self._ranks: list[bytes] = []  # identities, by rank
+        self._hosts: dict[bytes, str] = {}  # where they are
         self._programs: dict[Program, int] = {}
         self._number = 0
         self._looked = 0.0  # when the processes were looked at
@@ -119,6 +120,7 @@ class Controller:
         hellos = {i: hello for i, hello in (self._receive(p.Hello, deadline) for _ in range(world))}
         if any(hello.version != p.VERSION for hello in hellos.values()):
             raise InputError(f"a worker runs another version of weft; this engine speaks protocol {p.VERSION}")
+        self._hosts = {identity: f"{hello.host} ({hello.address})" for identity, hello in hellos.items()}
         self._ranks = sorted(hellos, key=lambda identity: hellos[identity].place)
         for rank, identity in enumerate(self._ranks):
             self._send(identity, p.Assign(rank, world, self.config.threads, self._cores(rank)))
@@ -219,7 +221,7 @@ class Controller:
         for identity in self._ranks:
             try:
                 self._send(identity, p.Shutdown())
-            except WorkerLost:
+            except (WorkerLost, WorkerFailed):
                 continue
         deadline = time.monotonic() + (1.0 if self._ranks else 0.0)
         while self._ranks and time.monotonic() < deadline and len(self.launcher.dead()) < len(self._ranks):
@@ -242,7 +244,8 @@ class Controller:
         try:
             self._socket.send_multipart([identity, data])
         except zmq.ZMQError as error:
-            raise WorkerLost("; ".join(self.launcher.dead()) or f"a worker can't be reached ({error})") from None
+            self._demand_workers()
+            raise WorkerLost(f"a worker can't be reached ({error})") from None
 
     def _receive(self, kind: type[M], deadline: float | None = None) -> tuple[bytes, M]:
         """The next message of this kind, with its sender; others are of no interest at that moment."""
@@ -261,7 +264,7 @@ class Controller:
         identity, data = self._socket.recv_multipart()
         message = p.decode_to_engine(data)
         if isinstance(message, p.Failed):
-            self._failed(message)
+            self._failed(identity, message)
         if isinstance(message, p.Lost) and self._loaded:  # a rank that loads may be silent for a while
             raise WorkerLost(f"rank {message.rank} heard nothing from rank {message.peer} for {message.seconds:.0f} s")
         return identity, message
@@ -290,9 +293,11 @@ class Controller:
                 error.add_note(line)
             raise error
 
-    def _failed(self, message: p.Failed) -> None:
+    def _failed(self, identity: bytes, message: p.Failed) -> None:
         if message.kind in ("input", "memory"):
-            raise InputError(message.message)
+            several = self.launcher.may_change and identity in self._ranks
+            where = f"rank {self._ranks.index(identity)}, on {self._hosts[identity]}: " if several else ""
+            raise InputError(where + message.message)
         # A rank whose peer has died fails too, and may say so before the death is seen.
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline:

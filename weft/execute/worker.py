@@ -189,6 +189,7 @@ def _failure(error: Exception) -> p.Failed:
     """What the engine is told of an error; one that is nobody's wish also goes to the log, whole."""
     line = next(iter(str(error).splitlines()), "")
     if isinstance(error, InputError):
+        print(line, file=sys.stderr)  # the last words of this rank, on its machine's terminal
         return p.Failed("input", line)
     if isinstance(error, LinkLost):
         return p.Failed("link", line)

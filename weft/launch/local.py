@@ -85,8 +85,8 @@ class LocalLauncher:
         }  # fmt: skip
 
     def pids(self) -> list[int]:
-        """Process ids of the children."""
-        return [child.pid for child in self._children]
+        """Process ids of the children that are not known to have ended."""
+        return [child.pid for child in self._children if child.returncode is None]
 
     def dead(self) -> list[str]:
         """A line for each child that has ended, or that is stopped."""

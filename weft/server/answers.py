@@ -89,19 +89,24 @@ class Form:
     def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
         if not self.logprobs:
             return None
+        names = [self._names(token.chosen) for token in tokens]
         return {
-            "tokens": [self.text_of(token.chosen.token) for token in tokens],
+            "tokens": [named[token.chosen.token] for named, token in zip(names, tokens, strict=True)],
             "token_logprobs": [_number(token.chosen.logprob) if token.scored else None for token in tokens],
             "text_offset": [token.offset for token in tokens],
-            "top_logprobs": [self._alternatives(token.chosen) if token.scored else None for token in tokens],
+            "top_logprobs": [
+                {named[other]: _number(value) for other, value in token.chosen.top} if token.scored else None
+                for named, token in zip(names, tokens, strict=True)
+            ],
         }
 
-    def _alternatives(self, chosen: Chosen) -> dict[str, float]:
-        """By their texts; of two that look alike the less likely one by its id, as vLLM writes it."""
-        named: dict[str, float] = {}
-        for token, value in chosen.top:
+    def _names(self, chosen: Chosen) -> dict[int, str]:
+        """What a token and its alternatives are called: by their texts, and of two that look alike the less likely one
+        by its id, as vLLM writes it."""
+        named: dict[int, str] = {}
+        for token in dict.fromkeys([*(token for token, _ in chosen.top), chosen.token]):
             text = self.text_of(token)
-            named[text if text not in named else f"token_id:{token}"] = _number(value)
+            named[token] = text if text not in named.values() else f"token_id:{token}"
         return named
 
 

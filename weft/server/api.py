@@ -54,8 +54,10 @@ class Echo:
 
     def before(self, piece: Piece) -> Piece:
         """A completion's first piece with the prompt before it."""
-        first = Token(Chosen(self.tokens[0]), 0, scored=False)
-        prompt = [first, *map(Token, piece.scores, self.offsets[1:])] if piece.scores or len(self.tokens) == 1 else []
+        # What there was no time to score has an entry all the same.
+        unknown = [Token(Chosen(token), offset, False) for token, offset in zip(self.tokens, self.offsets, strict=True)]
+        scored = list(map(Token, piece.scores, self.offsets[1:]))
+        prompt = [*unknown[:1], *scored, *unknown[1 + len(scored) :]]
         return replace(self.after(piece), text=self.text + piece.text, tokens=prompt + self.after(piece).tokens)
 
     def after(self, piece: Piece) -> Piece:
@@ -242,9 +244,8 @@ def _operation(routes: APIRouter, api: Api) -> None:
     @routes.get("/metrics", tags=["operation"])
     async def metrics() -> Response:
         """For Prometheus."""
-        service = api.service
-        engine = service.engine if service.state not in (State.LOADING, State.FAILED) else None
-        return Response(service.metrics.text(engine), media_type="text/plain; version=0.0.4; charset=utf-8")
+        content = api.service.metrics.text(api.service.loaded_engine)
+        return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @routes.get("/live", tags=["operation"])
     async def now(drawn: int = -1) -> Json:

@@ -134,6 +134,8 @@ def serve(app: FastAPI, service: Service, listening: socket.socket, drain: float
         asyncio.run(run())
     finally:
         service.close()
+    if service.error is not None:  # it had given up: whoever started it should see that
+        raise service.error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
 
-from weft.batching.params import SamplingParams
+from weft.batching.params import SamplingParams, shown
 from weft.errors import InputError
 from weft.grammar import ANY_OBJECT
 
@@ -36,7 +36,8 @@ class Strict(BaseModel):
     def _unicode(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, str):
             _demand_unicode(value)
-        if isinstance(value, bool) and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
+        wanted = str(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and "bool" not in wanted and ("int" in wanted or "float" in wanted):
             raise ValueError("true and false are no numbers")
         return value
 
@@ -73,6 +74,9 @@ class ResponseFormat(Strict):
             raise InputError("response_format json_schema needs the field json_schema with a schema in it")
         try:
             schema = json.dumps(self.json_schema.schema_, allow_nan=False)
+            json.dumps(self.json_schema.schema_, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InputError("the JSON schema holds half of a surrogate pair, which is no character") from None
         except ValueError:
             raise InputError("the JSON schema holds NaN or Infinity, which are no numbers in JSON") from None
         if len(schema) > MOST_SCHEMA_CHARACTERS:
@@ -156,6 +160,11 @@ Prompts = (
 )
 
 
+def _ids(value: Any) -> bool:
+    """Whether that is a prompt as token ids; if there are such is not said."""
+    return isinstance(value, list) and value != [] and all(type(token) is int for token in value)
+
+
 class CompletionRequest(Sampling):
     """`POST /v1/completions`."""
 
@@ -163,6 +172,17 @@ class CompletionRequest(Sampling):
     max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool = False
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _form(cls, value: Any) -> Any:
+        """Said of the whole: which member of a union it comes nearest to, nobody knows."""
+        several = (
+            isinstance(value, list) and value and (all(isinstance(p, str) for p in value) or all(map(_ids, value)))
+        )
+        if not (isinstance(value, str) or _ids(value) or several):
+            raise ValueError(f"{shown(value)} is no prompt; give a text, token ids, or a list of texts or of such ids")
+        return value
 
     @field_validator("prompt", mode="after")
     @classmethod

@@ -92,6 +92,8 @@ class Service:
     def engine(self) -> Engine:
         """Raises `Unavailable` while it is not there."""
         if self._engine is None or self.state is State.FAILED:
+            if self.state is State.FAILED:
+                raise Unavailable(f"the server has given up: {self.reason}; it has to be started again")
             raise Unavailable(f"the model is {self.state}{': ' + self.reason if self.reason else ''}; try again later")
         return self._engine
 
@@ -204,7 +206,7 @@ class Service:
         engine = self._make(tell)
         engine.on_lost = self._lost
         engine.meanwhile = partial(self._meanwhile, engine)
-        self._engine, self.state, self.reason = engine, State.READY, ""
+        self._engine, self.state, self.reason, self.loaded = engine, State.READY, "", 1.0
 
     def _turn(self) -> None:
         """What was asked meanwhile, then one batch."""
