@@ -85,38 +85,54 @@ class LocalLauncher:
         }  # fmt: skip
 
     def pids(self) -> list[int]:
-        """Process ids of the children that are not known to have ended."""
-        return [child.pid for child in self._children if child.returncode is None]
+        """Process ids of the children."""
+        return [child.pid for child in self._children]
 
     def dead(self) -> list[str]:
         """A line for each child that has ended, or that is stopped."""
-        ended = [f"worker {child.pid} {_how(child.returncode)}" for child in self._children if child.poll() is not None]
+        codes = [(child.pid, _code(child)) for child in self._children]
+        ended = [f"worker {pid} {_how(code)}" for pid, code in codes if code is not None]
         return ended + [f"worker {child.pid} is stopped" for child in self._children if _stopped(child)]
 
     def crashed(self) -> bool:
         """True if a child has ended by its own fault: with an exit code, or a signal that processors send."""
-        return any((child.poll() or 0) > 0 or -(child.returncode or 0) in CRASHES for child in self._children)
+        codes = [_code(child) or 0 for child in self._children]
+        return any(code > 0 or -code in CRASHES for code in codes)
 
     def last_words(self) -> list[str]:
         """The last line that each child that has ended printed."""
         pairs = zip(self._children, self._logs, strict=True)
-        return [line for child, log in pairs if child.poll() is not None for line in _last_line(log)]
+        return [line for child, log in pairs if _code(child) is not None for line in _last_line(log)]
 
     def stop(self) -> None:
         """Kills what is left, waits for it, and closes every pipe and log."""
-        for child in self._children:
-            if child.poll() is None:
+        children, logs = self._children, self._logs
+        self._children, self._logs = [], []  # first: what is waited for has no number of its own any more
+        for child in children:
+            if _code(child) is None:
                 child.kill()
-        for child, log in zip(self._children, self._logs, strict=True):
+        for child, log in zip(children, logs, strict=True):
             child.wait()
             if child.stdin:
                 child.stdin.close()
             log.close()
-        self._children, self._logs = [], []
 
     def close(self) -> None:
         """The same: nothing else is held."""
         self.stop()
+
+
+def _code(child: subprocess.Popen[bytes]) -> int | None:
+    """Its exit code, or the signal that ended it, below zero; None while it runs.
+
+    Asking does not take the child off the system's list: until `stop`, its number is nobody else's.
+    """
+    if child.returncode is not None or not hasattr(os, "waitid"):
+        return child.poll()
+    done = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if done is None:
+        return None
+    return done.si_status if done.si_code == os.CLD_EXITED else -done.si_status
 
 
 def _last_line(log: IO[bytes]) -> list[str]:
@@ -129,7 +145,7 @@ def _last_line(log: IO[bytes]) -> list[str]:
 def _stopped(child: subprocess.Popen[bytes]) -> bool:
     """True while a signal keeps it from running: whoever waits for it would wait for ever."""
     try:
-        return bool(child.returncode is None and psutil.Process(child.pid).status() == psutil.STATUS_STOPPED)
+        return bool(_code(child) is None and psutil.Process(child.pid).status() == psutil.STATUS_STOPPED)
     except psutil.Error:
         return False
 
