@@ -29,7 +29,7 @@ def _characters_as_bytes() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-_BYTES = _characters_as_bytes()
+BYTES = _characters_as_bytes()  # by the character that byte-level tokenizers write for it
 
 
 class Spelling:
@@ -67,8 +67,8 @@ class Spelling:
         if piece is None:
             return b""
         if self._byte_level:
-            known = all(character in _BYTES for character in piece)
-            return bytes(_BYTES[character] for character in piece) if known else piece.encode()
+            known = all(character in BYTES for character in piece)
+            return bytes(BYTES[character] for character in piece) if known else piece.encode()
         byte = self.byte_of(token)
         return bytes([byte]) if byte is not None else self.between(token, token).encode()
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from weft.detokenizer import _BYTES
+from weft.detokenizer import BYTES
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -62,8 +62,8 @@ def tokenizer(kind: str) -> Tokenizer:
 
 
 def _byte_level() -> Tokenizer:
-    listed = dict.fromkeys([*SPECIAL, *_BYTES])
-    names = {byte: character for character, byte in _BYTES.items()}
+    listed = dict.fromkeys([*SPECIAL, *BYTES])
+    names = {byte: character for character, byte in BYTES.items()}
     for piece in (*PIECES, " a", " the", "    "):
         listed["".join(names[byte] for byte in piece.encode())] = None
     made = Tokenizer(models.BPE(vocab={token: at for at, token in enumerate(listed)}, merges=[]))

@@ -18,6 +18,7 @@ import httpx2
 from benchmarks.fuzz import faults
 from benchmarks.fuzz.cases import MALFORMED, Case, Cases
 from benchmarks.fuzz.models import KINDS, Reference, save
+from weft.detokenizer import BYTES
 from weft.launch.local import LocalLauncher
 from weft.llm import LLM
 from weft.server.app import Settings, application
@@ -230,9 +231,7 @@ class Fuzz:
         if self.kind.name == "byte-fallback" and piece.startswith("<0x"):
             return bytes([int(piece[3:5], 16)])
         if self.kind.name == "byte-level" and token not in self.spelling.special:
-            from weft.detokenizer import _BYTES
-
-            return bytes(_BYTES[character] for character in piece)
+            return bytes(BYTES[character] for character in piece)
         return str(piece.replace("▁", " ")).encode()
 
     def _name(self, token: int) -> str:
