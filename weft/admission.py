@@ -42,16 +42,16 @@ def limit_of(
 
     Raises `InputError` for ids that don't exist, and for prompts and wishes that leave nothing to do.
     """
-    known, own = range(vocabulary), params.stop_token_ids or ()
+    known, own = range(vocabulary), (*(params.stop_token_ids or ()), *(params.logit_bias or ()))
     if not prompt:
         raise InputError("the prompt is empty; give at least one token")
-    if (outside := next((token for token in (*prompt, *own) if token not in known), None)) is not None:
-        raise InputError(f"token id {shown(outside)} is not in the vocabulary, 0 to {vocabulary - 1}")
-    if len(prompt) >= length:
+    if len(prompt) >= length:  # first: what is far too long is not looked through
         raise InputError(
             f"the prompt has {len(prompt)} tokens and the context holds {length}, the answer included; shorten it"
         )
-    if params.min_tokens and len({*ends, *own}) >= vocabulary:
+    if (outside := next((token for token in (*prompt, *own) if token not in known), None)) is not None:
+        raise InputError(f"token id {shown(outside)} is not in the vocabulary, 0 to {vocabulary - 1}")
+    if params.min_tokens and len({*ends, *(params.stop_token_ids or ())}) >= vocabulary:
         raise InputError("every token ends the answer, so min_tokens leaves none to choose; leave it out")
     most = params.max_tokens if params.max_tokens is not None else max(1, memory - len(prompt))
     return min(most, length - len(prompt))

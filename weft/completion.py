@@ -57,7 +57,9 @@ class Completion:
     def _choice(self, after: int) -> Choice:
         params, index = self.sequence.request.params, self.sequence.produced + after
         banned = sorted(self.ends) if index < params.min_tokens else []
-        if params.greedy and not (params.penalised or banned or self.matcher or params.logprobs is not None):
+        if params.greedy and not (
+            params.penalised or params.logit_bias or banned or self.matcher or params.logprobs is not None
+        ):
             return Choice()
         return Choice(
             temperature=0.0 if params.greedy else params.temperature, top_p=params.top_p,
@@ -66,7 +68,7 @@ class Completion:
             seed=self.seed, index=index, banned=banned,
             prompt=list(self.sequence.request.prompt) if params.penalised else [],
             output=list(self.sequence.output) if params.penalised else [], logprobs=params.logprobs,
-            allowed=self.matcher.allowed() if self.matcher else b"",
+            bias=dict(params.logit_bias or {}), allowed=self.matcher.allowed() if self.matcher else b"",
         )  # fmt: skip
 
     def score(self, segment: Segment, answers: list[Chosen]) -> None:

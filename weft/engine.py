@@ -73,8 +73,8 @@ class Step:
 
     @property
     def run(self) -> float:
-        """Seconds of the slowest worker's part."""
-        return self.result.seconds
+        """Seconds of the slowest worker's part: the program, then the choice of tokens."""
+        return self.result.seconds + self.result.sampling
 
 
 class Engine:
@@ -212,7 +212,7 @@ class Engine:
             self._ahead = self._look_ahead(scheduled)
             result = self.controller.collect(flight.submitted)
             self.planner.observe(flight.plan, scheduled.batch, result.compute, result.network)
-            self.budget.observe(scheduled.batch, result.seconds)
+            self.budget.observe(scheduled.batch, result.seconds, result.sampling)
         except Exception as error:  # whatever it is: nobody got a token yet, so the batch can be tried again
             if flight is None and isinstance(error, WorkerLost):  # no worker has seen the batch
                 self.restart(error)

@@ -106,3 +106,66 @@ def test_given_tokens_are_scored() -> None:
 def test_an_end_that_is_banned_may_come_where_a_grammar_allows_nothing_else() -> None:
     [chosen] = sample(torch.tensor([[5.0, 1.0, 0.0]]), [Choice(banned=[2], allowed=b"\x04", temperature=1.0)])
     assert chosen.token == 2 and not chosen.error
+
+
+def sorted_reference(logits: torch.Tensor, choice: Choice) -> torch.Tensor:
+    """Every token's probability, written as the definitions are: on sorted probabilities."""
+    ordered, tokens = torch.sort(logits.double() / choice.temperature, descending=True, stable=True)
+    probabilities = torch.softmax(ordered, dim=0)
+    keep = torch.ones_like(probabilities, dtype=torch.bool)
+    if choice.min_p > 0:
+        keep &= probabilities >= choice.min_p * probabilities[0]
+    if choice.top_k > 0:
+        keep[choice.top_k :] = False
+    left = probabilities * keep
+    if choice.top_p < 1:
+        keep &= left.cumsum(0) - left < choice.top_p * left.sum()
+    keep[0] = True
+    return torch.zeros_like(probabilities).index_put_((tokens,), probabilities * keep / (probabilities * keep).sum())
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [{}, {"top_k": 3}, {"top_k": 7, "top_p": 0.6}, {"top_p": 0.3}, {"top_p": 0.9, "min_p": 0.02}, {"top_p": 1e-9},
+     {"temperature": 2.0, "top_p": 0.999}, {"temperature": 0.3, "top_p": 0.7}, {"top_k": 600, "top_p": 0.5}],
+)  # fmt: skip
+@pytest.mark.parametrize("shape", ["peaked", "flat", "ties", "forbidden"])
+def test_draws_are_distributed_as_by_sorting(shape: str, wishes: dict) -> None:
+    count, generator = 3000, torch.Generator().manual_seed(1)
+    logits = torch.randn(1300, generator=generator)
+    match shape:
+        case "peaked":
+            logits *= 5
+        case "ties":
+            logits = (2 * logits).round()
+        case "forbidden":
+            logits[::2] = -torch.inf
+    choice = Choice(**{"temperature": 1.0} | wishes)
+    expected = sorted_reference(logits, choice)
+    rows = logits.expand(count, -1)
+    wanted = [Choice(**{"temperature": 1.0} | wishes, seed=3, index=i) for i in range(count)]
+    drawn = torch.tensor([chosen.token for chosen in sample(rows, wanted)])
+    assert expected[drawn].min() > 0, "a token was drawn that the limits leave out"
+    # Kolmogorov's distance between both, over tokens in the order of their ids and of their likelihood.
+    counts = torch.bincount(drawn, minlength=1300).double() / count
+    for order in (torch.arange(1300), expected.argsort()):
+        distance = (counts[order].cumsum(0) - expected[order].cumsum(0)).abs().max()
+        assert distance < 1.95 / count**0.5, f"{distance:.4f}"  # passed by chance once in 1000
+
+
+@pytest.mark.parametrize("wishes", [{"top_k": 2000}, {"top_k": 50}, {"top_p": 0.4}, {"min_p": 0.3, "top_p": 0.99}])
+def test_limits_of_a_large_vocabulary(wishes: dict) -> None:
+    logits = torch.randn(20_011, generator=torch.Generator().manual_seed(2))  # no multiple of a block
+    choice = Choice(temperature=1.3, **wishes)
+    expected = sorted_reference(logits, choice)
+    drawn = [
+        c.token
+        for c in sample(logits.expand(200, -1), [Choice(temperature=1.3, **wishes, index=i) for i in range(200)])
+    ]
+    assert expected[torch.tensor(drawn)].min() > 0 and len(set(drawn)) > 10
+
+
+def test_bias() -> None:
+    assert sample(LOGITS[None], [Choice(bias={3: 100.0})])[0].token == 3
+    assert sample(LOGITS[None], [Choice(bias={4: -100.0})])[0].token == 0
+    assert draws({"temperature": 1.0, "bias": {4: -100.0, 0: -100.0}}, 300).keys() <= {1, 2, 3}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
@@ -24,7 +25,7 @@ class SamplingParams:
     n: how many completions. temperature: 0 is greedy. top_k: 0 or -1 is all. top_p, min_p: in 0..1.
     presence_penalty, frequency_penalty: subtracted from the logits of tokens that the completion has, once or per
     occurrence, in -2..2. repetition_penalty: divides (multiplies, below zero) the logits of tokens that prompt or
-    completion have; 1 is none. seed: the same draw again, at any number of ranks and after any restart.
+    completion have; 1 is none. logit_bias: added to the logits of these tokens, -100 to 100. seed: the same draw again, at any number of ranks and after any restart.
     stop: texts that end the completion. stop_token_ids: tokens that do. logprobs: how many of the likeliest
     tokens to report beside the chosen one; prompt_logprobs: the same for the tokens of the prompt, from the second one
     on. max_tokens: 0 scores the prompt alone. json_schema: as JSON text; the completion is JSON that it describes.
@@ -38,6 +39,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
     stop: str | list[str] | tuple[str, ...] | None = None
     stop_token_ids: list[int] | tuple[int, ...] | None = None
@@ -64,6 +66,7 @@ class SamplingParams:
             )
         if self.top_p == 0.0:
             raise InputError("top_p 0 leaves no token; give a number above 0, or temperature 0 for greedy")
+        self._set("logit_bias", _biases(self.logit_bias))
         self._set("stop", _texts(self.stop))
         if any(not text for text in self.stops):
             raise InputError("stop contains an empty text, which would end every completion at once; leave it out")
@@ -99,6 +102,7 @@ _COUNTS = {
     "n": (1, 128), "top_k": (-1, 1 << 31), "min_tokens": (0, 1 << 31), "max_tokens": (0, 1 << 31),
     "logprobs": (0, 100), "prompt_logprobs": (0, 100), "seed": (-(1 << 63), (1 << 64) - 1),
 }  # fmt: skip
+MOST_BIAS = 100.0
 _OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs", "seed")
 
 
@@ -125,6 +129,20 @@ def _index(value: Any) -> int | None:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return None
+
+
+def _biases(given: Any) -> dict[int, float] | None:
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise InputError(f"logit_bias {shown(given)} is not allowed; give token ids with a number each")
+    biases: dict[int, float] = {}
+    for token, value in given.items():
+        whole = _index(int(token) if isinstance(token, str) and token.isascii() and token.isdigit() else token)
+        if whole is None:
+            raise InputError(f"logit_bias names {shown(token)}; token ids are whole numbers")
+        biases[whole] = _number(value, f"logit_bias of token {whole},", -MOST_BIAS, MOST_BIAS)
+    return biases or None
 
 
 def _texts(given: Any) -> tuple[str, ...] | None:

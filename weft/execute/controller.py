@@ -52,7 +52,8 @@ class Submitted:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a batch gave. `seconds`: the slowest rank's. `processor`, `bytes_sent` and `checksums`: for each rank.
+    """What a batch gave. `seconds`: of the program, the slowest rank's; `sampling`: of choosing tokens after it.
+    `processor`, `bytes_sent` and `checksums`: for each rank.
 
     `compute` and `network`: seconds that the lanes were busy, of the rank that computed longest and of the one whose
     collectives took shortest, because they held the least waiting for others.
@@ -60,6 +61,7 @@ class RunResult:
 
     chosen: list[p.Chosen]
     seconds: float
+    sampling: float
     processor: list[float]
     compute: float
     network: float
@@ -186,7 +188,7 @@ class Controller:
                 done[identity] = answer
         answers = [done[identity] for identity in self._ranks]
         return RunResult(
-            answers[0].chosen, max(a.seconds for a in answers), [a.processor for a in answers],
+            answers[0].chosen, max(a.seconds for a in answers), max(a.sampling for a in answers), [a.processor for a in answers],
             max(a.lanes[0] for a in answers), min(a.lanes[1] for a in answers), [a.bytes_sent for a in answers],
             _timeline(submitted.program, answers, self.launcher.one_clock) if submitted.options.timeline else None,
             [a.checksums for a in answers], answers[0].logits,

@@ -10,7 +10,7 @@ import msgspec
 
 from weft.config import ModelConfig
 
-VERSION = 4
+VERSION = 5
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
@@ -99,6 +99,7 @@ class Choice(msgspec.Struct, frozen=True, omit_defaults=True):
     output: list[int] = []
     logprobs: int | None = None
     given: int | None = None
+    bias: dict[int, float] = {}  # added to the logits of these tokens
     allowed: bytes = b""  # a bit for every token that may be chosen, the lowest of each byte first; empty: all
 
 
@@ -136,13 +137,15 @@ class Chosen(msgspec.Struct, frozen=True):
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):
-    """A program ended. `seconds`: of the program alone, on this rank; `processor`: those of the process, all threads.
+    """A program ended. `seconds`: of the program alone, on this rank; `sampling`: of choosing tokens after it;
+    `processor`: those of the process, all threads.
 
     `lanes`: seconds that the compute and the network lane were busy. `spans`: start and end of every step.
     """
 
     number: int
     seconds: float
+    sampling: float
     processor: float
     lanes: tuple[float, float]
     bytes_sent: int

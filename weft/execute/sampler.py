@@ -14,6 +14,7 @@ import random
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from weft.execute.protocol import Choice, Chosen
 
@@ -40,7 +41,7 @@ def _chosen(row_V: Tensor, choice: Choice, likeliest: int) -> Chosen:
 
 
 def _untouched(choice: Choice) -> bool:
-    return not (choice.banned or choice.prompt or choice.output or choice.allowed)
+    return not (choice.banned or choice.prompt or choice.output or choice.allowed or choice.bias)
 
 
 def _one(raw_V: Tensor, choice: Choice) -> Chosen:
@@ -66,6 +67,8 @@ def _penalised(logits_V: Tensor, choice: Choice) -> Tensor:
         values = logits_V[seen]
         logits_V[seen] = torch.where(values > 0, values / choice.repetition, values * choice.repetition)
     logits_V -= choice.frequency * output + choice.presence * (output > 0)
+    for token, bias in choice.bias.items():
+        logits_V[token] += bias
     if choice.allowed:
         bits = np.unpackbits(np.frombuffer(choice.allowed, dtype=np.uint8), bitorder="little", count=size)
         logits_V[torch.from_numpy(bits) == 0] = -torch.inf
@@ -79,22 +82,68 @@ def _penalised(logits_V: Tensor, choice: Choice) -> Tensor:
 
 
 def _draw(logits_V: Tensor, choice: Choice) -> int:
-    """Temperature, then min-p, top-k and top-p on the sorted probabilities, then one uniform number."""
-    ordered, tokens = torch.sort(logits_V / choice.temperature, descending=True, stable=True)
-    probabilities = torch.softmax(ordered.double(), dim=0)
-    keep = torch.ones_like(probabilities, dtype=torch.bool)
+    """Temperature, then min-p, top-k and top-p, then as many uniform numbers as it takes.
+
+    Nothing is sorted. A token is drawn from all that min-p and top-k leave; if the likelier ones have the wanted mass
+    without it, it is not one of top-p's, nor is any that is less likely, and the next draw is from those before it. What
+    is accepted is distributed as a draw from top-p's tokens alone: each draw is from more tokens than those, never
+    from fewer. Of equally likely tokens the one with the lower id comes first.
+    """
+    kept_V = torch.softmax((logits_V - logits_V.max()) / choice.temperature, dim=0)
     if choice.min_p > 0:
-        keep &= probabilities >= choice.min_p * probabilities[0]
-    if choice.top_k > 0:
-        keep[choice.top_k :] = False
-    if choice.top_p < 1:
-        # After top-k, as elsewhere: its mass is counted within what is left.
-        left = probabilities * keep
-        before = left.cumsum(0) - left
-        keep &= before < choice.top_p * left.sum()
-    keep[0] = True  # also where a top_p next to nothing leaves none
-    heights = (probabilities * keep).cumsum(0)
+        kept_V = torch.where(kept_V >= choice.min_p * kept_V.max(), kept_V, 0)
+    if 0 < choice.top_k < kept_V.shape[0]:
+        kept_V = _largest(kept_V, choice.top_k)
+    kept_V = pad(kept_V, (0, -kept_V.shape[0] % BLOCK))
     # A hash, not a generator's state: nothing has to be remembered between tokens.
-    uniform = random.Random(f"{choice.seed}/{choice.index}").random()
-    place = int(torch.searchsorted(heights, uniform * heights[-1], right=True))
-    return int(tokens[min(place, len(tokens) - 1)])
+    uniform = random.Random(f"{choice.seed}/{choice.index}").random
+    wanted = choice.top_p * _mass(kept_V)
+    while True:
+        token = _drawn(kept_V, uniform())
+        if choice.top_p == 1:
+            return token
+        before_V = _before(kept_V, token)
+        mass = _mass(before_V)
+        if mass < wanted or mass == 0:  # the likeliest one: also where a top_p next to nothing leaves none
+            return token
+        kept_V = before_V
+
+
+BLOCK = 512  # tokens whose probabilities are summed by themselves: in the same order however many threads there are
+
+
+def _mass(kept_V: Tensor) -> float:
+    return float(kept_V.view(-1, BLOCK).sum(dim=1).double().sum())
+
+
+def _drawn(kept_V: Tensor, uniform: float) -> int:
+    """The token at this part, 0 to 1, of all the mass."""
+    heights = kept_V.view(-1, BLOCK).sum(dim=1).double().cumsum(0)
+    place = uniform * float(heights[-1])
+    block = min(int(torch.searchsorted(heights, place, right=True)), len(heights) - 1)
+    within = kept_V[block * BLOCK : (block + 1) * BLOCK].double().cumsum(0)
+    place -= float(heights[block - 1]) if block else 0.0
+    token = block * BLOCK + min(int(torch.searchsorted(within, place, right=True)), BLOCK - 1)
+    if kept_V[token] > 0:
+        return token
+    return int(kept_V[: token + 1].nonzero()[-1])  # rounding led beyond the block's last one
+
+
+def _before(kept_V: Tensor, token: int) -> Tensor:
+    """What is likelier than a token, or as likely with a lower id; 0 for the rest."""
+    likelier = kept_V > kept_V[token]
+    likelier[:token] |= kept_V[:token] == kept_V[token]
+    return torch.where(likelier, kept_V, 0)
+
+
+def _largest(kept_V: Tensor, count: int) -> Tensor:
+    """The `count` likeliest; 0 for the rest."""
+    size = kept_V.shape[0]
+    least = kept_V.topk(count).values[-1] if count <= FEW else kept_V.kthvalue(size - count + 1).values
+    above = kept_V > least
+    equal = (kept_V == least).nonzero()[:, 0]
+    above[equal[: count - int(above.sum())]] = True
+    return torch.where(above, kept_V, 0)
+
+
+FEW = 1024  # up to which `topk` is faster than a selection of one value

@@ -164,14 +164,17 @@ class Worker:
         program, codec = model.programs[m.program], codec_named(m.wire)
         result = model.executor.run(program, forward, codec, Part(m.part), m.checksums)
         seconds, processor = time.perf_counter() - begin, time.process_time() - processor
-        self.chosen, logits = [], b""
+        self.chosen, logits, begin = [], b"", time.perf_counter()
         if result.logits is not None and m.choices:
             self.chosen = sample(result.logits, m.choices)
             logits = result.logits.numpy().tobytes() if m.logits else b""
+        sampling = time.perf_counter() - begin
         spans = result.spans if m.spans else []
         sent = self.group.bytes_sent - sent
         lanes = result.busy(program)
-        self.say(p.Done(m.number, seconds, processor, lanes, sent, self.chosen, spans, result.checksums, logits))
+        self.say(
+            p.Done(m.number, seconds, sampling, processor, lanes, sent, self.chosen, spans, result.checksums, logits)
+        )
 
 
 def _directory(given: str) -> Path:

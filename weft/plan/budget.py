@@ -29,9 +29,12 @@ class Budget:
         self._known: dict[tuple[int, int, float, int], int] = {}
         self._a_row: deque[float] = deque(maxlen=SEEN)
         self._decoding: deque[float] = deque(maxlen=SEEN)
+        self._sampling: deque[float] = deque(maxlen=SEEN)
 
-    def observe(self, batch: Batch, seconds: float) -> None:
-        """What a batch took."""
+    def observe(self, batch: Batch, seconds: float, sampling: float = 0.0) -> None:
+        """What a batch took, and what choosing tokens after it took."""
+        self._sampling.append(sampling)
+        seconds += sampling
         if batch.tokens >= LARGE:
             self._a_row.append(seconds / batch.tokens)
         elif all(segment.length == 1 for segment in batch.segments):
@@ -42,7 +45,8 @@ class Budget:
         if self.planner.costs is None:
             found = self._by_experience(seconds, len(decoding))
         else:
-            found = self._by_plans(seconds, decoding)
+            sampling = median(self._sampling) if self._sampling else 0.0  # plans know nothing of it
+            found = self._by_plans(seconds - min(round(sampling, 3), seconds / 2), decoding)
         return max(len(decoding) + SIZES[0], min(found, most))
 
     def _by_experience(self, seconds: float, decoding: int) -> int:

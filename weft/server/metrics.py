@@ -61,7 +61,7 @@ class Metrics:
         """One batch."""
         result = step.result
         self._add(self._batches, 1)
-        self._add(self._run, result.seconds)
+        self._add(self._run, step.run)
         self._add(self._compute, result.compute)
         self._add(self._network, result.network)
         self._add(self._exposed, max(0.0, result.seconds - result.compute))
