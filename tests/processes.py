@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from types import TracebackType
 from unittest.mock import patch
@@ -42,12 +43,12 @@ def weft(
 
 
 class Command:
-    """`weft ARGUMENTS` with more in its environment; killed at the end of a `with`."""
+    """`weft ARGUMENTS` with more in its environment and `before` in front of it; killed at the end of a `with`."""
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
+    def __init__(self, *arguments: str, before: Sequence[str] = (), **environment: str) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed at the end)
         self.child = subprocess.Popen(
-            [*WEFT, *arguments], stderr=self._log, stdout=self._log,
+            [*before, *WEFT, *arguments], stderr=self._log, stdout=self._log,
             stdin=subprocess.DEVNULL, env=os.environ | {"COLUMNS": "200"} | environment,
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What can run here: prompts and wishes against one model, weights and answers against this machine's memory.
+"""What can run: prompts and wishes against one model, weights and answers against the memory of each machine.
 
 Everything is checked before anything is changed. Knows lengths, ids and bytes; knows nothing of batches or workers.
 """
@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
 from weft.batching.params import SamplingParams, shown
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError
-from weft.execute.protocol import Loaded
+from weft.execute.protocol import Hello, Loaded
 from weft.model.shares import shard_bytes, shares_of
 from weft.text import Tokenizer, generation_defaults
 
@@ -68,19 +66,35 @@ def demand_room(tokens: int, memory: int, loaded: Sequence[Loaded]) -> None:
         )
 
 
-def memory_tokens(loaded: Sequence[Loaded]) -> int:
-    """Tokens whose keys and values fit into what is free now, over all ranks of this machine."""
-    a_token = max(1, sum(rank.kv_bytes_per_token for rank in loaded))
-    return int(MEMORY_PART * psutil.virtual_memory().available / a_token)
+def memory_tokens(hellos: Sequence[Hello], loaded: Sequence[Loaded]) -> int:
+    """Tokens whose keys and values fit into what is free now, on the machine that has least room for its ranks."""
+    fitting = []
+    for ranks in _by_machine(hellos).values():
+        a_token = max(1, sum(loaded[rank].kv_bytes_per_token for rank in ranks))
+        # Ranks get ready one after the other: who was last saw what all have taken.
+        fitting.append(int(MEMORY_PART * min(loaded[rank].free for rank in ranks) / a_token))
+    return min(fitting)
 
 
-def demand_memory(model: ModelConfig, config: EngineConfig) -> None:
-    """Raises `InputError` before anything is started if the weights of all ranks of this machine can't fit."""
+def demand_memory(model: ModelConfig, config: EngineConfig, hellos: Sequence[Hello]) -> None:
+    """Raises `InputError` before anything is loaded if the weights of a machine's ranks can't fit into its memory."""
     size = {"float32": 4, "bfloat16": 2}[config.dtype]
-    needed = sum(shard_bytes(model, share, size) for share in shares_of(model, config.shares))
-    free = psutil.virtual_memory().available
-    if config.device == "cpu" and needed > free:
-        raise InputError(
-            f"the weights need {needed / 2**30:.1f} GiB in {config.dtype} over {config.ranks} ranks, and "
-            f"{free / 2**30:.1f} GiB are free; use a smaller model, dtype bfloat16 or a machine with more memory"
-        )
+    needed = [shard_bytes(model, share, size) for share in shares_of(model, config.shares)]
+    machines = _by_machine(hellos)
+    for ranks in machines.values():
+        here, free = sum(needed[rank] for rank in ranks), min(hellos[rank].free for rank in ranks)
+        if config.device == "cpu" and here > free:
+            count = f"{len(ranks)} of {config.ranks}" if len(machines) > 1 else config.ranks
+            raise InputError(
+                f"the weights need {here / 2**30:.1f} GiB in {config.dtype} for {count} ranks on "
+                f"{hellos[ranks[0]].host}, and {free / 2**30:.1f} GiB are free there; use a smaller model, --dtype "
+                "bfloat16, other --shares, or more machines or memory"
+            )
+
+
+def _by_machine(hellos: Sequence[Hello]) -> dict[str, list[int]]:
+    """The ranks of each."""
+    machines: dict[str, list[int]] = {}
+    for rank, hello in enumerate(hellos):
+        machines.setdefault(hello.machine, []).append(rank)
+    return machines

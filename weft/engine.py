@@ -26,7 +26,7 @@ from weft.completion import Completion, completion_of
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import GivenUp, InputError, Interrupted, WorkerFailed, WorkerLost, told
 from weft.execute.controller import Controller, RunOptions, RunResult, Submitted
-from weft.execute.protocol import Choice, Chosen
+from weft.execute.protocol import Choice, Chosen, Hello
 from weft.grammar import Grammars
 from weft.launch.launcher import Launcher
 from weft.launch.local import LocalLauncher
@@ -96,7 +96,6 @@ class Engine:
         tell = progress or (lambda what, share: None)
         self.model = model or ModelConfig.from_directory(directory)
         flags_of(self.model)  # says so now if the family is unknown
-        demand_memory(self.model, config)
         self.tokenizer = Tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
         self.end_ids, self.notices = end_ids(directory, self.model, self.tokenizer)
         self.planner = Planner(decoder_stages(self.model.layers), config.overlap, config.wire, granule_of(config))
@@ -111,7 +110,7 @@ class Engine:
         self._restarts = Restarts()
         self._up = False
         self._began: dict[Request, float] = {}
-        self.controller = Controller(launcher or LocalLauncher(), config, self._waiting)
+        self.controller = Controller(launcher or LocalLauncher(), config, self._waiting, self._admit)
         try:
             self._start(tell, recalibrate, share_by_speed)
         except WorkerLost as error:
@@ -126,7 +125,7 @@ class Engine:
         config = self.config
         self.started = self.controller.start(self.directory, self.model, lambda share: tell("loading", share))
         self._up = True
-        memory = memory_tokens(self.started.loaded)
+        memory = memory_tokens(self.started.hellos, self.started.loaded)
         self.batcher = Batcher(
             config.max_sequences, memory, config.prefixes, granule_of(config), self.model.stretches_beyond,
             SCORED_BYTES // (4 * self.model.vocabulary),
@@ -361,6 +360,9 @@ class Engine:
                 self._restarts.failed()
                 error = again
         self._restarts.ready()
+
+    def _admit(self, hellos: ReadOnly[Hello]) -> None:
+        demand_memory(self.model, self.config, hellos)
 
     def _waiting(self) -> None:
         self.meanwhile()

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
+from reprlib import Repr
 from typing import Any
 
 from weft.errors import InputError
@@ -25,7 +26,8 @@ class SamplingParams:
     n: how many completions. temperature: 0 is greedy. top_k: 0 or -1 is all. top_p, min_p: in 0..1.
     presence_penalty, frequency_penalty: subtracted from the logits of tokens that the completion has, once or per
     occurrence, in -2..2. repetition_penalty: divides (multiplies, below zero) the logits of tokens that prompt or
-    completion have; 1 is none. logit_bias: added to the logits of these tokens, -100 to 100. seed: the same draw again, at any number of ranks and after any restart.
+    completion have; 1 is none. logit_bias: added to the logits of
+    these tokens, -100 to 100. seed: the same draw again, at any number of ranks and after any restart.
     stop: texts that end the completion. stop_token_ids: tokens that do. logprobs: how many of the likeliest
     tokens to report beside the chosen one; prompt_logprobs: the same for the tokens of the prompt, from the second one
     on. max_tokens: 0 scores the prompt alone. json_schema: as JSON text; the completion is JSON that it describes.
@@ -64,6 +66,8 @@ class SamplingParams:
             raise InputError(
                 "max_tokens 0 is not allowed; give at least 1, or have the prompt scored (prompt_logprobs, echo)"
             )
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InputError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}; give less")
         if self.top_p == 0.0:
             raise InputError("top_p 0 leaves no token; give a number above 0, or temperature 0 for greedy")
         self._set("logit_bias", _biases(self.logit_bias))
@@ -154,10 +158,15 @@ def _texts(given: Any) -> tuple[str, ...] | None:
     return tuple(listed)
 
 
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 110
+_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 20
+
+
 def shown(value: Any) -> str:
     """What was given, for a message: short, whatever it is."""
     try:
-        text = repr(value)
+        text = _SHORT.repr(value)  # of a list of a million, most is not even looked at
     except ValueError:  # Python writes no number of thousands of digits
         return "a number of very many digits"
     return text if len(text) <= 100 else f"{text[:100]}…"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import sys
+from contextlib import suppress
 from itertools import pairwise
 
 import torch
@@ -35,6 +36,9 @@ class Slabs:
         if device == "cpu" and size:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
             self._memory = mmap.mmap(-1, self._bytes * slots, flags=flags)
+            # Every layer and head has a stretch of its own: huge pages would commit 128 MiB for 16 tokens.
+            with suppress(OSError, AttributeError):  # a kernel without them
+                self._memory.madvise(mmap.MADV_NOHUGEPAGE)
         self._slabs = [self._slab(slot) for slot in range(slots)]
         # Views for every slot and layer, made once: a decoding step takes them a few times a layer.
         self._layers = [list(slab.unbind(0)) for slab in self._slabs]

@@ -69,12 +69,13 @@ def _system() -> Finding:
 
 def _processor() -> list[Finding]:
     from weft.config import available_cores
+    from weft.execute.process import free_memory
 
-    cores, memory = available_cores(), psutil.virtual_memory()
+    cores, memory = available_cores(), psutil.virtual_memory().total
     pinning = hasattr(os, "sched_setaffinity")
     return [
         Finding("cores", True, str(cores), f"up to {cores} ranks of one thread without sharing a core"),
-        Finding("memory", True, f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
+        Finding("memory", True, f"{free_memory() / 2**30:.1f} of {memory / 2**30:.1f} GiB free",
                 "weights (4 bytes a parameter in float32) and key/value memory"),
         Finding("pinning", pinning, "yes" if pinning else "not on this system",
                 "LLM(cores=...): ranks that keep to their cores" + ("" if pinning else "; ranks wander instead")),

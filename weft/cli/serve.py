@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -54,6 +55,11 @@ def serve_command(
     allow_anyone: Annotated[
         bool, typer.Option("--allow-anyone", help="Beyond loopback without a key: everyone who reaches the port.")
     ] = False,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Of a web page that may ask from a browser, as in https://chat.example; may be repeated; "
+                     "* is any.", show_default=False),
+    ] = None,
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     overlap: Annotated[str, typer.Option(help="auto, serial, iso:2, …; see docs/strategies.md.")] = "auto",
     wire: Annotated[str, typer.Option(help="How partials travel: exact or bf16.")] = "exact",
@@ -94,6 +100,7 @@ def serve_command(
     out = Console(stderr=True)
     keys = _keys(api_key)
     local = _is_loopback(host)
+    origins = _origins(allow_origin)
     if not (local or keys or allow_anyone):
         raise InputError(
             f"--host {host} would let everyone who reaches this machine use the model; give --api-key (or "
@@ -125,7 +132,7 @@ def serve_command(
             launcher.told = service.tell
         name = served_model_name or _name(model)
         service.metrics.named(name)
-        settings = Settings(name, keys, local, max_body_bytes, client_timeout, request_timeout)
+        settings = Settings(name, keys, local, max_body_bytes, client_timeout, request_timeout, origins)
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{listening.getsockname()[1]}"
 
@@ -146,6 +153,14 @@ def _keys(given: list[str] | None) -> list[str]:
     if any(not key.strip() for key in keys):
         raise InputError("an API key is empty; give at least one character, or leave --api-key and WEFT_API_KEY out")
     return keys
+
+
+def _origins(given: list[str] | None) -> list[str]:
+    """As browsers write them: no path, not even a slash at the end."""
+    for origin in given or ():
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise InputError(f"--allow-origin {origin!r} is not an origin; write it like https://chat.example, or *")
+    return given or []
 
 
 def _is_loopback(host: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from weft.timeline.timeline import Event, Timeline
 
 START_SECONDS = 120.0  # to import torch and to say hello, on a loaded machine
 LOOK_MILLISECONDS = 100  # how often the processes are looked at while a message is awaited
+PROGRAMS = 64  # that a worker keeps: a large one takes some 100 KiB
 LOOK_SECONDS = 0.5  # and while messages come: machines that joined want to hear that the engine lives
 
 M = TypeVar("M", bound=p.ToEngine)
@@ -73,25 +75,28 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Started:
-    """What each rank said when it was ready, and how long that took in seconds."""
+    """What each rank said when it came and when it was ready, and how long that took in seconds."""
 
+    hellos: tuple[p.Hello, ...]
     loaded: tuple[p.Loaded, ...]
     seconds: float
 
 
 class Controller:
-    """One group of workers. Not for several threads. `meanwhile` is called again and again while they start."""
+    """One group of workers. Not for several threads. `meanwhile` is called again and again while they start; `admit`
+    looks at those that have come, by rank, and raises `InputError` if they can't load the model."""
 
     def __init__(
-        self, launcher: Launcher, config: EngineConfig, meanwhile: Callable[[], None] = lambda: None
+        self, launcher: Launcher, config: EngineConfig, meanwhile: Callable[[], None] = lambda: None,
+        admit: Callable[[Sequence[p.Hello]], None] = lambda hellos: None,
     ) -> None:  # fmt: skip
-        self.launcher, self.config, self._meanwhile = launcher, config, meanwhile
+        self.launcher, self.config, self._meanwhile, self._admit = launcher, config, meanwhile, admit
         self._context: zmq.Context[Any] = zmq.Context()
         self._folder = Folder()
         self._socket: zmq.Socket[bytes] | None = None
         self._ranks: list[bytes] = []  # identities, by rank
         self._hosts: dict[bytes, str] = {}  # where they are
-        self._programs: dict[Program, int] = {}
+        self._programs: OrderedDict[Program, int] = OrderedDict()  # those that the workers know
         self._number = 0
         self._looked = 0.0  # when the processes were looked at
         self._loaded = False
@@ -103,15 +108,15 @@ class Controller:
         """
         begin, self._loaded = time.monotonic(), False
         try:
-            self._bring_up()
+            hellos = self._bring_up()
             loaded = self._load(directory, model, progress or (lambda share: None))
             self._loaded = True
         except BaseException:
             self.stop()
             raise
-        return Started(tuple(loaded), time.monotonic() - begin)
+        return Started(tuple(hellos), tuple(loaded), time.monotonic() - begin)
 
-    def _bring_up(self) -> None:
+    def _bring_up(self) -> list[p.Hello]:
         world, token = self.config.ranks, secrets.token_hex(32)
         self._socket = engine_socket(self._context, token)
         self._socket.bind(self.launcher.control_address(str(self._folder.path)))
@@ -124,6 +129,8 @@ class Controller:
             raise InputError(f"a worker runs another version of weft; this engine speaks protocol {p.VERSION}")
         self._hosts = {identity: f"{hello.host} ({hello.address})" for identity, hello in hellos.items()}
         self._ranks = sorted(hellos, key=lambda identity: hellos[identity].place)
+        by_rank = [hellos[identity] for identity in self._ranks]
+        self._admit(by_rank)
         for rank, identity in enumerate(self._ranks):
             self._send(identity, p.Assign(rank, world, self.config.threads, self._cores(rank)))
         if world > 1:
@@ -132,6 +139,7 @@ class Controller:
                 self._send(identity, p.Meet(meeting.address, meeting.port))
         for _ in range(world):
             self._receive(p.Joined, deadline)
+        return by_rank
 
     def _cores(self, rank: int) -> list[int] | None:
         if self.config.cores is None:
@@ -188,7 +196,8 @@ class Controller:
                 done[identity] = answer
         answers = [done[identity] for identity in self._ranks]
         return RunResult(
-            answers[0].chosen, max(a.seconds for a in answers), max(a.sampling for a in answers), [a.processor for a in answers],
+            answers[0].chosen, max(a.seconds for a in answers), max(a.sampling for a in answers),
+            [a.processor for a in answers],
             max(a.lanes[0] for a in answers), min(a.lanes[1] for a in answers), [a.bytes_sent for a in answers],
             _timeline(submitted.program, answers, self.launcher.one_clock) if submitted.options.timeline else None,
             [a.checksums for a in answers], answers[0].logits,
@@ -198,15 +207,24 @@ class Controller:
         self, batch: Batch, tokens: Sequence[int], choices: Sequence[p.Choice], program: Program, wire: str,
         options: RunOptions,
     ) -> bytes:  # fmt: skip
-        known = self._programs.get(program)
-        number = self._programs.setdefault(program, len(self._programs))
+        number, known = self._numbered(program)
         segments = [(s.sequence, s.start, s.length, s.wanted, s.prompt) for s in batch.segments]
         return p.encode(
             p.Run(
-                self._number, number, None if known is not None else program.text, segments, list(tokens),
+                self._number, number, None if known else program.text, segments, list(tokens),
                 list(choices), wire, options.part, options.timeline, options.checksums, options.logits,
             )
         )  # fmt: skip
+
+    def _numbered(self, program: Program) -> tuple[int, bool]:
+        """A program's number, and whether the workers know it by that: the number of the one that was not used for
+        longest goes to a new one."""
+        known = program in self._programs
+        if not known and len(self._programs) == PROGRAMS:
+            self._programs[program] = self._programs.popitem(last=False)[1]
+        number = self._programs.setdefault(program, len(self._programs))
+        self._programs.move_to_end(program)
+        return number, known
 
     def release(self, slots: Sequence[int]) -> None:
         """Tells every rank that these sequences are over."""

@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
+
+OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def pin(cores: list[int]) -> None:
@@ -18,6 +25,47 @@ def pin(cores: list[int]) -> None:
     if hasattr(os, "sched_setaffinity"):
         for thread in os.listdir("/proc/self/task"):  # threads that exist already have a set of their own
             os.sched_setaffinity(int(thread), cores)
+
+
+def free_memory(own: Path = OWN_GROUPS, groups: Path = GROUPS) -> int:
+    """Bytes that this process may still take: what the machine has free, and what the limits of its control groups,
+    a container's say, leave of it. Files that are only cached count as free."""
+    free = int(psutil.virtual_memory().available)
+    return max(0, min([free, *_left(own, groups)]))
+
+
+def machine_name(own: Path = OWN_GROUPS) -> str:
+    """Equal for processes that take their memory from the same."""
+    boot = BOOT.read_text("ascii").strip() if BOOT.is_file() else ""
+    return f"{socket.gethostname()} {boot} {_memory_group(own)[1]}"
+
+
+def _memory_group(own: Path) -> tuple[str, str]:
+    """The hierarchy, "memory" (version 1) or "" (version 2), and the group's path in it."""
+    lines = own.read_text("utf-8").splitlines() if own.is_file() else []
+    entries = {name: path for _, name, path in (line.split(":", 2) for line in lines)}
+    name = next((name for name in entries if "memory" in name.split(",")), "")
+    return ("memory" if name else "", entries.get(name, "/"))
+
+
+def _left(own: Path, groups: Path) -> Iterator[int]:
+    """What each limit above this process leaves, in bytes."""
+    version, path = _memory_group(own)
+    root = groups / version
+    limit, used, stat, cached = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file") if version
+        else ("memory.max", "memory.current", "memory.stat", "inactive_file")
+    )  # fmt: skip
+    group = root / path.lstrip("/")
+    if not group.is_dir():  # a container sees its own group as the root, whatever its path says
+        group = root
+    for level in (group, *group.parents):
+        if not level.is_relative_to(root):
+            return
+        with suppress(OSError, ValueError):  # no limit: the file is missing, or says max
+            most, taken = (int((level / name).read_text("ascii")) for name in (limit, used))
+            files = dict(line.split() for line in (level / stat).read_text("ascii").splitlines())
+            yield most - taken + int(files.get(cached, 0))
 
 
 def _memory() -> int:

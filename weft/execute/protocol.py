@@ -14,13 +14,15 @@ VERSION = 5
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """A worker has come."""
+    """A worker has come. `machine`: equal for workers that share memory; `free`: bytes of it that they may take."""
 
     version: int
     place: int  # in the order of ranks
     host: str
     pid: int
     address: str  # where other ranks reach it
+    machine: str
+    free: int
 
 
 class Assign(msgspec.Struct, tag=True, frozen=True):
@@ -71,11 +73,13 @@ class Loading(msgspec.Struct, tag=True, frozen=True):
 
 
 class Loaded(msgspec.Struct, tag=True, frozen=True):
-    """Ready. Bytes; `peak` is what loading took at most beyond what the process had before."""
+    """Ready. Bytes; `peak` is what loading took at most beyond what the process had before, `free` what its machine
+    has left."""
 
     weights: int
     peak: int
     kv_bytes_per_token: int
+    free: int
     packed: bool
 
 

@@ -85,9 +85,9 @@ def _draw(logits_V: Tensor, choice: Choice) -> int:
     """Temperature, then min-p, top-k and top-p, then as many uniform numbers as it takes.
 
     Nothing is sorted. A token is drawn from all that min-p and top-k leave; if the likelier ones have the wanted mass
-    without it, it is not one of top-p's, nor is any that is less likely, and the next draw is from those before it. What
-    is accepted is distributed as a draw from top-p's tokens alone: each draw is from more tokens than those, never
-    from fewer. Of equally likely tokens the one with the lower id comes first.
+    without it, it is not one of top-p's, nor is any that is less likely, and the next draw is from those before it.
+    What is accepted is distributed as a draw from top-p's tokens alone: each draw is from more tokens than those,
+    never from fewer. Of equally likely tokens the one with the lower id comes first.
     """
     kept_V = torch.softmax((logits_V - logits_V.max()) / choice.temperature, dim=0)
     if choice.min_p > 0:

@@ -25,7 +25,15 @@ from weft.errors import InputError, LinkLost
 from weft.execute import protocol as p
 from weft.execute.executor import Executor, Part
 from weft.execute.lanes import ThreadLanes
-from weft.execute.process import Peak, end_with_launcher, give_back_freed_memory, keep_freed_memory, pin
+from weft.execute.process import (
+    Peak,
+    end_with_launcher,
+    free_memory,
+    give_back_freed_memory,
+    keep_freed_memory,
+    machine_name,
+    pin,
+)
 from weft.execute.sampler import sample
 from weft.launch.launcher import LEASE_VARIABLE, MODEL_VARIABLE, PLACE_VARIABLE, TOKEN_VARIABLE
 from weft.launch.sockets import worker_socket
@@ -72,7 +80,8 @@ class Worker:
     def serve(self) -> None:
         """Until the engine says that it is over."""
         place = int(os.environ.get(PLACE_VARIABLE, "0"))
-        self.say(p.Hello(p.VERSION, place, socket.gethostname(), os.getpid(), self.address))
+        here = socket.gethostname(), os.getpid(), self.address, machine_name(), free_memory()
+        self.say(p.Hello(p.VERSION, place, *here))
         while True:
             data = self.control.recv()
             try:
@@ -149,7 +158,7 @@ class Worker:
         keep_freed_memory()
         gc.freeze()  # what is loaded stays: collections need not look at it again
         size, packed = shard_bytes(m.config, share, dtype.itemsize), packed_weights_work() and dtype is torch.float32
-        self.say(p.Loaded(size, peak.taken, slabs.bytes_per_token, packed))
+        self.say(p.Loaded(size, peak.taken, slabs.bytes_per_token, free_memory(), packed))
 
     @torch.inference_mode()
     def _run(self, m: p.Run) -> None:

@@ -6,6 +6,7 @@ default group: tests run several ranks as threads of one process.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -107,11 +108,18 @@ def wait_all(transfers: Sequence[Transfer]) -> None:
 
 
 def host_store(address: str) -> tuple[Any, int]:
-    """Opens the meeting point of a group on `address` and returns it with its port (chosen free)."""
+    """Opens the meeting point of a group on `address`, and on no other, and returns it with its port (chosen free)."""
+    # A socket of ours: torch's own would listen on every address of the machine, and it asks nobody who they are.
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.bind((address, 0))
+    listening.listen()
+    port = listening.getsockname()[1]
     store = dist.TCPStore(  # type: ignore[attr-defined]
-        address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
-    )
-    return store, store.port
+        address, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60),
+        master_listen_fd=listening.detach(),
+    )  # fmt: skip
+    return store, port
 
 
 def join_store(address: str, port: int) -> Any:

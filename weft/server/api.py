@@ -28,6 +28,7 @@ from weft.server.schema import (
     DetokenizeRequest,
     Message,
     Sampling,
+    StreamOptions,
     TokenizeRequest,
 )
 from weft.server.service import Service, State
@@ -40,7 +41,7 @@ P = ParamSpec("P")
 QUIET = 10.0  # seconds without a piece after which a stream says that it is alive
 LONG = 20_000  # characters of a prompt that is better tokenised beside the loop
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    code: {"description": "an error in OpenAI's shape"} for code in (400, 401, 403, 404, 408, 413, 429, 503)
+    code: {"description": "an error in OpenAI's shape"} for code in (400, 401, 403, 404, 408, 413, 415, 429, 503)
 }
 
 
@@ -180,6 +181,8 @@ def _answers(routes: APIRouter, api: Api) -> None:
         """Answers the last message of a conversation."""
         api.demand(asked.model)
         ids = await api.render(asked.messages)
+        if asked.top_logprobs and not asked.logprobs:
+            raise InputError("top_logprobs wants logprobs true beside it; send that too, or leave both out")
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         params = asked.params(api.proposed, asked.max_completion_tokens or asked.max_tokens, logprobs)
         form = Chat(api.name, api.text_of, api.bytes_of, bool(asked.logprobs))
@@ -269,7 +272,8 @@ async def _answer(
     echoes: list[Echo] | None,
 ) -> Response:  # fmt: skip
     """Queues all prompts, then answers as they were asked for; whoever goes away frees their slots."""
-    if asked.stream_options is not None and not asked.stream:
+    options = asked.stream_options or StreamOptions()
+    if options.asks and not asked.stream:
         raise InputError("stream_options are for streams; send stream true, or leave them out")
     wishes = api.wishes(asked, request)
     # Together, so that all are there for the next batch.
@@ -281,8 +285,7 @@ async def _answer(
     answer = _Answer(api, tickets, params.n, form, echoes)
     if not asked.stream:
         return whole(answer.whole)
-    usage = asked.stream_options is not None and asked.stream_options.include_usage
-    return events(lambda: answer.events(usage, asked.return_progress))
+    return events(lambda: answer.events(options, asked.return_progress))
 
 
 def _cancel(api: Api, tickets: Sequence[Ticket]) -> None:
@@ -299,6 +302,7 @@ class _Answer:
     n: int
     form: Form
     echoes: list[Echo] | None
+    counting: bool = False  # tokens so far, with every piece
 
     async def whole(self) -> Json:
         """All of them."""
@@ -331,8 +335,9 @@ class _Answer:
             fresh.discard(piece.index)
             yield numbered
 
-    async def events(self, usage: bool, progress: bool) -> AsyncGenerator[Event]:
+    async def events(self, options: StreamOptions, progress: bool) -> AsyncGenerator[Event]:
         """Pieces as they come, of all prompts."""
+        self.counting = options.continuous_usage_stats
         merged: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
         tasks = [asyncio.create_task(self._feed(number, merged, progress)) for number in range(1, len(self.tickets))]
         try:
@@ -348,7 +353,7 @@ class _Answer:
                         if isinstance(item, Exception):
                             raise item
                         yield item
-            if usage:
+            if options.include_usage:
                 yield self.form.closing(Usage.of(self.tickets))
         finally:
             for task in tasks:
@@ -373,4 +378,5 @@ class _Answer:
                 if progress:
                     yield self.form.progress(piece)
             elif piece.text or piece.finish_reason is not None or (self.form.logprobs and piece.tokens):
-                yield self.form.chunk(piece)
+                usage = {"usage": Usage.of(self.tickets).json()} if self.counting else {}
+                yield self.form.chunk(piece) | usage

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import FileResponse
 
 from weft.server import errors
@@ -28,7 +29,7 @@ PAGE_HEADERS = {
 class Settings:
     """How to serve. `name`: the model's, for clients. `keys`: who may ask; none is everyone. `local`: only this
     machine reaches the server. `most_body`: bytes. `patience`: seconds to send a body, and to take a piece of an
-    answer. `timeout`: seconds that a request may take."""
+    answer. `timeout`: seconds that a request may take. `origins`: of web pages elsewhere that may ask; "*" is any."""
 
     name: str
     keys: Sequence[str] = ()
@@ -36,6 +37,7 @@ class Settings:
     most_body: int = 4 << 20
     patience: float = 30.0
     timeout: float | None = None
+    origins: Sequence[str] = ()
 
 
 def application(service: Service, settings: Settings) -> FastAPI:
@@ -58,4 +60,9 @@ def application(service: Service, settings: Settings) -> FastAPI:
     app.add_middleware(
         Guard, keys=settings.keys, local=settings.local, most=settings.most_body, patience=settings.patience
     )
+    if settings.origins:  # before the guard: browsers ask whether they may without a key
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"],
+            expose_headers=["Retry-After", "x-should-retry"],
+        )  # fmt: skip
     return app

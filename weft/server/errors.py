@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from weft.batching.params import shown
 from weft.errors import Busy, InputError, RequestFailed, Unavailable
 
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 408: "timeout_error",
@@ -64,11 +65,19 @@ def _invalid(_: Request, error: Any) -> Response:
     field = next((str(part) for part in first["loc"][1:]), None)
     place = ".".join(str(part) for part in first["loc"][1:] if not _names_a_type(part))
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "is not known here; leave it out"
+    if message.startswith("Input should be"):
+        message = f"{shown(first['input'])} is not allowed; it {message.removeprefix('Input ')}"
+    if first["type"] == "unknown_field":
+        field = field or first["ctx"]["field"]
+        place = ".".join(filter(None, [place, first["ctx"]["field"]]))
+    elif first["type"] == "missing":
+        message = "is missing, and is needed"
     elif first["type"] == "json_invalid":
         field, place, message = None, "", f"the body is not JSON: {first.get('ctx', {}).get('error', message)}"
-    return response(400, f"{place}: {message}" if place else message, field)
+    elif not place:
+        message = f"the body must be a JSON object, not {shown(first['input'])}"
+    named = f"{place}: {message}" if place and not message.startswith(f"{place} ") else message
+    return response(400, named, field)
 
 
 def _names_a_type(part: int | str) -> bool:

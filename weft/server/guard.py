@@ -40,7 +40,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        refused = self._refuse(scope, headers)
+        refused = self._refuse(scope, headers) or _no_json(scope, headers)
         if refused is not None:
             await refused(scope, receive, send)
             return
@@ -99,6 +99,16 @@ class Guard:
                 raise OSError("the client takes nothing") from None
 
         return patient
+
+
+def _no_json(scope: Scope, headers: dict[bytes, bytes]) -> Any | None:
+    """What has another type, or none, is not read as JSON: a web page elsewhere may have a browser send that without
+    asking, and the server would compute."""
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if scope["method"] not in ("POST", "PUT", "PATCH") or kind == b"application/json" or kind.endswith(b"+json"):
+        return None
+    given = kind.decode("latin-1")[:100] or "none"
+    return response(415, f"the content type is {given}; send JSON with the header Content-Type: application/json")
 
 
 def _digest(key: str | bytes) -> bytes:

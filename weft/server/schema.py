@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from weft.batching.params import SamplingParams, shown
 from weft.errors import InputError
@@ -20,16 +21,44 @@ MOST_PROMPTS, MOST_COMPLETIONS = 64, 64  # of one request; completions in all
 MOST_LOGPROBS = 20
 MOST_SCORES = 1 << 18  # log-probabilities of the prompts of one request
 MOST_SCHEMA_CHARACTERS = 65536
+MOST_BIASES = 1024
+MOST_METADATA = 16
+# Fields that weft doesn't have, with values that ask for nothing: clients send them all the same.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
+    "function_call": ("none", "auto"), "tool_calls": ([],), "annotations": ([],), "best_of": (1,), "suffix": ("",),
+    "modalities": (["text"],), "use_beam_search": (False,), "length_penalty": (1,), "early_stopping": (False,),
+    "bad_words": ([],), "allowed_token_ids": ([],), "spaces_between_special_tokens": (True,), "detokenize": (True,),
+    "add_generation_prompt": (True,), "continue_final_message": (False,), "documents": ([],),
+    "chat_template_kwargs": ({},), "return_tokens_as_token_ids": (False,), "return_token_ids": (False,),
+    "typical_p": (1,), "mirostat": (0,), "cache_prompt": (True,), "truncate_prompt_tokens": (0,), "logit_bias": ({},),
+}  # fmt: skip
 
 Token = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]  # strict: true is no token
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]  # the first wrong one says it all
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]
 
 
 class Strict(BaseModel):
-    """Unknown fields are errors; texts must be Unicode."""
+    """Null is as good as absent, as in OpenAI's API, and so is what asks for nothing. Other fields that are not known
+    are errors; texts must be Unicode."""
 
     model_config = ConfigDict(extra="forbid", str_strip_whitespace=False, protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asked(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        asked = {name: value for name, value in given.items() if value is not None}
+        for name in [name for name in asked if name not in known]:
+            if not any(type(asked[name]) is type(value) and asked[name] == value for value in NEUTRAL.get(name, ())):
+                # The first one alone: of many, each would cost an error of its own.
+                raise PydanticCustomError("unknown_field", "is not known here; leave it out", {"field": name[:100]})
+            del asked[name]
+        return asked
 
     @field_validator("*", mode="before")
     @classmethod
@@ -90,7 +119,13 @@ class StreamOptions(Strict):
     """OpenAI's."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's: with every piece
     include_obfuscation: bool | None = None  # nothing is padded here in any case
+
+    @property
+    def asks(self) -> bool:
+        """True if something is to be different."""
+        return self.include_usage or self.continuous_usage_stats
 
 
 class Sampling(Strict):
@@ -107,9 +142,10 @@ class Sampling(Strict):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    logit_bias: dict[str, float] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    stop_token_ids: Annotated[list[Token], Field(max_length=MOST_STOP_TOKENS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=MOST_STOP_TOKENS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
@@ -120,11 +156,25 @@ class Sampling(Strict):
     return_progress: Annotated[bool, Field(description="stream how far the prompt is")] = False
     # Sent by OpenAI's clients for OpenAI's own accounts; they ask nothing of an answer.
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+    @field_validator("logit_bias", "metadata", mode="before")
+    @classmethod
+    def _few(cls, value: Any, info: ValidationInfo) -> Any:
+        """Looked at before each of them is: every wrong one would cost an error of its own."""
+        most = MOST_BIASES if info.field_name == "logit_bias" else MOST_METADATA
+        if not isinstance(value, dict):
+            raise ValueError(f"{shown(value)} is not allowed; give an object")
+        if len(value) > most:
+            raise ValueError(f"has {len(value)} entries; at most {most} are taken")
+        if info.field_name == "logit_bias":
+            SamplingParams(logit_bias=value)  # InputError is a ValueError, and names the entry
+        return value
 
     @field_validator("stop", mode="after")
     @classmethod
@@ -139,7 +189,7 @@ class Sampling(Strict):
         """The checkpoint's defaults with what was given. Raises `InputError`."""
         names = (
             "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-            "repetition_penalty", "seed", "stop", "stop_token_ids",
+            "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids",
         )  # fmt: skip
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         kept = {name: getattr(defaults, name) for name in names if name not in given}
@@ -154,9 +204,9 @@ class Sampling(Strict):
 
 Prompts = (
     str
-    | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
-    | Annotated[list[Token], Field(min_length=1)]
-    | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)]
+    | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+    | Tokens
+    | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
 )
 
 
@@ -212,7 +262,7 @@ class Message(Strict):
     """One message of a conversation."""
 
     role: Annotated[str, StringConstraints(min_length=1, max_length=64)]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
@@ -222,10 +272,13 @@ class Message(Strict):
         return {"role": self.role, "content": text} | ({"name": self.name} if self.name else {})
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
+
+
 class ChatRequest(Sampling):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Messages
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
@@ -237,11 +290,11 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    messages: Messages | None = None
 
 
 class DetokenizeRequest(Strict):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[Token]
+    tokens: Annotated[list[Token], Field(fail_fast=True)]
