@@ -164,7 +164,16 @@ def test_progress_of_a_long_prompt(packaged: Path) -> None:
         ("/v1/completions", {"prompt": ""}, "the prompt is empty"),
         ("/v1/completions", {"prompt": "a", "temperature": -1}, "temperature"),
         ("/v1/completions", {"prompt": "a", "tempreature": 1}, "tempreature: is not known here"),
-        ("/v1/completions", {"prompt": "a", "n": 1000}, "n:"),
+        ("/v1/completions", {"prompt": "a", "n": 1000}, "n: 1000 is not allowed; it should be"),
+        ("/v1/completions", {"prompt": None}, "prompt: is missing"),
+        ("/v1/completions", [1], "the body must be a JSON object, not [1]"),
+        ("/v1/completions", {"prompt": "a", "best_of": 2}, "best_of: is not known here"),
+        ("/v1/completions", {"prompt": "a", "suffix": "b"}, "suffix: is not known here"),
+        ("/v1/completions", {"prompt": "a", "min_tokens": 20}, "min_tokens 20 is more than max_tokens 16"),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {"99999": 1}}, "99999 is not in the vocabulary"),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {"x": 1}}, "token ids are whole numbers"),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {"1": 101}}, "101 is not allowed"),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {str(i): 1 for i in range(2000)}}, "at most 1024"),
         ("/v1/completions", {"prompt": ["a"] * 40, "n": 2}, "more than 64 completions"),
         ("/v1/completions", {"prompt": [1, 99999]}, "token id 99999 is not in the vocabulary"),
         ("/v1/completions", {"prompt": [1] * 3000}, "3000 tokens"),
@@ -175,17 +184,106 @@ def test_progress_of_a_long_prompt(packaged: Path) -> None:
         ("/v1/completions", {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
         ("/v1/completions", {"prompt": "a", "response_format": {"type": "json_schema"}}, "json_schema"),
         ("/v1/chat/completions", {"messages": []}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "tools: is not"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "tool_calls": [1]}]}, "messages.0.tool_calls: is not"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, "wants logprobs"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
         ("/tokenize", {}, "either prompt or messages"),
         ("/detokenize", {"tokens": [1 << 20]}, "not in the vocabulary"),
     ],
 )
-def test_bad_requests_say_what_is_wrong(server: Running, path: str, body: dict[str, Any], says: str) -> None:
+def test_bad_requests_say_what_is_wrong(server: Running, path: str, body: Any, says: str) -> None:
     with server.client() as http:
         answer = http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
     error = answer.json()["error"]
     assert answer.status_code == 400 and says in error["message"], error
     assert error["type"] == "invalid_request_error" and set(error) == {"message", "type", "param", "code"}
+
+
+NOTHING = {
+    "tools": [], "tool_choice": "none", "parallel_tool_calls": True, "logit_bias": {}, "functions": [],
+    "response_format": {"type": "text"}, "stream_options": {"include_usage": False},
+}  # fmt: skip
+NULLS = [
+    "n", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options", "stop_token_ids", "ignore_eos",
+    "min_tokens", "skip_special_tokens", "include_stop_str_in_output", "priority", "timeout", "return_progress",
+    "response_format", "user", "metadata", "logit_bias", "tools", "tool_choice", "logprobs", "max_tokens", "model",
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "service_tier", "never_heard_of",
+]  # fmt: skip
+
+
+def test_null_and_neutral_values_ask_for_nothing(client: OpenAI) -> None:
+    fixed = {"temperature": 0, "max_tokens": 8}
+    plain = client.completions.create(model=NAME, prompt=PROMPT, **fixed).choices[0].text
+    nulls: dict[str, Any] = dict.fromkeys([*NULLS, "echo", "suffix", "best_of"])
+    for more in (nulls | fixed, {**NOTHING, "best_of": 1, "suffix": "", **fixed}):
+        assert client.completions.create(model=NAME, prompt=PROMPT, extra_body=more).choices[0].text == plain
+    assert client.completions.create(model=NAME, prompt=PROMPT, extra_body=nulls).usage.completion_tokens == 16  # type: ignore[union-attr]
+    said: Any = [{"role": "user", "content": "def main("}]
+    chats = [
+        client.chat.completions.create(model=NAME, messages=said, max_tokens=8, extra_body=more).choices[0].message
+        for more in ({"temperature": 0}, dict.fromkeys([*NULLS, "top_logprobs"]) | fixed, NOTHING | fixed)
+    ]
+    assert chats[0] == chats[1] == chats[2]
+
+
+def test_an_answer_is_taken_back_as_it_was_given(server: Running, client: OpenAI) -> None:
+    said: Any = [{"role": "user", "content": "def main("}]
+    with server.client() as http:
+        raw = http.post("/v1/chat/completions", json={"messages": said, "max_tokens": 8}).json()["choices"][0][
+            "message"
+        ]
+    parsed = client.chat.completions.create(model=NAME, messages=said, max_tokens=8).choices[0].message
+    others = {"annotations": [], "tool_calls": [], "audio": None, "function_call": None}
+    for before in (raw, parsed, parsed.model_dump(), raw | others, {"role": "assistant", "content": None}):
+        more: Any = [*said, before, {"role": "user", "content": "and"}]
+        assert client.chat.completions.create(model=NAME, messages=more, max_tokens=4).choices
+
+
+def test_a_bias_decides(client: OpenAI, alone: dict[str, Any]) -> None:
+    asked: dict[str, Any] = {"model": NAME, "prompt": alone["tokens"], "max_tokens": 4, "temperature": 0}
+    first = alone["output"].outputs[0].token_ids[0]
+    forced = client.completions.create(**asked, logit_bias={"70": 100}, logprobs=0).choices[0]
+    assert forced.logprobs is not None and len(set(forced.logprobs.tokens or ())) == 1
+    without = client.completions.create(**asked, logit_bias={str(first): -100}, extra_body={"return_token_ids": False})
+    assert without.choices[0].text != client.completions.create(**asked).choices[0].text
+
+
+def test_usage_comes_with_every_piece_for_who_asks(client: OpenAI) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(
+        client.completions.create(
+            model=NAME,
+            prompt=PROMPT,
+            max_tokens=12,
+            temperature=0,
+            stream=True,
+            stream_options=options,
+            extra_body={"ignore_eos": True},
+        )
+    )
+    counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage is not None]
+    assert len(counts) == len(chunks) and counts == sorted(counts) and counts[-2:] == [12, 12]
+    assert all(c.usage.prompt_tokens_details is not None for c in chunks if c.usage is not None)
+
+
+def test_wrong_elements_by_the_hundred_thousand_cost_little(server: Running) -> None:
+    many = 300_000
+    bodies = [
+        ("/v1/completions", {"prompt": [-1] * many}), ("/v1/completions", {"prompt": [[-1] * many]}),
+        ("/v1/completions", {"prompt": ["a", -1] * (many // 2)}), ("/detokenize", {"tokens": ["x"] * many}),
+        ("/v1/completions", {"prompt": "a", "stop": [1] * many}),
+        ("/v1/completions", {"prompt": "a"} | {f"x{number}": 1 for number in range(many // 4)}),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {f"x{number}": 1 for number in range(many // 4)}}),
+        ("/v1/chat/completions", {"messages": [1] * many}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [1] * many}]}),
+    ]  # fmt: skip
+    with server.client() as http:
+        for path, body in bodies:
+            begin = time.monotonic()
+            answer = http.post(path, json=body)
+            assert answer.status_code == 400 and len(answer.content) < 2000, answer.text[:300]
+            assert time.monotonic() - begin < 1.5, body.keys()  # it took 6 s; a tenth of a second is usual
 
 
 def test_bad_schemas_bodies_and_names(server: Running, client: OpenAI) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from tests.server.running import NAME, Running, running
@@ -50,7 +51,8 @@ def test_keys_are_never_said(
     locked: Running, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with caplog.at_level(logging.DEBUG, logger="uvicorn"), locked.client() as http:
-        answer = http.post("/v1/completions", content=b"{", headers={"authorization": f"Bearer {KEY}"})
+        headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
+        answer = http.post("/v1/completions", content=b"{", headers=headers)
         http.post("/v1/completions", json=ASKED, headers={"authorization": f"Bearer {KEY}x"})
         shown = answer.text + http.get("/health").text + http.get("/metrics").text
     printed = capfd.readouterr()
@@ -73,8 +75,8 @@ def connection(server: Running) -> socket.socket:
 
 def test_who_sends_a_body_slowly_is_told(locked: Running) -> None:
     with connection(locked) as slow:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 50\r\n\r\n"
-        slow.sendall(head.encode() + b"{")
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 50\r\n"
+        slow.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n{")
         begin = time.monotonic()
         assert b" 408 " in slow.recv(4096).splitlines()[0] and time.monotonic() - begin < 3
 
@@ -146,3 +148,43 @@ def test_a_hostile_template_reaches_nothing(packaged: Path, tmp_path: Path, temp
         shown = ""
         assert "the chat template refuses" in str(error)
     assert shown == "", "something inside was reached"
+
+
+@pytest.mark.parametrize(
+    "kind", [None, "", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "json"]
+)
+def test_only_json_is_taken_for_json(locked: Running, kind: str | None) -> None:
+    """What a web page elsewhere may have a browser send without asking computes nothing."""
+    headers = {"authorization": f"Bearer {KEY}"} | ({"content-type": kind} if kind is not None else {})
+    with locked.client() as http:
+        answer = http.post("/v1/completions", content=json.dumps(ASKED).encode(), headers=headers)
+        assert answer.status_code == 415 and "Content-Type: application/json" in answer.json()["error"]["message"]
+        for fine in ("application/json", "Application/JSON; charset=utf-8", "application/vnd.api+json"):
+            asked = http.post(
+                "/v1/completions", content=json.dumps(ASKED).encode(), headers=headers | {"content-type": fine}
+            )
+            assert asked.status_code == 200, asked.text
+
+
+def asks_first(server: Running, origin: str) -> httpx2.Response:
+    """As a browser does before a page of that origin may send JSON with a key."""
+    headers = {
+        "origin": origin, "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type",
+    }  # fmt: skip
+    with server.client() as http:
+        return http.options("/v1/chat/completions", headers=headers)
+
+
+def test_pages_elsewhere_may_ask_where_that_is_allowed(packaged: Path, locked: Running) -> None:
+    page, other = "https://chat.example", "https://other.example"
+    assert "access-control-allow-origin" not in asks_first(locked, page).headers
+    with running(packaged, Settings(NAME, keys=(KEY,), origins=(page,))) as server:
+        allowed = asks_first(server, page)
+        assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == page
+        assert "access-control-allow-origin" not in asks_first(server, other).headers
+        with server.client(headers={"origin": page}) as http:
+            refused = http.post("/v1/completions", json=ASKED)
+            assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == page
+            asked = http.post("/v1/completions", json=ASKED, headers={"authorization": f"Bearer {KEY}"})
+            assert asked.is_success and asked.headers["access-control-allow-origin"] == page

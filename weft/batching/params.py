@@ -62,14 +62,7 @@ class SamplingParams:
                 self._set(name, _whole(getattr(self, name), name, least, most))
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             self._set(name, bool(getattr(self, name)))
-        if self.max_tokens == 0 and self.prompt_logprobs is None:
-            raise InputError(
-                "max_tokens 0 is not allowed; give at least 1, or have the prompt scored (prompt_logprobs, echo)"
-            )
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise InputError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}; give less")
-        if self.top_p == 0.0:
-            raise InputError("top_p 0 leaves no token; give a number above 0, or temperature 0 for greedy")
+        self._demand_tokens()
         self._set("logit_bias", _biases(self.logit_bias))
         self._set("stop", _texts(self.stop))
         if any(not text for text in self.stops):
@@ -78,6 +71,17 @@ class SamplingParams:
             self._set("stop_token_ids", token_ids(self.stop_token_ids, "stop_token_ids"))
         if self.json_schema is not None and not isinstance(self.json_schema, str):
             raise InputError(f"json_schema is a {type(self.json_schema).__name__}; give the schema as JSON text")
+
+    def _demand_tokens(self) -> None:
+        """Raises `InputError` for wishes that leave none, or that contradict each other."""
+        if self.max_tokens == 0 and self.prompt_logprobs is None:
+            raise InputError(
+                "max_tokens 0 is not allowed; give at least 1, or have the prompt scored (prompt_logprobs, echo)"
+            )
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InputError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}; give less")
+        if self.top_p == 0.0:
+            raise InputError("top_p 0 leaves no token; give a number above 0, or temperature 0 for greedy")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # frozen for everybody else
