@@ -47,14 +47,18 @@ class ModelConfig:
     @classmethod
     def from_directory(cls, directory: Path) -> ModelConfig:
         """Reads `config.json`. Raises `InputError` if it is missing, unreadable, or of an unknown kind."""
-        path = directory / "config.json"
         if not directory.is_dir():
             raise InputError(f"{directory} is not a directory; give a Hugging Face checkpoint's directory or hub id")
+        return cls.from_file(directory / "config.json")
+
+    @classmethod
+    def from_file(cls, path: Path) -> ModelConfig:
+        """The same of a file of any name."""
         if not path.is_file():
             raise InputError(f"{path} is missing; a checkpoint in Hugging Face format has one")
         try:
             raw = json.loads(path.read_text("utf-8"))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise InputError(f"{path} can't be read as JSON ({error}); download the file again") from None
         if not isinstance(raw, dict) or "model_type" not in raw:
             raise InputError(f"{path} has no model_type; it is not a model's configuration")
@@ -160,7 +164,7 @@ class EngineConfig:
         if not all(0 < share < float("inf") for share in shares):
             raise InputError(f"--shares {','.join(map(str, shares))}: every share must be a number above 0")
         one_of(wire, "--wire", WIRES)
-        one_of(dtype, "dtype", ("float32", "bfloat16"))
+        one_of(dtype, "--dtype", ("float32", "bfloat16"))
         positive(max_sequences, "max_num_seqs")
         positive(max_batch_tokens, "max_num_batched_tokens")
         positive(threads, "num_threads")

@@ -2,46 +2,79 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 from weft.errors import InputError
 
 PACKAGED = Path(__file__).parent / "packaged"
-FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]  # no pickle, no code
+FILES = ["*.json", "*.jinja", "*.txt"]  # no pickle, no code; and the weights that these name
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+ELSEWHERE = ["*/*"]  # sub-directories hold the same in other formats
+GGUF = "GGUF can't be read yet; give the model as a Hugging Face directory or hub id with safetensors"
 
 
-def locate(model: str | Path | None, files: list[str] = FILES) -> Path:
+def locate(model: str | Path | None, weights: bool = True) -> Path:
     """The directory of a model; a hub id is downloaded into huggingface_hub's own cache, with its progress bar.
 
-    `HF_HUB_OFFLINE=1` keeps to what the cache has. Raises `InputError` if there is no such model.
+    Only what is needed is fetched, each tensor once. `HF_HUB_OFFLINE=1` keeps to what the cache has.
+    Raises `InputError` if there is no such model.
     """
     if model is None:
         return PACKAGED
+    name = str(model)
+    _demand_text(name)
     directory = Path(model).expanduser()
     if directory.is_dir():
         return directory
-    name = str(model)
+    if name.lower().endswith(".gguf") or re.fullmatch(r"[\w.-]+/[\w.-]+:[\w.-]+", name):
+        missing = "there is no such file, and " if not directory.is_file() and ":" not in name else ""
+        raise InputError(f"{name}: {missing}{GGUF}")
+    if directory.is_file():
+        raise InputError(f"{name} is a file; give the directory that it is in")
     if directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise InputError(f"{name} is not a directory; give a Hugging Face checkpoint's directory or hub id")
-    return _download(name, files)
+    return _download(name, weights)
 
 
 def locate_config(model: str | Path | None) -> Path:
-    """The same where `config.json` is all that is needed: also that file itself; nothing else is fetched."""
-    if model is not None and (path := Path(model).expanduser()).name == "config.json" and path.is_file():
-        return path.parent
-    return locate(model, ["config.json"])
+    """The configuration's file, where nothing else is needed, nor fetched: in such a directory, or itself, whatever its
+    name."""
+    if model is not None:
+        _demand_text(str(model))
+        path = Path(model).expanduser()
+        if path.is_file() and path.suffix.lower() != ".gguf":
+            return path
+    return locate(model, weights=False) / "config.json"
 
 
-def _download(name: str, files: list[str]) -> Path:
+def _demand_text(name: str) -> None:
+    """The system takes no such name."""
+    if "\0" in name or not name:
+        raise InputError(f"{name!r} is no name of a model; give a directory or a hub id")
+
+
+def _download(name: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=files))
+        if not weights:
+            return Path(snapshot_download(name, allow_patterns=["config.json"]))
+        directory = Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=ELSEWHERE))
+        return Path(snapshot_download(name, allow_patterns=_weights(directory), ignore_patterns=ELSEWHERE))
     except HFValidationError:
         raise InputError(f"{name!r} is neither a directory nor a hub id such as Qwen/Qwen3-0.6B") from None
     except LocalEntryNotFoundError:
         raise InputError(f"{name!r} is no directory, not in the hub's cache, and the hub can't be reached") from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:
         raise InputError(f"{name!r} can't be had from the hub: {str(error).splitlines()[0]}") from None
+
+
+def _weights(directory: Path) -> list[str]:
+    """The files that the index names; without one, the only one. Others hold the same once more."""
+    if not (directory / INDEX).is_file():
+        return [SINGLE]
+    named = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"].values()
+    return [INDEX, *sorted({str(name) for name in named})]

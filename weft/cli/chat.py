@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 from rich.console import Console
 
-from weft.cli.options import shares_or_auto
+from weft.cli.options import DTYPE, TP, shares_or_auto
 from weft.cli.terminal import loaded
 from weft.errors import InputError
 from weft.llm import LLM, RequestOutput
@@ -156,9 +156,10 @@ def chat(
         str | None, typer.Option(help="For --url.", envvar="WEFT_API_KEY", show_envvar=True, show_default=False)
     ] = None,
     system: Annotated[str | None, typer.Option(help="Who the model is to be.")] = None,
-    tp: Annotated[int, typer.Option("--tp", help="Ranks that the model is split over.")] = 1,
+    tp: TP = 1,
     overlap: Annotated[str, typer.Option(help="auto, serial, iso:2, …; see docs/strategies.md.")] = "auto",
     wire: Annotated[str, typer.Option(help="How partials travel: exact or bf16.")] = "exact",
+    dtype: DTYPE = "float32",
     shares: Annotated[str | None, typer.Option(help="Sizes of the ranks' parts, as in 2,1; auto: by speed.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of each rank; default: cores / ranks.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
@@ -179,7 +180,7 @@ def chat(
         else:
             llm = loaded(
                 console, model, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=shares_or_auto(shares),
-                num_threads=threads,
+                num_threads=threads, dtype=dtype,
             )  # fmt: skip
             partner = Local(stack.enter_context(llm), wishes)
         Conversation(partner, console, system).run()

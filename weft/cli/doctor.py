@@ -125,7 +125,7 @@ def _links() -> list[Finding]:
 
 def _hub() -> Finding:
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-    return Finding("hub", not offline, "offline" if offline else "online",
+    return Finding("hub", not offline, "offline, by HF_HUB_OFFLINE" if offline else "allowed; not asked now",
                    "models by id; HF_HUB_OFFLINE=1 keeps to the cache")  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from weft.cli.options import shares_or_auto
+from weft.cli.options import DTYPE, TP, shares_or_auto
 from weft.cli.terminal import bar, loaded
 from weft.compare import Measured, compare
 from weft.errors import InputError, RequestFailed
@@ -67,11 +67,12 @@ class _Timing:
 def generate(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
     prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", show_default=False)] = None,
-    tp: Annotated[int, typer.Option("--tp", help="Ranks that the model is split over.")] = 1,
+    tp: TP = 1,
     overlap: Annotated[
         str, typer.Option(help="auto, serial, iso:2, iso:2/4, iso@300,700, tiles:4, …; see docs/strategies.md.")
     ] = "auto",
     wire: Annotated[str, typer.Option(help="How partials travel: exact or bf16.")] = "exact",
+    dtype: DTYPE = "float32",
     shares: Annotated[str | None, typer.Option(help="Sizes of the ranks' parts, as in 2,1; auto: by speed.")] = None,
     reproducible: Annotated[
         bool, typer.Option("--reproducible", help="The same bits whatever the strategy and the rest of the batch.")
@@ -108,7 +109,7 @@ def generate(
     }  # fmt: skip
     with loaded(
         errors, model, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=shares_or_auto(shares),
-        reproducible=reproducible, num_threads=threads, recalibrate=recalibrate,
+        reproducible=reproducible, num_threads=threads, dtype=dtype, recalibrate=recalibrate,
     ) as llm:  # fmt: skip
         params = llm.get_default_sampling_params(
             **{name: value for name, value in given.items() if value is not None},
@@ -140,7 +141,11 @@ def _model_and_prompt(first: str | None, second: str | None) -> tuple[str | None
 
 
 def _names_a_model(text: str) -> bool:
-    return Path(text).is_dir() or re.fullmatch(r"[\w.~-]*(/[\w.-]+)+/?", text) is not None
+    return (
+        Path(text).is_dir()
+        or text.lower().endswith(".gguf")
+        or re.fullmatch(r"[\w.~-]*(/[\w.-]+)+/?", text) is not None
+    )
 
 
 def _stream(llm: LLM, prompt: str, params: Any, show: bool) -> tuple[RequestOutput, _Timing]:

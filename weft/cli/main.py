@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import version as installed
+from typing import Annotated
 
 import typer
 
 from weft.cli import bench, chat, doctor, generate, plan, serve, timeline, worker
+from weft.cli.options import demand_known
 from weft.errors import InputError, RequestFailed, WorkerFailed
 
 app = typer.Typer(
@@ -29,11 +32,27 @@ app.command("timeline", help=timeline.HELP)(timeline.timeline)
 app.command("doctor", help=doctor.HELP)(doctor.doctor)
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"weft {installed('weft')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say which weft this is, and end.", is_eager=True, callback=_say_version)
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
     """The `weft` command."""
     # Progress bars and hints of the libraries beneath would be mixed into weft's own.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        demand_known(sys.argv[1:])
         app()
     except InputError as error:
         _end(f"weft: {error}", 2)

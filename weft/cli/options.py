@@ -2,9 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import typer
 
 from weft.errors import InputError
+
+TP = Annotated[int, typer.Option("--tp", "--tensor-parallel-size", help="Ranks that the model is split over.")]
+DTYPE = Annotated[str, typer.Option(help="What is computed in: float32 or bfloat16, which takes half the memory.")]
+# What users of other engines type, and weft has by another name, or not: what to do instead.
+ELSEWHERE = {
+    "--model": "give MODEL without an option",
+    "--gpu-memory-utilization": "weft takes of each machine what is free there; leave it out",
+    "--pipeline-parallel-size": "weft splits by --tp only; leave it out",
+    "--data-parallel-size": "weft splits by --tp only; leave it out",
+    "--enable-prefix-caching": "that is on unless --no-prefix-caching; leave it out",
+    "--no-enable-prefix-caching": "give --no-prefix-caching",
+    "--enable-chunked-prefill": "prompts are always computed in pieces; leave it out",
+    "--max-seq-len": "give --max-model-len",
+    "--ctx-size": "give --max-model-len",
+    "--allowed-origins": "give --allow-origin, once for each",
+    "--quantization": "weft has no quantised weights yet; leave it out, and see --dtype",
+    "--trust-remote-code": "weft never runs a checkpoint's code; leave it out",
+    "--enforce-eager": "there is nothing else here; leave it out",
+    "--device": "weft computes on CPUs; leave it out",
+    "--disable-log-requests": "requests are not logged; leave it out",
+    "--tokenizer": "the checkpoint's own is used; leave it out",
+    "--n-gpu-layers": "weft computes on CPUs; leave it out",
+    "--max-new-tokens": "give --max-tokens",
+    "--num-threads": "give --threads",
+}
+
+
+def demand_known(arguments: Sequence[str]) -> None:
+    """Raises `InputError` that leads from another engine's option to weft's."""
+    for argument in arguments[: arguments.index("--") if "--" in arguments else None]:
+        name = argument.partition("=")[0]
+        if name in ELSEWHERE:
+            raise InputError(f"{name} is not an option here: {ELSEWHERE[name]}")
 
 
 def words(text: str, name: str) -> tuple[str, ...]:

@@ -34,9 +34,9 @@ from weft.timeline.files import demand_writable, write
 
 HELP = """Predict prefill and decode times, memory and the best plan for MODEL on hardware from the catalogue.
 
-MODEL is a config.json, a directory with one, or a hub id; weights are not needed. A link is a name from the catalogue
-or a speed such as 10gbit; without --link it is the first device's usual one. Own devices and links go into a TOML file
-(docs/predictions.md shows one).
+MODEL is a configuration file, a directory with a config.json, or a hub id; weights are not needed. A link is a name
+from the catalogue or a speed such as 10gbit; without --link it is the first device's usual one. Own devices and links
+go into a TOML file (docs/predictions.md shows one).
 
 Examples:
 
@@ -79,7 +79,7 @@ def plan(
         raise InputError(f"--ttft {ttft:g} is not a time; give seconds above 0")
     demand_writable(html, "--html")
     prices = _prices(price)
-    config = ModelConfig.from_directory(locate_config(model))
+    config = ModelConfig.from_file(locate_config(model))
     question = Question(
         numbers(tokens, "--tokens"), words(overlap, "--overlap"), words(wire, "--wire"), prompts, decoding,
         relative_shares(shares),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -12,13 +13,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from weft.cli.options import shares_or_auto
+from weft.cli.options import DTYPE, TP, shares_or_auto
 from weft.cli.terminal import bar, warn_of_shared_cores
+from weft.config import ModelConfig
 from weft.engine import Engine, Progress
 from weft.errors import InputError
+from weft.hub import locate
 from weft.launch.joined import JoinedLauncher
 from weft.launch.launcher import TOKEN_VARIABLE
 from weft.llm import LLM
+from weft.model.families import flags_of
 
 HELP = """Serve MODEL behind the OpenAI API, with a page at /.
 
@@ -44,7 +48,7 @@ PACKAGED_NAME = "weft-packaged"
 
 def serve_command(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
-    tp: Annotated[int, typer.Option("--tp", help="Ranks that the model is split over.")] = 1,
+    tp: TP = 1,
     host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback wants --api-key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 8000,
     api_key: Annotated[
@@ -63,6 +67,7 @@ def serve_command(
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     overlap: Annotated[str, typer.Option(help="auto, serial, iso:2, …; see docs/strategies.md.")] = "auto",
     wire: Annotated[str, typer.Option(help="How partials travel: exact or bf16.")] = "exact",
+    dtype: DTYPE = "float32",
     shares: Annotated[str | None, typer.Option(help="Sizes of the ranks' parts, as in 2,1; auto: by speed.")] = None,
     reproducible: Annotated[
         bool, typer.Option("--reproducible", help="The same bits whatever the strategy and the rest of the batch.")
@@ -97,6 +102,7 @@ def serve_command(
     from weft.server.run import bound, serve
     from weft.server.service import Service
 
+    host = host.strip("[]")
     out = Console(stderr=True)
     keys = _keys(api_key)
     local = _is_loopback(host)
@@ -107,7 +113,7 @@ def serve_command(
             "WEFT_API_KEY in the environment), or --allow-anyone"
         )
     with bound(host, port) as listening:
-        launcher = _launcher(join_address, tp, local_ranks, out)
+        launcher = _launcher(join_address, tp, local_ranks)
         warn_of_shared_cores(out, tp if launcher is None else local_ranks)
         showing = bar(out)
         task = showing.add_task("starting", total=1.0)
@@ -117,11 +123,15 @@ def serve_command(
                 tell(what, share)
                 showing.update(task, description=what, completed=share)
 
+            directory = locate(model)
+            flags_of(ModelConfig.from_directory(directory))
+            if launcher is not None:  # now that there is such a model
+                _invite(out, launcher, model, tp - local_ranks)
             llm = LLM(
-                model, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=shares_or_auto(shares),
+                directory, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=shares_or_auto(shares),
                 reproducible=reproducible, num_threads=threads, recalibrate=recalibrate, max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, launcher=launcher,
-                enable_prefix_caching=prefix_caching, token_interval=token_interval, progress=both,
+                dtype=dtype, enable_prefix_caching=prefix_caching, token_interval=token_interval, progress=both,
             )  # fmt: skip
             return llm.engine
 
@@ -177,15 +187,19 @@ def _name(model: str | None) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
-def _launcher(join_address: str | None, ranks: int, local: int, out: Console) -> JoinedLauncher | None:
-    """For ranks on other machines; says what to run there."""
+def _launcher(join_address: str | None, ranks: int, local: int) -> JoinedLauncher | None:
+    """For ranks on other machines."""
     if join_address is None:
         return None
     if not 0 <= local < ranks:
         raise InputError(f"--local-ranks {local} of --tp {ranks} leaves no rank for another machine; give --tp more")
-    token = os.environ.get(TOKEN_VARIABLE)
-    launcher = JoinedLauncher(join_address, local, token, lambda line: out.print(line, style="dim", markup=False))
-    shown = "…" if token else launcher.token  # who set it knows it
-    out.print(f"on {ranks - local} other machine{'s' if ranks - local > 1 else ''}, with the same model there, run:")
-    out.print(f"  {TOKEN_VARIABLE}={shown} weft worker --join {join_address} [MODEL]", markup=False, soft_wrap=True)
-    return launcher
+    return JoinedLauncher(join_address, local, os.environ.get(TOKEN_VARIABLE), lambda line: None)
+
+
+def _invite(out: Console, launcher: JoinedLauncher, model: str | None, others: int) -> None:
+    """Says what to run on other machines."""
+    shown = "…" if os.environ.get(TOKEN_VARIABLE) else launcher.token  # who set it knows it
+    named = f" {shlex.quote(model)}" if model is not None else ""
+    command = f"{TOKEN_VARIABLE}={shown} weft worker --join {launcher.address}{named}"
+    out.print(f"on {others} other machine{'s' if others > 1 else ''}, with the same model there, run:")
+    out.print(f"  {command}", markup=False, soft_wrap=True)

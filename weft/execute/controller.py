@@ -119,7 +119,9 @@ class Controller:
     def _bring_up(self) -> list[p.Hello]:
         world, token = self.config.ranks, secrets.token_hex(32)
         self._socket = engine_socket(self._context, token)
-        self._socket.bind(self.launcher.control_address(str(self._folder.path)))
+        control = self.launcher.control_address(str(self._folder.path))
+        self._socket.ipv6 = "[" in control
+        self._socket.bind(control)
         address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)  # with the port, where it was left open
         self.launcher.meanwhile = self._meanwhile
         self.launcher.start(world, self.config.threads, address, token)

@@ -225,8 +225,10 @@ def main(arguments: list[str] | None = None) -> int:
         end_with_launcher()
     context = zmq.Context()
     control = worker_socket(context, token)
+    control.ipv6 = "[" in given.join
     control.connect(given.join)
     alarm = worker_socket(context, token)
+    alarm.ipv6 = control.ipv6
     alarm.connect(given.join)
     worker = Worker(control, given.address, alarm)
     try:

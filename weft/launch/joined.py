@@ -23,6 +23,7 @@ import psutil
 import zmq
 
 from weft.errors import InputError, Interrupted
+from weft.launch.launcher import TOKEN_VARIABLE
 from weft.launch.local import LocalLauncher
 from weft.launch.sockets import engine_socket, worker_socket
 
@@ -86,6 +87,15 @@ def endpoint(host: str, port: int | str) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
+def resolved(host: str, name: str) -> str:
+    """A host's address, IPv4 rather than IPv6. Raises `InputError`."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"{name}: the host {host!r} is not known ({error}); give its address") from None
+    return str(min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0])
+
+
 def interface_of(address: str) -> str:
     """The network device that has this address. Raises `InputError`."""
     devices = psutil.net_if_addrs().items()
@@ -132,9 +142,10 @@ class JoinedLauncher:
 
     def __init__(self, address: str, local: int, token: str | None, told: Callable[[str], None]) -> None:
         self.host, port = parse_address(address, "--join-address")
-        self.address = f"{self.host}:{port}"
+        self.address = endpoint(self.host, port).removeprefix("tcp://")
         if self.host in ("0.0.0.0", "::", "*"):
             raise InputError("--join-address must be the address at which the other machines reach this one, not any")
+        self.host = resolved(self.host, "--join-address")
         self.local, self.told = local, told
         self.token = token or secrets.token_urlsafe(24)
         self._children = Placed(self.host)
@@ -147,6 +158,7 @@ class JoinedLauncher:
         self.meanwhile: Callable[[], None] = lambda: None
         self.interrupted = threading.Event()  # set by who doesn't want to wait for machines any more
         try:
+            self._hub.ipv6 = ":" in self.host
             self._hub.bind(endpoint(self.host, port))
         except zmq.ZMQError as error:
             self._hub.close(0)
@@ -267,13 +279,16 @@ class Machine:
 
     def __init__(self, address: str, token: str, own_address: str | None, told: Callable[[str], None]) -> None:
         host, port = parse_address(address, "--join")
+        host = resolved(host, "--join")
         self.address = own_address or _towards(host, port)
         self._children, self._told = Placed(self.address), told
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = worker_socket(self._context, token)
         self._socket.linger = 0
+        self._socket.ipv6 = ":" in host
         self._socket.connect(endpoint(host, port))
-        self._hub = f"{host}:{port}"
+        self._place = host, port
+        self._hub = address.removeprefix("tcp://")
         self._known: float | None = None  # when the engine was heard last
         self._number = 0  # of the group that the worker is in
 
@@ -288,10 +303,7 @@ class Machine:
                     sent = now
                 if not warned and self._known is None and now - begin > 2 * SILENT:
                     warned = True
-                    self._told(
-                        f"no answer from {self._hub} yet: is weft serve running there with --join-address, and is the "
-                        "token the same? Waiting"
-                    )
+                    self._told(self._unanswered())
                 if self._socket.poll(LOOK_MILLISECONDS):
                     self._obey(_to_machine(self._socket.recv()))
                 self._look()
@@ -300,6 +312,19 @@ class Machine:
             self._say(Ended("weft worker was ended there", self._number))
             self._socket.close(500)  # milliseconds for the last words
             self._context.term()
+
+    def _unanswered(self) -> str:
+        """Why nobody has answered so far."""
+        try:
+            with socket.create_connection(self._place, timeout=2.0):
+                pass
+        except OSError as error:
+            reason = error.strerror or error
+            return f"no server at {self._hub} yet ({reason}): is weft serve running there with --join-address? Waiting"
+        return (
+            f"{self._hub} can be reached but doesn't answer: {TOKEN_VARIABLE} is not the one that weft serve printed "
+            "there, or something else listens. Waiting"
+        )
 
     def _obey(self, message: Known | Begin | End) -> None:
         if self._known is None:

@@ -1,0 +1,91 @@
+"""Options that users of other engines type, models that are none, and texts of any bytes."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from tests.launch.test_joined import TOKEN, free_port, joining
+from tests.processes import Command, weft
+from weft.cli.options import ELSEWHERE
+
+HARDWARE = "--hardware", "2x rtx4090", "--tokens", "128"
+
+
+def test_version() -> None:
+    assert weft("--version", process=True).stdout == f"weft {version('weft')}\n"
+
+
+@pytest.mark.parametrize("option", sorted(ELSEWHERE))
+def test_options_of_other_engines_lead_to_ours(option: str) -> None:
+    said = weft("serve", f"{option}=1", code=2).stderr
+    assert said.startswith(f"weft: {option} is not an option here: ") and said.count("\n") == 1
+
+
+def test_names_that_vllms_users_type(packaged: Path) -> None:
+    said = weft("generate", "--tensor-parallel-size", "2", "--dtype", "bfloat16", "--max-tokens", "4", "def main(",
+                "--overlap", "serial", "--threads", "1", process=True).stderr  # fmt: skip
+    assert "answer" in said and "4 tokens" in said
+    wrong = weft("generate", "--dtype", "int8", "def main(", code=2, process=True).stderr
+    assert wrong == "weft: --dtype 'int8' is not known; allowed: float32, bfloat16\n"
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "dir/x.Q4_K_M.GGUF", "someone/model-GGUF:Q4_K_M"])
+@pytest.mark.parametrize("command", [("generate",), ("serve",), ("bench",), ("plan", *HARDWARE)])
+def test_gguf_is_recognised(command: tuple[str, ...], name: str, tmp_path: Path) -> None:
+    given = [command[0], name, *(["def main("] if command[0] == "generate" else []), *command[1:]]
+    assert "GGUF can't be read yet; give the model as a Hugging Face directory" in weft(*given, code=2).stderr
+    if ":" not in name:
+        there = tmp_path / Path(name).name
+        there.write_bytes(b"GGUF")
+        assert "no such file" not in weft(command[0], str(there), *given[2:], code=2).stderr
+
+
+def test_a_configuration_of_any_name_is_enough_for_a_plan(packaged: Path, tmp_path: Path) -> None:
+    other = shutil.copy(packaged / "config.json", tmp_path / "llama-70b.json")
+    assert (
+        weft("plan", str(other), *HARDWARE, "--json").stdout == weft("plan", str(packaged), *HARDWARE, "--json").stdout
+    )
+    wrong = tmp_path / "notes.txt"
+    wrong.write_text("no configuration")
+    assert "can't be read as JSON" in weft("plan", str(wrong), *HARDWARE, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("generate", "\udcff"), ("generate", "a\udcff/b", "x"), ("serve", "\udcff"), ("chat", "a\0b"), ("bench", ""),
+     ("timeline", "\udcff"), ("plan", "\udcff", *HARDWARE), ("serve", "--host", "\udcff", "--allow-anyone"),
+     ("serve", "--host", "no.such.host.invalid", "--allow-anyone"), ("serve", "--allow-origin", "http://a/b"),
+     ("serve", "--tp", "2", "--join-address", "no.such.host.invalid:7000")],
+)  # fmt: skip
+def test_texts_that_can_not_be_used_are_one_line(arguments: tuple[str, ...]) -> None:
+    said = weft(*arguments, code=2).stderr
+    assert said.startswith("weft: ") and said.count("\n") == 1
+
+
+def test_nothing_is_printed_before_the_model_was_found() -> None:
+    said = weft("serve", "/no/such/model", "--tp", "2", "--join-address", f"127.0.0.1:{free_port()}", "--port", "0",
+                code=2, process=True).stderr  # fmt: skip
+    assert said.startswith("weft: /no/such/model is not a directory") and said.count("\n") == 1
+
+
+def test_the_line_to_run_elsewhere_holds_the_model(packaged: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(packaged, tmp_path / "a model")
+    port = free_port()
+    with Command("serve", str(model), "--tp", "2", "--join-address", f"localhost:{port}", "--port", "0") as server:
+        server.until(f"weft worker --join localhost:{port} '{model}'")
+
+
+def test_a_worker_without_an_answer_says_which(packaged: Path) -> None:
+    port = free_port()
+    with (
+        joining(free_port()) as alone,
+        Command("serve", "--tp", "2", "--join-address", f"127.0.0.1:{port}", "--port", "0", WEFT_TOKEN=TOKEN) as server,
+        joining(port, "wrong") as machine,
+    ):
+        server.until("waiting for 1 more machine")
+        machine.until("WEFT_TOKEN is not the one", 30)
+        alone.until("no server at 127.0.0.1", 30)
