@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import psutil
 import pytest
 
@@ -130,7 +131,7 @@ def test_who_has_another_token_is_not_heard() -> None:
     port = free_port()
     launcher = JoinedLauncher(f"127.0.0.1:{port}", 0, TOKEN, lambda line: None)
     with joining(port, "another") as stranger:
-        stranger.until("no answer from", 20)
+        stranger.until("doesn't answer: WEFT_TOKEN is not the one", 20)
         assert launcher._there(0.0) == []
     launcher.close()
 
@@ -177,3 +178,26 @@ def test_addresses() -> None:
     assert interface_of("127.0.0.1")
     with pytest.raises(InputError, match="no network device"):
         interface_of("192.0.2.1")
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as found:
+            found.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
+def test_everything_over_ipv6(packaged: Path) -> None:
+    port = free_port()
+    options = "--tp", "2", "--threads", "1", "--overlap", "serial", "--port", "0", "--host", "[::1]"
+    with (
+        Command("worker", "--join", f"[::1]:{port}", WEFT_TOKEN=TOKEN),
+        Command("serve", *options, "--join-address", f"[::1]:{port}", WEFT_TOKEN=TOKEN) as server,
+    ):
+        said = server.until("for OpenAI's clients", 60)
+        url = said[said.rindex("http://[::1]:") :].split()[0]
+        asked = {"prompt": "def main(", "max_tokens": 4}
+        assert httpx2.post(f"{url}v1/completions", json=asked, timeout=30).is_success
