@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
+import time
 
 import pytest
 
 from weft.errors import InputError
 from weft.program.batch import Rows
 from weft.program.steps import Kind, Lane
+from weft.timeline.svg import svg
 from weft.timeline.timeline import Event, Timeline, bound, median, overlap_efficiency
 
 
@@ -81,3 +84,39 @@ def test_bound_and_efficiency() -> None:
 
 def test_median() -> None:
     assert median([3, 1, 2]) == 2 and median([4, 1, 2, 3]) == 2.5
+
+
+def spans(count: int, generator: random.Random, overlapping: bool) -> list[tuple[float, float]]:
+    """One after the other, as a lane's are; or any, as a file may hold."""
+    if overlapping:
+        return [
+            (start, start + generator.choice((0, 1, 5))) for start in (generator.randrange(40) for _ in range(count))
+        ]
+    edges = sorted(generator.randrange(60) for _ in range(2 * count))
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_what_shares_a_time_is_found_without_looking_at_all(seed: int) -> None:
+    generator = random.Random(seed)
+    compute = spans(generator.randrange(12), generator, overlapping=False)
+    network = sorted(spans(generator.randrange(12), generator, overlapping=seed % 2 == 0))
+    events = [event(0, Kind.COMPUTE, start, stop) for start, stop in compute]
+    timeline = Timeline((*events, *(event(0, Kind.REDUCE, start, stop) for start, stop in network)), "measured")
+    shared = sum(max(0, min(c[1], n[1]) - max(c[0], n[0])) for c in compute for n in network)
+    assert timeline.overlapped(0) == shared
+    for wait in timeline.waits(0):
+        first = next((n for n in network if n[0] <= wait.start and wait.stop <= n[1]), None)
+        assert (wait.behind and (wait.behind.start, wait.behind.stop)) == first
+        assert not any(wait.start < edge < wait.stop for n in network for edge in n)
+
+
+def test_five_thousand_events_are_drawn_at_once() -> None:
+    """It took seconds, on the server's loop: every lane was looked through for every event of the other one."""
+    many = [
+        event(rank, kind, number + shift, number + shift + 0.8)
+        for rank in range(2) for number in range(1250) for kind, shift in ((Kind.COMPUTE, 0.0), (Kind.REDUCE, 0.5))
+    ]  # fmt: skip
+    begin = time.perf_counter()
+    assert svg([Timeline(tuple(many), "measured")]).count("<rect") > 5000
+    assert time.perf_counter() - begin < 1.0

@@ -253,7 +253,7 @@ def _operation(routes: APIRouter, api: Api) -> None:
     @routes.get("/live", tags=["operation"])
     async def now(drawn: int = -1) -> Json:
         """What the page shows; `drawn`: the batch whose timeline it has already."""
-        return live(api.service, api.name, drawn)
+        return await asyncio.to_thread(live, api.service, api.name, drawn)
 
 
 def _model(api: Api) -> Json:

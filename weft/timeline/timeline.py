@@ -6,9 +6,11 @@ Executing and predicting both give a `Timeline`. Knows steps and seconds; knows 
 from __future__ import annotations
 
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 from weft.errors import InputError
@@ -42,17 +44,17 @@ class Timeline:
     source: str
     title: str = ""
 
-    @property
+    @cached_property
     def ranks(self) -> list[int]:
         """The ranks that have events."""
         return sorted({event.rank for event in self.events})
 
-    @property
+    @cached_property
     def begin(self) -> float:
         """When the first event starts."""
         return min((event.start for event in self.events), default=0.0)
 
-    @property
+    @cached_property
     def end(self) -> float:
         """When the last event stops."""
         return max((event.stop for event in self.events), default=0.0)
@@ -64,7 +66,14 @@ class Timeline:
 
     def lane(self, rank: int, lane: Lane) -> list[Event]:
         """One lane's events in order of time."""
-        return sorted((e for e in self.events if e.rank == rank and e.lane is lane), key=lambda e: e.start)
+        return self._lanes.get((rank, lane), [])
+
+    @cached_property
+    def _lanes(self) -> dict[tuple[int, Lane], list[Event]]:
+        found: dict[tuple[int, Lane], list[Event]] = {}
+        for event in sorted(self.events, key=lambda e: e.start):
+            found.setdefault((event.rank, event.lane), []).append(event)
+        return found
 
     def busy(self, rank: int, lane: Lane) -> float:
         """Seconds that a rank's lane works."""
@@ -72,24 +81,24 @@ class Timeline:
 
     def overlapped(self, rank: int) -> float:
         """Seconds in which both lanes of a rank work at the same time."""
-        network = self.lane(rank, Lane.NETWORK)
+        network = _Lane(self.lane(rank, Lane.NETWORK))
         return sum(
             max(0.0, min(c.stop, n.stop) - max(c.start, n.start))
             for c in self.lane(rank, Lane.COMPUTE)
-            for n in network
+            for n in network.touching(c.start, c.stop)
         )
 
     def waits(self, rank: int) -> list[Wait]:
         """When a rank's compute lane does nothing between the timeline's begin and end, split where the network
         lane starts or stops a step."""
         edges = [self.begin, *(t for e in self.lane(rank, Lane.COMPUTE) for t in (e.start, e.stop)), self.end]
-        network = self.lane(rank, Lane.NETWORK)
-        found = []
+        network, found = _Lane(self.lane(rank, Lane.NETWORK)), []
         for start, stop in zip(edges[::2], edges[1::2], strict=True):
-            inside = {t for e in network for t in (e.start, e.stop) if start < t < stop}
+            near = network.touching(start, stop)
+            inside = {t for e in near for t in (e.start, e.stop) if start < t < stop}
             for left, right in pairwise([start, *sorted(inside), stop]):
                 if right > left:
-                    behind = next((e for e in network if e.start <= left and right <= e.stop), None)
+                    behind = next((e for e in near if e.start <= left and right <= e.stop), None)
                     found.append(Wait(left, right, behind))
         return found
 
@@ -138,6 +147,19 @@ class Timeline:
             return cls(events, about["source"], about["title"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"this is not a timeline that weft saved ({error!r})") from None
+
+
+class _Lane:
+    """One lane's events, to be found by time: looking through all of them for each other one is too slow."""
+
+    def __init__(self, events: list[Event]) -> None:
+        self._events = events
+        self._starts = [event.start for event in events]
+        self._stops = list(accumulate((event.stop for event in events), max))  # never falling, whatever a file holds
+
+    def touching(self, start: float, stop: float) -> list[Event]:
+        """Those that may share a time with this one; none that does is left out."""
+        return self._events[bisect_left(self._stops, start) : bisect_right(self._starts, stop)]
 
 
 @dataclass(frozen=True)
