@@ -12,12 +12,12 @@ FORM = {
         "--threads", "--timeline", "--tokens", "--tp", "--wire", "model",
     ],
     "chat": [
-        "--api-key", "--max-tokens", "--overlap", "--seed", "--shares", "--system", "--temperature", "--threads",
+        "--api-key", "--dtype", "--max-tokens", "--overlap", "--seed", "--shares", "--system", "--temperature", "--threads",
         "--top-p", "--tp", "--url", "--wire", "model",
     ],
     "doctor": ["--json"],
     "generate": [
-        "--compare", "--json", "--max-tokens", "--min-p", "--overlap", "--recalibrate", "--repetition-penalty",
+        "--compare", "--dtype", "--json", "--max-tokens", "--min-p", "--overlap", "--recalibrate", "--repetition-penalty",
         "--reproducible", "--seed", "--shares", "--stop", "--temperature", "--threads", "--timeline", "--top-k",
         "--top-p", "--tp", "--wire", "model", "prompt",
     ],
@@ -26,7 +26,7 @@ FORM = {
         "--prompts", "--shares", "--tokens", "--ttft", "--wire", "model",
     ],
     "serve": [
-        "--allow-anyone", "--api-key", "--client-timeout", "--drain", "--host", "--join-address", "--local-ranks",
+        "--allow-anyone", "--allow-origin", "--api-key", "--client-timeout", "--drain", "--dtype", "--host", "--join-address", "--local-ranks",
         "--max-body-bytes", "--max-model-len", "--max-num-batched-tokens", "--max-num-seqs", "--max-waiting",
         "--overlap", "--port", "--prefix-caching", "--recalibrate", "--reproducible", "--request-timeout",
         "--served-model-name", "--shares", "--threads", "--token-interval", "--tp", "--wire", "model",
