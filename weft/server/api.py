@@ -22,6 +22,7 @@ from weft.server.guard import OWNER
 from weft.server.live import live
 from weft.server.schema import (
     MOST_COMPLETIONS,
+    MOST_LOGPROBS,
     MOST_SCORES,
     ChatRequest,
     CompletionRequest,
@@ -267,6 +268,17 @@ def _model(api: Api) -> Json:
     }
 
 
+def _size(piece: Piece) -> int:
+    """About the characters that a piece becomes."""
+    return len(piece.text) + 4 * (len(piece.tokens) + len(piece.scores)) * (1 + MOST_LOGPROBS // 4)
+
+
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    """One completion's pieces as one."""
+    tokens = [token for piece in pieces for token in piece.tokens]
+    return replace(pieces[-1], text="".join(piece.text for piece in pieces), tokens=tokens)
+
+
 async def _answer(
     api: Api, asked: Sampling, request: Request, prompts: list[list[int]], params: SamplingParams, form: Form,
     echoes: list[Echo] | None,
@@ -308,18 +320,19 @@ class _Answer:
         """All of them."""
         try:
             done = await asyncio.gather(*(self._collected(number) for number in range(len(self.tickets))))
-            return self.form.whole([piece for pieces in done for piece in pieces], Usage.of(self.tickets))
+            pieces = [piece for pieces in done for piece in pieces]
+            size = sum(map(_size, pieces))
+            return await _beside(size, self.form.whole, pieces, Usage.of(self.tickets))
         finally:
             _cancel(self.api, self.tickets)
 
     async def _collected(self, number: int) -> list[Piece]:
         """One prompt's completions, each as a single piece."""
-        done: dict[int, Piece] = {}
+        done: dict[int, list[Piece]] = {}
         async for piece in self._pieces(number):
             if isinstance(piece, Piece):
-                before = done.get(piece.index, Piece(piece.index, "", []))
-                done[piece.index] = replace(piece, text=before.text + piece.text, tokens=before.tokens + piece.tokens)
-        return [done[index] for index in sorted(done)]
+                done.setdefault(piece.index, []).append(piece)
+        return [_joined(done[index]) for index in sorted(done)]
 
     async def _pieces(self, number: int) -> AsyncGenerator[Piece | Prefill | None]:
         """One prompt's, numbered among all completions, with the prompt before them if it is wanted."""
@@ -331,7 +344,8 @@ class _Answer:
             numbered = replace(piece, index=number * self.n + piece.index)
             if self.echoes is not None:
                 echo = self.echoes[number]
-                numbered = echo.before(numbered) if piece.index in fresh else echo.after(numbered)
+                place = echo.before if piece.index in fresh else echo.after
+                numbered = await _beside(_size(numbered), place, numbered)
             fresh.discard(piece.index)
             yield numbered
 
@@ -379,4 +393,4 @@ class _Answer:
                     yield self.form.progress(piece)
             elif piece.text or piece.finish_reason is not None or (self.form.logprobs and piece.tokens):
                 usage = {"usage": Usage.of(self.tickets).json()} if self.counting else {}
-                yield self.form.chunk(piece) | usage
+                yield await _beside(_size(piece), self.form.chunk, piece) | usage

@@ -6,25 +6,25 @@ Knows HTTP and asyncio; knows nothing of what is sent.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from typing import Any
 
+import msgspec
 from starlette.responses import Response
 
 from weft.server import errors
 from weft.server.guard import Message, Receive, Scope, Send
 
 Event = dict[str, Any] | str  # a string is a comment, which clients ignore
-_dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+_dump = msgspec.json.encode  # a tenth of the time of Python's own, in which the loop would do nothing else
 
 
 def event(content: Event) -> bytes:
     """One event, or a comment, as it travels."""
     if isinstance(content, str):
         return f": {content}\n\n".encode()
-    return f"data: {_dump(content)}\n\n".encode()
+    return b"data: " + _dump(content) + b"\n\n"
 
 
 class Watched(Response):
@@ -58,7 +58,7 @@ def whole(make: Callable[[], Awaitable[dict[str, Any]]]) -> Watched:
 
     async def work(send: Send) -> None:
         try:
-            body, status, more = _dump(await make()).encode(), 200, {}
+            body, status, more = _dump(await make()), 200, {}
         except Exception as error:
             if errors.status_of(error) is None:
                 raise
