@@ -86,8 +86,6 @@ class Cases:
             body["prompt"] = given
             prompt = tuple(self.tokenizer.encode(given) if isinstance(given, str) else given)
         self._wishes(body, chat)
-        if "min_tokens" in body:
-            body["min_tokens"] = min(body["min_tokens"], body["max_tokens"])
         body["seed"] = draw.randrange(1000)
         asked: Any = (ChatRequest if chat else CompletionRequest).model_validate(body)
         logprobs = (asked.top_logprobs or 0) if chat and asked.logprobs else None if chat else asked.logprobs

@@ -169,7 +169,6 @@ def test_progress_of_a_long_prompt(packaged: Path) -> None:
         ("/v1/completions", [1], "the body must be a JSON object, not [1]"),
         ("/v1/completions", {"prompt": "a", "best_of": 2}, "best_of: is not known here"),
         ("/v1/completions", {"prompt": "a", "suffix": "b"}, "suffix: is not known here"),
-        ("/v1/completions", {"prompt": "a", "min_tokens": 20}, "min_tokens 20 is more than max_tokens 16"),
         ("/v1/completions", {"prompt": "a", "logit_bias": {"99999": 1}}, "99999 is not in the vocabulary"),
         ("/v1/completions", {"prompt": "a", "logit_bias": {"x": 1}}, "token ids are whole numbers"),
         ("/v1/completions", {"prompt": "a", "logit_bias": {"1": 101}}, "101 is not allowed"),

@@ -78,8 +78,6 @@ class SamplingParams:
             raise InputError(
                 "max_tokens 0 is not allowed; give at least 1, or have the prompt scored (prompt_logprobs, echo)"
             )
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise InputError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}; give less")
         if self.top_p == 0.0:
             raise InputError("top_p 0 leaves no token; give a number above 0, or temperature 0 for greedy")
 
