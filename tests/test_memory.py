@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,7 +13,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.processes import Command
+from tests.processes import Command, free_port
 from weft.admission import demand_memory, memory_tokens
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError
@@ -153,9 +152,7 @@ def test_more_than_a_containers_limit_is_refused_before_the_kernel_kills(large: 
 
 @needs_groups
 def test_a_model_that_fits_only_over_two_machines_starts(large: Path) -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     token = {"WEFT_TOKEN": "between-us"}
     with (
         limited(SIDE) as here, limited(SIDE) as there,

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.processes import Command
+from tests.processes import Command, free_port
 from weft.parallel.group import host_store, join_store
 
 
@@ -20,12 +20,6 @@ def listening(process: psutil.Process) -> Iterator[tuple[str, int]]:
         for connection in one.net_connections("inet"):
             if connection.status == psutil.CONN_LISTEN or connection.type == socket.SOCK_DGRAM:
                 yield connection.laddr.ip, connection.laddr.port
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def own_address() -> str:

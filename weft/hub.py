@@ -68,13 +68,14 @@ def _download(name: str, weights: bool) -> Path:
         raise InputError(f"{name!r} is neither a directory nor a hub id such as Qwen/Qwen3-0.6B") from None
     except LocalEntryNotFoundError:
         raise InputError(f"{name!r} is no directory, not in the hub's cache, and the hub can't be reached") from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HfHubHTTPError, OSError) as error:
         raise InputError(f"{name!r} can't be had from the hub: {str(error).splitlines()[0]}") from None
 
 
 def _weights(directory: Path) -> list[str]:
-    """The files that the index names; without one, the only one. Others hold the same once more."""
-    if not (directory / INDEX).is_file():
+    """The files that the index names; without one that can be read, the only one. Others hold the same once more."""
+    try:
+        named = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"].values()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # what is wrong with it, its reader says
         return [SINGLE]
-    named = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"].values()
-    return [INDEX, *sorted({str(name) for name in named})]
+    return sorted({str(name) for name in named})

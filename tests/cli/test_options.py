@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.test_joined import TOKEN, free_port, joining
-from tests.processes import Command, weft
+from tests.launch.test_joined import TOKEN, joining
+from tests.processes import Command, free_port, weft
 from weft.cli.options import ELSEWHERE
 
 HARDWARE = "--hardware", "2x rtx4090", "--tokens", "128"

@@ -16,19 +16,14 @@ import httpx2
 import psutil
 import pytest
 
-from tests.processes import Command
+from tests.processes import Command, free_port
 from tests.server.running import Running, running
 from weft import LLM
 from weft.errors import InputError
-from weft.launch.joined import SILENT, JoinedLauncher, interface_of, parse_address
+from weft.launch.addresses import interface_of, parse_address
+from weft.launch.joined import SILENT, JoinedLauncher
 
 TOKEN = "between-us"
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def joining(port: int, token: str = TOKEN, *options: str) -> Command:

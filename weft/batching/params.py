@@ -26,8 +26,8 @@ class SamplingParams:
     n: how many completions. temperature: 0 is greedy. top_k: 0 or -1 is all. top_p, min_p: in 0..1.
     presence_penalty, frequency_penalty: subtracted from the logits of tokens that the completion has, once or per
     occurrence, in -2..2. repetition_penalty: divides (multiplies, below zero) the logits of tokens that prompt or
-    completion have; 1 is none. logit_bias: added to the logits of
-    these tokens, -100 to 100. seed: the same draw again, at any number of ranks and after any restart.
+    completion have; 1 is none. logit_bias: added to the logits of these tokens, -100 to 100. seed: the same draw
+    again, at any number of ranks and after any restart.
     stop: texts that end the completion. stop_token_ids: tokens that do. logprobs: how many of the likeliest
     tokens to report beside the chosen one; prompt_logprobs: the same for the tokens of the prompt, from the second one
     on. max_tokens: 0 scores the prompt alone. json_schema: as JSON text; the completion is JSON that it describes.

@@ -123,12 +123,11 @@ def serve_command(
                 tell(what, share)
                 showing.update(task, description=what, completed=share)
 
-            directory = locate(model)
-            flags_of(ModelConfig.from_directory(directory))
-            if launcher is not None:  # now that there is such a model
+            if launcher is not None:
+                flags_of(ModelConfig.from_directory(locate(model)))  # nobody is invited to what can't run
                 _invite(out, launcher, model, tp - local_ranks)
             llm = LLM(
-                directory, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=shares_or_auto(shares),
+                model, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=shares_or_auto(shares),
                 reproducible=reproducible, num_threads=threads, recalibrate=recalibrate, max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, launcher=launcher,
                 dtype=dtype, enable_prefix_caching=prefix_caching, token_interval=token_interval, progress=both,

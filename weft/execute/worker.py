@@ -176,8 +176,9 @@ class Worker:
         self.chosen, logits, begin = [], b"", time.perf_counter()
         if result.logits is not None and m.choices:
             self.chosen = sample(result.logits, m.choices)
-            logits = result.logits.numpy().tobytes() if m.logits else b""
         sampling = time.perf_counter() - begin
+        if result.logits is not None and m.logits:
+            logits = result.logits.numpy().tobytes()
         spans = result.spans if m.spans else []
         sent = self.group.bytes_sent - sent
         lanes = result.busy(program)

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-import psutil
 import zmq
 
 from weft.errors import InputError, Interrupted
+from weft.launch.addresses import endpoint, interface_of, parse_address, resolved
 from weft.launch.launcher import TOKEN_VARIABLE
 from weft.launch.local import LocalLauncher
 from weft.launch.sockets import engine_socket, worker_socket
@@ -72,37 +72,6 @@ SOON = 30.0  # seconds: whoever was in a group that ended sooner comes after oth
 _encode = msgspec.msgpack.Encoder().encode
 _to_hub = msgspec.msgpack.Decoder(Here | Ended).decode
 _to_machine = msgspec.msgpack.Decoder(Known | Begin | End).decode
-
-
-def parse_address(text: str, name: str) -> tuple[str, int]:
-    """HOST:PORT. Raises `InputError`."""
-    host, colon, port = text.removeprefix("tcp://").rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise InputError(f"{name} {text!r} is not an address; write it like 10.0.0.1:7000")
-    return host.strip("[]"), int(port)
-
-
-def endpoint(host: str, port: int | str) -> str:
-    """As ZeroMQ writes it."""
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-
-
-def resolved(host: str, name: str) -> str:
-    """A host's address, IPv4 rather than IPv6. Raises `InputError`."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"{name}: the host {host!r} is not known ({error}); give its address") from None
-    return str(min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0])
-
-
-def interface_of(address: str) -> str:
-    """The network device that has this address. Raises `InputError`."""
-    devices = psutil.net_if_addrs().items()
-    found = [str(name) for name, entries in devices if any(entry.address == address for entry in entries)]
-    if not found:
-        raise InputError(f"no network device of this machine has the address {address}; see the output of: ip address")
-    return found[0]
 
 
 class Placed(LocalLauncher):

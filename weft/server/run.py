@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from weft.errors import InputError
+from weft.launch.addresses import resolved
 from weft.server.service import Service
 
 HEADER_SECONDS = 20.0  # to send the head of a request
@@ -29,16 +30,13 @@ MOST_CONNECTIONS = 2048
 
 def bound(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 is any free one. Raises `InputError`."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError, OverflowError) as error:
-        raise InputError(f"--host {host!r} is not known ({error}); give an address of this machine") from None
-    family, _, _, _, place = min(found, key=lambda entry: entry[0] != socket.AF_INET)  # where both are: IPv4
+    address = resolved(host, "--host")
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     # Named as TCP, because asyncio turns Nagle's algorithm off only then: else each answer waits 40 ms for an ACK.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind(place)
+        listening.bind((address, port))
     except (OSError, OverflowError) as error:
         listening.close()
         reason = getattr(error, "strerror", None) or error

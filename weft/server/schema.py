@@ -31,7 +31,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],), "allowed_token_ids": ([],), "spaces_between_special_tokens": (True,), "detokenize": (True,),
     "add_generation_prompt": (True,), "continue_final_message": (False,), "documents": ([],),
     "chat_template_kwargs": ({},), "return_tokens_as_token_ids": (False,), "return_token_ids": (False,),
-    "typical_p": (1,), "mirostat": (0,), "cache_prompt": (True,), "truncate_prompt_tokens": (0,), "logit_bias": ({},),
+    "typical_p": (1,), "mirostat": (0,), "cache_prompt": (True,),
 }  # fmt: skip
 
 Token = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]  # strict: true is no token
