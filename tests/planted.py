@@ -160,7 +160,7 @@ def numbers_that_json_lacks(patch: Patch) -> None:
     from weft.server import answers, stream
 
     patch.setattr(answers, "_number", lambda logprob: float("-inf"))
-    patch.setattr(stream, "_dump", json.dumps)
+    patch.setattr(stream, "_dump", lambda content: json.dumps(content).encode())
 
 
 def one_error_is_everybodys(patch: Patch) -> None:

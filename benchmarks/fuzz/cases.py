@@ -119,10 +119,10 @@ class Cases:
             "response_format": {"type": "json_schema", "json_schema": {"schema": draw.choice(SCHEMAS)}},
         }  # fmt: skip
         body |= {name: value for name, value in some.items() if draw.random() < 0.12}
-        if draw.random() < 0.25:
-            body["min_tokens"] = draw.randrange(1, 12)
         if draw.random() < 0.4:
             body["stop"] = [self._stop() for _ in range(draw.randrange(1, 4))]
+        if draw.random() < (0.5 if "stop" in body else 0.15):  # together they are where a text may end wrongly
+            body["min_tokens"] = draw.randrange(1, 12)
         if draw.random() < 0.4:
             body |= {"logprobs": True, "top_logprobs": draw.randrange(4)} if chat else {"logprobs": draw.randrange(4)}
         if not chat and draw.random() < 0.3:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,7 @@ KINDS = ENGINE + WORKER
 # A group of workers is lost over these.
 RANK = frozenset({"rank raises", "rank crashes", "rank is killed", "rank crashes at once"})
 AFTER = 2  # tokens
+SAID = 0.2  # seconds, in which what a rank said of the batch before leaves it: else that batch counts as lost too
 
 
 def seed_of(kind: str) -> int:
@@ -96,6 +98,8 @@ def in_worker() -> None:
         if worker.rank == worker.world - 1:
             if "rank raises" in kinds:
                 raise RuntimeError("planted in a rank")
+            if kinds & RANK:
+                time.sleep(SAID)
             if "rank crashes" in kinds:
                 os._exit(3)
             if "rank is killed" in kinds:
