@@ -47,7 +47,8 @@ def limit_of(
         raise InputError(
             f"the prompt has {len(prompt)} tokens and the context holds {length}, the answer included; shorten it"
         )
-    if (outside := next((token for token in (*prompt, *own) if token not in known), None)) is not None:
+    if min(prompt) < 0 or max(prompt) >= vocabulary or any(token not in known for token in own):
+        outside = next(token for token in (*prompt, *own) if token not in known)
         raise InputError(f"token id {shown(outside)} is not in the vocabulary, 0 to {vocabulary - 1}")
     if params.min_tokens and len({*ends, *(params.stop_token_ids or ())}) >= vocabulary:
         raise InputError("every token ends the answer, so min_tokens leaves none to choose; leave it out")

@@ -39,7 +39,7 @@ from weft.program.steps import decoder_stages
 from weft.program.strategy import AUTO
 from weft.restarts import Restarts
 from weft.simulate.cost import Costs
-from weft.text import Tokenizer
+from weft.text import tokenizer_of
 
 Progress = Callable[[str, float], None]  # what goes on, and the share of it that is done
 ALIKE = 0.95  # of the fastest rank's speed: less than that is worth other shares
@@ -96,7 +96,7 @@ class Engine:
         tell = progress or (lambda what, share: None)
         self.model = model or ModelConfig.from_directory(directory)
         flags_of(self.model)  # says so now if the family is unknown
-        self.tokenizer = Tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
+        self.tokenizer = tokenizer_of(directory)
         self.end_ids, self.notices = end_ids(directory, self.model, self.tokenizer)
         self.planner = Planner(decoder_stages(self.model.layers), config.overlap, config.wire, granule_of(config))
         self.budget = Budget(self.planner)

@@ -32,26 +32,25 @@ class Grammars:
 
     def matcher(self, schema: str) -> Matcher:
         """For one completion. Raises `InputError` for a schema that can't be followed."""
-        from llguidance import LLMatcher
+        return Matcher(self._compiled(schema).deep_copy())
 
-        grammar = self._compiled(schema)
-        return Matcher(LLMatcher(self._tokenizer, grammar, log_level=0))
-
-    def _compile(self, schema: str) -> str:
+    def _compile(self, schema: str) -> Any:
+        """A matcher at the beginning, for copies of it: making one takes up to a hundred times as long."""
         from llguidance import LLMatcher
 
         try:
-            grammar = str(LLMatcher.grammar_from_json_schema(schema, defaults=_STYLE))
-            wrong = LLMatcher.validate_grammar(grammar, self._tokenizer)
+            grammar = LLMatcher.grammar_from_json_schema(schema, defaults=_STYLE)
+            begun = LLMatcher(self._tokenizer, grammar, log_level=0)
+            wrong = begun.get_error() if begun.is_error() else ""
             if not wrong:  # what its first step shows, nobody need wait for
-                begun = LLMatcher(self._tokenizer, grammar, log_level=0)
-                begun.compute_bitmask()
-                wrong = begun.get_error() if begun.is_error() else ""
+                first = begun.deep_copy()
+                first.compute_bitmask()
+                wrong = first.get_error() if first.is_error() else ""
         except (ValueError, TypeError) as error:
             wrong = str(error)
         if wrong:
             raise InputError(f"the JSON schema can't be followed: {_line(wrong)}")
-        return grammar
+        return begun
 
 
 def _tokenizer(described: Any, vocabulary: int, ends: list[int] | None) -> Any:

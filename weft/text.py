@@ -49,6 +49,8 @@ class Tokenizer:
             raise InputError("this model has no chat template; give a prompt instead of messages")
         try:
             ids = self._hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except MemoryError:
+            raise
         except Exception as error:  # templates raise jinja2's errors, for their own reasons
             reason = next(iter(str(error).splitlines()), "") or f"it gives no reason ({type(error).__name__})"
             raise InputError(f"the chat template refuses these messages: {reason}") from None
@@ -84,6 +86,11 @@ class Tokenizer:
     def stream(self, prompt: tuple[int, ...], skip_special_tokens: bool) -> Detokenizer:
         """Decodes what follows this prompt, token by token."""
         return self.spelling.stream(prompt, skip_special_tokens)
+
+
+def tokenizer_of(directory: Path) -> Tokenizer | None:
+    """A checkpoint's, if it has one."""
+    return Tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
 
 
 class StopText:

@@ -178,4 +178,4 @@ def test_a_token_that_cannot_come_has_a_number_all_the_same() -> None:
     never = Chosen(3, float("-inf"), 5, [(4, -0.5), (3, float("-inf"))])
     for form in (Form, Chat):
         made = form("m", str, lambda token: b"", logprobs=True).whole([Piece(0, "", [Token(never, 0)])], Usage())
-        assert "-9999.0" in json.dumps(made, allow_nan=False)
+        assert b"-9999.0" in made and json.loads(made)

@@ -178,6 +178,8 @@ def token_ids(given: Any, name: str) -> tuple[int, ...]:
     """Token ids as plain integers, whatever kind of sequence and of integers they came in. Raises `InputError`."""
     if isinstance(given, str | bytes) or not hasattr(given, "__iter__"):
         raise InputError(f"{name} must be a list of token ids, not {type(given).__name__}")
+    if isinstance(given, list | tuple) and set(map(type, given)) <= {int}:
+        return tuple(given)  # the usual case, without looking at each in Python
     whole = []
     for token in given:
         index = _index(token)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from weft.execute.protocol import Chosen
 from weft.server.ticket import Piece, Prefill, Ticket, Token
 
@@ -51,12 +53,14 @@ class Form:
     def __post_init__(self) -> None:
         self.id = f"{self.prefix}-{secrets.token_hex(12)}"
 
-    def _frame(self, kind: str, choices: list[Json]) -> Json:
+    def _frame(self, kind: str, choices: Sequence[Json | msgspec.Raw]) -> Json:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
-    def whole(self, pieces: Sequence[Piece], usage: Usage) -> Json:
-        """The answer to a request without streaming; `pieces` hold one completion each."""
-        return self._frame(self.whole_kind, [self._choice(piece) for piece in pieces]) | {"usage": usage.json()}
+    def whole(self, pieces: Sequence[Piece], usage: Usage) -> bytes:
+        """The answer to a request without streaming, as JSON; `pieces` hold one completion each."""
+        # Each written by itself: all in one go would keep the interpreter from everything else for as long.
+        choices = [msgspec.Raw(msgspec.json.encode(self._choice(piece))) for piece in pieces]
+        return msgspec.json.encode(self._frame(self.whole_kind, choices) | {"usage": usage.json()})
 
     def chunk(self, piece: Piece) -> Json:
         """A piece of a completion."""

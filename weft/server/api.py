@@ -5,42 +5,37 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from importlib.metadata import version
 from typing import Any, ParamSpec, TypeVar
 
+import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from weft.batching.params import SamplingParams
-from weft.errors import InputError
 from weft.execute.protocol import Chosen
-from weft.llm import default_params
 from weft.server.answers import Chat, Form, Json, Usage
-from weft.server.errors import UnknownModel
+from weft.server.beside import Beside
 from weft.server.guard import OWNER
 from weft.server.live import live
+from weft.server.reading import Answered, Asked, Body, unpacked
+from weft.server.refused import unknown_model
 from weft.server.schema import (
-    MOST_COMPLETIONS,
     MOST_LOGPROBS,
-    MOST_SCORES,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Message,
-    Sampling,
-    StreamOptions,
     TokenizeRequest,
 )
 from weft.server.service import Service, State
 from weft.server.stream import Event, events, whole
 from weft.server.ticket import Piece, Prefill, Ticket, Token, Wishes
-from weft.text import Tokenizer
 
 A = TypeVar("A")
 P = ParamSpec("P")
+_dump = msgspec.json.encode  # a tenth of the time of Python's own
 QUIET = 10.0  # seconds without a piece after which a stream says that it is alive
-LONG = 20_000  # characters of a prompt that is better tokenised beside the loop
+LONG = 20_000  # characters of an answer that is better made beside the loop
 REFUSALS: dict[int | str, dict[str, Any]] = {
     code: {"description": "an error in OpenAI's shape"} for code in (400, 401, 403, 404, 408, 413, 415, 429, 503)
 }
@@ -69,28 +64,18 @@ class Echo:
 
 @dataclass(frozen=True)
 class Api:
-    """What endpoints need. `name`: the model's, as clients call it. `timeout`: seconds that a request may take."""
+    """What endpoints need. `beside`: reads bodies. `name`: the model's, as clients call it. `timeout`: seconds that a
+    request may take."""
 
     service: Service
+    beside: Beside
     name: str
     timeout: float | None
 
-    def demand(self, model: str | None) -> None:
+    def demand(self, model: str) -> None:
         """Raises if another model is asked for."""
-        if model not in (None, "", self.name):
-            raise UnknownModel(f"the model {model!r} is not served here; there is {self.name!r}")
-
-    def tokenizer(self) -> Tokenizer:
-        """Raises `InputError` if the checkpoint has none."""
-        tokenizer = self.service.engine.tokenizer
-        if tokenizer is None:
-            raise InputError("this model has no tokenizer.json; send prompts as token ids to /v1/completions")
-        return tokenizer
-
-    def decode(self, tokens: list[int]) -> str:
-        """Their text; without a tokenizer nothing."""
-        tokenizer = self.service.engine.tokenizer
-        return tokenizer.decode(tokens) if tokenizer else ""
+        if model != self.name:
+            raise unknown_model(model, self.name)
 
     def text_of(self, token: int) -> str:
         """One token's; without a tokenizer its number."""
@@ -102,44 +87,14 @@ class Api:
         tokenizer = self.service.engine.tokenizer
         return tokenizer.spelling.bytes_of(token) if tokenizer else b""
 
-    def echo(self, prompt: str | list[int], tokens: list[int]) -> Echo:
-        """A prompt as it stands before its answer."""
-        text = prompt if isinstance(prompt, str) else self.decode(tokens)
-        tokenizer = self.service.engine.tokenizer
-        if tokenizer is None:
-            return Echo(text, tokens, [0] * len(tokens))
-        # What was given as text has no special tokens; a tokenizer may put some around it.
-        stream = tokenizer.stream((), skip_special_tokens=isinstance(prompt, str))
-        for token in tokens:
-            stream.step(token)
-        stream.end()
-        return Echo(text, tokens, [min(offset, len(text)) for offset in stream.offsets])
+    async def read(self, request: Request) -> Asked | Answered:
+        """What its body asks for. Raises what it is refused for."""
+        return await self.beside.read(request.scope["route"].path, await request.body())
 
-    async def encode_all(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        """Every prompt's tokens."""
-        return await _beside(sum(map(len, prompts)), lambda: [self._encode(prompt) for prompt in prompts])
-
-    def _encode(self, prompt: str | list[int]) -> list[int]:
-        if not isinstance(prompt, str):
-            return prompt
-        if not prompt:
-            raise InputError("the prompt is empty; give at least one character")
-        return self.tokenizer().encode(prompt)
-
-    async def render(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation's tokens."""
-        plain = [message.plain() for message in messages]
-        return await _beside(sum(len(m["content"]) for m in plain), self.tokenizer().chat, plain)
-
-    def wishes(self, asked: Sampling, request: Request) -> Wishes:
+    def wishes(self, asked: Asked, request: Request) -> Wishes:
         """What a request asks of the service."""
         times = [time for time in (asked.timeout, self.timeout) if time is not None]
         return Wishes(asked.priority, request.scope.get(OWNER, ""), min(times, default=None))
-
-    @cached_property
-    def proposed(self) -> SamplingParams:
-        """The checkpoint's defaults, read once."""
-        return default_params(self.service.engine.directory)
 
 
 async def _beside(size: int, work: Callable[P, A], *arguments: P.args, **options: P.kwargs) -> A:
@@ -157,37 +112,28 @@ def router(api: Api) -> APIRouter:
     return routes
 
 
-def _answers(routes: APIRouter, api: Api) -> None:
-    @routes.post("/v1/completions", response_class=JSONResponse, tags=["openai"])
-    async def completions(asked: CompletionRequest, request: Request) -> Response:
-        """Continues prompts."""
-        api.demand(asked.model)
-        prompts = asked.prompts()
-        if len(prompts) * (asked.n or 1) > MOST_COMPLETIONS:
-            raise InputError(f"{len(prompts)} prompts with n {asked.n} are more than {MOST_COMPLETIONS} completions")
-        ids = await api.encode_all(prompts)
-        alone = 0 if asked.max_tokens == 0 else None  # then the prompt is scored in any case: there is nothing else
-        if asked.echo and (entries := sum(map(len, ids)) * ((asked.logprobs or 0) + 1)) > MOST_SCORES:
-            raise InputError(f"{entries} log-probabilities of prompts are more than {MOST_SCORES}; send fewer prompts")
-        scored = (asked.logprobs if asked.logprobs is not None else alone) if asked.echo else None
-        params = asked.params(api.proposed, asked.max_tokens, asked.logprobs, scored)
-        form = Form(api.name, api.text_of, api.bytes_of, asked.logprobs is not None)
-        echoes = None
-        if asked.echo:
-            echoes = [await _beside(4 * len(pair[1]), api.echo, *pair) for pair in zip(prompts, ids, strict=True)]
-        return await _answer(api, asked, request, ids, params, form, echoes)
+def _asks(body: type[Body]) -> dict[str, Any]:
+    """For the OpenAPI document: endpoints read their bodies themselves, see `Beside`."""
+    schema = {"$ref": f"#/components/schemas/{body.__name__}"}
+    content = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    return {"response_class": JSONResponse, "openapi_extra": content}
 
-    @routes.post("/v1/chat/completions", response_class=JSONResponse, tags=["openai"])
-    async def chat(asked: ChatRequest, request: Request) -> Response:
+
+def _answers(routes: APIRouter, api: Api) -> None:
+    async def answered(request: Request, form: type[Form]) -> Response:
+        asked = await api.read(request)
+        assert isinstance(asked, Asked)
+        return await _answer(api, asked, request, form)
+
+    @routes.post("/v1/completions", tags=["openai"], **_asks(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        """Continues prompts."""
+        return await answered(request, Form)
+
+    @routes.post("/v1/chat/completions", tags=["openai"], **_asks(ChatRequest))
+    async def chat(request: Request) -> Response:
         """Answers the last message of a conversation."""
-        api.demand(asked.model)
-        ids = await api.render(asked.messages)
-        if asked.top_logprobs and not asked.logprobs:
-            raise InputError("top_logprobs wants logprobs true beside it; send that too, or leave both out")
-        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-        params = asked.params(api.proposed, asked.max_completion_tokens or asked.max_tokens, logprobs)
-        form = Chat(api.name, api.text_of, api.bytes_of, bool(asked.logprobs))
-        return await _answer(api, asked, request, [ids], params, form, None)
+        return await answered(request, Chat)
 
 
 def _models(routes: APIRouter, api: Api) -> None:
@@ -204,26 +150,20 @@ def _models(routes: APIRouter, api: Api) -> None:
 
 
 def _tokens(routes: APIRouter, api: Api) -> None:
-    @routes.post("/tokenize", tags=["tokens"])
-    async def tokenize(asked: TokenizeRequest) -> Json:
-        """Tokens of a prompt, or of messages."""
-        api.demand(asked.model)
-        if (asked.prompt is None) == (asked.messages is None):
-            raise InputError("give either prompt or messages")
-        if asked.messages is not None:
-            tokens = await api.render(asked.messages)
-        else:
-            [tokens] = await api.encode_all([asked.prompt or ""])
-        return {"count": len(tokens), "max_model_len": api.service.engine.config.max_length, "tokens": tokens}
+    async def answered(request: Request) -> Response:
+        read = await api.read(request)
+        assert isinstance(read, Answered)
+        return Response(read.body, media_type="application/json")
 
-    @routes.post("/detokenize", tags=["tokens"])
-    async def detokenize(asked: DetokenizeRequest) -> Json:
+    @routes.post("/tokenize", tags=["tokens"], **_asks(TokenizeRequest))
+    async def tokenize(request: Request) -> Response:
+        """Tokens of a prompt, or of messages."""
+        return await answered(request)
+
+    @routes.post("/detokenize", tags=["tokens"], **_asks(DetokenizeRequest))
+    async def detokenize(request: Request) -> Response:
         """The text of tokens."""
-        api.demand(asked.model)
-        vocabulary = api.service.engine.model.vocabulary
-        if outside := [token for token in asked.tokens if token >= vocabulary]:
-            raise InputError(f"token id {outside[0]} is not in the vocabulary, 0 to {vocabulary - 1}")
-        return {"prompt": await _beside(4 * len(asked.tokens), api.tokenizer().decode, asked.tokens)}
+        return await answered(request)
 
 
 def _operation(routes: APIRouter, api: Api) -> None:
@@ -251,10 +191,14 @@ def _operation(routes: APIRouter, api: Api) -> None:
         content = api.service.metrics.text(api.service.loaded_engine)
         return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @routes.get("/live", tags=["operation"])
-    async def now(drawn: int = -1) -> Json:
+    @routes.get("/live", response_class=JSONResponse, tags=["operation"])
+    async def now(drawn: int = -1) -> Response:
         """What the page shows; `drawn`: the batch whose timeline it has already."""
-        return await asyncio.to_thread(live, api.service, api.name, drawn)
+
+        def made() -> bytes:
+            return _dump(live(api.service, api.name, drawn))
+
+        return Response(await asyncio.to_thread(made), media_type="application/json")
 
 
 def _model(api: Api) -> Json:
@@ -279,25 +223,20 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
     return replace(pieces[-1], text="".join(piece.text for piece in pieces), tokens=tokens)
 
 
-async def _answer(
-    api: Api, asked: Sampling, request: Request, prompts: list[list[int]], params: SamplingParams, form: Form,
-    echoes: list[Echo] | None,
-) -> Response:  # fmt: skip
+async def _answer(api: Api, asked: Asked, request: Request, form: type[Form]) -> Response:
     """Queues all prompts, then answers as they were asked for; whoever goes away frees their slots."""
-    options = asked.stream_options or StreamOptions()
-    if options.asks and not asked.stream:
-        raise InputError("stream_options are for streams; send stream true, or leave them out")
-    wishes = api.wishes(asked, request)
+    params, wishes = SamplingParams(**asked.params), api.wishes(asked, request)
+    prompts = [unpacked(prompt.tokens) for prompt in asked.prompts]
     # Together, so that all are there for the next batch.
     found = await asyncio.gather(*(api.service.submit(p, params, wishes) for p in prompts), return_exceptions=True)
     tickets = [ticket for ticket in found if isinstance(ticket, Ticket)]
     if errors := [error for error in found if isinstance(error, BaseException)]:
         _cancel(api, tickets)
         raise errors[0]
-    answer = _Answer(api, tickets, params.n, form, echoes)
-    if not asked.stream:
-        return whole(answer.whole)
-    return events(lambda: answer.events(options, asked.return_progress))
+    echoes = [Echo(prompt.text, *map(unpacked, (prompt.tokens, prompt.offsets))) for prompt in asked.prompts]
+    shape = form(api.name, api.text_of, api.bytes_of, asked.logprobs)
+    answer = _Answer(api, tickets, params.n, shape, echoes if asked.echo else None)
+    return events(lambda: answer.events(asked)) if asked.stream else whole(answer.whole)
 
 
 def _cancel(api: Api, tickets: Sequence[Ticket]) -> None:
@@ -316,13 +255,12 @@ class _Answer:
     echoes: list[Echo] | None
     counting: bool = False  # tokens so far, with every piece
 
-    async def whole(self) -> Json:
+    async def whole(self) -> bytes:
         """All of them."""
         try:
             done = await asyncio.gather(*(self._collected(number) for number in range(len(self.tickets))))
             pieces = [piece for pieces in done for piece in pieces]
-            size = sum(map(_size, pieces))
-            return await _beside(size, self.form.whole, pieces, Usage.of(self.tickets))
+            return await _beside(sum(map(_size, pieces)), self.form.whole, pieces, Usage.of(self.tickets))
         finally:
             _cancel(self.api, self.tickets)
 
@@ -349,14 +287,14 @@ class _Answer:
             fresh.discard(piece.index)
             yield numbered
 
-    async def events(self, options: StreamOptions, progress: bool) -> AsyncGenerator[Event]:
+    async def events(self, asked: Asked) -> AsyncGenerator[Event]:
         """Pieces as they come, of all prompts."""
-        self.counting = options.continuous_usage_stats
+        self.counting, progress = asked.counting, asked.progress
         merged: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
         tasks = [asyncio.create_task(self._feed(number, merged, progress)) for number in range(1, len(self.tickets))]
         try:
             for opening in self.form.openings(self.n * len(self.tickets)):
-                yield opening
+                yield _dump(opening)
             if not tasks:  # the usual case, without a queue more between
                 async for event in self._events_of(0, progress):
                     yield event
@@ -367,8 +305,8 @@ class _Answer:
                         if isinstance(item, Exception):
                             raise item
                         yield item
-            if options.include_usage:
-                yield self.form.closing(Usage.of(self.tickets))
+            if asked.usage:
+                yield _dump(self.form.closing(Usage.of(self.tickets)))
         finally:
             for task in tasks:
                 task.cancel()
@@ -390,7 +328,10 @@ class _Answer:
             elif isinstance(piece, Prefill):
                 yield f"prompt {piece.done} of {piece.total} tokens"
                 if progress:
-                    yield self.form.progress(piece)
+                    yield _dump(self.form.progress(piece))
             elif piece.text or piece.finish_reason is not None or (self.form.logprobs and piece.tokens):
                 usage = {"usage": Usage.of(self.tickets).json()} if self.counting else {}
-                yield await _beside(_size(piece), self.form.chunk, piece) | usage
+                yield await _beside(_size(piece), self._chunk, piece, usage)
+
+    def _chunk(self, piece: Piece, more: Json) -> bytes:
+        return _dump(self.form.chunk(piece) | more)

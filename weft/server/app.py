@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Literal
 
 from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import FileResponse
 
 from weft.server import errors
 from weft.server.api import Api, router
+from weft.server.beside import Beside
 from weft.server.guard import Guard
+from weft.server.reading import BODIES
 from weft.server.service import Service
 
 PAGE = Path(__file__).parent / "page"
@@ -40,14 +47,35 @@ class Settings:
     origins: Sequence[str] = ()
 
 
+class _Application(FastAPI):
+    """Its OpenAPI document also says what bodies may hold, which endpoints read themselves."""
+
+    def openapi(self) -> dict[str, Any]:
+        """FastAPI's document, with these schemas."""
+        document = super().openapi()
+        modes: list[tuple[type[BaseModel], Literal["validation"]]] = [(body, "validation") for body in BODIES.values()]
+        _, made = models_json_schema(modes, ref_template="#/components/schemas/{model}")
+        document.setdefault("components", {}).setdefault("schemas", {}).update(made["$defs"])
+        return document
+
+
 def application(service: Service, settings: Settings) -> FastAPI:
     """For any ASGI server. Interactive documentation is left out: it would load scripts from elsewhere."""
-    app = FastAPI(
-        title="weft", version=version("weft"), docs_url=None, redoc_url=None,
+    beside = Beside(service, settings.name, settings.most_body)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        warming = asyncio.create_task(beside.warm())
+        yield
+        await beside.close()
+        await warming
+
+    app = _Application(
+        title="weft", version=version("weft"), docs_url=None, redoc_url=None, lifespan=lifespan,
         description="OpenAI's API for a model that is split over slow links.",
     )  # fmt: skip
     errors.install(app)
-    app.include_router(router(Api(service, settings.name, settings.timeout)))
+    app.include_router(router(Api(service, beside, settings.name, settings.timeout)))
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:

@@ -7,7 +7,6 @@ from typing import Any
 
 from weft.server.service import Service
 from weft.timeline.svg import svg
-from weft.timeline.timeline import median
 
 
 def live(service: Service, name: str, known: int = -1) -> dict[str, Any]:
@@ -18,7 +17,7 @@ def live(service: Service, name: str, known: int = -1) -> dict[str, Any]:
     state: dict[str, Any] = {
         "model": name, "status": service.state, "reason": service.reason, "loaded": service.loaded,
         "running": service.running, "waiting": service.waiting, "tokens_per_second": service.live.rate(),
-        "time_to_first_token": median(service.live.first) if service.live.first else None, "time": time.time(),
+        "time_to_first_token": service.live.to_first(), "time": time.time(),
     }  # fmt: skip
     engine, drawn = service.loaded_engine, service.live.drawn
     if engine is None:

@@ -6,8 +6,10 @@ Knows uvicorn and signals; knows nothing of models.
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +28,8 @@ from weft.server.service import Service
 HEADER_SECONDS = 20.0  # to send the head of a request
 SETTLE_SECONDS = 5.0  # for who was told that the server ends
 MOST_CONNECTIONS = 2048
+SWITCH_SECONDS = 0.001  # after which a thread that computes in Python lets the loop in; usual are 5 ms, for each call
+GARBAGE = (10_000, 10, 50)  # objects more than before, and times, after which Python looks for garbage
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -78,7 +82,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, service: Service, drain: float) -> None:
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, http=_Protocol, ws="none", lifespan="off",
+            app, log_level="warning", access_log=False, http=_Protocol, ws="none", lifespan="on",
             timeout_graceful_shutdown=round(drain + SETTLE_SECONDS), limit_concurrency=MOST_CONNECTIONS,
             server_header=False,
         )  # fmt: skip
@@ -123,6 +127,7 @@ def serve(app: FastAPI, service: Service, listening: socket.socket, drain: float
         try:
             await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
             if loading.done() and loading.exception() is None and not server.should_exit:
+                _settle()
                 ready()
             elif loading.done():
                 server.should_exit = True
@@ -131,6 +136,7 @@ def serve(app: FastAPI, service: Service, listening: socket.socket, drain: float
             if loading.done() and (error := loading.exception()) is not None:
                 raise error
 
+    sys.setswitchinterval(SWITCH_SECONDS)
     service.start()
     try:
         asyncio.run(run())
@@ -138,6 +144,14 @@ def serve(app: FastAPI, service: Service, listening: socket.socket, drain: float
         service.close()
     if service.error is not None:  # it had given up: whoever started it should see that
         raise service.error
+
+
+def _settle() -> None:
+    """Once everything is loaded: what is there stays, and looking through it for garbage would halt the loop for a
+    tenth of a second; looking through a large answer for a third of that, so it is done rarely."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GARBAGE)
 
 
 @contextmanager

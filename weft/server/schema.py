@@ -106,6 +106,8 @@ class ResponseFormat(Strict):
             json.dumps(self.json_schema.schema_, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise InputError("the JSON schema holds half of a surrogate pair, which is no character") from None
+        except RecursionError:
+            raise InputError("the JSON schema is nested too deeply to be followed; send a flatter one") from None
         except ValueError:
             raise InputError("the JSON schema holds NaN or Infinity, which are no numbers in JSON") from None
         if len(schema) > MOST_SCHEMA_CHARACTERS:

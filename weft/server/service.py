@@ -23,6 +23,7 @@ from weft.engine import Engine, Progress, Step
 from weft.errors import Busy, Interrupted, RequestFailed, Unavailable, told
 from weft.server.metrics import Metrics
 from weft.server.ticket import Piece, Prefill, Ticket, Wishes
+from weft.timeline.timeline import median
 
 IDLE_SECONDS = 0.1  # how often workers are looked at while nothing is to do
 FINISHED_SEEN = 60.0  # seconds of finished requests, from which the wait of a refused one is estimated
@@ -48,9 +49,14 @@ class Live:
     number: int = 0  # how many were recorded
 
     def rate(self, over: float = 10.0) -> float:
-        """Tokens a second, of the last seconds."""
+        """Tokens a second, of the last seconds. For any thread, as is `to_first`."""
         since = time.monotonic() - over
-        return sum(count for when, count in self.tokens if when > since) / over
+        return sum(count for when, count in self.tokens.copy() if when > since) / over
+
+    def to_first(self) -> float | None:
+        """Seconds to the first token, in the median; None if there was none yet."""
+        first = self.first.copy()  # in one go: the engine's thread appends meanwhile
+        return median(first) if first else None
 
 
 class Service:
@@ -175,7 +181,7 @@ class Service:
     def _retry_after(self) -> int:
         """Seconds after which there should be room, by how many were finished of late."""
         since = time.monotonic() - FINISHED_SEEN
-        lately = sum(then > since for then in self._finished)
+        lately = sum(then > since for then in self._finished.copy())
         return max(1, min(60, round(self.waiting * FINISHED_SEEN / lately / 2))) if lately else 5
 
     # What follows runs on the service's own thread.

@@ -1,0 +1,257 @@
+"""By how much requests that cost much hold up who asks for little: the page, /health, and a stream under way.
+
+    python benchmarks/holdups.py [--rounds 3] [--seconds 12] [--only NAME ...] [--json FILE]
+
+A server with the model in the package, one rank, one thread. One process asks for /health every 5 ms and for the page
+every 50 ms, at fixed times, and reads a stream; another one sends what costs much, two at a time, as fast as it is
+answered. Idle and every load in turns. Said is how much longer the slowest of a thousand takes than with the idle
+server of the same round (99.9th percentile), the median of the rounds; wanted are at most 50 ms.
+
+A stream is looked at only beside what asks nothing of the model: what computes takes its turn in the batches, and how
+long that may hold up others is --token-interval's matter, not the loop's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+MOST = (4 << 20) - 4096  # bytes of a body: the server's limit, less what stands around
+WANTED = 50.0  # ms
+SETTLE = 1.0  # seconds after a load until the next one
+STREAM = {"prompt": "def main(", "max_tokens": 1900, "ignore_eos": True, "stream": True}
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that cost much. `computes`: they ask the model for something too. `bodies`: in turns; none is GET."""
+
+    path: str
+    bodies: Callable[[], list[bytes]]
+    computes: bool = False
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+def _chat(content: str, **more: Any) -> bytes:
+    return _json({"messages": [{"role": "user", "content": content}], "max_tokens": 1, **more})
+
+
+def _schema(number: int, fields: int) -> dict[str, Any]:
+    """Another one for every number: none is known already."""
+    values = [f"v{number}_{value}" for value in range(8)]
+    return {"type": "object", "properties": {f"f{number}_{field}": {"enum": values} for field in range(fields)}}
+
+
+def _following(number: int) -> bytes:
+    schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": _schema(number, 480)}}
+    return _chat("describe it", response_format=schema)
+
+
+SENTENCE = "The for statement is used to iterate over the elements of a sequence. "
+LOADS: dict[str, Load] = {
+    "4 MiB of text": Load("/v1/completions", lambda: [_json({"prompt": SENTENCE * (MOST // len(SENTENCE))})]),
+    "4 MiB of token ids": Load("/v1/completions", lambda: [_json({"prompt": [7] * (MOST // 2)})]),
+    "4 MiB of wrong ids": Load("/v1/completions", lambda: [_json({"prompt": [-1] * (MOST // 3)})]),
+    "4 MiB of empty objects": Load("/v1/completions", lambda: [_json({"prompt": [{}] * (MOST // 3)})]),
+    "4 MiB of unknown fields": Load(
+        "/v1/completions", lambda: [_json({"prompt": "a"} | {f"x{number}": 1 for number in range(MOST // 12)})]
+    ),
+    "4 MiB as one message": Load("/v1/chat/completions", lambda: [_chat(SENTENCE * (MOST // len(SENTENCE)))]),
+    "4096 messages": Load(
+        "/v1/chat/completions",
+        lambda: [_json({"messages": [{"role": "user", "content": SENTENCE * 13}] * 4096, "max_tokens": 1})],
+    ),
+    "4 MiB to be detokenised": Load("/detokenize", lambda: [_json({"tokens": [71] * (MOST // 3)})]),
+    "4 MiB to be tokenised": Load("/tokenize", lambda: [_json({"prompt": SENTENCE * (MOST // len(SENTENCE))})]),
+    "schemas of 60 kB": Load("/v1/chat/completions", lambda: [_following(number) for number in range(200)], True),
+    "a schema that is refused": Load(
+        "/v1/chat/completions",
+        lambda: [_chat("a", response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": {
+            "type": "string", "pattern": f"(.*{number}[a-z]{{1,400}}){{400}}"}}}) for number in range(200)], True,
+    ),
+    "64 prompts scored, 2^18 entries": Load(
+        "/v1/completions",
+        lambda: [_json({"prompt": [[7 + number % 9] * 195 for number in range(64)], "echo": True, "logprobs": 20,
+                        "max_tokens": 1})], True,
+    ),
+    "64 completions": Load(
+        "/v1/completions", lambda: [_json({"prompt": "def f(", "n": 64, "max_tokens": 20, "logprobs": 20})], True
+    ),
+    "drawings": Load("/live", list),
+    "figures": Load("/metrics", list),
+}  # fmt: skip
+
+
+def _asked(port: int, path: str, bodies: list[bytes], until: float, turn: int, told: list[int]) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    while time.monotonic() < until:
+        if bodies:
+            body = bodies[turn % len(bodies)]
+            connection.request("POST", path, body, {"Content-Type": "application/json"})
+        else:
+            connection.request("GET", path)
+        answer = connection.getresponse()
+        answer.read()
+        told.append(answer.status)
+        turn += 2
+
+
+def loading(port: int, name: str, seconds: float, turn: int, results: Connection) -> None:
+    """Two clients' worth of a load; tells how many answers of each status came."""
+    load = LOADS[name]
+    bodies = load.bodies()
+    results.send("ready")
+    told: list[int] = []
+    until = time.monotonic() + seconds
+    clients = [
+        threading.Thread(target=_asked, args=(port, load.path, bodies, until, turn + number, told)) for number in (0, 1)
+    ]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    results.send({str(status): told.count(status) for status in sorted(set(told))})
+
+
+def _polled(port: int, path: str, every: float, until: float, late: list[float]) -> None:
+    """Milliseconds from when each answer was due to be asked for until it was there."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    due = time.monotonic()
+    while due < until:
+        time.sleep(max(0.0, due - time.monotonic()))
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        assert answer.status == 200 and answer.read()
+        late.append((time.monotonic() - due) * 1e3)
+        due += every
+
+
+def _streamed(port: int, until: float, gaps: list[float]) -> None:
+    """Milliseconds between the events of one stream after the other."""
+    while time.monotonic() < until:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection.request("POST", "/v1/completions", _json(STREAM), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        last: float | None = None
+        while (line := answer.readline()) and time.monotonic() < until:
+            if line.startswith(b"data: {"):
+                now = time.monotonic()
+                gaps += [(now - last) * 1e3] if last is not None else []
+                last = now
+        connection.close()
+
+
+def looking(port: int, seconds: float, stream: bool, results: Connection) -> None:
+    """What others see meanwhile; tells the times of each."""
+    found: dict[str, list[float]] = {"health": [], "page": [], "stream": []}
+    until = time.monotonic() + seconds
+    lookers = [
+        threading.Thread(target=_polled, args=(port, "/health", 0.005, until, found["health"])),
+        threading.Thread(target=_polled, args=(port, "/", 0.05, until, found["page"])),
+    ]
+    if stream:
+        lookers.append(threading.Thread(target=_streamed, args=(port, until, found["stream"])))
+    for looker in lookers:
+        looker.start()
+    for looker in lookers:
+        looker.join()
+    results.send(found)
+
+
+def percentile(values: list[float], part: float = 0.999) -> float:
+    """The value that this part of them does not exceed."""
+    return sorted(values)[min(len(values) - 1, int(part * len(values)))] if values else 0.0
+
+
+def measure(port: int, name: str | None, seconds: float, turn: int, stream: bool) -> dict[str, Any]:
+    """One load, or none, and what others see beside it."""
+    spawn = multiprocessing.get_context("spawn")
+    answers: dict[str, int] = {}
+    ours, theirs = spawn.Pipe()
+    load = spawn.Process(target=loading, args=(port, name, seconds, turn, theirs)) if name is not None else None
+    if load is not None:
+        load.start()
+        assert ours.recv() == "ready"
+    mine, others = spawn.Pipe()
+    look = spawn.Process(target=looking, args=(port, seconds, stream, others))
+    look.start()
+    found = mine.recv()
+    look.join()
+    if load is not None:
+        answers = ours.recv()
+        load.join()
+    time.sleep(SETTLE)
+    times = {f"{what} ms": round(percentile(values), 2) for what, values in found.items() if values}
+    worst = {f"{what} worst ms": round(max(values), 2) for what, values in found.items() if values}
+    counts = {what: len(values) for what, values in found.items() if values}
+    return {"times": times, "worst": worst, "counts": counts, "answers": answers}
+
+
+def served(arguments: list[str]) -> Iterator[int]:
+    """A server's port; ends it afterwards."""
+    command = [sys.executable, "-m", "weft.cli.main", "serve", "--threads", "1", "--port", "0", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert process.stderr is not None
+    try:
+        line = next((line for line in process.stderr if "/v1 for OpenAI" in line), "")
+        if not line:
+            raise SystemExit("the server did not start")
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        yield int(line.partition("http://127.0.0.1:")[2].partition("/")[0])
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=12.0, help="of each load; a thousand answers take 5")
+    parser.add_argument("--only", nargs="*", default=[], help="parts of the loads' names")
+    parser.add_argument("--json", type=Path, help="where every round goes")
+    asked = parser.parse_args()
+    names = [name for name in LOADS if not asked.only or any(part in name for part in asked.only)]
+    rounds: list[dict[str, Any]] = []
+    for port in served([]):
+        measure(port, None, 3.0, 0, True)  # warm
+        for number in range(asked.rounds):
+            for name in names:
+                stream = not LOADS[name].computes
+                idle = measure(port, None, asked.seconds, 0, stream)
+                busy = measure(port, name, asked.seconds, 2 * number * 50, stream)
+                rounds.append({"round": number, "load": name, "idle": idle, "busy": busy})
+                print(json.dumps(rounds[-1]), file=sys.stderr, flush=True)
+    kinds = ("health", "page", "stream")
+    print(f"{'milliseconds more than idle, p99.9':34s} {'health':>9s} {'page':>9s} {'stream':>9s}   answers")
+    most = 0.0
+    for name in names:
+        cells, mine = [], [each for each in rounds if each["load"] == name]
+        for kind in kinds:
+            more = [each["busy"]["times"][f"{kind} ms"] - each["idle"]["times"][f"{kind} ms"] for each in mine
+                    if f"{kind} ms" in each["busy"]["times"]]  # fmt: skip
+            cells.append(f"{median(more):9.1f}" if more else f"{'-':>9s}")
+            most = max(most, median(more)) if more else most
+        print(f"{name:34s} {' '.join(cells)}   {mine[-1]['busy']['answers']}")
+    print(f"most: {most:.1f} ms (at most {WANTED:g} wanted)")
+    if asked.json:
+        asked.json.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "rounds": rounds}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""What a request's body asks for: its prompts as tokens, and everything that is checked before it is queued.
+
+Pure work, on whatever is given: small bodies are read on the server's loop, others in a process beside it (`beside`).
+Knows schemas, tokenizers and grammars; knows nothing of HTTP, of the engine or of processes.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from dataclasses import fields
+from functools import cached_property
+from typing import Any
+
+import msgspec
+from pydantic import ValidationError
+
+from weft.admission import limit_of
+from weft.batching.params import SamplingParams, shown
+from weft.cache.prefixes import packed
+from weft.errors import InputError
+from weft.grammar import Grammars
+from weft.server.refused import Refused, misread, unknown_model
+from weft.server.schema import (
+    MOST_COMPLETIONS,
+    MOST_SCORES,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Message,
+    Sampling,
+    StreamOptions,
+    TokenizeRequest,
+)
+from weft.text import Tokenizer
+
+Body = CompletionRequest | ChatRequest | TokenizeRequest | DetokenizeRequest
+BODIES: dict[str, type[Body]] = {
+    "/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest,
+    "/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest,
+}  # fmt: skip
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """What a reader knows of the model. `name`: as clients call it; `length`: tokens of the context; `ends`: tokens
+    that end an answer; `proposed`: the checkpoint's own sampling parameters."""
+
+    directory: str
+    name: str
+    vocabulary: int
+    length: int
+    ends: tuple[int, ...]
+    proposed: dict[str, Any]
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """A prompt as it is queued; and, where it is to stand before its answer, its text and the characters before each
+    of its tokens. `tokens`, `offsets`: unsigned numbers of 32 bits, in this machine's order."""
+
+    tokens: bytes
+    text: str = ""
+    offsets: bytes = b""
+
+
+class Asked(msgspec.Struct, frozen=True, tag=True):
+    """What is to be queued, and how it is to be answered. `params`: of `SamplingParams`; `echo`: prompts stand before
+    their answers; `usage`, `counting`: tokens are told at a stream's end, and with every piece of it; `progress`:
+    and how far a prompt is; `timeout`: seconds."""
+
+    prompts: list[Prompt]
+    params: dict[str, Any]
+    logprobs: bool
+    echo: bool
+    stream: bool
+    usage: bool
+    counting: bool
+    progress: bool
+    priority: int
+    timeout: float | None
+
+
+class Answered(msgspec.Struct, frozen=True, tag=True):
+    """What needs no model: the answer, as JSON."""
+
+    body: bytes
+
+
+def parsed(path: str, body: bytes) -> Body:
+    """A body as its endpoint wants it. Raises `Refused`."""
+    try:
+        given = json.loads(body)
+    except RecursionError:
+        raise Refused(400, "the body is nested too deeply to be read; send something flatter") from None
+    except ValueError as error:
+        raise Refused(400, f"the body is not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise Refused(400, f"the body must be a JSON object, not {shown(given)}")
+    try:
+        return BODIES[path].model_validate(given)
+    except ValidationError as error:
+        raise misread(error.errors(include_url=False)) from None
+
+
+def takes_long(body: Body) -> bool:
+    """True for what may take longer than its size tells: templates and schemas."""
+    if isinstance(body, Sampling) and body.response_format is not None:
+        return True
+    return isinstance(body, ChatRequest) or (isinstance(body, TokenizeRequest) and body.messages is not None)
+
+
+class Reader:
+    """Reads bodies for one model. `tokenizer`: None for a checkpoint without one."""
+
+    def __init__(self, facts: Facts, tokenizer: Tokenizer | None) -> None:
+        self.facts, self._given = facts, tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises `InputError` if the checkpoint has none."""
+        if self._given is None:
+            raise InputError("this model has no tokenizer.json; send prompts as token ids to /v1/completions")
+        return self._given
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.facts.vocabulary, frozenset(self.facts.ends))
+
+    @cached_property
+    def _proposed(self) -> SamplingParams:
+        return SamplingParams(**self.facts.proposed)
+
+    def read(self, body: Body) -> Asked | Answered:
+        """What it asks for. Raises `Refused` and `InputError`."""
+        if body.model not in (None, "", self.facts.name):
+            raise unknown_model(body.model, self.facts.name)
+        match body:
+            case CompletionRequest():
+                return self._completion(body)
+            case ChatRequest():
+                return self._chat(body)
+            case TokenizeRequest():
+                return self._tokenized(body)
+            case DetokenizeRequest():
+                return self._detokenized(body)
+
+    def _completion(self, body: CompletionRequest) -> Asked:
+        given = body.prompts()
+        if len(given) * (body.n or 1) > MOST_COMPLETIONS:
+            raise InputError(f"{len(given)} prompts with n {body.n} are more than {MOST_COMPLETIONS} completions")
+        prompts = [self._encode(prompt) for prompt in given]
+        alone = 0 if body.max_tokens == 0 else None  # then the prompt is scored in any case: there is nothing else
+        entries = sum(map(len, prompts)) * ((body.logprobs or 0) + 1)
+        if body.echo and entries > MOST_SCORES:
+            raise InputError(f"{entries} log-probabilities of prompts are more than {MOST_SCORES}; send fewer prompts")
+        scored = (body.logprobs if body.logprobs is not None else alone) if body.echo else None
+        params = body.params(self._proposed, body.max_tokens, body.logprobs, scored)
+        self._demand(prompts, params)
+        if not body.echo:
+            return self._asked(body, [Prompt(packed(tokens)) for tokens in prompts], params)
+        return self._asked(body, list(map(self._before, given, prompts)), params, echo=True)
+
+    def _chat(self, body: ChatRequest) -> Asked:
+        tokens = self._render(body.messages)
+        if body.top_logprobs and not body.logprobs:
+            raise InputError("top_logprobs wants logprobs true beside it; send that too, or leave both out")
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        params = body.params(self._proposed, body.max_completion_tokens or body.max_tokens, logprobs)
+        self._demand([tokens], params)
+        return self._asked(body, [Prompt(packed(tokens))], params)
+
+    def _tokenized(self, body: TokenizeRequest) -> Answered:
+        if (body.prompt is None) == (body.messages is None):
+            raise InputError("give either prompt or messages")
+        tokens = self._render(body.messages) if body.messages is not None else self._encode(body.prompt or "")
+        found = {"count": len(tokens), "max_model_len": self.facts.length, "tokens": tokens}
+        return Answered(msgspec.json.encode(found))
+
+    def _detokenized(self, body: DetokenizeRequest) -> Answered:
+        if body.tokens and max(body.tokens) >= self.facts.vocabulary:
+            outside = next(token for token in body.tokens if token >= self.facts.vocabulary)
+            raise InputError(f"token id {outside} is not in the vocabulary, 0 to {self.facts.vocabulary - 1}")
+        return Answered(msgspec.json.encode({"prompt": self.tokenizer.decode(body.tokens)}))
+
+    def _encode(self, prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        if not prompt:
+            raise InputError("the prompt is empty; give at least one character")
+        return self.tokenizer.encode(prompt)
+
+    def _render(self, messages: list[Message]) -> list[int]:
+        return self.tokenizer.chat([message.plain() for message in messages])
+
+    def _demand(self, prompts: list[list[int]], params: SamplingParams) -> None:
+        """Raises `InputError` for what can't run however much memory there is."""
+        for tokens in prompts:
+            limit_of(tokens, params, self.facts.vocabulary, self.facts.length, 0, frozenset(self.facts.ends))
+        if params.json_schema:
+            self._grammars.matcher(params.json_schema)
+
+    def _before(self, given: str | list[int], tokens: list[int]) -> Prompt:
+        """A prompt as it stands before its answer."""
+        if self._given is None:
+            return Prompt(packed(tokens), "", packed([0] * len(tokens)))
+        text = given if isinstance(given, str) else self.tokenizer.decode(tokens)
+        # What was given as text has no special tokens; a tokenizer may put some around it.
+        stream = self.tokenizer.stream((), skip_special_tokens=isinstance(given, str))
+        for token in tokens:
+            stream.step(token)
+        stream.end()
+        return Prompt(packed(tokens), text, packed([min(offset, len(text)) for offset in stream.offsets]))
+
+    def _asked(self, body: Sampling, prompts: list[Prompt], params: SamplingParams, echo: bool = False) -> Asked:
+        options = body.stream_options or StreamOptions()
+        if options.asks and not body.stream:
+            raise InputError("stream_options are for streams; send stream true, or leave them out")
+        given = {field.name: getattr(params, field.name) for field in fields(params)}
+        return Asked(
+            prompts, given, params.logprobs is not None, echo, body.stream, options.include_usage,
+            options.continuous_usage_stats, body.return_progress, body.priority, body.timeout,
+        )  # fmt: skip
+
+
+def unpacked(numbers: bytes) -> list[int]:
+    """What `packed` packed."""
+    return array("I", numbers).tolist()
