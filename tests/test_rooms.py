@@ -42,6 +42,7 @@ def test_who_owns_threads() -> None:
     assert importers("threading") | importers("concurrent") == {
         "weft/execute/lanes.py", "weft/execute/process.py", "weft/parallel/pulse.py", "weft/server/service.py",
         "weft/server/run.py",
+        "weft/server/child.py",  # sees the end of its standard input, whatever it is at
         "weft/launch/joined.py",  # an event, by which a start that waits is interrupted
     }  # fmt: skip
 
