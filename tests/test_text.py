@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weft.errors import InputError
-from weft.text import StopText, Tokenizer, generation_defaults
+from weft.text import StopText, Tokenizer, generation_defaults, tokenizer_of
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +77,34 @@ def test_corrupt_tokenizer(tmp_path: Path, packaged: Path) -> None:
 
 
 def test_generation_defaults(tmp_path: Path) -> None:
-    assert generation_defaults(tmp_path) == {}
-    (tmp_path / "generation_config.json").write_text('{"top_k": 20}')
-    assert generation_defaults(tmp_path) == {"top_k": 20}
-    (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(InputError, match="can't be read as JSON"):
-        generation_defaults(tmp_path)
+    """What can't be read is said, and no more than that: transformers loads such a checkpoint too."""
+    assert generation_defaults(tmp_path) == ({}, [])
+    path = tmp_path / "generation_config.json"
+    for content in (b'{"top_k": 20}', b'\xef\xbb\xbf{"top_k": 20}'):
+        path.write_bytes(content)
+        assert generation_defaults(tmp_path) == ({"top_k": 20}, [])
+    for content, says in (
+        (b"{", "can't be read as JSON"),
+        (b'{"a": "\xe9"}', "can't be read"),
+        (b"[]", "no JSON object"),
+    ):
+        path.write_bytes(content)
+        found, lines = generation_defaults(tmp_path)
+        assert found == {} and len(lines) == 1 and says in lines[0]
+
+
+def test_a_tokenizer_in_two_files(tmp_path: Path, packaged: Path) -> None:
+    """As older checkpoints have it."""
+    whole = Tokenizer(packaged)
+    model = json.loads((packaged / "tokenizer.json").read_text("utf-8"))["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), "utf-8")
+    assert tokenizer_of(tmp_path) is None
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges), "utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    found = tokenizer_of(tmp_path)
+    assert found is not None and found.encode("def main(x):") == whole.encode("def main(x):")
+    assert found.spelling.text_of(70) == whole.spelling.text_of(70)
 
 
 def test_chat_by_the_checkpoints_own_template(tmp_path: Path, packaged: Path) -> None:

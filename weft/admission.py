@@ -23,14 +23,18 @@ def end_ids(directory: Path, model: ModelConfig, tokenizer: Tokenizer | None) ->
 
     Ids that don't exist are left out; a line for whoever should know.
     """
-    given = generation_defaults(directory).get("eos_token_id", model.fields.get("eos_token_id"))
+    proposed, lines = generation_defaults(directory)
+    given = proposed.get("eos_token_id", model.fields.get("eos_token_id"))
     listed = [*(given if isinstance(given, list) else [given]), *(tokenizer.end_ids if tokenizer else ())]
     known = range(model.vocabulary)
     there = {repr(token): token for token in listed if type(token) is int and token in known}
     missing = dict.fromkeys(repr(token) for token in listed if token is not None and repr(token) not in there)
     where = "(of generation_config.json, config.json or the tokenizer)"
-    lines = [f"end token {', '.join(missing)} {where} is not in the vocabulary, 0 to {len(known) - 1}; left out"]
-    return frozenset(there.values()), lines if missing else []
+    if missing:
+        lines.append(
+            f"end token {', '.join(missing)} {where} is not in the vocabulary, 0 to {len(known) - 1}; left out"
+        )
+    return frozenset(there.values()), lines
 
 
 def limit_of(

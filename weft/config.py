@@ -90,7 +90,7 @@ def huggingface_config(raw: dict[str, Any]) -> Any | None:
     except KeyError:
         return None
     except Exception as error:  # transformers raises many kinds for an inconsistent configuration
-        raise InputError(f"config.json is inconsistent: {str(error).splitlines()[0]}") from None
+        raise InputError(f"config.json is inconsistent: {' '.join(str(error).split())[:300]}") from None
     wanted = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size",
               "vocab_size", "rms_norm_eps", "hidden_act", "max_position_embeddings")  # fmt: skip
     return hf if all(hasattr(hf, name) for name in wanted) else None

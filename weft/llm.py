@@ -83,7 +83,7 @@ def default_params(directory: Path, **changes: Any) -> SamplingParams:
 
 def _proposed(directory: Path) -> tuple[dict[str, Any], list[str]]:
     """A checkpoint's proposals, and a line for each that can't be used."""
-    proposed = generation_defaults(directory)
+    proposed, _ = generation_defaults(directory)  # what is wrong with the file, the engine says
     usable: dict[str, Any] = {}
     lines = []
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):

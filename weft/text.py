@@ -14,12 +14,14 @@ from typing import Any
 from weft.detokenizer import Detokenizer, Spelling
 from weft.errors import InputError
 
+FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either of which makes a tokenizer
+
 
 class Tokenizer:
     """A checkpoint's own tokenizer, chat template and generation defaults. Raises `InputError` if unreadable."""
 
     def __init__(self, directory: Path) -> None:
-        if not (directory / "tokenizer.json").is_file():
+        if not _there(directory):
             raise InputError(
                 f"{directory / 'tokenizer.json'} is missing; give prompts as token ids, or add the tokenizer's file"
             )
@@ -90,7 +92,12 @@ class Tokenizer:
 
 def tokenizer_of(directory: Path) -> Tokenizer | None:
     """A checkpoint's, if it has one."""
-    return Tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
+    return Tokenizer(directory) if _there(directory) else None
+
+
+def _there(directory: Path) -> bool:
+    """Older checkpoints have the same in two files."""
+    return any(all((directory / name).is_file() for name in names) for names in FILES)
 
 
 class StopText:
@@ -140,13 +147,14 @@ class StopText:
         return len(self.text) - held
 
 
-def generation_defaults(directory: Path) -> dict[str, Any]:
-    """The content of `generation_config.json`, or nothing if there is none."""
+def generation_defaults(directory: Path) -> tuple[dict[str, Any], list[str]]:
+    """The content of `generation_config.json`, or nothing if there is none; and a line for whoever should know that it
+    can't be read: transformers loads such a checkpoint too."""
     path = directory / "generation_config.json"
     if not path.is_file():
-        return {}
+        return {}, []
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} can't be read as JSON ({error}); delete it or download it again") from None
-    return data if isinstance(data, dict) else {}
+        data = json.loads(path.read_text("utf-8-sig"))
+    except (ValueError, OSError, RecursionError) as error:
+        return {}, [f"{path} can't be read as JSON ({error}); left out"]
+    return (data, []) if isinstance(data, dict) else ({}, [f"{path} holds no JSON object; left out"])

@@ -42,7 +42,7 @@ def test_context_counts_rope_scaling_in(checkpoints: Checkpoints, name: str, len
     ("raw", "complaint"),
     [
         (config_of("Gemma2"), "Gemma2ForCausalLM .gemma2. is not known; known are LlamaForCausalLM, Mistral"),
-        (config_of("Llama") | {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        (config_of("Llama") | {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModel": "own.Own"}}, "OwnFor"),
         ({"model_type": "t5"}, "the architecture t5"),
         ({"model_type": "never-heard-of"}, "never-heard-of"),
         (config_of("Llama", hidden_act="gelu"), "activation 'gelu' is not known"),

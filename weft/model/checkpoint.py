@@ -14,9 +14,12 @@ from safetensors import SafetensorError, safe_open
 
 from weft.errors import InputError
 
+PREFIX = "model."
+
 
 class Checkpoint:
-    """The tensors of a directory, by name.
+    """The tensors of a directory, by name. A decoder that was saved without a head has its names without "model." in
+    front; they are read as if they had it.
 
     Raises `InputError` on opening if there is no safetensors file, if a file that the index names is missing,
     or if a file is truncated or corrupt.
@@ -25,15 +28,16 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._file_of = self._find()
+        self._bare = not any(name.startswith(PREFIX) for name in self._file_of)
         self._open: tuple[Path, Any] | None = None
 
     def _find(self) -> dict[str, Path]:
+        single = self.directory / "model.safetensors"
+        if single.is_file():  # first, as in transformers: an index beside it may be of other files
+            return dict.fromkeys(_names(single), single)
         index = self.directory / "model.safetensors.index.json"
         if index.is_file():
             return self._from_index(index)
-        single = self.directory / "model.safetensors"
-        if single.is_file():
-            return dict.fromkeys(_names(single), single)
         if any(self.directory.glob("*.bin")) or any(self.directory.glob("*.pt*")):
             raise InputError(
                 f"{self.directory} has its weights as pickle (.bin) only, which can run code when it is read; "
@@ -55,17 +59,19 @@ class Checkpoint:
         return {tensor: self.directory / name for tensor, name in weight_map.items()}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return self._stored(name) in self._file_of
+
+    def _stored(self, name: str) -> str:
+        """What it is called in the file."""
+        return name.removeprefix(PREFIX) if self._bare else name
 
     def read(self, name: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
         """A copy of a tensor, or of these rows or columns of it, in the stored dtype."""
-        if name not in self._file_of:
-            raise InputError(f"{self.directory} has no tensor {name!r}, which config.json calls for")
-        path = self._file_of[name]
+        path, stored = self._place(name), self._stored(name)
         if self._open is None or self._open[0] != path:
             self._open = (path, _opened(path))
         try:
-            part: Any = self._open[1].get_slice(name)
+            part: Any = self._open[1].get_slice(stored)
             first = slice(rows.start, rows.stop) if rows is not None else slice(None)
             values: torch.Tensor = part[first] if columns is None else part[first, columns.start : columns.stop]
             return values
@@ -74,10 +80,13 @@ class Checkpoint:
 
     def shape(self, name: str) -> list[int]:
         """The tensor's shape, from the header alone."""
-        if name not in self._file_of:
+        with _opened(self._place(name)) as file:
+            return list(file.get_slice(self._stored(name)).get_shape())
+
+    def _place(self, name: str) -> Path:
+        if name not in self:
             raise InputError(f"{self.directory} has no tensor {name!r}, which config.json calls for")
-        with _opened(self._file_of[name]) as file:
-            return list(file.get_slice(name).get_shape())
+        return self._file_of[self._stored(name)]
 
     def forget(self) -> None:
         """Closes the file that is mapped, so that its pages stop counting as this process's memory."""

@@ -37,6 +37,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 
+SILU = ("silu", "swish")  # two names for one thing
 ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -57,11 +58,12 @@ class Flags:
 def flags_of(config: ModelConfig) -> Flags:
     """Looks up the model's family. Raises `InputError`, saying what is known, for anything weft can't run."""
     family = FAMILIES.get(config.model_type)
-    if family is None or (config.architecture or family.architecture) != family.architecture:
+    # As in transformers the type counts, not what of it was saved, as long as the checkpoint has no code of its own.
+    if family is None or (config.fields.get("auto_map") and config.architecture not in ("", family.architecture)):
         given = config.architecture or config.model_type
         known = ", ".join(row.architecture for row in FAMILIES.values())
         raise InputError(f"the architecture {given} ({config.model_type}) is not known; known are {known}")
-    if config.activation != "silu":
+    if config.activation not in SILU:
         raise InputError(f"the activation {config.activation!r} is not known; known is silu")
     if config.fields.get("quantization_config"):
         method = config.fields["quantization_config"].get("quant_method", "unknown")
