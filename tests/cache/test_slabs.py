@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -38,6 +40,20 @@ def test_only_what_is_touched_costs_memory() -> None:
     assert 16e6 < written < 100e6
     slabs.release(7)
     assert process.memory_info().rss - before < written - 10e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="reads how memory is mapped from Linux")
+def test_no_huge_page_is_taken_whatever_the_system_prefers() -> None:
+    """With `always` 16 tokens of this slab took 1026 MiB instead of 6."""
+    slabs = Slabs(slots=1, layers=32, kv_heads=8, length=8192, head_dim=128)
+    address, flags = slabs.read(0, 0)[0].data_ptr(), ""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text("ascii", "replace").splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line
+    assert "nh" in flags.split()
 
 
 def test_a_rank_without_heads_has_an_empty_slab() -> None:
