@@ -80,7 +80,7 @@ LOADS: dict[str, Load] = {
     "4 MiB to be detokenised": Load("/detokenize", lambda: [_json({"tokens": [71] * (MOST // 3)})]),
     "4 MiB to be tokenised": Load("/tokenize", lambda: [_json({"prompt": SENTENCE * (MOST // len(SENTENCE))})]),
     "schemas of 60 kB": Load("/v1/chat/completions", lambda: [_following(number) for number in range(200)], True),
-    "a schema that is refused": Load(
+    "patterns of 400 parts": Load(
         "/v1/chat/completions",
         lambda: [_chat("a", response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": {
             "type": "string", "pattern": f"(.*{number}[a-z]{{1,400}}){{400}}"}}}) for number in range(200)], True,

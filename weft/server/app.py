@@ -52,11 +52,13 @@ class _Application(FastAPI):
 
     def openapi(self) -> dict[str, Any]:
         """FastAPI's document, with these schemas."""
-        document = super().openapi()
-        modes: list[tuple[type[BaseModel], Literal["validation"]]] = [(body, "validation") for body in BODIES.values()]
-        _, made = models_json_schema(modes, ref_template="#/components/schemas/{model}")
-        document.setdefault("components", {}).setdefault("schemas", {}).update(made["$defs"])
-        return document
+        if self.openapi_schema is None:
+            modes: list[tuple[type[BaseModel], Literal["validation"]]] = [
+                (body, "validation") for body in BODIES.values()
+            ]
+            _, made = models_json_schema(modes, ref_template="#/components/schemas/{model}")
+            super().openapi().setdefault("components", {}).setdefault("schemas", {}).update(made["$defs"])
+        return super().openapi()
 
 
 def application(service: Service, settings: Settings) -> FastAPI:

@@ -102,8 +102,10 @@ def parsed(path: str, body: bytes) -> Body:
 
 
 def takes_long(body: Body) -> bool:
-    """True for what may take longer than its size tells: templates and schemas."""
+    """True for what may take longer than its size tells: templates, schemas, and where each token's text begins."""
     if isinstance(body, Sampling) and body.response_format is not None:
+        return True
+    if isinstance(body, CompletionRequest) and body.echo:
         return True
     return isinstance(body, ChatRequest) or (isinstance(body, TokenizeRequest) and body.messages is not None)
 
