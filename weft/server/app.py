@@ -52,10 +52,9 @@ class _Application(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """FastAPI's document, with these schemas."""
         if self.openapi_schema is None:
-            modes: list[tuple[type[BaseModel], Literal["validation"]]] = [
-                (body, "validation") for body in BODIES.values()
-            ]
-            _, made = models_json_schema(modes, ref_template="#/components/schemas/{model}")
+            mode: Literal["validation"] = "validation"
+            bodies = [(body, mode) for body in BODIES.values()]
+            _, made = models_json_schema(bodies, ref_template="#/components/schemas/{model}")
             super().openapi().setdefault("components", {}).setdefault("schemas", {}).update(made["$defs"])
         return super().openapi()
 
