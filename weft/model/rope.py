@@ -1,17 +1,89 @@
-"""Rotary angles, from transformers' own formulas (modeling_rope_utils), for every scaling that weft knows.
+"""Rotary angles for every scaling that weft knows: the published formulas, to the bit as transformers computes them.
 
 Knows one model's configuration and positions; knows nothing of weights.
 """
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+import math
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from weft.config import ModelConfig, huggingface_config
+from weft.config import ModelConfig
+
+Parameters = dict[str, Any]  # rope_parameters of config.json
+Formula = Callable[[Parameters, int, int, int], tuple[Tensor, float]]
+
+
+def _default(rope: Parameters, width: int, trained: int = 0, length: int = 0) -> tuple[Tensor, float]:
+    """Su et al., arXiv 2104.09864: D/2 frequencies, and a factor for cos and sin."""
+    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+    return 1.0 / rope["rope_theta"] ** exponents, 1.0
+
+
+def _linear(rope: Parameters, width: int, trained: int, length: int) -> tuple[Tensor, float]:
+    """Positions are divided by a factor: arXiv 2306.15595."""
+    frequencies, _ = _default(rope, width)
+    return frequencies / rope["factor"], 1.0
+
+
+def _dynamic(rope: Parameters, width: int, trained: int, length: int) -> tuple[Tensor, float]:
+    """The base grows with a sequence that is longer than the trained length ("NTK-aware")."""
+    factor, longest = rope["factor"], max(length, trained)
+    stretched = rope["rope_theta"] * ((factor * longest / trained) - (factor - 1)) ** (width / (width - 2))
+    return _default({"rope_theta": stretched}, width)
+
+
+def _yarn(rope: Parameters, width: int, trained: int, length: int) -> tuple[Tensor, float]:
+    """YaRN, arXiv 2309.00071: fast frequencies stay, slow ones are divided, a ramp lies between."""
+    theta, original = rope["rope_theta"], rope["original_max_position_embeddings"]
+    factor = rope["factor"] if rope["factor"] is not None else trained / original
+    powers = theta ** (torch.arange(0, width, 2).to(torch.float32) / width)
+
+    def turning(turns: float) -> float:
+        """The dimension that turns so often within the original length."""
+        return (width * math.log(original / (turns * 2 * math.pi))) / (2 * math.log(theta))
+
+    low, high = turning(rope.get("beta_fast") or 32), turning(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    ramp = (torch.arange(width // 2, dtype=torch.float32) - low) / ((high if high != low else high + 0.001) - low)
+    kept = 1 - torch.clamp(ramp, 0, 1)
+    return 1.0 / (factor * powers) * (1 - kept) + 1.0 / powers * kept, _yarn_scale(rope, factor)
+
+
+def _yarn_scale(rope: Parameters, factor: float) -> float:
+    """Of cos and sin, which is the attention's temperature."""
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    weights = rope.get("mscale"), rope.get("mscale_all_dim")
+    return scale(weights[0]) / scale(weights[1]) if weights[0] and weights[1] else scale(1)
+
+
+def _llama3(rope: Parameters, width: int, trained: int, length: int) -> tuple[Tensor, float]:
+    """Llama 3.1: wavelengths beyond the original context are divided, with a smooth passage."""
+    frequencies, _ = _default(rope, width)
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    original = rope["original_max_position_embeddings"]
+    waves = 2 * math.pi / frequencies
+    scaled = torch.where(waves > original / low, frequencies / factor, frequencies)
+    smooth = (original / waves - low) / (high - low)
+    between = ~(waves < original / high) * ~(waves > original / low)
+    return torch.where(between, (1 - smooth) * scaled / factor + smooth * scaled, scaled), 1.0
+
+
+FORMULAS: dict[str, Formula] = {
+    "default": _default, "linear": _linear, "dynamic": _dynamic, "yarn": _yarn, "llama3": _llama3,
+}  # fmt: skip
 
 
 class Rope:
@@ -23,10 +95,10 @@ class Rope:
     """
 
     def __init__(self, config: ModelConfig, device: str = "cpu") -> None:
-        self._config = config
-        self._parameters: dict[str, Any] = config.fields.get("rope_parameters") or {}
+        self._parameters: Parameters = config.fields.get("rope_parameters") or {}
         self._kind: str = self._parameters.get("rope_type", "default")
         self._trained = config.stretches_beyond or 0
+        self._positions = int(config.fields["max_position_embeddings"])
         self._width = config.head_dim
         self._limit = config.max_length
         self._device = device
@@ -50,21 +122,7 @@ class Rope:
         return self._table(*self._frequencies(length), length, start)
 
     def _frequencies(self, length: int | None) -> tuple[Tensor, float]:
-        if self._kind == "default":  # nothing to look up: spares workers transformers' start-up time
-            exponents = torch.arange(0, self._width, 2, dtype=torch.float32) / self._width
-            return 1.0 / self._parameters["rope_theta"] ** exponents, 1.0
-        frequencies, factor = self._formula(self._huggingface, torch.device("cpu"), seq_len=length)
-        return frequencies, float(factor)
-
-    @cached_property
-    def _formula(self) -> Any:
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-        return ROPE_INIT_FUNCTIONS[self._kind]
-
-    @cached_property
-    def _huggingface(self) -> Any:
-        return huggingface_config({**self._config.fields, "model_type": self._config.model_type})
+        return FORMULAS[self._kind](self._parameters, self._width, self._positions, length or self._positions)
 
     def _table(self, frequencies: Tensor, factor: float, length: int, start: int = 0) -> Tensor:
         turns = torch.outer(torch.arange(start, length, dtype=torch.float32), frequencies)

@@ -1,0 +1,45 @@
+"""Rotary angles: transformers' numbers to the bit, without transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from tests.tiny import LLAMA3
+from weft.config import ModelConfig
+from weft.model.families import ROPES
+from weft.model.rope import FORMULAS
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 256}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("linear", {"factor": 2.0}), ("linear", {"factor": 3}),
+    ("dynamic", {"factor": 4.0}), ("dynamic", {"factor": 1.5}),
+    ("yarn", YARN), ("yarn", YARN | {"beta_fast": 16, "beta_slow": 2}), ("yarn", YARN | {"truncate": False}),
+    ("yarn", YARN | {"attention_factor": 1.3}), ("yarn", YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}),
+    ("yarn", YARN | {"factor": 1.0}),
+    ("llama3", LLAMA3), ("llama3", LLAMA3 | {"factor": 32.0, "low_freq_factor": 2.0}),
+]  # fmt: skip
+
+
+def test_every_kind_has_a_formula() -> None:
+    assert set(FORMULAS) == set(ROPES)
+
+
+@pytest.mark.parametrize("theta", [10000.0, 500000, 1000000.0])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_frequencies_are_those_of_transformers(case: tuple[str, dict[str, Any]], theta: float) -> None:
+    kind, more = case
+    for width, length in ((8, 0), (64, 5000), (128, 100)):
+        config = transformers.LlamaConfig(
+            hidden_size=4 * width, num_attention_heads=4, max_position_embeddings=1024,
+            rope_parameters={"rope_type": kind, "rope_theta": theta, **more},
+        )  # fmt: skip
+        expected, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=length or None)
+        ours = ModelConfig.from_dict(config.to_dict())
+        positions = ours.fields["max_position_embeddings"]
+        got, got_factor = FORMULAS[kind](ours.fields["rope_parameters"], ours.head_dim, positions, length or positions)
+        assert torch.equal(got, expected) and got_factor == pytest.approx(factor, abs=0)
