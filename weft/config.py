@@ -1,7 +1,7 @@
 """Configurations: what a checkpoint is, and how the engine was asked to run it. Frozen; no other room is known.
 
-`ModelConfig` comes from a checkpoint's `config.json`, read through transformers' configuration classes so that
-every default is theirs. `EngineConfig` holds what the user chose.
+`ModelConfig` comes from a checkpoint's `config.json`: from the file alone where it says everything, else through
+transformers' configuration classes, so that every default is theirs. `EngineConfig` holds what the user chose.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from weft.errors import InputError
 class ModelConfig:
     """The dimensions that every family has, and the configuration they came from.
 
-    `fields` is transformers' normalised configuration (a plain dict): family-specific flags are looked up there.
+    `fields` is the configuration as transformers normalises it (a plain dict): family-specific flags are looked up
+    there.
     """
 
     model_type: str
@@ -67,22 +68,75 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
         """The same from the parsed JSON. Whether weft knows the family is for `model.families` to say."""
-        hf = huggingface_config(raw)
-        if hf is None:  # unknown to transformers too: families.py gives the error, with the list of known ones
+        fields = complete_fields(raw) or huggingface_fields(raw)
+        if fields is None:  # unknown to transformers too: families.py gives the error, with the list of known ones
             return cls(str(raw["model_type"]), _architecture(raw), 0, 0, 0, 0, 0, 0, 0, 0.0, "", False, 0, raw)
-        head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-        fields = hf.to_dict()
+        heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
         return cls(
-            model_type=str(raw["model_type"]), architecture=_architecture(raw), layers=hf.num_hidden_layers,
-            hidden=hf.hidden_size, intermediate=hf.intermediate_size, heads=hf.num_attention_heads,
-            kv_heads=hf.num_key_value_heads or hf.num_attention_heads, head_dim=head_dim,
-            vocabulary=hf.vocab_size, norm_epsilon=hf.rms_norm_eps, activation=hf.hidden_act,
-            tied_embeddings=bool(hf.tie_word_embeddings), max_length=_max_length(fields), fields=fields,
+            model_type=str(raw["model_type"]), architecture=_architecture(raw), layers=fields["num_hidden_layers"],
+            hidden=hidden, intermediate=fields["intermediate_size"], heads=heads,
+            kv_heads=fields["num_key_value_heads"] or heads, head_dim=fields.get("head_dim") or hidden // heads,
+            vocabulary=fields["vocab_size"], norm_epsilon=fields["rms_norm_eps"], activation=fields["hidden_act"],
+            tied_embeddings=bool(fields["tie_word_embeddings"]), max_length=_max_length(fields), fields=fields,
         )  # fmt: skip
 
 
-def huggingface_config(raw: dict[str, Any]) -> Any | None:
-    """transformers' configuration object for `config.json`'s content; None for a type without one weft could use."""
+WHOLE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+         "vocab_size", "max_position_embeddings")  # fmt: skip
+NEEDED = (*WHOLE, "rms_norm_eps", "hidden_act")
+# Of these families, what a file may leave out and what that means in transformers; a test compares them.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "eos_token_id": 2},
+    "mistral": {"tie_word_embeddings": False, "eos_token_id": 2},
+    "qwen2": {"use_sliding_window": False, "tie_word_embeddings": False, "eos_token_id": None},
+    "qwen3": {
+        "attention_bias": False, "use_sliding_window": False, "tie_word_embeddings": False, "eos_token_id": None,
+        "head_dim": 128,
+    },
+}  # fmt: skip
+ROPE_NEEDS: dict[str, tuple[str, ...]] = {
+    "default": (), "linear": ("factor",), "dynamic": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}  # fmt: skip
+
+
+def complete_fields(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """What the file says by itself, in the form that transformers gives it; None if it leaves anything to transformers,
+    its complaints included: importing that takes longer than all else here."""
+    rope = _complete_rope(raw)
+    plain = (
+        raw.get("model_type") in DEFAULTS and rope is not None and not raw.get("quantization_config")
+        and all(type(raw.get(name)) is int and raw[name] > 0 for name in WHOLE)
+        and type(raw.get("rms_norm_eps")) is float and type(raw.get("hidden_act")) is str
+        and ("head_dim" in raw or raw["hidden_size"] % raw["num_attention_heads"] == 0)
+        and ("sliding_window" in raw or raw["model_type"] != "mistral")
+        and not (raw.get("use_sliding_window") and not raw.get("layer_types"))
+    )  # fmt: skip
+    if not plain:
+        return None
+    defaults = DEFAULTS[str(raw["model_type"])]
+    kinds = {name: int if name == "head_dim" else bool for name in (*defaults, "head_dim") if name != "eos_token_id"}
+    if any(type(raw[name]) is not kind for name, kind in kinds.items() if name in raw):
+        return None
+    return defaults | raw | {"rope_parameters": rope}
+
+
+def _complete_rope(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """As `rope_parameters`, from the new form or from the old one; None for what only transformers can say."""
+    written = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(written, dict) or "partial_rotary_factor" in {**raw, **written}:
+        return None
+    given = {"rope_theta": raw.get("rope_theta"), **written}
+    kind = given.get("rope_type", given.get("type", "default"))
+    needed = ("rope_theta", *ROPE_NEEDS[kind]) if kind in ROPE_NEEDS else ("never",)
+    if any(type(given.get(name)) not in (int, float) for name in needed):
+        return None
+    return given | {"rope_type": kind}
+
+
+def huggingface_fields(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """The same through transformers; None for a type without one weft could use. Raises `InputError`."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
@@ -91,9 +145,9 @@ def huggingface_config(raw: dict[str, Any]) -> Any | None:
         return None
     except Exception as error:  # transformers raises many kinds for an inconsistent configuration
         raise InputError(f"config.json is inconsistent: {' '.join(str(error).split())[:300]}") from None
-    wanted = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-              "vocab_size", "rms_norm_eps", "hidden_act", "max_position_embeddings")  # fmt: skip
-    return hf if all(hasattr(hf, name) for name in wanted) else None
+    if not all(hasattr(hf, name) for name in NEEDED):
+        return None
+    return hf.to_dict() | {name: getattr(hf, name) for name in (*NEEDED, "tie_word_embeddings")}
 
 
 def _architecture(raw: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ from weft.program.steps import decoder_stages
 from weft.program.strategy import AUTO
 from weft.restarts import Restarts
 from weft.simulate.cost import Costs
-from weft.text import tokenizer_of
+from weft.text import reading_tokenizer
 
 Progress = Callable[[str, float], None]  # what goes on, and the share of it that is done
 ALIKE = 0.95  # of the fastest rank's speed: less than that is worth other shares
@@ -96,8 +96,7 @@ class Engine:
         tell = progress or (lambda what, share: None)
         self.model = model or ModelConfig.from_directory(directory)
         flags_of(self.model)  # says so now if the family is unknown
-        self.tokenizer = tokenizer_of(directory)
-        self.end_ids, self.notices = end_ids(directory, self.model, self.tokenizer)
+        tokenizer = reading_tokenizer(directory)
         self.planner = Planner(decoder_stages(self.model.layers), config.overlap, config.wire, granule_of(config))
         self.budget = Budget(self.planner)
         self.completions: dict[Sequence, Completion] = {}
@@ -111,8 +110,12 @@ class Engine:
         self._up = False
         self._began: dict[Request, float] = {}
         self.controller = Controller(launcher or LocalLauncher(), config, self._waiting, self._admit)
+        self.notices: list[str] = []
         try:
             self._start(tell, recalibrate, share_by_speed)
+            self.tokenizer = tokenizer()
+            self.end_ids, lines = end_ids(directory, self.model, self.tokenizer)
+            self.notices += lines
         except WorkerLost as error:
             self.controller.close()
             raise WorkerFailed(f"a worker ended while the model was loaded: {told(error)}") from None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import transformers
 
 from tests.tiny import MODELS, SMALL, Checkpoints
-from weft.config import ModelConfig
+from weft.config import ModelConfig, complete_fields, huggingface_fields
 from weft.errors import InputError
 from weft.model.families import FAMILIES, flags_of
 
@@ -52,3 +54,40 @@ def test_context_counts_rope_scaling_in(checkpoints: Checkpoints, name: str, len
 def test_what_is_not_known_is_refused_with_what_is(raw: dict[str, Any], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
         flags_of(ModelConfig.from_dict(raw))
+
+
+WEFT_READS = ("rope_parameters", "attention_bias", "mlp_bias", "use_sliding_window", "eos_token_id")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_file_that_says_everything_is_read_without_transformers(name: str, checkpoints: Checkpoints) -> None:
+    """And means what it means there; so do fields that it may leave out."""
+    raw = json.loads((checkpoints.directory(name) / "config.json").read_text("utf-8"))
+    optional = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "eos_token_id", "head_dim")
+    scarce = {key: value for key, value in raw.items() if key not in optional}
+    old = {key: value for key, value in raw.items() if key != "rope_parameters"}
+    rope = dict(raw["rope_parameters"])
+    old |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type": rope.pop("rope_type"), **rope}}
+    for given in (raw, scarce, old):
+        ours, theirs = complete_fields(given), huggingface_fields(given)
+        assert theirs is not None
+        if ours is None:  # of all of these, what each layer's window is
+            assert given is scarce and name == "qwen2-window"
+            continue
+        for key in WEFT_READS:
+            assert ours.get(key) == theirs.get(key), key
+        left, right = ModelConfig.from_dict(given), ModelConfig.from_dict(theirs | {"model_type": given["model_type"]})
+        assert replace(left, architecture="") == replace(right, architecture="")
+        assert flags_of(left) == flags_of(right)
+
+
+def test_whatever_a_file_leaves_open_is_transformers_to_say() -> None:
+    raw = config_of("Llama")
+    assert complete_fields(raw) is not None
+    for change in (
+        {"num_hidden_layers": "2"}, {"num_hidden_layers": 0}, {"rms_norm_eps": 1}, {"hidden_size": 50},
+        {"attention_bias": None}, {"partial_rotary_factor": 0.5}, {"rope_parameters": {"rope_type": "longrope"}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, {"quantization_config": {"a": 1}},
+        {"model_type": "gemma2"}, {"rope_parameters": [1]},
+    ):  # fmt: skip
+        assert complete_fields({key: value for key, value in raw.items() if key != "head_dim"} | change) is None, change

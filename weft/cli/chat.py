@@ -20,6 +20,7 @@ from weft.cli.options import DTYPE, TP, shares_or_auto
 from weft.cli.terminal import loaded
 from weft.errors import InputError
 from weft.llm import LLM, RequestOutput
+from weft.text import leave_torch_out
 
 if TYPE_CHECKING:
     import httpx2
@@ -168,6 +169,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="The same draws again.")] = None,
 ) -> None:
     """See HELP."""
+    leave_torch_out()
     console = Console(stderr=True)
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     wishes = {name: value for name, value in given.items() if value is not None}

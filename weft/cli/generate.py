@@ -21,6 +21,7 @@ from weft.llm import LLM, RequestOutput
 from weft.plan.search import WORTH
 from weft.program.batch import one_prompt
 from weft.program.strategy import AUTO
+from weft.text import leave_torch_out
 from weft.timeline.files import demand_form, demand_writable, timelines_as, write
 from weft.timeline.terminal import terminal
 from weft.timeline.timeline import Timeline
@@ -98,6 +99,7 @@ def generate(
     ] = None,
 ) -> None:
     """See HELP."""
+    leave_torch_out()
     model, text = _model_and_prompt(model, prompt)
     if timeline is not None:
         demand_form(timeline, "--timeline")

@@ -30,6 +30,7 @@ from weft.outlook.report import (
     remarks,
 )  # fmt: skip
 from weft.simulate.hardware import catalogue, parse_group
+from weft.text import leave_torch_out
 from weft.timeline.files import demand_writable, write
 
 HELP = """Predict prefill and decode times, memory and the best plan for MODEL on hardware from the catalogue.
@@ -70,6 +71,7 @@ def plan(
     html: Annotated[Path | None, typer.Option(help="Write a page with plots and timelines to this file.")] = None,
 ) -> None:
     """See HELP."""
+    leave_torch_out()
     if show:
         _list(own)
         return

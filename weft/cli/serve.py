@@ -23,6 +23,7 @@ from weft.launch.joined import JoinedLauncher
 from weft.launch.launcher import TOKEN_VARIABLE
 from weft.llm import LLM
 from weft.model.families import flags_of
+from weft.text import leave_torch_out
 
 HELP = """Serve MODEL behind the OpenAI API, with a page at /.
 
@@ -98,6 +99,7 @@ def serve_command(
     local_ranks: Annotated[int, typer.Option(help="With --join-address: ranks on this machine.")] = 1,
 ) -> None:  # fmt: skip
     """See HELP."""
+    leave_torch_out()
     from weft.server.app import Settings, application
     from weft.server.run import bound, serve
     from weft.server.service import Service

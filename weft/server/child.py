@@ -23,7 +23,7 @@ import msgspec
 from weft.errors import InputError
 from weft.server.reading import Answered, Asked, Facts, Reader, parsed
 from weft.server.refused import MISTAKE, Refused
-from weft.text import tokenizer_of
+from weft.text import leave_torch_out, tokenizer_of
 
 WIDTH = 4  # bytes of a frame's length
 
@@ -56,7 +56,7 @@ def framed(message: bytes) -> bytes:
 def main() -> None:
     """Until the server ends."""
     most = int(sys.argv[1]) << 20
-    sys.modules["torch"] = None  # type: ignore[assignment]  # transformers then takes it for not installed
+    leave_torch_out()
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever is printed does not get among the frames
