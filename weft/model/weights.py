@@ -74,7 +74,7 @@ def load(
         progress(layer + 1, config.layers)
     embedding = reader.whole(reader.embedding_name, config.vocabulary, config.hidden)
     head = reader.head(embedding)
-    scale = reader.scale("model.norm.weight", config.hidden)
+    scale = reader.scale("model.norm.weight", config.hidden).to(dtype)
     checkpoint.forget()
     return Weights(embedding, tuple(attention), tuple(mlp), scale, head)
 
@@ -102,15 +102,20 @@ class _Reader:
         return self.checkpoint.read(name).to(self.device, self.dtype)
 
     def scale(self, name: str, width: int) -> Tensor:
-        """A norm's weight times sqrt(width): what is left of the norm after `kernels.unit_rows`."""
-        return self.whole(name, width) * math.sqrt(width)
+        """A norm's weight times sqrt(width), in float32: what is left of the norm after `kernels.unit_rows`."""
+        self._demand(name, width)
+        return self.checkpoint.read(name).to(self.device, torch.float32) * math.sqrt(width)
+
+    def _folded(self, weight: Tensor, norm: str) -> Tensor:
+        """What is left of a norm, taken into the projection behind it: in float32, because a product of two bfloat16
+        would be rounded twice."""
+        return weight.mul_(self.scale(norm, self.config.hidden)).to(self.dtype)
 
     def attention(self, prefix: str) -> AttentionWeights:
         config, flags, prefix_ = self.config, self.flags, prefix + "self_attn."
         parts = [self._heads(f"{prefix_}{p}_proj", heads, p != "v") for p, heads in self._qkv()]
-        weight = torch.cat([weight for weight, _ in parts])
-        weight *= self.scale(prefix + "input_layernorm.weight", config.hidden)
-        bias = torch.cat([b for _, b in parts if b is not None]) if flags.qkv_bias else None
+        weight = self._folded(torch.cat([weight for weight, _ in parts]), prefix + "input_layernorm.weight")
+        bias = self._joined([bias for _, bias in parts if bias is not None]) if flags.qkv_bias else None
         output = self._columns(f"{prefix_}o_proj", self._spread(self.share.heads), config.heads, flags.output_bias)
         return AttentionWeights(self._linear(weight, bias), output, self._qk_norm(prefix_))
 
@@ -141,7 +146,10 @@ class _Reader:
             return None
         width = self.config.head_dim
         query, key = (_pairs(self.scale(f"{prefix}{p}_norm.weight", width)[None]) for p in ("q", "k"))
-        return torch.cat([query.expand(len(self.share.heads), -1), key.expand(len(self.share.kv_heads), -1)])
+        return self._joined([query.expand(len(self.share.heads), -1), key.expand(len(self.share.kv_heads), -1)])
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts).to(self.dtype)
 
     def mlp(self, prefix: str) -> MlpWeights:
         config, flags, width = self.config, self.flags, self.share.width
@@ -149,8 +157,8 @@ class _Reader:
         for name in names:
             self._demand(name + ".weight", config.intermediate, config.hidden)
         weight = torch.cat([self._rows(name + ".weight", width) for name in names])
-        weight *= self.scale(prefix + "post_attention_layernorm.weight", config.hidden)
-        bias = torch.cat([self._rows(name + ".bias", width) for name in names]) if flags.mlp_bias else None
+        weight = self._folded(weight, prefix + "post_attention_layernorm.weight")
+        bias = self._joined([self._rows(name + ".bias", width) for name in names]) if flags.mlp_bias else None
         gate_up = self._linear(weight, bias)
         del weight  # before the next matrix is read: one at a time
         down = self._columns(f"{prefix}mlp.down_proj", width, None, flags.mlp_bias)
@@ -170,7 +178,7 @@ class _Reader:
         weight = embedding[rows.start : rows.stop]
         if not config.tied_embeddings or HEAD in self.checkpoint:
             self._demand(HEAD, config.vocabulary, config.hidden)
-            own = self._rows(HEAD, rows)
+            own = self._rows(HEAD, rows).to(self.dtype)
             weight = weight if config.tied_embeddings and torch.equal(own, weight) else own
         return Linear(weight, exact_rows=self.exact_rows, packed=False)
 
@@ -183,7 +191,8 @@ class _Reader:
         return self._linear(weight.contiguous(), bias)
 
     def _rows(self, name: str, rows: range) -> Tensor:
-        return self.checkpoint.read(name, rows=rows).to(self.device, self.dtype)
+        """In float32."""
+        return self.checkpoint.read(name, rows=rows).to(self.device, torch.float32)
 
     def _linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return Linear(weight, bias, exact_rows=self.exact_rows)
