@@ -14,6 +14,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from types import TracebackType
 from unittest.mock import patch
 
+import torch  # noqa: F401  # commands that run in this process would leave it out of it otherwise
+
 from weft.cli.main import main
 
 WEFT = [sys.executable, "-m", "weft.cli.main"]

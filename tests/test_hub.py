@@ -23,6 +23,14 @@ def test_what_is_no_directory(name: str) -> None:
         locate(name)
 
 
+@pytest.mark.parametrize("name", ["~nobody-here/x", "a" * 5000, "", "a\0b"])
+def test_what_is_no_name(name: str) -> None:
+    for look in (locate, locate_config):
+        with pytest.raises(InputError, match="is no name of a model") as told:
+            look(name)
+        assert len(str(told.value)) < 300
+
+
 def test_hub_ids_that_can_not_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Offline, an id that is not in the cache is one clear line, at once."""
     with pytest.raises(InputError, match="neither a directory nor a hub id"):

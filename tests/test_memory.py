@@ -65,6 +65,27 @@ def test_without_groups_what_the_machine_has() -> None:
     assert machine_name() == machine_name()
 
 
+def test_who_takes_memory_from_the_same_is_one_machine(tmp_path: Path) -> None:
+    """Two sessions of one machine, or of one container: a limit further in is its own."""
+    groups = tmp_path / "groups"
+    names = {}
+    for session in ("one", "two"):
+        own = tmp_path / session
+        own.write_text(f"0::/slice/{session}\n")
+        (groups / "slice" / session).mkdir(parents=True)
+        names[session] = own
+    assert machine_name(names["one"], groups) == machine_name(names["two"], groups)
+    (groups / "slice" / "memory.max").write_text(str(900 * MIB))
+    (groups / "slice" / "memory.current").write_text(str(100 * MIB))  # and no memory.stat
+    assert machine_name(names["one"], groups) == machine_name(names["two"], groups)
+    assert free_memory(names["one"], groups) == 800 * MIB
+    (groups / "slice" / "memory.max").write_text("max")
+    for session in names:
+        (groups / "slice" / session / "memory.max").write_text(str(400 * MIB))
+        (groups / "slice" / session / "memory.current").write_text("0")
+    assert machine_name(names["one"], groups) != machine_name(names["two"], groups)
+
+
 def hello(place: int, machine: str, free: int) -> Hello:
     return Hello(VERSION, place, f"host-{machine}", 1, "127.0.0.1", machine, free)
 
@@ -140,7 +161,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 needs_groups = pytest.mark.skipif(memory_root() is None, reason="needs root, and control groups with memory limits")
-SIDE = 1100  # MiB: enough for the engine, a rank and half of the model; not for all of it
+SIDE = 850  # MiB: enough for the engine, a rank and half of the model; not for all of it
 
 
 @needs_groups

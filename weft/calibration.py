@@ -10,6 +10,7 @@ from weft.config import EngineConfig, ModelConfig, processor_name
 from weft.execute.controller import RunOptions, RunResult
 from weft.model.families import flags_of
 from weft.model.shares import shares_of
+from weft.parallel.sizes import ONE_SHOT_BYTES, element_bytes
 from weft.plan.calibrate import MOST, calibrate
 from weft.plan.planner import Plan
 from weft.plan.readings import Sample, Subject
@@ -39,10 +40,6 @@ def granule_of(config: EngineConfig) -> int:
 
 def subject_of(model: ModelConfig, config: EngineConfig, wires: tuple[str, ...]) -> Subject:
     """What is measured for these wires."""
-    # Here, because it is all that needs torch in what every command imports, and takes a second and a half.
-    from weft.parallel.allreduce import ONE_SHOT_BYTES
-    from weft.parallel.codec import element_bytes
-
     windows = set(flags_of(model).windows)
     widths = [len(share.vocabulary) for share in shares_of(model, config.shares)]
     return Subject(

@@ -58,7 +58,7 @@ class ModelConfig:
         if not path.is_file():
             raise InputError(f"{path} is missing; a checkpoint in Hugging Face format has one")
         try:
-            raw = json.loads(path.read_text("utf-8"))
+            raw = json.loads(path.read_text("utf-8-sig"))
         except (ValueError, OSError, RecursionError) as error:
             raise InputError(f"{path} can't be read as JSON ({error}); download the file again") from None
         if not isinstance(raw, dict) or "model_type" not in raw:
@@ -71,6 +71,10 @@ class ModelConfig:
         fields = complete_fields(raw) or huggingface_fields(raw)
         if fields is None:  # unknown to transformers too: families.py gives the error, with the list of known ones
             return cls(str(raw["model_type"]), _architecture(raw), 0, 0, 0, 0, 0, 0, 0, 0.0, "", False, 0, raw)
+        if wrong := [
+            name for name in WHOLE if fields[name] is not None and fields[name] < (name != "num_hidden_layers")
+        ]:
+            raise InputError(f"config.json is inconsistent: {wrong[0]} {fields[wrong[0]]}; it must be above 0")
         heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
         return cls(
             model_type=str(raw["model_type"]), architecture=_architecture(raw), layers=fields["num_hidden_layers"],
@@ -139,15 +143,21 @@ def huggingface_fields(raw: dict[str, Any]) -> dict[str, Any] | None:
     """The same through transformers; None for a type without one weft could use. Raises `InputError`."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if raw["model_type"] not in CONFIG_MAPPING:
+        return None
     try:
         hf = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    except KeyError:
-        return None
     except Exception as error:  # transformers raises many kinds for an inconsistent configuration
-        raise InputError(f"config.json is inconsistent: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"config.json is inconsistent: {_reason(error)}") from None
     if not all(hasattr(hf, name) for name in NEEDED):
         return None
     return hf.to_dict() | {name: getattr(hf, name) for name in (*NEEDED, "tie_word_embeddings")}
+
+
+def _reason(error: Exception) -> str:
+    """In one line; of a missing field only its name is said."""
+    name = f"{type(error).__name__} " if isinstance(error, KeyError) else ""
+    return name + " ".join(str(error).split())[:300]
 
 
 def _architecture(raw: dict[str, Any]) -> str:
@@ -171,6 +181,7 @@ def _max_length(fields: dict[str, Any]) -> int:
 
 
 WIRES = ("exact", "bf16")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -218,7 +229,7 @@ class EngineConfig:
         if not all(0 < share < float("inf") for share in shares):
             raise InputError(f"--shares {','.join(map(str, shares))}: every share must be a number above 0")
         one_of(wire, "--wire", WIRES)
-        one_of(dtype, "--dtype", ("float32", "bfloat16"))
+        one_of(dtype, "--dtype", DTYPES)
         positive(max_sequences, "max_num_seqs")
         positive(max_batch_tokens, "max_num_batched_tokens")
         positive(threads, "num_threads")

@@ -27,7 +27,7 @@ from weft.config import EngineConfig, ModelConfig
 from weft.errors import GivenUp, InputError, Interrupted, WorkerFailed, WorkerLost, told
 from weft.execute.controller import Controller, RunOptions, RunResult, Submitted
 from weft.execute.protocol import Choice, Chosen, Hello
-from weft.grammar import Grammars
+from weft.grammar import Grammar, Grammars
 from weft.launch.launcher import Launcher
 from weft.launch.local import LocalLauncher
 from weft.model.families import flags_of
@@ -171,33 +171,34 @@ class Engine:
 
     def add(
         self, prompt: ReadOnly[int], params: SamplingParams, priority: int = 0, owner: str = "",
-        deadline: float | None = None,
+        deadline: float | None = None, grammar: Grammar | None = None,
     ) -> Request:  # fmt: skip
-        """Queues a request; see `Request` for what it can be given. Raises `InputError` if it can't ever run."""
+        """Queues a request; see `Request` for what it can be given. `grammar`: of its schema, if it is compiled
+        already. Raises `InputError` if it can't ever run."""
         tokens = token_ids(prompt, "the prompt")
         limit = self.check(tokens, params)
+        if params.json_schema and grammar is None:
+            grammar = self.grammars.grammar(params.json_schema)
         request = Request(tokens, params, limit, priority, owner, time.monotonic(), deadline)
-        completions = [self._completion(sequence) for sequence in request.sequences]
+        completions = [self._completion(sequence, grammar) for sequence in request.sequences]
         # Nothing was changed until here, and nothing can fail from here on.
         self._began[request] = time.perf_counter()
         self.completions.update(zip(request.sequences, completions, strict=True))
         self.batcher.add(request)
         return request
 
-    def _completion(self, sequence: Sequence) -> Completion:
-        params = sequence.request.params
-        grammar = self.grammars.matcher(params.json_schema) if params.json_schema else None
-        return completion_of(sequence, self.tokenizer, self.end_ids, grammar)
+    def _completion(self, sequence: Sequence, grammar: Grammar | None) -> Completion:
+        matcher = grammar.matcher() if grammar is not None else None
+        return completion_of(sequence, self.tokenizer, self.end_ids, matcher)
 
     def check(self, prompt: ReadOnly[int], params: SamplingParams) -> int:
-        """How many tokens may follow; raises `InputError` for requests that can't be run. For any thread."""
+        """How many tokens may follow; raises `InputError` for requests that can't be run, but for what is wrong with a
+        schema. For any thread."""
         ends = frozenset() if params.ignore_eos else self.end_ids
         if params.stops and self.tokenizer is None:
             raise InputError("stop texts need a tokenizer, and this model has no tokenizer.json; use stop_token_ids")
         limit = limit_of(prompt, params, self.model.vocabulary, self.config.max_length, self.batcher.memory, ends)
         demand_room(len(prompt) + limit, self.batcher.memory, self.started.loaded)
-        if params.json_schema:
-            self.grammars.matcher(params.json_schema)
         return limit
 
     def step(self) -> list[Sequence]:

@@ -5,7 +5,8 @@ Wraps llguidance. Knows tokenizers and JSON schemas; knows nothing of models or 
 
 from __future__ import annotations
 
-from functools import lru_cache
+import threading
+from collections import OrderedDict
 from typing import Any
 
 from weft.errors import InputError
@@ -14,13 +15,14 @@ from weft.text import Tokenizer
 ANY_OBJECT = '{"type": "object"}'
 # As json.dumps writes it. Free white space is where small models get lost.
 _STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_KEPT = 64  # compiled schemas
+KEPT = 1 << 17  # characters of the schemas that are kept compiled, which takes some 300 times as many bytes
 
 
 class Grammars:
-    """Compiles schemas for one tokenizer. `vocabulary`: the model's, which may be larger."""
+    """Compiles schemas for one tokenizer. `vocabulary`: the model's, which may be larger. `keep`: characters of schemas
+    that are kept."""
 
-    def __init__(self, tokenizer: Tokenizer, vocabulary: int, end_ids: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, end_ids: frozenset[int], keep: int = KEPT) -> None:
         ends = sorted(end_ids) or None
         try:
             self._tokenizer = _tokenizer(tokenizer.serialised, vocabulary, ends)
@@ -28,14 +30,29 @@ class Grammars:
             if ends is None:
                 raise InputError("a JSON schema needs an end token, and this model has none") from None
             self._tokenizer = _tokenizer(_spelt(tokenizer, vocabulary, ends[0]), vocabulary, ends)
-        self._compiled = lru_cache(maxsize=_KEPT)(self._compile)  # requests are checked on several threads
+        self._keep, self._kept = keep, OrderedDict[str, Grammar]()
+        self._lock = threading.Lock()
+
+    def __contains__(self, schema: str) -> bool:
+        """Whether it need not be compiled any more."""
+        return schema in self._kept
+
+    def grammar(self, schema: str) -> Grammar:
+        """Compiled, for any number of completions; for any thread, one at a time, so that who asks for what another one
+        is at waits for that. Raises `InputError` for a schema that can't be followed."""
+        with self._lock:
+            if (grammar := self._kept.get(schema)) is None:
+                grammar = self._kept[schema] = self._compile(schema)
+            self._kept.move_to_end(schema)
+            while sum(map(len, self._kept)) > self._keep and self._kept:
+                self._kept.popitem(last=False)
+        return grammar
 
     def matcher(self, schema: str) -> Matcher:
         """For one completion. Raises `InputError` for a schema that can't be followed."""
-        return Matcher(self._compiled(schema).deep_copy())
+        return self.grammar(schema).matcher()
 
-    def _compile(self, schema: str) -> Any:
-        """A matcher at the beginning, for copies of it: making one takes up to a hundred times as long."""
+    def _compile(self, schema: str) -> Grammar:
         from llguidance import LLMatcher
 
         try:
@@ -50,7 +67,7 @@ class Grammars:
             wrong = str(error)
         if wrong:
             raise InputError(f"the JSON schema can't be followed: {_line(wrong)}")
-        return begun
+        return Grammar(begun)
 
 
 def _tokenizer(described: Any, vocabulary: int, ends: list[int] | None) -> Any:
@@ -94,6 +111,18 @@ def _spelt(tokenizer: Tokenizer, vocabulary: int, end: int) -> Any:
 def _line(wrong: str) -> str:
     """What llguidance says, in one line, without the grammar that it shows behind it."""
     return " ".join(wrong.partition("<state>")[0].split())[:300]
+
+
+class Grammar:
+    """A schema, compiled: a matcher at its beginning, to be copied, as making one takes up to a thousand times as
+    long."""
+
+    def __init__(self, begun: Any) -> None:
+        self._begun = begun
+
+    def matcher(self) -> Matcher:
+        """For one completion."""
+        return Matcher(self._begun.deep_copy())
 
 
 class Matcher:

@@ -23,10 +23,10 @@ def locate(model: str | Path | None, weights: bool = True) -> Path:
     """
     if model is None:
         return PACKAGED
-    name = str(model)
-    _demand_text(name)
-    directory = Path(model).expanduser()
+    name, directory = str(model), _place(str(model))
     if directory.is_dir():
+        if not (directory / "config.json").is_file() and any(directory.glob("*.gguf")):
+            raise InputError(f"{name} has no config.json, and a .gguf file: {GGUF}")
         return directory
     if name.lower().endswith(".gguf") or re.fullmatch(r"[\w.-]+/[\w.-]+:[\w.-]+", name):
         missing = "there is no such file, and " if not directory.is_file() and ":" not in name else ""
@@ -42,17 +42,25 @@ def locate_config(model: str | Path | None) -> Path:
     """The configuration's file, where nothing else is needed, nor fetched: in such a directory, or itself, whatever its
     name."""
     if model is not None:
-        _demand_text(str(model))
-        path = Path(model).expanduser()
+        path = _place(str(model))
         if path.is_file() and path.suffix.lower() != ".gguf":
             return path
+        if path.suffix.lower() == ".json":
+            raise InputError(f"{model} is missing; give a model's config.json, its directory or hub id")
     return locate(model, weights=False) / "config.json"
 
 
-def _demand_text(name: str) -> None:
-    """The system takes no such name."""
-    if "\0" in name or not name:
-        raise InputError(f"{name!r} is no name of a model; give a directory or a hub id")
+def _place(name: str) -> Path:
+    """Where that would be. Raises `InputError` for what the system takes for no name."""
+    try:
+        if "\0" in name or not name:
+            raise ValueError("it is empty, or holds a zero byte")
+        path = Path(name).expanduser()
+        path.exists()
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{name[:100]!r} is no name of a model ({reason}); give a directory or a hub id") from None
+    return path
 
 
 def _download(name: str, weights: bool) -> Path:
@@ -67,7 +75,10 @@ def _download(name: str, weights: bool) -> Path:
     except HFValidationError:
         raise InputError(f"{name!r} is neither a directory nor a hub id such as Qwen/Qwen3-0.6B") from None
     except LocalEntryNotFoundError:
-        raise InputError(f"{name!r} is no directory, not in the hub's cache, and the hub can't be reached") from None
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+
+        why = "HF_HUB_OFFLINE keeps weft from asking the hub" if HF_HUB_OFFLINE else "the hub can't be reached"
+        raise InputError(f"{name!r} is no directory, not in the hub's cache, and {why}") from None
     except (HfHubHTTPError, OSError) as error:
         raise InputError(f"{name!r} can't be had from the hub: {str(error).splitlines()[0]}") from None
 
@@ -76,6 +87,13 @@ def _weights(directory: Path) -> list[str]:
     """The files that the index names; without one that can be read, the only one. Others hold the same once more."""
     try:
         named = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"].values()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # what is wrong with it, its reader says
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):  # what is wrong with it, its reader says
         return [SINGLE]
     return sorted({str(name) for name in named})

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from tests.launch.test_joined import TOKEN, joining
-from tests.processes import Command, free_port, weft
+from tests.processes import WEFT, Command, free_port, weft
 from weft.cli.options import ELSEWHERE
 
 HARDWARE = "--hardware", "2x rtx4090", "--tokens", "128"
@@ -57,6 +60,9 @@ def test_a_configuration_of_any_name_is_enough_for_a_plan(packaged: Path, tmp_pa
 @pytest.mark.parametrize(
     "arguments",
     [("generate", "\udcff"), ("generate", "a\udcff/b", "x"), ("serve", "\udcff"), ("chat", "a\0b"), ("bench", ""),
+     ("serve", "--served-model-name", "\udcff"), ("serve", "--api-key", "\udcff"), ("plan", "no-such.json", *HARDWARE),
+     ("generate", "caf\udce9"), ("serve", "nobody/nothing", "--dtype", "float16"), ("serve", "-tp", "2"),
+     ("serve", "--swap_space", "4"),
      ("timeline", "\udcff"), ("plan", "\udcff", *HARDWARE), ("serve", "--host", "\udcff", "--allow-anyone"),
      ("serve", "--host", "no.such.host.invalid", "--allow-anyone"), ("serve", "--allow-origin", "http://a/b"),
      ("serve", "--tp", "2", "--join-address", "no.such.host.invalid:7000")],
@@ -64,6 +70,13 @@ def test_a_configuration_of_any_name_is_enough_for_a_plan(packaged: Path, tmp_pa
 def test_texts_that_can_not_be_used_are_one_line(arguments: tuple[str, ...]) -> None:
     said = weft(*arguments, code=2).stderr
     assert said.startswith("weft: ") and said.count("\n") == 1
+
+
+def test_a_terminal_that_can_show_ascii_only_is_no_reason_to_end() -> None:
+    command = [*WEFT, "generate", "caf", "--json", "--max-tokens", "1", "--threads", "1"]
+    ascii_only = os.environ | {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, capture_output=True, timeout=60, env=ascii_only, check=False)
+    assert done.returncode == 0 and json.loads(done.stdout), done.stderr
 
 
 def test_nothing_is_printed_before_the_model_was_found() -> None:
@@ -77,6 +90,17 @@ def test_the_line_to_run_elsewhere_holds_the_model(packaged: Path, tmp_path: Pat
     port = free_port()
     with Command("serve", str(model), "--tp", "2", "--join-address", f"localhost:{port}", "--port", "0") as server:
         server.until(f"weft worker --join localhost:{port} '{model}'")
+
+
+def test_a_server_that_waits_for_a_machine_ends_at_the_first_signal(packaged: Path) -> None:
+    port = free_port()
+    with Command(
+        "serve", "--tp", "2", "--join-address", f"127.0.0.1:{port}", "--port", "0", WEFT_TOKEN=TOKEN
+    ) as server:
+        server.until("waiting for 1 more machine")
+        server.child.terminate()
+        assert server.child.wait(10) == 0, server.said
+        assert "Traceback" not in server.said and "does not start" not in server.said
 
 
 def test_a_worker_without_an_answer_says_which(packaged: Path) -> None:

@@ -95,13 +95,26 @@ def test_tensor_missing_from_the_index(sharded: Path) -> None:
         load_all(sharded)
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}',
+     '{"weight_map": {"a": ["x"]}}', "[" * 100_000, '{"weight_map": ' * 50_000],
+    ids=range(9),
+)  # fmt: skip
+def test_an_index_that_is_none(sharded: Path, content: str) -> None:
+    (sharded / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(InputError, match="index.json can't be read"):
+        load_all(sharded)
+
+
 def test_an_index_can_not_point_out_of_the_directory(sharded: Path) -> None:
     path = sharded / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    index["weight_map"][NAME] = "../../secret.safetensors"
-    path.write_text(json.dumps(index))
-    with pytest.raises(InputError, match="not a file of this directory"):
-        load_all(sharded)
+    for elsewhere in ("../../secret.safetensors", "", "."):
+        index["weight_map"][NAME] = elsewhere
+        path.write_text(json.dumps(index))
+        with pytest.raises(InputError, match="not a file of this directory|is missing"):
+            load_all(sharded)
 
 
 def test_pickle_is_refused(copy: Path) -> None:

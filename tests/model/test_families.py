@@ -47,6 +47,8 @@ def test_context_counts_rope_scaling_in(checkpoints: Checkpoints, name: str, len
         (config_of("Llama") | {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModel": "own.Own"}}, "OwnFor"),
         ({"model_type": "t5"}, "the architecture t5"),
         ({"model_type": "never-heard-of"}, "never-heard-of"),
+        (config_of("Llama") | {"num_hidden_layers": -1}, "num_hidden_layers -1; it must be above 0"),
+        (config_of("Llama") | {"vocab_size": 0}, "vocab_size 0; it must be above 0"),
         (config_of("Llama", hidden_act="gelu"), "activation 'gelu' is not known"),
         (config_of("Llama") | {"quantization_config": {"quant_method": "awq"}}, "quantized .awq."),
     ],

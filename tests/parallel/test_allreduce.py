@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import Threads
+from weft.config import DTYPES, WIRES
 from weft.errors import InputError
 from weft.parallel.allreduce import (
-    ONE_SHOT_BYTES,
     all_gather,
     all_reduce,
     exchange,
@@ -21,6 +21,7 @@ from weft.parallel.allreduce import (
 )
 from weft.parallel.codec import codec_named
 from weft.parallel.group import Group
+from weft.parallel.sizes import NUMBER_BYTES, ONE_SHOT_BYTES, element_bytes
 
 
 @pytest.fixture(params=[2, 3, 4], scope="module")
@@ -127,3 +128,11 @@ def test_one_rank_sums_nothing() -> None:
 def test_unknown_wire() -> None:
     with pytest.raises(InputError, match="'int3' is not known; allowed: exact, bf16"):
         codec_named("int3")
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bytes_are_what_is_sent(wire: str, dtype: str) -> None:
+    values = torch.empty(3, 64, dtype=getattr(torch, dtype))
+    assert codec_named(wire).empty(values).nbytes == element_bytes(wire, dtype) * values.numel()
+    assert set(NUMBER_BYTES) == set(DTYPES)

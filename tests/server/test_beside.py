@@ -15,14 +15,15 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import psutil
 import pytest
 
 from tests.server.running import NAME, Running, running
 from weft.errors import Busy, Unavailable
 from weft.server import beside
-from weft.server.beside import Helper
-from weft.server.child import Job
+from weft.server.beside import Helper, Turns
+from weft.server.child import SCHEMA, Job
 from weft.server.reading import Answered, Asked, Facts, unpacked
 from weft.server.refused import Refused
 
@@ -80,13 +81,13 @@ def test_limits_end_one_body_and_no_other(endless: Path) -> None:
     helper, facts = Helper(1.0, 64), facts_of(endless)
 
     async def work() -> None:
-        plain = await helper.read(facts, chat("hello"))
+        plain = await helper.read(facts, chat("hello"), "me")
         assert isinstance(plain, Asked) and unpacked(plain.prompts[0].tokens)
         for job, says in ((chat("for ever"), "longer than 1 s"), (chat("much"), "more memory"),
                           (Job("/v1/completions", json.dumps(MANY).encode()), "more memory")):  # fmt: skip
             begin = time.monotonic()
-            late = asyncio.create_task(helper.read(facts, job))
-            after = asyncio.create_task(helper.read(facts, chat("hello")))  # it waits its turn
+            late = asyncio.create_task(helper.read(facts, job, "me"))
+            after = asyncio.create_task(helper.read(facts, chat("hello"), "me"))  # it waits its turn
             with pytest.raises(Refused, match=says):
                 await late
             assert await after == plain and time.monotonic() - begin < 20
@@ -100,15 +101,15 @@ def test_a_process_that_is_killed_is_started_again(endless: Path) -> None:
     async def work() -> None:
         await helper.prepare(facts)
         assert helper._process is not None
-        working = asyncio.create_task(helper.read(facts, chat("for ever")))
+        working = asyncio.create_task(helper.read(facts, chat("for ever"), "me"))
         await asyncio.sleep(0.3)
         os.kill(helper._process.pid, signal.SIGKILL)
         with pytest.raises(Refused, match="more than one may take"):
             await working
-        assert isinstance(await helper.read(facts, chat("hello")), Asked)
+        assert isinstance(await helper.read(facts, chat("hello"), "me"), Asked)
         os.kill(helper._process.pid, signal.SIGKILL)
         await asyncio.sleep(0.3)  # while it has nothing to do
-        assert isinstance(await helper.read(facts, chat("hello")), Asked)
+        assert isinstance(await helper.read(facts, chat("hello"), "me"), Asked)
 
     run(helper, work)
 
@@ -117,11 +118,11 @@ def test_who_goes_away_leaves_no_answer_for_the_next(endless: Path) -> None:
     helper, facts = Helper(30.0, 64), facts_of(endless)
 
     async def work() -> None:
-        gone = asyncio.create_task(helper.read(facts, chat("for ever")))
+        gone = asyncio.create_task(helper.read(facts, chat("for ever"), "me"))
         await asyncio.sleep(2.0)
         gone.cancel()
         text = Job("/tokenize", json.dumps({"prompt": "def main("}).encode())
-        found = await helper.read(facts, text)
+        found = await helper.read(facts, text, "me")
         assert isinstance(found, Answered) and json.loads(found.body)["count"] == len(json.loads(found.body)["tokens"])
 
     run(helper, work)
@@ -132,15 +133,15 @@ def test_too_many_wait_no_longer_and_a_closed_one_says_so(endless: Path, monkeyp
     helper, facts = Helper(30.0, 64), facts_of(endless)
 
     async def work() -> None:
-        first = [asyncio.create_task(helper.read(facts, chat("for ever"))) for _ in range(2)]
+        first = [asyncio.create_task(helper.read(facts, chat("for ever"), "me")) for _ in range(3)]
         await asyncio.sleep(0.1)
         with pytest.raises(Busy, match="2 requests wait"):
-            await helper.read(facts, chat("hello"))
+            await helper.read(facts, chat("hello"), "me")
         await helper.close()
         ended = await asyncio.gather(*first, return_exceptions=True)
         assert all(isinstance(error, Refused | Unavailable) for error in ended)
         with pytest.raises(Unavailable):
-            await helper.read(facts, chat("hello"))
+            await helper.read(facts, chat("hello"), "me")
 
     run(helper, work)
 
@@ -151,7 +152,63 @@ def test_what_does_not_start_says_so(tmp_path: Path, capfd: pytest.CaptureFixtur
 
     async def work() -> None:
         with pytest.raises(Unavailable, match="log says why"):
-            await helper.read(facts_of(tmp_path), chat("hello"))
+            await helper.read(facts_of(tmp_path), chat("hello"), "me")
+
+    run(helper, work)
+
+
+def test_owners_take_turns_and_who_goes_away_leaves_the_queue() -> None:
+    async def work() -> None:
+        turns, order = Turns(), list[str]()
+
+        async def one(owner: str, number: int) -> None:
+            async with turns.turn(owner):
+                order.append(f"{owner}{number}")
+                await asyncio.sleep(0)
+
+        async with turns.turn("first"):
+            waiting = [asyncio.create_task(one("busy", number)) for number in range(4)]
+            await asyncio.sleep(0)
+            waiting += [asyncio.create_task(one("calm", number)) for number in range(2)]
+            await asyncio.sleep(0)
+            assert (turns.waiting("busy"), turns.waiting("calm"), turns.waiting()) == (4, 2, 6)
+            waiting[1].cancel()
+            await asyncio.sleep(0)
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert order == ["busy0", "calm0", "busy2", "calm1", "busy3"]
+        assert not turns.taken and turns.waiting() == 0
+        async with turns.turn("late"):
+            late = asyncio.create_task(one("busy", 9))
+            await asyncio.sleep(0)
+        late.cancel()  # its turn has come, and it doesn't know yet
+        await asyncio.gather(late, return_exceptions=True)
+        assert not turns.taken
+
+    asyncio.run(work())
+
+
+def test_an_innocent_one_does_not_pay_for_what_others_left(endless: Path) -> None:
+    """What one request leaves in the process is not counted against the next."""
+    helper, facts = Helper(30.0, 96), facts_of(endless)
+
+    async def work() -> None:
+        for number in range(40):
+            items = [{"type": "number", "minimum": i * 1.2345678 + number, "maximum": i * 9876.5} for i in range(300)]
+            schema = json.dumps({"type": "array", "prefixItems": items})
+            assert isinstance(await helper.read(facts, Job(SCHEMA, schema.encode()), "me"), Answered)
+
+    run(helper, work)
+
+
+def test_nothing_of_the_folder_is_run(endless: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("transformers", "msgspec", "json"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('run')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "")
+    helper = Helper(30.0, 64)
+
+    async def work() -> None:
+        assert isinstance(await helper.read(facts_of(endless), chat("hello"), "me"), Asked)
 
     run(helper, work)
 
@@ -164,7 +221,7 @@ def test_the_end_of_the_server_is_the_end_of_the_process_whatever_it_is_at(endle
         "    helper = Helper(60.0, 64)\n"
         "    await helper.prepare(facts_of(Path(sys.argv[1])))\n"
         "    print(helper._process.pid, flush=True)\n"
-        "    await helper.read(facts_of(Path(sys.argv[1])), chat('for ever'))\n"
+        "    await helper.read(facts_of(Path(sys.argv[1])), chat('for ever'), 'me')\n"
         "asyncio.run(work())\n"
     )
     with subprocess.Popen([sys.executable, "-c", program, str(endless)], stdout=subprocess.PIPE, text=True) as parent:
@@ -202,7 +259,30 @@ def test_short_questions_wait_for_no_book(server: Running) -> None:
         for each in asking:
             each.join(60)
     assert "the context holds 2048" in answers["large"]["error"]["message"]
-    assert "longer than 10 s" in answers["ever"]["error"]["message"]
+    assert "longer than 5 s" in answers["ever"]["error"]["message"]
+
+
+def test_a_slow_schema_holds_up_nobody_and_who_goes_away_frees_the_way(server: Running) -> None:
+    def slow(number: int) -> dict[str, Any]:
+        patterns = {f"^p{i}.*q(a|b)*c{{{i}}}$": {"type": "string"} for i in range(600)}
+        schema = {"type": "object", "patternProperties": patterns, "properties": {f"z{number}": {}}}
+        return {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+
+    hello = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
+    with server.client() as http:
+        assert http.post("/v1/chat/completions", json=hello).is_success  # its process is there
+        for number in range(3):
+            with pytest.raises(httpx2.TimeoutException):
+                http.post("/v1/chat/completions", json=hello | {"response_format": slow(number)}, timeout=0.3)
+        begin = time.monotonic()
+        assert http.post("/v1/chat/completions", json=hello).is_success
+        small = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"enum": ["a"]}}}
+        assert http.post("/v1/chat/completions", json=hello | {"response_format": small}).is_success
+        assert http.get("/live").is_success
+        assert time.monotonic() - begin < 4  # a new process for schemas takes the most of it
+        prompts = {"prompt": ["a"] * 16, "max_tokens": 1, "response_format": slow(9)}
+        answer = http.post("/v1/completions", json=prompts)
+        assert answer.is_success or "longer than 5 s" in answer.json()["error"]["message"]
 
 
 def test_it_is_read_alike_beside_and_on_the_loop(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,8 @@ def _biases(given: Any) -> dict[int, float] | None:
         raise InputError(f"logit_bias {shown(given)} is not allowed; give token ids with a number each")
     biases: dict[int, float] = {}
     for token, value in given.items():
-        whole = _index(int(token) if isinstance(token, str) and token.isascii() and token.isdigit() else token)
+        digits = isinstance(token, str) and len(token) < 20 and token.isascii() and token.isdigit()
+        whole = _index(int(token) if digits else token)
         if whole is None:
             raise InputError(f"logit_bias names {shown(token)}; token ids are whole numbers")
         biases[whole] = _number(value, f"logit_bias of token {whole},", -MOST_BIAS, MOST_BIAS)

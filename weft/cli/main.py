@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import version as installed
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
 
 from weft.cli import bench, chat, doctor, generate, plan, serve, timeline, worker
-from weft.cli.options import demand_known
+from weft.cli.options import demand_known, demand_text
 from weft.errors import InputError, RequestFailed, WorkerFailed
 
 app = typer.Typer(
@@ -51,8 +52,13 @@ def main() -> None:
     """The `weft` command."""
     # Progress bars and hints of the libraries beneath would be mixed into weft's own.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A locale that knows ASCII only is no reason to end, and UTF-8 is what everything else here reads.
+            stream.reconfigure(encoding="utf-8" if stream.encoding == "ascii" else None, errors="backslashreplace")
     try:
-        demand_known(sys.argv[1:])
+        demand_text(sys.argv[1:], os.environ)
+        demand_known(sys.argv[1:], _valued(sys.argv[1:2]))
         app()
     except InputError as error:
         _end(f"weft: {error}", 2)
@@ -61,6 +67,13 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _valued(command: list[str]) -> set[str]:
+    """The options of a command that a value follows."""
+    commands = getattr(typer.main.get_command(app), "commands", {})
+    options = commands[command[0]].params if command and command[0] in commands else []
+    return {name for option in options if not getattr(option, "is_flag", True) for name in option.opts}
 
 
 def _end(line: str, code: int) -> None:

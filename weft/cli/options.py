@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import typer
 
+from weft.config import DTYPES, one_of
 from weft.errors import InputError
 
 TP = Annotated[int, typer.Option("--tp", "--tensor-parallel-size", help="Ranks that the model is split over.")]
-DTYPE = Annotated[str, typer.Option(help="What is computed in: float32 or bfloat16, which takes half the memory.")]
+
+
+def _known_dtype(given: str) -> str:
+    one_of(given, "--dtype", DTYPES)
+    return given
+
+
+DTYPE = Annotated[
+    str,
+    typer.Option(
+        callback=_known_dtype,
+        help="What is computed in: float32, or bfloat16, which takes half the memory and on many processors longer.",
+    ),
+]
 # What users of other engines type, and weft has by another name, or not: what to do instead.
 ELSEWHERE = {
     "--model": "give MODEL without an option",
@@ -26,6 +41,22 @@ ELSEWHERE = {
     "--quantization": "weft has no quantised weights yet; leave it out, and see --dtype",
     "--trust-remote-code": "weft never runs a checkpoint's code; leave it out",
     "--enforce-eager": "there is nothing else here; leave it out",
+    "-tp": "give --tp",
+    "--swap-space": "weft has none: what memory doesn't hold waits; leave it out",
+    "--kv-cache-dtype": "keys and values are kept in what is computed in; see --dtype",
+    "--load-format": "weft reads safetensors; leave it out",
+    "--chat-template": "the checkpoint's own is used; put another one into its chat_template.jinja",
+    "--seed": "requests have a seed each; leave it out",
+    "--download-dir": "set HF_HOME in the environment",
+    "--revision": "weft takes what the hub gives by default; download another one and give its directory",
+    "--block-size": "memory is not kept in blocks; leave it out",
+    "--distributed-executor-backend": "ranks are processes of weft's own; see --join-address for other machines",
+    "--enable-auto-tool-choice": "weft has no tools yet; leave it out",
+    "--tool-call-parser": "weft has no tools yet; leave it out",
+    "--ssl-keyfile": "weft speaks plain HTTP; put a proxy before it that speaks TLS",
+    "--ssl-certfile": "weft speaks plain HTTP; put a proxy before it that speaks TLS",
+    "--uvicorn-log-level": "requests are not logged; leave it out",
+    "--root-path": "weft answers at /; leave it out",
     "--device": "weft computes on CPUs; leave it out",
     "--disable-log-requests": "requests are not logged; leave it out",
     "--tokenizer": "the checkpoint's own is used; leave it out",
@@ -35,11 +66,20 @@ ELSEWHERE = {
 }
 
 
-def demand_known(arguments: Sequence[str]) -> None:
-    """Raises `InputError` that leads from another engine's option to weft's."""
-    for argument in arguments[: arguments.index("--") if "--" in arguments else None]:
-        name = argument.partition("=")[0]
-        if name in ELSEWHERE:
+def demand_text(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Raises `InputError` for bytes that are no text: no tokenizer, header or message could take them."""
+    texts = [("the argument", text) for text in arguments]
+    texts += [(name, text) for name, text in environment.items() if name.startswith("WEFT_")]
+    for name, text in texts:
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(f"{name} {text[:100]!r} is not UTF-8; write it so, and rename a file that isn't")
+
+
+def demand_known(arguments: Sequence[str], valued: Collection[str] = ()) -> None:
+    """Raises `InputError` that leads from another engine's option to weft's. `valued`: options that a value follows."""
+    for before, argument in pairwise(["", *arguments[: arguments.index("--") if "--" in arguments else None]]):
+        name = argument.partition("=")[0].replace("_", "-")
+        if name in ELSEWHERE and before not in valued:
             raise InputError(f"{name} is not an option here: {ELSEWHERE[name]}")
 
 

@@ -57,7 +57,9 @@ def plan(
         list[str] | None, typer.Option(help="A group such as '4x rtx4090'; may be repeated.", show_default=False)
     ] = None,
     link: Annotated[str | None, typer.Option(help="What joins the ranks: a name or a speed.")] = None,
-    tokens: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "1024,4096",
+    tokens: Annotated[
+        str | None, typer.Option(help="Lengths of the prompt; default: 1024,4096, as far as the context goes.")
+    ] = None,
     overlap: Annotated[str, typer.Option(help="Strategies; serial is always there.")] = "iso:2,auto",
     wire: Annotated[str, typer.Option(help="How partials travel: exact, bf16, int8, int4.")] = "exact",
     prompts: Annotated[int, typer.Option(help="Prompts in one batch, each of so many tokens.")] = 1,
@@ -82,10 +84,10 @@ def plan(
     demand_writable(html, "--html")
     prices = _prices(price)
     config = ModelConfig.from_file(locate_config(model))
+    lengths = numbers(tokens, "--tokens") if tokens is not None else _usual(config)
     question = Question(
-        numbers(tokens, "--tokens"), words(overlap, "--overlap"), words(wire, "--wire"), prompts, decoding,
-        relative_shares(shares),
-    )  # fmt: skip
+        lengths, words(overlap, "--overlap"), words(wire, "--wire"), prompts, decoding, relative_shares(shares)
+    )
     outlooks = [Outlook(config, parse_group(one, link, own), question) for one in hardware]
     ranked = offers(outlooks, prices, ttft) if prices else []
     if html is not None:
@@ -94,6 +96,11 @@ def plan(
         print(as_json(config, outlooks, ranked))
     else:
         _show(outlooks, ranked, ttft)
+
+
+def _usual(config: ModelConfig) -> tuple[int, ...]:
+    """Lengths that are looked at unless others are asked for."""
+    return tuple(sorted({min(tokens, config.max_length) for tokens in (1024, 4096)}))
 
 
 def _prices(text: str | None) -> dict[str, float]:

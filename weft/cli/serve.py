@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import shlex
@@ -19,6 +18,7 @@ from weft.config import ModelConfig
 from weft.engine import Engine, Progress
 from weft.errors import InputError
 from weft.hub import locate
+from weft.launch.addresses import is_loopback, resolved
 from weft.launch.joined import JoinedLauncher
 from weft.launch.launcher import TOKEN_VARIABLE
 from weft.llm import LLM
@@ -107,8 +107,9 @@ def serve_command(
     host = host.strip("[]")
     out = Console(stderr=True)
     keys = _keys(api_key)
-    local = _is_loopback(host)
+    local = is_loopback(host)
     origins = _origins(allow_origin)
+    resolved(host, "--host")
     if not (local or keys or allow_anyone):
         raise InputError(
             f"--host {host} would let everyone who reaches this machine use the model; give --api-key (or "
@@ -168,17 +169,11 @@ def _keys(given: list[str] | None) -> list[str]:
 
 def _origins(given: list[str] | None) -> list[str]:
     """As browsers write them: no path, not even a slash at the end."""
-    for origin in given or ():
+    given = [origin.removesuffix("/") for origin in given or ()]
+    for origin in given:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
             raise InputError(f"--allow-origin {origin!r} is not an origin; write it like https://chat.example, or *")
-    return given or []
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return given
 
 
 def _name(model: str | None) -> str:
@@ -201,6 +196,6 @@ def _invite(out: Console, launcher: JoinedLauncher, model: str | None, others: i
     """Says what to run on other machines."""
     shown = "…" if os.environ.get(TOKEN_VARIABLE) else launcher.token  # who set it knows it
     named = f" {shlex.quote(model)}" if model is not None else ""
-    command = f"{TOKEN_VARIABLE}={shown} weft worker --join {launcher.address}{named}"
+    command = f"{TOKEN_VARIABLE}={shown} weft worker --join {shlex.quote(launcher.address)}{named}"
     out.print(f"on {others} other machine{'s' if others > 1 else ''}, with the same model there, run:")
     out.print(f"  {command}", markup=False, soft_wrap=True)

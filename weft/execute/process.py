@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+NO_LIMIT = 1 << 60  # what version 1 writes where there is none is a little above
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -31,13 +32,14 @@ def free_memory(own: Path = OWN_GROUPS, groups: Path = GROUPS) -> int:
     """Bytes that this process may still take: what the machine has free, and what the limits of its control groups,
     a container's say, leave of it. Files that are only cached count as free."""
     free = int(psutil.virtual_memory().available)
-    return max(0, min([free, *_left(own, groups)]))
+    return max(0, min([free, *(left for _, left in _left(own, groups))]))
 
 
-def machine_name(own: Path = OWN_GROUPS) -> str:
-    """Equal for processes that take their memory from the same."""
+def machine_name(own: Path = OWN_GROUPS, groups: Path = GROUPS) -> str:
+    """Equal for processes that take their memory from the same: a machine, or the outermost group with a limit."""
     boot = BOOT.read_text("ascii").strip() if BOOT.is_file() else ""
-    return f"{socket.gethostname()} {boot} {_memory_group(own)[1]}"
+    limited = [str(level) for level, _ in _left(own, groups)]
+    return " ".join([socket.gethostname(), boot, *limited[-1:]])
 
 
 def _memory_group(own: Path) -> tuple[str, str]:
@@ -48,8 +50,8 @@ def _memory_group(own: Path) -> tuple[str, str]:
     return ("memory" if name else "", entries.get(name, "/"))
 
 
-def _left(own: Path, groups: Path) -> Iterator[int]:
-    """What each limit above this process leaves, in bytes."""
+def _left(own: Path, groups: Path) -> Iterator[tuple[Path, int]]:
+    """Each group with a limit that this process is in, the innermost first, and the bytes that are left of it."""
     version, path = _memory_group(own)
     root = groups / version
     limit, used, stat, cached = (
@@ -64,8 +66,15 @@ def _left(own: Path, groups: Path) -> Iterator[int]:
             return
         with suppress(OSError, ValueError):  # no limit: the file is missing, or says max
             most, taken = (int((level / name).read_text("ascii")) for name in (limit, used))
-            files = dict(line.split() for line in (level / stat).read_text("ascii").splitlines())
-            yield most - taken + int(files.get(cached, 0))
+            if most < NO_LIMIT:
+                yield level, most - taken + _cached(level / stat, cached)
+
+
+def _cached(stat: Path, name: str) -> int:
+    """Bytes of a group that are files only, which the system gives back; 0 where it doesn't say."""
+    with suppress(OSError, ValueError):
+        return int(dict(line.split() for line in stat.read_text("ascii").splitlines()).get(name, 0))
+    return 0
 
 
 def _memory() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 
 import psutil
@@ -12,9 +13,17 @@ from weft.errors import InputError
 def parse_address(text: str, name: str) -> tuple[str, int]:
     """HOST:PORT. Raises `InputError`."""
     host, colon, port = text.removeprefix("tcp://").rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not colon or not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
         raise InputError(f"{name} {text!r} is not an address; write it like 10.0.0.1:7000")
     return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """True for names and addresses, in brackets or not, that reach this machine only."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def endpoint(host: str, port: int | str) -> str:
@@ -28,7 +37,10 @@ def resolved(host: str, name: str) -> str:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise InputError(f"{name}: the host {host!r} is not known ({error}); give its address") from None
-    return str(min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0])
+    *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    name, device = str(address[0]), address[3] if len(address) > 3 else 0
+    # An address of one link only says nothing without its device.
+    return f"{name}%{socket.if_indextoname(int(device))}" if device and "%" not in name else name
 
 
 def interface_of(address: str) -> str:

@@ -29,7 +29,7 @@ class LocalLauncher:
     `command` is what is started, with `--join` and `--address` behind it.
     """
 
-    command: Sequence[str] = (sys.executable, "-m", "weft.execute.worker")
+    command: Sequence[str] = (sys.executable, "-P", "-m", "weft.execute.worker")  # -P: nothing of this folder
 
     one_clock = True
     may_change = False

@@ -48,10 +48,13 @@ class Checkpoint:
     def _from_index(self, index: Path) -> dict[str, Path]:
         try:
             weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-        except (ValueError, KeyError, OSError) as error:
+            names = sorted(set(weight_map.values()))
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError("weight_map names no files")
+        except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise InputError(f"{index} can't be read ({error!r}); download the file again") from None
-        for name in sorted(set(weight_map.values())):
-            if Path(name).name != name:
+        for name in names:
+            if Path(name).name != name or not name:
                 raise InputError(f"{index} names {name!r}, which is not a file of this directory")
             if not (self.directory / name).is_file():
                 raise InputError(f"{self.directory / name} is missing, but {index.name} names it; download it again")

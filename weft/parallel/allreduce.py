@@ -20,8 +20,7 @@ from torch import Tensor
 
 from weft.parallel.codec import Codec
 from weft.parallel.group import Group, wait_all
-
-ONE_SHOT_BYTES = 64 * 1024  # of the encoded partial; above, two-shot's fewer bytes pay for its second hop
+from weft.parallel.sizes import ONE_SHOT_BYTES
 
 
 def all_reduce(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:

@@ -93,9 +93,3 @@ def codec_named(name: str) -> Codec:
     if name not in _CODECS:
         raise InputError(f"--wire {name!r} is not known; allowed: {', '.join(WIRES)}")
     return _CODECS[name]
-
-
-def element_bytes(wire: str, dtype: str) -> float:
-    """Bytes of one number of a computation in `dtype` on this wire."""
-    values = torch.empty(1, 64, dtype=getattr(torch, dtype))
-    return codec_named(wire).empty(values).nbytes / values.numel()

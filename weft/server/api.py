@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from weft.batching.params import SamplingParams
 from weft.execute.protocol import Chosen
+from weft.grammar import Grammar
 from weft.server.answers import Chat, Form, Json, Usage
 from weft.server.beside import Beside
 from weft.server.guard import OWNER
@@ -28,7 +30,7 @@ from weft.server.schema import (
     TokenizeRequest,
 )
 from weft.server.service import Service, State
-from weft.server.stream import Event, events, whole
+from weft.server.stream import Event, events, unless_gone, whole
 from weft.server.ticket import Piece, Prefill, Ticket, Token, Wishes
 
 A = TypeVar("A")
@@ -88,13 +90,31 @@ class Api:
         return tokenizer.spelling.bytes_of(token) if tokenizer else b""
 
     async def read(self, request: Request) -> Asked | Answered:
-        """What its body asks for. Raises what it is refused for."""
-        return await self.beside.read(request.scope["route"].path, await request.body())
+        """What its body asks for. Raises what it is refused for, and `Gone`."""
+        path, body = request.scope["route"].path, await request.body()
+        if (read := self.beside.at_once(path, body)) is not None:
+            return read
+        return await unless_gone(request.receive, self.beside.read(path, body, _asker(request)))
 
-    def wishes(self, asked: Asked, request: Request) -> Wishes:
+    async def grammar(self, schema: str, request: Request) -> Grammar:
+        """A schema's; tried beside first, within limits. Raises what it is refused for, and `Gone`."""
+
+        async def made() -> Grammar:
+            if not self.service.compiled(schema):
+                await self.beside.try_schema(schema, _asker(request))
+            return await self.service.grammar(schema)
+
+        return await unless_gone(request.receive, made())
+
+    def wishes(self, asked: Asked, request: Request, arrived: float) -> Wishes:
         """What a request asks of the service."""
-        times = [time for time in (asked.timeout, self.timeout) if time is not None]
-        return Wishes(asked.priority, request.scope.get(OWNER, ""), min(times, default=None))
+        times = [seconds for seconds in (asked.timeout, self.timeout) if seconds is not None]
+        return Wishes(asked.priority, request.scope.get(OWNER, ""), min(times, default=None), arrived)
+
+
+def _asker(request: Request) -> str:
+    """Who takes turns with others: by key, or else by address."""
+    return str(request.scope.get(OWNER) or (request.client.host if request.client else ""))
 
 
 async def _beside(size: int, work: Callable[P, A], *arguments: P.args, **options: P.kwargs) -> A:
@@ -121,9 +141,12 @@ def _asks(body: type[Body]) -> dict[str, Any]:
 
 def _answers(routes: APIRouter, api: Api) -> None:
     async def answered(request: Request, form: type[Form]) -> Response:
+        arrived = time.monotonic()
         asked = await api.read(request)
         assert isinstance(asked, Asked)
-        return await _answer(api, asked, request, form)
+        params = SamplingParams(**asked.params)
+        grammar = await api.grammar(params.json_schema, request) if params.json_schema else None
+        return await _answer(api, asked, params, api.wishes(asked, request, arrived), grammar, form)
 
     @routes.post("/v1/completions", tags=["openai"], **_asks(CompletionRequest))
     async def completions(request: Request) -> Response:
@@ -223,12 +246,14 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
     return replace(pieces[-1], text="".join(piece.text for piece in pieces), tokens=tokens)
 
 
-async def _answer(api: Api, asked: Asked, request: Request, form: type[Form]) -> Response:
+async def _answer(
+    api: Api, asked: Asked, params: SamplingParams, wishes: Wishes, grammar: Grammar | None, form: type[Form]
+) -> Response:
     """Queues all prompts, then answers as they were asked for; whoever goes away frees their slots."""
-    params, wishes = SamplingParams(**asked.params), api.wishes(asked, request)
     prompts = [unpacked(prompt.tokens) for prompt in asked.prompts]
     # Together, so that all are there for the next batch.
-    found = await asyncio.gather(*(api.service.submit(p, params, wishes) for p in prompts), return_exceptions=True)
+    submitting = (api.service.submit(prompt, params, wishes, grammar) for prompt in prompts)
+    found = await asyncio.gather(*submitting, return_exceptions=True)
     tickets = [ticket for ticket in found if isinstance(ticket, Ticket)]
     if errors := [error for error in found if isinstance(error, BaseException)]:
         _cancel(api, tickets)

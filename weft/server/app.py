@@ -91,6 +91,7 @@ def application(service: Service, settings: Settings) -> FastAPI:
     if settings.origins:  # before the guard: browsers ask whether they may without a key
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"],
+            allow_private_network=True,  # a page of the web that asks this machine is what the option is for
             expose_headers=["Retry-After", "x-should-retry"],
         )  # fmt: skip
     return app

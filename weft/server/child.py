@@ -26,12 +26,13 @@ from weft.server.refused import MISTAKE, Refused
 from weft.text import leave_torch_out, tokenizer_of
 
 WIDTH = 4  # bytes of a frame's length
+SCHEMA = "schema"
 
 
 class Job(msgspec.Struct, frozen=True):
-    """A body to be read."""
+    """A body to be read, or the schema of one, to be tried."""
 
-    path: str
+    path: str  # SCHEMA
     body: bytes
 
 
@@ -66,13 +67,16 @@ def main() -> None:
 
     facts = msgspec.msgpack.decode(frames.get(), type=Facts)
     reader = Reader(facts, tokenizer_of(Path(facts.directory)))
-    _limit(most)
+    before = _data_bytes()
+    if before:
+        _limit(before + most)
     told: Reply | None = None
     while True:
         out.write(framed(msgspec.msgpack.encode(told) if told is not None else b""))
         out.flush()
-        if isinstance(told, Told) and told.last:
-            return
+        if (isinstance(told, Told) and told.last) or _data_bytes() > before + most // 4:
+            return  # what this request left behind is not to be the next one's burden
+        told = None  # nor what it said
         told = _told(reader, msgspec.msgpack.decode(frames.get(), type=Job))
 
 
@@ -87,19 +91,25 @@ def _listen(frames: SimpleQueue[bytes]) -> None:
     os._exit(0)
 
 
-def _limit(more: int) -> None:
-    """Bytes that this process may come to have beyond what it has; where the system knows such limits."""
+def _data_bytes() -> int:
+    """Bytes that no file backs; 0 where the system doesn't tell."""
+    with suppress(OSError, ValueError):
+        return int(Path("/proc/self/statm").read_text("ascii").split()[5]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def _limit(most: int) -> None:
+    """Bytes that this process may come to have; where the system knows such limits."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 
-        pages = int(Path("/proc/self/statm").read_text("ascii").split()[5])  # data and stack
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (pages * resource.getpagesize() + more, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def _told(reader: Reader, job: Job) -> Reply:
     try:
-        return reader.read(parsed(job.path, job.body))
+        return reader.follow(job.body.decode()) if job.path == SCHEMA else reader.read(parsed(job.path, job.body))
     except Refused as error:
         return Told(error.status, error.message, error.field, error.code)
     except InputError as error:

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from weft.errors import Busy, InputError, RequestFailed, Unavailable
-from weft.server.refused import MISTAKE, Refused, misread
+from weft.server.refused import MISTAKE, Gone, Refused, misread
 
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 408: "timeout_error",
          413: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable_error"}  # fmt: skip
@@ -69,5 +69,6 @@ def install(app: FastAPI) -> None:
     """Has the application answer so."""
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Gone, lambda *_: Response(status_code=499))  # nobody reads it
     for kind in (InputError, Refused, Busy, RequestFailed, Unavailable, Exception):  # the last one is logged too
         app.add_exception_handler(kind, lambda _, error: answer(error))

@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import re
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
+from weft.launch.addresses import is_loopback
 from weft.server.errors import response
 
 Scope = MutableMapping[str, Any]
@@ -21,7 +23,6 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = frozenset({"/", "/app.js", "/health", "/ready", "/metrics"})  # without a key
 OWNER = "weft.owner"  # in the scope: which key asked
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 class Guard:
@@ -57,8 +58,8 @@ class Guard:
 
     def _refuse(self, scope: Scope, headers: dict[bytes, bytes]) -> Any | None:
         if not self._keys:
-            host = headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0] or "localhost"
-            known = not self.local or host in LOOPBACK or headers.get(b"host") == b"[::1]"
+            host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")) or "localhost"
+            known = not self.local or is_loopback(host)
             return None if known else response(403, f"host {host!r} is not this server's name; give --api-key to allow")
         given = headers.get(b"authorization", b"")
         digest = _digest(given[7:] if given[:7].lower() == b"bearer " else b"")

@@ -92,7 +92,8 @@ def parsed(path: str, body: bytes) -> Body:
     except RecursionError:
         raise Refused(400, "the body is nested too deeply to be read; send something flatter") from None
     except ValueError as error:
-        raise Refused(400, f"the body is not JSON: {error}") from None
+        said = "a number has too many digits" if "int_max_str_digits" in str(error) else error
+        raise Refused(400, f"the body is not JSON: {said}") from None
     if not isinstance(given, dict):
         raise Refused(400, f"the body must be a JSON object, not {shown(given)}")
     try:
@@ -102,9 +103,7 @@ def parsed(path: str, body: bytes) -> Body:
 
 
 def takes_long(body: Body) -> bool:
-    """True for what may take longer than its size tells: templates, schemas, and where each token's text begins."""
-    if isinstance(body, Sampling) and body.response_format is not None:
-        return True
+    """True for what may take longer than its size tells: templates, and where each token's text begins."""
     if isinstance(body, CompletionRequest) and body.echo:
         return True
     return isinstance(body, ChatRequest) or (isinstance(body, TokenizeRequest) and body.messages is not None)
@@ -125,7 +124,12 @@ class Reader:
 
     @cached_property
     def _grammars(self) -> Grammars:
-        return Grammars(self.tokenizer, self.facts.vocabulary, frozenset(self.facts.ends))
+        return Grammars(self.tokenizer, self.facts.vocabulary, frozenset(self.facts.ends), keep=0)
+
+    def follow(self, schema: str) -> Answered:
+        """Nothing, if it can be followed. Raises `InputError`."""
+        self._grammars.grammar(schema)
+        return Answered(b"")
 
     @cached_property
     def _proposed(self) -> SamplingParams:
@@ -150,6 +154,8 @@ class Reader:
         if len(given) * (body.n or 1) > MOST_COMPLETIONS:
             raise InputError(f"{len(given)} prompts with n {body.n} are more than {MOST_COMPLETIONS} completions")
         prompts = [self._encode(prompt) for prompt in given]
+        if body.max_tokens == 0 and not body.echo:
+            raise InputError("max_tokens 0 leaves nothing to do; send echo true to score the prompt, or at least 1")
         alone = 0 if body.max_tokens == 0 else None  # then the prompt is scored in any case: there is nothing else
         entries = sum(map(len, prompts)) * ((body.logprobs or 0) + 1)
         if body.echo and entries > MOST_SCORES:
@@ -197,8 +203,6 @@ class Reader:
         """Raises `InputError` for what can't run however much memory there is."""
         for tokens in prompts:
             limit_of(tokens, params, self.facts.vocabulary, self.facts.length, 0, frozenset(self.facts.ends))
-        if params.json_schema:
-            self._grammars.matcher(params.json_schema)
 
     def _before(self, given: str | list[int], tokens: list[int]) -> Prompt:
         """A prompt as it stands before its answer."""

@@ -18,6 +18,10 @@ class Refused(Exception):
         self.status, self.message, self.field, self.code = status, message, field, code
 
 
+class Gone(Exception):
+    """The client went away before there was anything to answer."""
+
+
 def unknown_model(given: str, name: str) -> Refused:
     """Another model than `name` is asked for."""
     return Refused(404, f"the model {shown(given)} is not served here; there is {name!r}", code="model_not_found")

@@ -21,7 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from weft.errors import InputError
+from weft.errors import InputError, Interrupted
 from weft.launch.addresses import resolved
 from weft.server.service import Service
 
@@ -123,7 +123,7 @@ def serve(app: FastAPI, service: Service, listening: socket.socket, drain: float
 
     async def run() -> None:
         serving = asyncio.ensure_future(server.serve(sockets=[listening]))
-        loading = asyncio.ensure_future(asyncio.to_thread(service.wait))
+        loading = asyncio.ensure_future(service.loaded_or_failed())
         try:
             await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
             if loading.done() and loading.exception() is None and not server.should_exit:
@@ -133,7 +133,9 @@ def serve(app: FastAPI, service: Service, listening: socket.socket, drain: float
                 server.should_exit = True
             await serving
         finally:
-            if loading.done() and (error := loading.exception()) is not None:
+            if not loading.done():  # it waits for a machine, say
+                loading.cancel()
+            elif (error := loading.exception()) is not None:
                 raise error
 
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -142,7 +144,8 @@ def serve(app: FastAPI, service: Service, listening: socket.socket, drain: float
         asyncio.run(run())
     finally:
         service.close()
-    if service.error is not None:  # it had given up: whoever started it should see that
+    # It had given up: whoever started it should see that. Who ended it while it loaded knows.
+    if service.error is not None and not isinstance(service.error, Interrupted):
         raise service.error
 
 

@@ -31,6 +31,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],), "allowed_token_ids": ([],), "spaces_between_special_tokens": (True,), "detokenize": (True,),
     "add_generation_prompt": (True,), "continue_final_message": (False,), "documents": ([],),
     "chat_template_kwargs": ({},), "return_tokens_as_token_ids": (False,), "return_token_ids": (False,),
+    "reasoning_effort": ("none",), "add_special_tokens": (True,), "top_logprobs": (0,), "echo": (False,),
+    "web_search_options": ({},), "vllm_xargs": ({},), "cache_salt": ("",), "reasoning_content": ("",), "refusal": ("",),
     "typical_p": (1,), "mirostat": (0,), "cache_prompt": (True,),
 }  # fmt: skip
 
@@ -54,9 +56,10 @@ class Strict(BaseModel):
         known = {field.alias or name for name, field in cls.model_fields.items()}
         asked = {name: value for name, value in given.items() if value is not None}
         for name in [name for name in asked if name not in known]:
-            if not any(type(asked[name]) is type(value) and asked[name] == value for value in NEUTRAL.get(name, ())):
-                # The first one alone: of many, each would cost an error of its own.
-                raise PydanticCustomError("unknown_field", "is not known here; leave it out", {"field": name[:100]})
+            if not any(_alike(asked[name], value) for value in NEUTRAL.get(name, ())):
+                # The first one alone: of many, each would cost an error of its own. Its name may hold anything.
+                shortened = repr(name[:100])[1:-1]
+                raise PydanticCustomError("unknown_field", "is not known here; leave it out", {"field": shortened})
             del asked[name]
         return asked
 
@@ -69,6 +72,11 @@ class Strict(BaseModel):
         if isinstance(value, bool) and "bool" not in wanted and ("int" in wanted or "float" in wanted):
             raise ValueError("true and false are no numbers")
         return value
+
+
+def _alike(given: Any, neutral: Any) -> bool:
+    """Equal, and both of them or neither a truth value: 1 and 1.0 are the same number in JSON, and true is none."""
+    return bool(given == neutral) and isinstance(given, bool) == isinstance(neutral, bool)
 
 
 def _demand_unicode(text: str) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -21,10 +22,12 @@ from weft.batching.params import SamplingParams
 from weft.batching.request import Request, Sequence
 from weft.engine import Engine, Progress, Step
 from weft.errors import Busy, Interrupted, RequestFailed, Unavailable, told
+from weft.grammar import Grammar
 from weft.server.metrics import Metrics
 from weft.server.ticket import Piece, Prefill, Ticket, Wishes
 from weft.timeline.timeline import median
 
+SETTLED_SECONDS = 0.05  # how often it is looked whether the model is there
 IDLE_SECONDS = 0.1  # how often workers are looked at while nothing is to do
 FINISHED_SEEN = 60.0  # seconds of finished requests, from which the wait of a refused one is estimated
 
@@ -83,6 +86,7 @@ class Service:
         self._settled = threading.Event()
         self.error: BaseException | None = None  # what ended the loop, if anything did
         self._thread = threading.Thread(target=self._run, name="weft-engine")
+        self._compiling = ThreadPoolExecutor(1, "weft-grammar")
 
     def start(self) -> None:
         """Starts loading; returns at once."""
@@ -93,6 +97,12 @@ class Service:
         self._settled.wait()
         if self.error is not None:
             raise self.error
+
+    async def loaded_or_failed(self) -> None:
+        """The same for asyncio, which can give up waiting."""
+        while not self._settled.is_set():
+            await asyncio.sleep(SETTLED_SECONDS)
+        self.wait()
 
     @property
     def engine(self) -> Engine:
@@ -118,22 +128,31 @@ class Service:
         """Completions that have one."""
         return len(self._engine.batcher.running) if self._engine is not None else 0
 
-    async def submit(self, prompt: list[int], params: SamplingParams, wishes: Wishes) -> Ticket:
-        """Queues a request. Raises `InputError` if it can't run, `Busy` if too many wait, `Unavailable`."""
+    def compiled(self, schema: str) -> bool:
+        """Whether a schema's grammar is there already."""
+        return schema in self.engine.grammars
+
+    async def grammar(self, schema: str) -> Grammar:
+        """A schema's grammar; on a thread of its own, because compiling it may take a while. Raises `InputError`."""
+        engine, loop = self.engine, asyncio.get_running_loop()
+        return await loop.run_in_executor(self._compiling, lambda: engine.grammars.grammar(schema))
+
+    async def submit(
+        self, prompt: list[int], params: SamplingParams, wishes: Wishes, grammar: Grammar | None = None
+    ) -> Ticket:
+        """Queues a request. `grammar`: of its schema. Raises `InputError` if it can't run, `Busy` if too many wait,
+        `Unavailable`."""
         engine = self.engine
         if self.state is State.DRAINING:
             raise Unavailable("the server is shutting down; ask another one")
-        if params.json_schema:  # compiling it may take a while
-            await asyncio.to_thread(engine.check, prompt, params)
-        else:
-            engine.check(prompt, params)
+        engine.check(prompt, params)
         free = max(0, engine.config.max_sequences - self.running)
         if self.waiting + params.n > self.most_waiting + free:
             raise Busy(f"{self.waiting} completions wait already; try again later", self._retry_after())
-        ticket = Ticket(asyncio.get_running_loop(), time.monotonic(), len(prompt))
+        ticket = Ticket(asyncio.get_running_loop(), wishes.arrived or time.monotonic(), len(prompt))
         self._submitted += params.n
         ready: asyncio.Future[None] = ticket.loop.create_future()
-        self._commands.put(lambda: self._add(ticket, ready, prompt, params, wishes))
+        self._commands.put(lambda: self._add(ticket, ready, prompt, params, wishes, grammar))
         try:
             await ready
         except asyncio.CancelledError:
@@ -160,6 +179,7 @@ class Service:
         self._closing = True
         self._interrupt()
         self._commands.put(lambda: None)
+        self._compiling.shutdown(wait=False, cancel_futures=True)
         if self._thread.ident is not None:
             self._thread.join()
 
@@ -264,13 +284,14 @@ class Service:
                 wait = False
 
     def _add(
-        self, ticket: Ticket, ready: asyncio.Future[None], prompt: list[int], params: SamplingParams, wishes: Wishes
+        self, ticket: Ticket, ready: asyncio.Future[None], prompt: list[int], params: SamplingParams, wishes: Wishes,
+        grammar: Grammar | None,
     ) -> None:  # fmt: skip
         self._submitted -= params.n
         error: Exception | None = None
         deadline = ticket.arrived + wishes.timeout if wishes.timeout is not None else None
         try:
-            ticket.request = self.engine.add(prompt, params, wishes.priority, wishes.owner, deadline)
+            ticket.request = self.engine.add(prompt, params, wishes.priority, wishes.owner, deadline, grammar)
             self._tickets[ticket.request] = ticket
         except Exception as reason:  # whatever it is, it is one request's
             error = reason

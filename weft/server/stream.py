@@ -6,14 +6,17 @@ Knows HTTP and asyncio; knows nothing of what is sent.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, suppress
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 
 from weft.server import errors
 from weft.server.guard import Message, Receive, Scope, Send
+from weft.server.refused import Gone
 
+A = TypeVar("A")
 Event = bytes | str  # JSON; a string is a comment, which clients ignore
 
 
@@ -43,6 +46,20 @@ class Watched(Response):
                 working.cancel()
             with suppress(asyncio.CancelledError, OSError):  # OSError: the client went away meanwhile
                 await working
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, A]) -> A:
+    """What the work gives; it is cancelled, and `Gone` raised, if the client goes away meanwhile."""
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Gone
+        return working.result()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.wait((working, watching))
 
 
 async def _gone(receive: Receive) -> None:

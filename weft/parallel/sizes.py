@@ -1,0 +1,11 @@
+"""What sums come to in bytes, and which of their algorithms follows from that. Knows wires by name. No torch."""
+
+from __future__ import annotations
+
+ONE_SHOT_BYTES = 64 * 1024  # of the encoded partial; above, two-shot's fewer bytes pay for its second hop
+NUMBER_BYTES = {"float32": 4.0, "bfloat16": 2.0}  # by what is computed in
+
+
+def element_bytes(wire: str, dtype: str) -> float:
+    """Bytes of one number of a computation in `dtype` on this wire."""
+    return NUMBER_BYTES[dtype] if wire == "exact" else NUMBER_BYTES["bfloat16"]
