@@ -192,7 +192,7 @@ class Direct:
                 times.append(time.perf_counter() - arrived[0])
         for request in [*requests, *([last] if last else [])]:
             engine.forget([s for s in request.sequences if not s.finish_reason])
-            engine.settle(request)
+            engine.requests.settle(request)
         return times[0], (times[-1] - times[1]) / (len(times) - 2)
 
 

@@ -56,12 +56,12 @@ class Weft:
         request = engine.add(tokens, params)
         engine.step()
         begin = time.perf_counter()
-        while not engine.idle:
+        while not engine.batcher.idle:
             engine.step()
-            assert engine.last_step is not None
-            self.overheads.append(engine.last_step.wall - engine.last_step.run)
+            assert engine.last_turn is not None
+            self.overheads.append(engine.last_turn.wall - engine.last_turn.run)
         seconds = time.perf_counter() - begin
-        engine.settle(request)
+        engine.requests.settle(request)
         return seconds / (DECODED - 1)
 
 

@@ -211,14 +211,15 @@ def report(soak: Soak, service: Service, seconds: float) -> tuple[dict[str, Any]
     idle = service.running == service.waiting == 0
     service.check_integrity()
     counts = service.engine.batcher.counts
+    restarts = service.engine.workers.restarts.total
     result = {
         "requests": sum(tally.asked.values()), **tally.asked, "wrong": len(tally.wrong), "seconds": round(seconds, 1),
-        "ranks lost": dict(tally.lost), "restarts": service.engine.restarts, "output tokens/s": tally.tokens / seconds,
+        "ranks lost": dict(tally.lost), "restarts": restarts, "output tokens/s": tally.tokens / seconds,
         "first token, median s": median(ordered), "first token, 99% s": ordered[int(0.99 * len(ordered))],
         "prefix hits": counts.reused / max(1, counts.looked_up), "preempted": counts.preempted,
         "memory": "; ".join(memory), "memory flat": steady, "slots free at the end": idle, "integrity": True,
     }  # fmt: skip
-    return result, not tally.wrong and steady and idle and sum(tally.lost.values()) <= service.engine.restarts
+    return result, not tally.wrong and steady and idle and sum(tally.lost.values()) <= restarts
 
 
 def main() -> int:

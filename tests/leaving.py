@@ -16,8 +16,8 @@ def test_is_killed(packaged: Path) -> None:
     with Command("serve", "--port", "0", "--tp", "2", "--overlap", "serial") as server, LLM(packaged) as llm:
         server.until("for a page")
         listed = [server.child.pid, *(child.pid for child in psutil.Process(server.child.pid).children(recursive=True))]
-        print("LEFT", *listed, *llm.engine.controller.launcher.pids(), flush=True)
-        print("FOLDER", llm.engine.controller._folder.path, flush=True)
+        print("LEFT", *listed, *llm.engine.workers.controller.launcher.pids(), flush=True)
+        print("FOLDER", llm.engine.workers.controller._folder.path, flush=True)
         time.sleep(120)
 
 

@@ -27,7 +27,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def file_of(llm: LLM) -> Path:
     engine = llm.engine
-    return kept.path_of(key_of(engine.model, engine.config, engine.controller.launcher.link_name))
+    return kept.path_of(key_of(engine.model, engine.config, engine.workers.controller.launcher.link_name))
 
 
 def test_measured_once_then_kept(packaged: Path) -> None:

@@ -39,7 +39,7 @@ def two_ranks(packaged: Path) -> Iterator[LLM]:
 def nothing_left_behind(two_ranks: LLM) -> Iterator[None]:
     """Whatever a test does, afterwards only the module's own workers run."""
     yield
-    assert worker_pids() == set(two_ranks.engine.controller.launcher.pids())
+    assert worker_pids() == set(two_ranks.engine.workers.controller.launcher.pids())
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -120,7 +120,7 @@ def test_min_tokens_holds_stops_back(two_ranks: LLM) -> None:
 def test_bad_prompts_are_refused_and_the_engine_goes_on(two_ranks: LLM, prompt, params, complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
         two_ranks.generate(["fine", prompt], params)
-    assert two_ranks.engine.idle
+    assert two_ranks.engine.batcher.idle
     assert two_ranks.generate("fine", GREEDY)[0].finished
 
 
@@ -134,7 +134,7 @@ def test_abandoned_streams_free_their_slot(two_ranks: LLM) -> None:
         stream = two_ranks.stream("def ", SamplingParams(max_tokens=50))
         next(stream)
         stream.close()
-    assert two_ranks.engine.idle and not two_ranks.engine.completions
+    assert two_ranks.engine.batcher.idle and not two_ranks.engine.requests.completions
     two_ranks.engine.batcher.check_integrity()
 
 
@@ -157,8 +157,8 @@ def test_a_killed_rank_is_noticed_and_the_batch_completes(packaged: Path, victim
     prompts = ["The for statement is used to", "import sys\n"]
     with LLM(packaged, tensor_parallel_size=2, overlap="iso:2", num_threads=1) as llm:
         expected = [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
-        pid, noticed = llm.engine.controller.launcher.pids()[victim], []
-        stop, killed = llm.engine.controller.stop, []
+        pid, noticed = llm.engine.workers.controller.launcher.pids()[victim], []
+        stop, killed = llm.engine.workers.controller.stop, []
 
         def kill() -> None:
             killed.append(time.monotonic())
@@ -168,7 +168,7 @@ def test_a_killed_rank_is_noticed_and_the_batch_completes(packaged: Path, victim
             noticed.append(time.monotonic())
             stop()
 
-        llm.engine.controller.stop = noted_stop  # type: ignore[method-assign]
+        llm.engine.workers.controller.stop = noted_stop  # type: ignore[method-assign]
         timer = threading.Timer(0.2, kill)
         timer.start()
         outputs = [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
@@ -184,14 +184,14 @@ def test_a_killed_rank_is_noticed_and_the_batch_completes(packaged: Path, victim
 
 def test_workers_that_keep_dying_end_with_one_line(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM(packaged, num_threads=1) as llm:
-        submit = llm.engine.controller.submit
+        submit = llm.engine.workers.controller.submit
 
         def dying(*arguments: object) -> object:
-            os.kill(llm.engine.controller.launcher.pids()[0], signal.SIGKILL)
+            os.kill(llm.engine.workers.controller.launcher.pids()[0], signal.SIGKILL)
             time.sleep(0.2)
             return submit(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(llm.engine.controller, "submit", dying)
+        monkeypatch.setattr(llm.engine.workers.controller, "submit", dying)
         with pytest.raises(WorkerFailed, match="workers were lost 4 times within a minute; .*SIGKILL"):
             llm.generate("x", GREEDY)
 
@@ -251,7 +251,7 @@ def test_a_rank_loads_little_more_than_its_shard(checkpoints: Checkpoints, tmp_p
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     with LLM(tmp_path, tensor_parallel_size=2, num_threads=1) as llm:
-        for loaded in llm.engine.started.loaded:
+        for loaded in llm.engine.workers.started.loaded:
             assert loaded.weights > 180e6
             assert loaded.peak < 1.1 * loaded.weights
 

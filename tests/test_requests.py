@@ -42,7 +42,7 @@ def llm(soup: Path) -> Iterator[LLM]:
     with LLM(soup, num_threads=1, launcher=launcher, max_num_seqs=4, reproducible=True) as made:
         yield made
         made.engine.batcher.check_integrity()
-        assert made.engine.idle and not made.engine.completions
+        assert made.engine.batcher.idle and not made.engine.requests.completions
 
 
 def texts(outputs: list[RequestOutput]) -> list[str]:
@@ -60,7 +60,7 @@ def test_poison_is_refused_and_its_restarts_do_not_count(llm: LLM, kind: str, re
     assert texts(outputs[:3]) == alone and [output.error for output in outputs[:3]] == [None] * 3
     assert outputs[3].error and "by itself: " in outputs[3].error
     assert outputs[3].outputs[0].finish_reason == "error"
-    assert llm.engine.restarts == restarts and not llm.engine._restarts
+    assert llm.engine.workers.restarts.total == restarts and not llm.engine.workers.restarts
     assert texts(llm.generate(PROMPTS, GREEDY)) == alone
 
 
@@ -68,14 +68,14 @@ def test_two_poisons_at_once(llm: LLM) -> None:
     alone = texts(llm.generate(PROMPTS[:1], GREEDY))
     outputs = llm.generate([PROMPTS[0], *PROMPTS[:2]], [GREEDY, harmful("rank raises"), harmful("rank crashes")])
     assert texts(outputs[:1]) == alone and all(output.error for output in outputs[1:])
-    assert not llm.engine._restarts
+    assert not llm.engine.workers.restarts
 
 
 def test_poison_again_and_again_never_ends_the_engine(llm: LLM) -> None:
     """As a client sends it that tries again at once: the group has done nothing yet when it is lost."""
     for times in range(1, 4):
         [output] = llm.generate(PROMPTS[:1], harmful("rank crashes at once"))
-        assert output.error and llm.engine.restarts == 2 * times and not llm.engine._restarts
+        assert output.error and llm.engine.workers.restarts.total == 2 * times and not llm.engine.workers.restarts
     assert llm.generate(PROMPTS[0], GREEDY)[0].error is None
 
 
@@ -87,11 +87,11 @@ def test_ranks_killed_from_outside_refuse_nobody(llm: LLM) -> None:
     for kills in range(1, 6):
         while request.sequences[0].produced < 20 * kills:
             llm.engine.step()
-        os.kill(llm.engine.controller.launcher.pids()[0], signal.SIGKILL)
-    while not llm.engine.idle:
+        os.kill(llm.engine.workers.controller.launcher.pids()[0], signal.SIGKILL)
+    while not llm.engine.batcher.idle:
         llm.engine.step()
-    assert request.error == "" and llm.engine.settle(request)[0].text.text == alone.outputs[0].text
-    assert llm.engine.restarts == 5
+    assert request.error == "" and llm.engine.requests.settle(request)[0].text.text == alone.outputs[0].text
+    assert llm.engine.workers.restarts.total == 5
 
 
 def test_company_is_kept_after_two_kills(llm: LLM) -> None:
@@ -99,13 +99,15 @@ def test_company_is_kept_after_two_kills(llm: LLM) -> None:
     for produced in (5, 25):
         while requests[0].sequences[0].produced < produced:
             llm.engine.step()
-        os.kill(llm.engine.controller.launcher.pids()[0], signal.SIGKILL)
+        os.kill(llm.engine.workers.controller.launcher.pids()[0], signal.SIGKILL)
     while requests[0].sequences[0].produced < 45:
         llm.engine.step()
-    assert llm.engine.last_step is not None and len(llm.engine.last_step.scheduled.sequences) == 3
-    while not llm.engine.idle:
+    assert llm.engine.last_turn is not None and len(llm.engine.last_turn.scheduled.sequences) == 3
+    while not llm.engine.batcher.idle:
         llm.engine.step()
-    assert [llm.engine.settle(request)[0].offsets for request in requests] and llm.engine.restarts == 2
+    assert [
+        llm.engine.requests.settle(request)[0].offsets for request in requests
+    ] and llm.engine.workers.restarts.total == 2
 
 
 def test_an_interrupted_batch_harms_no_other_answer(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,15 +116,15 @@ def test_an_interrupted_batch_harms_no_other_answer(llm: LLM, monkeypatch: pytes
     [alone] = llm.generate(PROMPTS[0], params)
     stream = llm.stream(PROMPTS[0], params)
     next(stream)
-    collect = llm.engine.controller.collect
+    collect = llm.engine.workers.controller.collect
 
     def interrupted(submitted: Any) -> Any:
         if submitted.number % 7 == 0:
-            monkeypatch.setattr(llm.engine.controller, "collect", collect)
+            monkeypatch.setattr(llm.engine.workers.controller, "collect", collect)
             raise KeyboardInterrupt
         return collect(submitted)
 
-    monkeypatch.setattr(llm.engine.controller, "collect", interrupted)
+    monkeypatch.setattr(llm.engine.workers.controller, "collect", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPTS[1], params)
     *_, output = stream
@@ -130,7 +132,7 @@ def test_an_interrupted_batch_harms_no_other_answer(llm: LLM, monkeypatch: pytes
 
 
 def test_a_start_that_fails_for_a_moment_is_tried_again(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    launcher, fails = llm.engine.controller.launcher, [BlockingIOError(11, "no more processes")] * 2
+    launcher, fails = llm.engine.workers.controller.launcher, [BlockingIOError(11, "no more processes")] * 2
     start = launcher.start
 
     def starting(*arguments: Any) -> None:
@@ -140,14 +142,14 @@ def test_a_start_that_fails_for_a_moment_is_tried_again(llm: LLM, monkeypatch: p
 
     monkeypatch.setattr(launcher, "start", starting)
     llm.engine.restart(WorkerLost("a test"))
-    assert not fails and llm.engine.restarts == 1
+    assert not fails and llm.engine.workers.restarts.total == 1
     assert llm.generate(PROMPTS[0], GREEDY)[0].error is None
 
 
 def test_a_sampler_that_raises_ends_its_row_alone(llm: LLM) -> None:
     alone = texts(llm.generate(PROMPTS, GREEDY))
     outputs = llm.generate([*PROMPTS, PROMPTS[0]], [GREEDY, GREEDY, GREEDY, harmful("sampler")])
-    assert texts(outputs[:3]) == alone and llm.engine.restarts == 0
+    assert texts(outputs[:3]) == alone and llm.engine.workers.restarts.total == 0
     assert outputs[3].error and "planted in the sampler" in outputs[3].error
 
 
@@ -168,7 +170,7 @@ def test_a_batch_that_cannot_be_sent_leaves_nothing_behind(llm: LLM, monkeypatch
 
 def test_end_tokens_that_do_not_exist_are_left_out(llm: LLM) -> None:
     [notice] = [line for line in llm.engine.notices if "end token" in line]
-    assert "1361 (of generation_config.json" in notice and llm.engine.end_ids == frozenset({1})
+    assert "1361 (of generation_config.json" in notice and llm.engine.requests.end_ids == frozenset({1})
     params = SamplingParams(temperature=0.0, max_tokens=4, min_tokens=1)
     assert llm.generate(PROMPTS[0], params)[0].error is None
 
@@ -182,7 +184,7 @@ def test_proposals_that_make_no_sense_are_left_out(soup: Path, tmp_path: Path) -
         assert (params.temperature, params.top_k, params.top_p) == (1.0, 5, 1.0)
         assert sum(line.startswith("generation_config.json:") for line in llm.engine.notices) == 2
         assert any("'</s>', True, -1 (of generation_config.json" in line for line in llm.engine.notices)
-        assert llm.engine.end_ids == frozenset({1})
+        assert llm.engine.requests.end_ids == frozenset({1})
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_other_odd_input_is_refused_in_one_line(llm: LLM) -> None:
 def test_what_is_no_prompt_is_refused_and_leaves_nothing_behind(llm: LLM, given: Any) -> None:
     with pytest.raises(InputError):
         llm.generate([PROMPTS[0], {"prompt_token_ids": given}], GREEDY)
-    assert llm.engine.idle and not llm.engine.completions
+    assert llm.engine.batcher.idle and not llm.engine.requests.completions
     assert llm.generate(PROMPTS[0], GREEDY)[0].error is None
 
 
@@ -313,7 +315,7 @@ def test_reproducible_bits_survive_reuse_preemption_and_restarts(checkpoints: Ch
         for _ in range(30):
             llm.engine.step()
         llm.engine.restart(WorkerLost("a test"))
-        while not llm.engine.idle:
+        while not llm.engine.batcher.idle:
             llm.engine.step()
-        found = [[chosen.logprob for chosen in llm.engine.settle(request)[0].chosen] for request in requests]
+        found = [[chosen.logprob for chosen in llm.engine.requests.settle(request)[0].chosen] for request in requests]
         assert found == expected

@@ -16,6 +16,12 @@ def told(error: BaseException) -> str:
     return "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
 
 
+def in_a_line(error: Exception) -> str:
+    """An error for whom it concerns; one that is nobody's wish with its kind."""
+    line = next(iter(str(error).splitlines()), "")
+    return line if isinstance(error, WorkerLost | WorkerFailed | InputError) else f"{type(error).__name__}: {line}"
+
+
 class WorkerLost(RuntimeError):
     """A rank was killed, stopped or cut off; whatever was under way can be run again."""
 

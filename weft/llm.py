@@ -12,12 +12,13 @@ from weft.batching.params import SamplingParams, shown, token_ids
 from weft.batching.request import Request
 from weft.completion import Completion
 from weft.config import EngineConfig, ModelConfig
-from weft.engine import Engine, Progress
+from weft.engine import Engine
 from weft.errors import InputError
 from weft.hub import locate
 from weft.launch.launcher import Launcher
 from weft.program.strategy import AUTO
 from weft.text import generation_defaults
+from weft.workers import Progress
 
 
 class TokensPrompt(TypedDict):
@@ -165,7 +166,7 @@ class LLM:
         try:
             for ids, params in zip(encoded, wishes, strict=True):
                 requests.append(self.engine.add(ids, params))
-            while not self.engine.idle:
+            while not self.engine.batcher.idle:
                 self.engine.step()
         except BaseException:
             for request in requests:
@@ -189,7 +190,7 @@ class LLM:
         try:
             while not request.finished:
                 self.engine.step()
-                completion = self.engine.completions[first]
+                completion = self.engine.requests.completions[first]
                 if completion.settled > shown:
                     yield completion.text.text[shown : completion.settled]
                     shown = completion.settled
@@ -200,7 +201,7 @@ class LLM:
 
     def _abandon(self, request: Request) -> None:
         self.engine.forget([sequence for sequence in request.sequences if not sequence.finish_reason])
-        self.engine.settle(request)
+        self.engine.requests.settle(request)
 
     def _wishes(
         self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
@@ -228,7 +229,7 @@ class LLM:
         return self.engine.tokenizer.encode(text)
 
     def _output(self, prompt: Prompt, request: Request) -> RequestOutput:
-        completions = self.engine.settle(request)
+        completions = self.engine.requests.settle(request)
         outputs = [
             self._completion(index, completion, list(sequence.output), sequence.finish_reason)
             for index, (sequence, completion) in enumerate(zip(request.sequences, completions, strict=True))

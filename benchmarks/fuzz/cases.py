@@ -151,13 +151,13 @@ class Cases:
         except InputError:
             case.refused = True
             return
-        while not engine.idle:
+        while not engine.batcher.idle:
             engine.step()
         if request.error:
             raise RequestFailed(request.error)
         if case.params.prompt_logprobs is not None:
             case.scores = self.reference.scores(list(case.prompt))
-        pairs = zip(request.sequences, engine.settle(request), strict=True)
+        pairs = zip(request.sequences, engine.requests.settle(request), strict=True)
         if len(case.prompt) < 400:
             self.answered += [([*case.prompt, *sequence.output], case) for sequence in request.sequences]
         case.choices = [self._choice(case, s.index, list(s.output), c, s.finish_reason) for s, c in pairs]

@@ -15,7 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 from weft.completion import Completion
-from weft.engine import Engine
+from weft.requests import Requests
 
 FIRST = 1 << 40  # seeds from here on bring a fault: so many for each kind, as a completion's number is added
 EACH = 1000
@@ -58,10 +58,10 @@ class Raising:
 @contextmanager
 def in_engine() -> Iterator[None]:
     """Requests with such seeds get completions that fail."""
-    make: Callable[..., Completion] = Engine._completion
+    make: Callable[..., Completion] = Requests._completion
 
-    def completion(engine: Engine, sequence: Any) -> Completion:
-        made = make(engine, sequence)
+    def completion(requests: Requests, sequence: Any, grammar: Any) -> Completion:
+        made = make(requests, sequence, grammar)
         kind = kind_of(made.seed)
         if kind == "detokenizer":
             made.detokenizer = Raising(made.detokenizer, "step")
@@ -75,7 +75,7 @@ def in_engine() -> Iterator[None]:
             made.matcher = Raising(made.matcher, "advance", after=0)  # type: ignore[assignment]
         return made
 
-    with patch.object(Engine, "_completion", completion):
+    with patch.object(Requests, "_completion", completion):
         yield
 
 

@@ -284,17 +284,17 @@ class Fuzz:
         try:
             service.check_integrity()
             assert service.running == service.waiting == 0, f"{service.running} run, {service.waiting} wait"
-            engine = service.engine
-            assert not engine.completions and not engine._began, "something is kept of requests that are over"
+            engine, requests = service.engine, service.engine.requests
+            assert not requests.completions and not requests._began, "something is kept of requests that are over"
         except Exception as error:
             self._wrong("at the end", f"{type(error).__name__}: {error}")
         else:
             lost = sum(self.found.asked[kind] for kind in faults.RANK)
             # Each is tried twice; where its rank was killed, which need not be its doing, three times more.
             most = 2 * lost + 2 * self.found.asked["rank is killed"]
-            self.found.restarts = engine.restarts
-            if engine.restarts > most:
-                self._wrong("at the end", f"{engine.restarts} restarts for {lost} faults of ranks")
+            self.found.restarts = engine.workers.restarts.total
+            if engine.workers.restarts.total > most:
+                self._wrong("at the end", f"{engine.workers.restarts.total} restarts for {lost} faults of ranks")
             counts = engine.batcher.counts
             self.found.reused = counts.reused / max(1, counts.looked_up)
 

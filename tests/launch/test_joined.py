@@ -106,7 +106,7 @@ def test_a_machine_that_comes_and_goes_never_ends_the_server(packaged: Path) -> 
         for losses in range(1, 6):
             os.kill(worker_of(machine), signal.SIGKILL)
             assert ask(server) == expected
-            assert server.service.engine.restarts == losses
+            assert server.service.engine.workers.restarts.total == losses
 
 
 def test_long_work_is_no_silence(packaged: Path) -> None:
@@ -119,7 +119,7 @@ def test_long_work_is_no_silence(packaged: Path) -> None:
             while time.monotonic() - begin < 1.5 * SILENT:
                 asked = {"prompt": "def main(", "max_tokens": 1000, "ignore_eos": True}
                 assert http.post("/v1/completions", json=asked).is_success
-        assert server.service.engine.restarts == 0 and "gone silent" not in machine.said
+        assert server.service.engine.workers.restarts.total == 0 and "gone silent" not in machine.said
 
 
 def test_who_has_another_token_is_not_heard() -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import httpx2
 
-from weft.engine import Engine, Progress
+from weft.engine import Engine
 from weft.llm import LLM
 from weft.server.app import Settings, application
 from weft.server.run import in_background
 from weft.server.service import Service
+from weft.workers import Progress
 
 NAME = "tested"
 

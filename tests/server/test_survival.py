@@ -103,7 +103,7 @@ def cut(launcher: LocalLauncher) -> None:
 def test_answers_go_on(
     server: Running, launcher: LocalLauncher, expected: list[str], harm: Callable[[LocalLauncher], None], limit: float
 ) -> None:
-    server.service.engine._restarts.clear()  # each case is an accident of its own
+    server.service.engine.workers.restarts.clear()  # each case is an accident of its own
     found: list[list[str]] = []
     asking = threading.Thread(target=lambda: found.append(all_at_once(server)))
     asking.start()
@@ -119,7 +119,7 @@ def test_answers_go_on(
 
 
 def test_noticed_while_nothing_runs(server: Running, launcher: LocalLauncher, expected: list[str]) -> None:
-    server.service.engine._restarts.clear()
+    server.service.engine.workers.restarts.clear()
     kill(launcher)
     Watch(server).until_noticed(2.0)
     assert ask(server, PROMPTS[0]) == expected[0]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 from rich.console import Console
 
-from weft.cli.options import DTYPE, TP, shares_or_auto
+from weft.cli.options import DTYPE, MODEL, OVERLAP, SHARES, THREADS, TP, WIRE, shares_or_auto
 from weft.cli.terminal import loaded
 from weft.errors import InputError
 from weft.llm import LLM, RequestOutput
@@ -149,7 +149,7 @@ def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 
 def chat(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
+    model: MODEL = None,
     url: Annotated[
         str | None, typer.Option(help="Of a running server; then MODEL and its options are not used.")
     ] = None,
@@ -158,11 +158,11 @@ def chat(
     ] = None,
     system: Annotated[str | None, typer.Option(help="Who the model is to be.")] = None,
     tp: TP = 1,
-    overlap: Annotated[str, typer.Option(help="auto, serial, iso:2, …; see docs/strategies.md.")] = "auto",
-    wire: Annotated[str, typer.Option(help="How partials travel: exact or bf16.")] = "exact",
+    overlap: OVERLAP = "auto",
+    wire: WIRE = "exact",
     dtype: DTYPE = "float32",
-    shares: Annotated[str | None, typer.Option(help="Sizes of the ranks' parts, as in 2,1; auto: by speed.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of each rank; default: cores / ranks.")] = None,
+    shares: SHARES = None,
+    threads: THREADS = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: the checkpoint's.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens with this mass.")] = None,

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from weft.cli.options import DTYPE, TP, shares_or_auto
+from weft.cli.options import DTYPE, MODEL, OVERLAP, RECALIBRATE, REPRODUCIBLE, SHARES, THREADS, TP, WIRE, shares_or_auto
 from weft.cli.terminal import bar, loaded
 from weft.compare import Measured, compare
 from weft.errors import InputError, RequestFailed
@@ -66,22 +66,16 @@ class _Timing:
 
 
 def generate(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
+    model: MODEL = None,
     prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", show_default=False)] = None,
     tp: TP = 1,
-    overlap: Annotated[
-        str, typer.Option(help="auto, serial, iso:2, iso:2/4, iso@300,700, tiles:4, …; see docs/strategies.md.")
-    ] = "auto",
-    wire: Annotated[str, typer.Option(help="How partials travel: exact or bf16.")] = "exact",
+    overlap: OVERLAP = "auto",
+    wire: WIRE = "exact",
     dtype: DTYPE = "float32",
-    shares: Annotated[str | None, typer.Option(help="Sizes of the ranks' parts, as in 2,1; auto: by speed.")] = None,
-    reproducible: Annotated[
-        bool, typer.Option("--reproducible", help="The same bits whatever the strategy and the rest of the batch.")
-    ] = False,
-    recalibrate: Annotated[
-        bool, typer.Option("--recalibrate", help="Measure again what steps cost, instead of what is kept of it.")
-    ] = False,
-    threads: Annotated[int | None, typer.Option(help="Threads of each rank; default: cores / ranks.")] = None,
+    shares: SHARES = None,
+    reproducible: REPRODUCIBLE = False,
+    recalibrate: RECALIBRATE = False,
+    threads: THREADS = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: the checkpoint's.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens with this mass.")] = None,

@@ -58,7 +58,7 @@ def main() -> None:
             stream.reconfigure(encoding="utf-8" if stream.encoding == "ascii" else None, errors="backslashreplace")
     try:
         demand_text(sys.argv[1:], os.environ)
-        demand_known(sys.argv[1:], _valued(sys.argv[1:2]))
+        demand_known(sys.argv[1:], _options(sys.argv[1:2]))
         app()
     except InputError as error:
         _end(f"weft: {error}", 2)
@@ -69,11 +69,11 @@ def main() -> None:
         sys.exit(0)
 
 
-def _valued(command: list[str]) -> set[str]:
-    """The options of a command that a value follows."""
+def _options(command: list[str]) -> dict[str, bool]:
+    """The options of a command, and whether a value follows each."""
     commands = getattr(typer.main.get_command(app), "commands", {})
     options = commands[command[0]].params if command and command[0] in commands else []
-    return {name for option in options if not getattr(option, "is_flag", True) for name in option.opts}
+    return {name: not getattr(option, "is_flag", True) for option in options for name in option.opts}
 
 
 def _end(line: str, code: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -26,6 +26,19 @@ DTYPE = Annotated[
         help="What is computed in: float32, or bfloat16, which takes half the memory and on many processors longer.",
     ),
 ]
+OVERLAP = Annotated[
+    str, typer.Option(help="auto, serial, iso:2, iso:2/4, iso@300,700, tiles:4, …; see docs/strategies.md.")
+]
+WIRE = Annotated[str, typer.Option(help="How partials travel: exact or bf16.")]
+SHARES = Annotated[str | None, typer.Option(help="Sizes of the ranks' parts, as in 2,1; auto: by speed.")]
+REPRODUCIBLE = Annotated[
+    bool, typer.Option("--reproducible", help="The same bits whatever the strategy and the rest of the batch.")
+]
+RECALIBRATE = Annotated[
+    bool, typer.Option("--recalibrate", help="Measure again what steps cost, instead of what is kept of it.")
+]
+THREADS = Annotated[int | None, typer.Option(help="Threads of each rank; default: cores / ranks.")]
+MODEL = Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)]
 # What users of other engines type, and weft has by another name, or not: what to do instead.
 ELSEWHERE = {
     "--model": "give MODEL without an option",
@@ -75,11 +88,12 @@ def demand_text(arguments: Sequence[str], environment: Mapping[str, str]) -> Non
             raise InputError(f"{name} {text[:100]!r} is not UTF-8; write it so, and rename a file that isn't")
 
 
-def demand_known(arguments: Sequence[str], valued: Collection[str] = ()) -> None:
-    """Raises `InputError` that leads from another engine's option to weft's. `valued`: options that a value follows."""
+def demand_known(arguments: Sequence[str], options: Mapping[str, bool]) -> None:
+    """Raises `InputError` that leads from another engine's option to weft's. `options`: of the command, and whether a
+    value follows each."""
     for before, argument in pairwise(["", *arguments[: arguments.index("--") if "--" in arguments else None]]):
         name = argument.partition("=")[0].replace("_", "-")
-        if name in ELSEWHERE and before not in valued:
+        if name in ELSEWHERE and name not in options and not options.get(before):
             raise InputError(f"{name} is not an option here: {ELSEWHERE[name]}")
 
 

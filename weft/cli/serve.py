@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress as Bar
 
-from weft.cli.options import DTYPE, TP, shares_or_auto
+from weft.cli.options import DTYPE, MODEL, OVERLAP, RECALIBRATE, REPRODUCIBLE, SHARES, THREADS, TP, WIRE, shares_or_auto
 from weft.cli.terminal import bar, warn_of_shared_cores
 from weft.config import ModelConfig
-from weft.engine import Engine, Progress
+from weft.engine import Engine
 from weft.errors import InputError
 from weft.hub import locate
 from weft.launch.addresses import is_loopback, resolved
@@ -24,6 +26,10 @@ from weft.launch.launcher import TOKEN_VARIABLE
 from weft.llm import LLM
 from weft.model.families import flags_of
 from weft.text import leave_torch_out
+from weft.workers import Progress
+
+if TYPE_CHECKING:
+    from weft.server.service import Service
 
 HELP = """Serve MODEL behind the OpenAI API, with a page at /.
 
@@ -47,116 +53,138 @@ Then:  curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d
 PACKAGED_NAME = "weft-packaged"
 
 
+KEYS = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Who may ask; may be repeated, and turns are fair between keys. Better in the environment.",
+        envvar="WEFT_API_KEY", show_envvar=True, show_default=False,
+    ),
+]  # fmt: skip
+ANYONE = Annotated[
+    bool, typer.Option("--allow-anyone", help="Beyond loopback without a key: everyone who reaches the port.")
+]
+ORIGINS = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Of a web page that may ask from a browser, as in https://chat.example; may be repeated; * is any.",
+        show_default=False,
+    ),
+]
+LENGTH = Annotated[int | None, typer.Option(help="Tokens of prompt and answer; default: the model's.")]
+INTERVAL = Annotated[float, typer.Option(help="Seconds between tokens that prompts should leave to answers under way.")]
+CACHING = Annotated[bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Reuse what prompts share.")]
+PATIENCE = Annotated[
+    float, typer.Option(help="Seconds a client has to send a request, and to take each piece of an answer.")
+]
+JOINED = Annotated[str | None, typer.Option(help="HOST:PORT at which ranks on other machines join (weft worker).")]
+
+
 def serve_command(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
+    model: MODEL = None,
     tp: TP = 1,
     host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback wants --api-key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 8000,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(help="Who may ask; may be repeated, and turns are fair between keys. Better in the environment.",
-                     envvar="WEFT_API_KEY", show_envvar=True, show_default=False),
-    ] = None,
-    allow_anyone: Annotated[
-        bool, typer.Option("--allow-anyone", help="Beyond loopback without a key: everyone who reaches the port.")
-    ] = False,
-    allow_origin: Annotated[
-        list[str] | None,
-        typer.Option(help="Of a web page that may ask from a browser, as in https://chat.example; may be repeated; "
-                     "* is any.", show_default=False),
-    ] = None,
+    api_key: KEYS = None,
+    allow_anyone: ANYONE = False,
+    allow_origin: ORIGINS = None,
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
-    overlap: Annotated[str, typer.Option(help="auto, serial, iso:2, …; see docs/strategies.md.")] = "auto",
-    wire: Annotated[str, typer.Option(help="How partials travel: exact or bf16.")] = "exact",
+    overlap: OVERLAP = "auto",
+    wire: WIRE = "exact",
     dtype: DTYPE = "float32",
-    shares: Annotated[str | None, typer.Option(help="Sizes of the ranks' parts, as in 2,1; auto: by speed.")] = None,
-    reproducible: Annotated[
-        bool, typer.Option("--reproducible", help="The same bits whatever the strategy and the rest of the batch.")
-    ] = False,
-    recalibrate: Annotated[bool, typer.Option("--recalibrate", help="Measure again what steps cost.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Threads of each rank; default: cores / ranks.")] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(help="Tokens of prompt and answer; default: the model's.")
-    ] = None,
+    shares: SHARES = None,
+    reproducible: REPRODUCIBLE = False,
+    recalibrate: RECALIBRATE = False,
+    threads: THREADS = None,
+    max_model_len: LENGTH = None,
     max_num_seqs: Annotated[int, typer.Option(help="Completions that run at once.")] = 16,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of a batch at most.")] = 8192,
     max_waiting: Annotated[int, typer.Option(help="Completions that wait for a slot; more get 429.")] = 256,
-    token_interval: Annotated[
-        float, typer.Option(help="Seconds between tokens that prompts should leave to answers under way.")
-    ] = 0.2,
-    prefix_caching: Annotated[
-        bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Reuse what prompts share.")
-    ] = True,
+    token_interval: INTERVAL = 0.2,
+    prefix_caching: CACHING = True,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
     max_body_bytes: Annotated[int, typer.Option(help="Of a request; more get 413.")] = 4 << 20,
-    client_timeout: Annotated[
-        float, typer.Option(help="Seconds a client has to send a request, and to take each piece of an answer.")
-    ] = 30.0,
+    client_timeout: PATIENCE = 30.0,
     drain: Annotated[float, typer.Option(help="Seconds that requests under way have when the server ends.")] = 30.0,
-    join_address: Annotated[
-        str | None, typer.Option(help="HOST:PORT at which ranks on other machines join (weft worker).")
-    ] = None,
+    join_address: JOINED = None,
     local_ranks: Annotated[int, typer.Option(help="With --join-address: ranks on this machine.")] = 1,
 ) -> None:  # fmt: skip
     """See HELP."""
     leave_torch_out()
     from weft.server.app import Settings, application
     from weft.server.run import bound, serve
+
+    host, out = host.strip("[]"), Console(stderr=True)
+    keys, origins = _keys(api_key), _origins(allow_origin)
+    _demand_guarded(host, bool(keys) or allow_anyone)
+    name = served_model_name or _name(model)
+    with bound(host, port) as listening, bar(out) as showing:
+        launcher = _launcher(join_address, tp, local_ranks)
+        warn_of_shared_cores(out, tp if launcher is None else local_ranks)
+
+        def make(tell: Progress) -> Engine:
+            if launcher is not None:
+                _invite(out, launcher, model, tp - local_ranks)
+            return LLM(
+                model, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=shares_or_auto(shares),
+                reproducible=reproducible, num_threads=threads, recalibrate=recalibrate, max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, launcher=launcher,
+                dtype=dtype, enable_prefix_caching=prefix_caching, token_interval=token_interval,
+                progress=_both(tell, showing),
+            ).engine  # fmt: skip
+
+        def ready() -> None:
+            showing.stop()
+            _welcome(out, service.engine, name, f"[{host}]" if ":" in host else host, listening.getsockname()[1])
+
+        service = _service(make, max_waiting, launcher, out, name)
+        settings = Settings(name, keys, is_loopback(host), max_body_bytes, client_timeout, request_timeout, origins)
+        serve(application(service, settings), service, listening, drain, ready)
+
+
+def _both(tell: Progress, showing: Bar) -> Progress:
+    """Tells the server's state of what goes on, and the terminal."""
+    task = showing.add_task("starting", total=1.0)
+
+    def told(what: str, share: float) -> None:
+        tell(what, share)
+        showing.update(task, description=what, completed=share)
+
+    return told
+
+
+def _service(
+    make: Callable[[Progress], Engine], most_waiting: int, launcher: JoinedLauncher | None, out: Console, name: str
+) -> Service:
+    """The engine on a thread; what it tells goes to the terminal."""
     from weft.server.service import Service
 
-    host = host.strip("[]")
-    out = Console(stderr=True)
-    keys = _keys(api_key)
-    local = is_loopback(host)
-    origins = _origins(allow_origin)
+    interrupt = launcher.interrupted.set if launcher is not None else lambda: None
+    service = Service(make, most_waiting, interrupt, partial(out.print, style="dim", markup=False, soft_wrap=True))
+    service.metrics.named(name)
+    if launcher is not None:
+        launcher.told = service.tell
+    return service
+
+
+def _demand_guarded(host: str, allowed: bool) -> None:
+    """Raises `InputError` if everyone could reach the server and nobody asked for that."""
     resolved(host, "--host")
-    if not (local or keys or allow_anyone):
+    if not (is_loopback(host) or allowed):
         raise InputError(
             f"--host {host} would let everyone who reaches this machine use the model; give --api-key (or "
             "WEFT_API_KEY in the environment), or --allow-anyone"
         )
-    with bound(host, port) as listening:
-        launcher = _launcher(join_address, tp, local_ranks)
-        warn_of_shared_cores(out, tp if launcher is None else local_ranks)
-        showing = bar(out)
-        task = showing.add_task("starting", total=1.0)
 
-        def make(tell: Progress) -> Engine:
-            def both(what: str, share: float) -> None:
-                tell(what, share)
-                showing.update(task, description=what, completed=share)
 
-            if launcher is not None:
-                flags_of(ModelConfig.from_directory(locate(model)))  # nobody is invited to what can't run
-                _invite(out, launcher, model, tp - local_ranks)
-            llm = LLM(
-                model, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=shares_or_auto(shares),
-                reproducible=reproducible, num_threads=threads, recalibrate=recalibrate, max_model_len=max_model_len,
-                max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, launcher=launcher,
-                dtype=dtype, enable_prefix_caching=prefix_caching, token_interval=token_interval, progress=both,
-            )  # fmt: skip
-            return llm.engine
-
-        interrupt = launcher.interrupted.set if launcher is not None else lambda: None
-        told = partial(out.print, style="dim", markup=False, soft_wrap=True)
-        service = Service(make, max_waiting, interrupt, told)
-        if launcher is not None:
-            launcher.told = service.tell
-        name = served_model_name or _name(model)
-        service.metrics.named(name)
-        settings = Settings(name, keys, local, max_body_bytes, client_timeout, request_timeout, origins)
-        shown = f"[{host}]" if ":" in host else host
-        url = f"http://{shown}:{listening.getsockname()[1]}"
-
-        def ready() -> None:
-            showing.stop()
-            for notice in service.engine.notices:
-                out.print(notice, style="dim")
-            ranks = f"{tp} rank{'s' if tp > 1 else ''}"
-            out.print(f"[bold]{name}[/] on {ranks}: {url}/v1 for OpenAI's clients, {url}/ for a page", soft_wrap=True)
-
-        with showing:
-            serve(application(service, settings), service, listening, drain, ready)
+def _welcome(out: Console, engine: Engine, name: str, host: str, port: int) -> None:
+    """What is served, and where."""
+    for notice in engine.notices:
+        out.print(notice, style="dim")
+    ranks, url = engine.config.ranks, f"http://{host}:{port}"
+    out.print(
+        f"[bold]{name}[/] on {ranks} rank{'s' if ranks > 1 else ''}: {url}/v1 for OpenAI's clients, {url}/ for a page",
+        soft_wrap=True,
+    )
 
 
 def _keys(given: list[str] | None) -> list[str]:
@@ -193,7 +221,8 @@ def _launcher(join_address: str | None, ranks: int, local: int) -> JoinedLaunche
 
 
 def _invite(out: Console, launcher: JoinedLauncher, model: str | None, others: int) -> None:
-    """Says what to run on other machines."""
+    """Says what to run on other machines; nobody is invited to what can't run."""
+    flags_of(ModelConfig.from_directory(locate(model)))
     shown = "…" if os.environ.get(TOKEN_VARIABLE) else launcher.token  # who set it knows it
     named = f" {shlex.quote(model)}" if model is not None else ""
     command = f"{TOKEN_VARIABLE}={shown} weft worker --join {shlex.quote(launcher.address)}{named}"

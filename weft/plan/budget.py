@@ -18,6 +18,8 @@ SIZES = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 307
 LARGE = 64  # rows, from which a batch's time grows with them
 SEEN = 15  # of the last batches the median counts
 FIRST = 256  # rows, as long as nothing is known
+ALONE = 5  # times the wanted time between tokens a batch may take while nobody is waiting for a next token
+LEAST_ALONE = 512  # tokens of such a batch: smaller ones hide their communication worse
 AT_LEAST = 1.5  # times what decoding takes alone: where that is as slow as wanted already, prompts come on all the same
 
 
@@ -39,6 +41,15 @@ class Budget:
             self._a_row.append(seconds / batch.tokens)
         elif all(segment.length == 1 for segment in batch.segments):
             self._decoding.append(seconds)
+
+    def tokens(self, interval: float | None, decoding: Sequence[Segment], most: int) -> int:
+        """Of the next batch: as many as go well with those who wait for their next token. `interval`: seconds that they
+        should have to wait; None: throughput is all that counts."""
+        if interval is None:
+            return most
+        if decoding:
+            return self.rows(interval, decoding, most)
+        return max(min(LEAST_ALONE, most), self.rows(ALONE * interval, (), most))
 
     def rows(self, seconds: float, decoding: Sequence[Segment], most: int) -> int:
         """Rows of a batch that takes `seconds`, the decoding segments included; never fewer than let a prompt go on."""

@@ -54,10 +54,10 @@ class Beside:
     def facts(self) -> Facts:
         """Of the model. Raises `Unavailable` until it is loaded."""
         engine = self.service.engine
-        proposed = default_params(engine.directory)
+        proposed, ends = default_params(engine.directory), tuple(sorted(engine.requests.end_ids))
         return Facts(
-            str(engine.directory), self.name, engine.model.vocabulary, engine.config.max_length,
-            tuple(sorted(engine.end_ids)), {field.name: getattr(proposed, field.name) for field in fields(proposed)},
+            str(engine.directory), self.name, engine.model.vocabulary, engine.config.max_length, ends,
+            {field.name: getattr(proposed, field.name) for field in fields(proposed)},
         )  # fmt: skip
 
     @cached_property

@@ -25,7 +25,7 @@ def live(service: Service, name: str, known: int = -1) -> dict[str, Any]:
     engine.timeline_wanted = True
     counts = engine.batcher.counts
     state |= {
-        "restarts": engine.restarts, "ranks": engine.config.ranks, "slots": engine.config.max_sequences,
+        "restarts": engine.workers.restarts.total, "ranks": engine.config.ranks, "slots": engine.config.max_sequences,
         "memory": engine.batcher.used / max(1, engine.batcher.memory),
         "reused": counts.reused / counts.looked_up if counts.looked_up else 0.0,
     }  # fmt: skip

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from weft.engine import Engine, Step
+from weft.engine import Engine
+from weft.turn import Turn
 
 FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
@@ -57,7 +58,7 @@ class Metrics:
         """The label that all get; before anything is counted."""
         self._name = model
 
-    def step(self, step: Step) -> None:
+    def step(self, step: Turn) -> None:
         """One batch."""
         result = step.result
         self._add(self._batches, 1)
@@ -80,7 +81,7 @@ class Metrics:
         self._up_to(self._queries, counts.looked_up)
         self._up_to(self._hits, counts.reused)
         self._up_to(self._preempted, counts.preempted)
-        self._up_to(self._restarts, engine.restarts)
+        self._up_to(self._restarts, engine.workers.restarts.total)
 
     def first_token(self, seconds: float, prompt: int) -> None:
         """Of one request, whose prompt of so many tokens is computed then."""

@@ -20,12 +20,14 @@ from queue import Empty, SimpleQueue
 
 from weft.batching.params import SamplingParams
 from weft.batching.request import Request, Sequence
-from weft.engine import Engine, Progress, Step
+from weft.engine import Engine
 from weft.errors import Busy, Interrupted, RequestFailed, Unavailable, told
 from weft.grammar import Grammar
 from weft.server.metrics import Metrics
 from weft.server.ticket import Piece, Prefill, Ticket, Wishes
 from weft.timeline.timeline import median
+from weft.turn import Turn
+from weft.workers import Progress
 
 SETTLED_SECONDS = 0.05  # how often it is looked whether the model is there
 IDLE_SECONDS = 0.1  # how often workers are looked at while nothing is to do
@@ -48,7 +50,7 @@ class Live:
 
     tokens: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=2000))  # when, how many
     first: deque[float] = field(default_factory=lambda: deque(maxlen=50))  # seconds to the first token
-    drawn: Step | None = None  # the last batch that was recorded, with its timeline
+    drawn: Turn | None = None  # the last batch that was recorded, with its timeline
     number: int = 0  # how many were recorded
 
     def rate(self, over: float = 10.0) -> float:
@@ -130,12 +132,12 @@ class Service:
 
     def compiled(self, schema: str) -> bool:
         """Whether a schema's grammar is there already."""
-        return schema in self.engine.grammars
+        return schema in self.engine.requests.grammars
 
     async def grammar(self, schema: str) -> Grammar:
         """A schema's grammar; on a thread of its own, because compiling it may take a while. Raises `InputError`."""
         engine, loop = self.engine, asyncio.get_running_loop()
-        return await loop.run_in_executor(self._compiling, lambda: engine.grammars.grammar(schema))
+        return await loop.run_in_executor(self._compiling, lambda: engine.requests.grammars.grammar(schema))
 
     async def submit(
         self, prompt: list[int], params: SamplingParams, wishes: Wishes, grammar: Grammar | None = None
@@ -145,7 +147,7 @@ class Service:
         engine = self.engine
         if self.state is State.DRAINING:
             raise Unavailable("the server is shutting down; ask another one")
-        engine.check(prompt, params)
+        engine.requests.check(prompt, params)
         free = max(0, engine.config.max_sequences - self.running)
         if self.waiting + params.n > self.most_waiting + free:
             raise Busy(f"{self.waiting} completions wait already; try again later", self._retry_after())
@@ -230,8 +232,8 @@ class Service:
             self.reason, self.loaded = what, share
 
         engine = self._make(tell)
-        engine.on_lost = self._lost
-        engine.meanwhile = partial(self._meanwhile, engine)
+        engine.workers.on_lost = self._lost
+        engine.workers.meanwhile = partial(self._meanwhile, engine)
         self._engine, self.state, self.reason, self.loaded = engine, State.READY, "", 1.0
 
     def _turn(self) -> None:
@@ -249,12 +251,12 @@ class Service:
         self._deliver(engine, grown)
 
     def _step(self, engine: Engine) -> list[Sequence]:
-        before = engine.last_step
+        before = engine.last_turn
         grown = engine.step()
-        if engine.last_step is not before and engine.last_step is not None:
-            self.metrics.step(engine.last_step)
-            if engine.last_step.result.timeline is not None:
-                self.live.drawn, self.live.number = engine.last_step, self.live.number + 1
+        if engine.last_turn is not before and engine.last_turn is not None:
+            self.metrics.step(engine.last_turn)
+            if engine.last_turn.result.timeline is not None:
+                self.live.drawn, self.live.number = engine.last_turn, self.live.number + 1
         return grown
 
     def _lost(self, error: Exception) -> None:
@@ -309,7 +311,7 @@ class Service:
         _on(ticket.loop, partial(ticket.put, Unavailable("the request was cancelled")))  # whoever still reads it
         if self.state is not State.FAILED:
             self._engine.forget([s for s in request.sequences if s.finish_reason is None])
-        self._engine.settle(request)
+        self._engine.requests.settle(request)
         self.metrics.finished("abort", time.monotonic() - ticket.arrived)
 
     def _deliver(self, engine: Engine, grown: list[Sequence]) -> None:
@@ -324,13 +326,13 @@ class Service:
             if sequence.request.error:
                 out.append((ticket, RequestFailed(sequence.request.error)))
             else:
-                out.append((ticket, ticket.grown(sequence, engine.completions[sequence])))
+                out.append((ticket, ticket.grown(sequence, engine.requests.completions[sequence])))
             tokens += self._count(ticket, sequence, now)
         self.live.tokens.append((now, tokens))
         finished = {sequence.request for sequence in grown if sequence.request.finished}
         for request in finished & self._tickets.keys():
             ticket = self._tickets.pop(request)
-            engine.settle(request)
+            engine.requests.settle(request)
             self._finished.append(now)
             self.metrics.finished(str(request.sequences[0].finish_reason), now - ticket.arrived)
         for loop in {ticket.loop for ticket, _ in out}:

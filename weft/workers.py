@@ -1,0 +1,157 @@
+"""A group of workers with the model on it: started, given its parts by speed, measured, and there again after a loss.
+
+Knows groups, machines' memory and costs; knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as ReadOnly
+from dataclasses import replace
+from pathlib import Path
+
+from weft.admission import demand_memory, memory_tokens
+from weft.batching.batcher import Copy, Move
+from weft.calibration import key_of, measured
+from weft.config import EngineConfig, ModelConfig
+from weft.errors import GivenUp, Interrupted, WorkerFailed, WorkerLost, told
+from weft.execute.controller import Controller, RunOptions, RunResult, Started
+from weft.execute.protocol import Choice, Hello
+from weft.launch.launcher import Launcher
+from weft.launch.local import LocalLauncher
+from weft.plan.kept import keep, recall
+from weft.plan.planner import Plan, Planner, shares_by_speed
+from weft.program.batch import Batch
+from weft.program.strategy import AUTO
+from weft.restarts import Restarts
+from weft.simulate.cost import Costs
+
+Progress = Callable[[str, float], None]  # what goes on, and the share of it that is done
+Probe = Callable[[Batch, list[int], Plan, RunOptions], RunResult]  # runs a batch of new prompts
+ALIKE = 0.95  # of the fastest rank's speed: less than that is worth other shares
+
+
+class Workers:
+    """The group of one engine. `on_lost` is told when it is lost, or doesn't start; `meanwhile` is called again and
+    again while it starts."""
+
+    def __init__(self, directory: Path, config: EngineConfig, model: ModelConfig, launcher: Launcher | None) -> None:
+        self.directory, self.config, self.model = directory, config, model
+        self.on_lost: Callable[[Exception], None] = lambda error: None
+        self.meanwhile: Callable[[], None] = lambda: None
+        self.restarts = Restarts()
+        self.up = False  # and nothing is under way that nobody knows of
+        self.controller = Controller(launcher or LocalLauncher(), config, self._waiting, self._admit)
+        self.started: Started
+
+    def start(self, planner: Planner, tell: Progress, recalibrate: bool, by_speed: bool) -> list[str]:
+        """The first time: brings the group up and, where they are needed, has the planner learn its costs; `by_speed`:
+        and once more, with parts of the model that follow from them. Lines for whoever should know.
+
+        Raises `InputError` and `WorkerFailed`; nothing is left running then.
+        """
+        try:
+            self._bring_up(lambda share: tell("loading", share))
+            if not (self.config.ranks > 1 and (recalibrate or by_speed or self.config.overlap == AUTO)):
+                return []
+            notices = self._learn(planner, tell, recalibrate)
+            return notices + (self._share(planner, tell, recalibrate) if by_speed else [])
+        except WorkerLost as error:
+            self.controller.close()
+            raise WorkerFailed(f"a worker ended while the model was loaded: {told(error)}") from None
+        except BaseException:
+            self.controller.close()
+            raise
+
+    def _bring_up(self, progress: Callable[[float], None] | None = None) -> None:
+        self.started = self.controller.start(self.directory, self.model, progress)
+        self.up = True
+
+    def _learn(self, planner: Planner, tell: Progress, recalibrate: bool) -> list[str]:
+        """Costs as they were kept, or measured now."""
+        key = key_of(self.model, self.config, self.controller.launcher.link_name)
+        kept, why = (None, None) if recalibrate else recall(key)
+        if kept is not None:
+            planner.learn(kept.costs)
+            return []
+        begin = time.monotonic()
+        costs = self.calibrate(self.probe, (self.config.wire,), lambda share: tell("measuring costs", share))
+        planner.learn(costs)
+        return list(filter(None, [why, keep(key, costs, time.monotonic() - begin)]))
+
+    def _share(self, planner: Planner, tell: Progress, recalibrate: bool) -> list[str]:
+        """Starts again with parts of the model that take the ranks equally long, if that is worth it."""
+        assert planner.costs is not None, "shares follow from costs"
+        shares = shares_by_speed(planner.costs, self.config.shares)
+        line = f"shares by speed: {','.join(f'{share:g}' for share in shares)}"
+        if min(shares) >= ALIKE:
+            return [line]
+        self.controller.stop()
+        self.config = self.controller.config = replace(self.config, shares=shares)
+        self._bring_up(lambda share: tell("loading", share))
+        return [line, *self._learn(planner, tell, recalibrate)]
+
+    def calibrate(self, probe: Probe, wires: tuple[str, ...], watch: Callable[[float], None]) -> Costs:
+        """Measures what steps cost on these ranks, for these wires, in at most 5 s."""
+        costs = measured(probe, self.model, self.config, wires, watch)
+        self.controller.release(list(range(self.config.slots)))  # the memory of what was only tried
+        return costs
+
+    def move(self, moves: Iterable[Move]) -> None:
+        """Does with their memory what the batcher decided; new ones have none."""
+        for move in moves:
+            if not self.up:
+                continue
+            if isinstance(move, Copy):
+                self.controller.copy(*move)
+            else:
+                self.controller.release([move.slot])
+
+    def probe(self, batch: Batch, tokens: list[int], plan: Plan, options: RunOptions) -> RunResult:
+        """Runs a batch of new prompts by a plan of the caller's; memory must hold nothing."""
+        choices = [Choice() for _ in batch.wanted_rows]
+        return self.controller.run(batch, tokens, choices, plan.program, plan.wire, options)
+
+    @property
+    def memory(self) -> int:
+        """Tokens whose keys and values fit on it."""
+        return memory_tokens(self.started.hellos, self.started.loaded)
+
+    def restart(self, error: Exception, blamed: bool = False) -> None:
+        """A new group: one loss, however many tries that takes. `blamed`: what it computed may be why.
+
+        Raises `GivenUp` if groups don't stay, and no other machine is there that could make the difference.
+        """
+        self.up = False
+        self.restarts.lost(blamed)
+        while not self.up:
+            self.controller.stop()
+            if self.restarts.hopeless and not self.controller.launcher.may_change:
+                raise GivenUp(f"workers were lost {len(self.restarts)} times within a minute; the last: {error}")
+            self.on_lost(error)
+            try:
+                self._pause(self.restarts.pause)
+                self._bring_up()
+            except Interrupted:
+                raise
+            except Exception as again:  # whatever it is, it may pass
+                self.restarts.failed()
+                error = again
+        self.restarts.ready()
+
+    def close(self) -> None:
+        """Ends them."""
+        self.controller.close()
+
+    def _admit(self, hellos: ReadOnly[Hello]) -> None:
+        demand_memory(self.model, self.config, hellos)
+
+    def _waiting(self) -> None:
+        self.meanwhile()
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self._waiting()
+            time.sleep(0.05)
