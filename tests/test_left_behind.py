@@ -54,7 +54,8 @@ def test_nothing_outlives_a_pytest_that_is_killed_and_a_start_clears_up() -> Non
     process = pytest_of("test_is_killed")
     left = [int(pid) for pid in line_of(process, "LEFT")]
     [folder] = line_of(process, "FOLDER")
-    assert len(left) == 4 and all(psutil.pid_exists(pid) for pid in left) and Path(folder).is_dir()
+    # A server, its two ranks, by now perhaps the process that reads its requests, and one rank more.
+    assert len(left) in (4, 5) and all(psutil.pid_exists(pid) for pid in left) and Path(folder).is_dir()
     process.kill()
     process.wait(10)
     assert gone(left), "something still runs"
