@@ -13,7 +13,7 @@ from typing import Any, Literal
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import FileResponse
+from starlette.responses import Response
 
 from weft.server import errors
 from weft.server.api import Api, router
@@ -77,13 +77,16 @@ def application(service: Service, settings: Settings) -> FastAPI:
     errors.install(app)
     app.include_router(router(Api(service, beside, settings.name, settings.timeout)))
 
+    # Kept in memory: reading a file takes turns on other threads, each of which waits for whatever computes.
+    index, script = ((PAGE / name).read_bytes() for name in ("index.html", "app.js"))
+
     @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
+    async def page() -> Response:
+        return Response(index, headers=PAGE_HEADERS, media_type="text/html")
 
     @app.get("/app.js", include_in_schema=False)
-    async def script() -> FileResponse:
-        return FileResponse(PAGE / "app.js", media_type="text/javascript", headers=PAGE_HEADERS)
+    async def code() -> Response:
+        return Response(script, headers=PAGE_HEADERS, media_type="text/javascript")
 
     app.add_middleware(
         Guard, keys=settings.keys, local=settings.local, most=settings.most_body, patience=settings.patience
