@@ -17,17 +17,17 @@ import argparse
 import http.client
 import json
 import multiprocessing
-import os
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from servers import serving
 
 MOST = (4 << 20) - 4096  # bytes of a body: the server's limit, less what stands around
 WANTED = 50.0  # ms
@@ -218,23 +218,8 @@ def measure(port: int, name: str | None, seconds: float, turn: int, stream: bool
     return {"times": times, "worst": worst, "counts": counts, "answers": answers}
 
 
-def served(arguments: list[str]) -> Iterator[int]:
-    """A server's port; ends it afterwards."""
-    command = [sys.executable, "-m", "weft.cli.main", "serve", "--threads", "1", "--port", "0", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    assert process.stderr is not None
-    try:
-        line = next((line for line in process.stderr if "/v1 for OpenAI" in line), "")
-        if not line:
-            raise SystemExit("the server did not start")
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        yield int(line.partition("http://127.0.0.1:")[2].partition("/")[0])
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
 def main() -> None:
+    """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=12.0, help="of each load; a thousand answers take 5")
@@ -243,7 +228,8 @@ def main() -> None:
     asked = parser.parse_args()
     names = [name for name in LOADS if not asked.only or any(part in name for part in asked.only)]
     rounds: list[dict[str, Any]] = []
-    for port in served([]):
+    with serving() as server:
+        port = int(server.url.rpartition(":")[2])
         measure(port, None, 3.0, 0, True)  # warm
         for number in range(asked.rounds):
             for name in names:

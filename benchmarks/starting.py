@@ -14,13 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,42 +24,26 @@ from typing import Any
 import httpx2
 import psutil
 from models import SIZES, random_llama
+from servers import OFFLINE, WEFT, serving
 
 PROMPT = "def main("
-WEFT = [sys.executable, "-m", "weft.cli.main"]
 WAYS = {
     "import torch": [sys.executable, "-c", "import torch; print(1)"],
     "weft generate": [*WEFT, "generate", PROMPT, "--max-tokens", "2", "--threads", "1"],
     "weft generate --tp 2": [*WEFT, "generate", PROMPT, "--max-tokens", "2", "--threads", "1", "--tp", "2"],
 }
-QUIET = os.environ | {"HF_HUB_OFFLINE": "1"}
 
 
 def first_output(command: list[str]) -> float:
     """Seconds until there is something on standard output."""
     begin = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=QUIET) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=OFFLINE) as child:
         assert child.stdout is not None
         if not child.stdout.read(1):
             raise SystemExit(f"{' '.join(command)} printed nothing")
         taken = time.perf_counter() - begin
         child.stdout.read()
     return taken
-
-
-@contextmanager
-def serving(model: Path) -> Iterator[tuple[int, str]]:
-    """A server's process and address."""
-    command = [*WEFT, "serve", str(model), "--threads", "1", "--port", "0", "--max-model-len", "1024"]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=QUIET)
-    assert child.stderr is not None
-    try:
-        line = next((line for line in child.stderr if "/v1 for OpenAI" in line), "")
-        threading.Thread(target=child.stderr.read, daemon=True).start()
-        yield child.pid, "http://127.0.0.1:" + line.partition("http://127.0.0.1:")[2].partition("/")[0]
-    finally:
-        child.terminate()
-        child.wait(60)
 
 
 def memory(name: str) -> dict[str, float]:
@@ -73,7 +53,7 @@ def memory(name: str) -> dict[str, float]:
     found: dict[str, float] = {"weights": sum(file.stat().st_size for file in directory.glob("*.safetensors")) / 2**20}
     width = size.hidden // size.heads * size.kv_heads
     found["keys and values"] = 2 * 4 * size.layers * width * (tokens + 8) / 2**20
-    with serving(directory) as (pid, url):
+    with serving(str(directory), "--max-model-len", "1024") as (pid, url):
         asked: dict[str, Any] = {"prompt": [7] * tokens, "max_tokens": 8, "ignore_eos": True}
         httpx2.post(f"{url}/v1/completions", json=asked, timeout=120).raise_for_status()
         engine = psutil.Process(pid)

@@ -13,6 +13,7 @@ from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError
 from weft.execute.protocol import Hello, Loaded
 from weft.model.shares import shard_bytes, shares_of
+from weft.parallel.sizes import NUMBER_BYTES
 from weft.text import Tokenizer, generation_defaults
 
 MEMORY_PART = 0.9  # of what is free after loading may become key/value memory
@@ -83,7 +84,7 @@ def memory_tokens(hellos: Sequence[Hello], loaded: Sequence[Loaded]) -> int:
 
 def demand_memory(model: ModelConfig, config: EngineConfig, hellos: Sequence[Hello]) -> None:
     """Raises `InputError` before anything is loaded if the weights of a machine's ranks can't fit into its memory."""
-    size = {"float32": 4, "bfloat16": 2}[config.dtype]
+    size = int(NUMBER_BYTES[config.dtype])
     needed = [shard_bytes(model, share, size) for share in shares_of(model, config.shares)]
     machines = _by_machine(hellos)
     for ranks in machines.values():

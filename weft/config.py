@@ -61,7 +61,7 @@ class ModelConfig:
             raw = json.loads(path.read_text("utf-8-sig"))
         except (ValueError, OSError, RecursionError) as error:
             raise InputError(f"{path} can't be read as JSON ({error}); download the file again") from None
-        if not isinstance(raw, dict) or "model_type" not in raw:
+        if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
             raise InputError(f"{path} has no model_type; it is not a model's configuration")
         return cls.from_dict(raw)
 
@@ -71,10 +71,9 @@ class ModelConfig:
         fields = complete_fields(raw) or huggingface_fields(raw)
         if fields is None:  # unknown to transformers too: families.py gives the error, with the list of known ones
             return cls(str(raw["model_type"]), _architecture(raw), 0, 0, 0, 0, 0, 0, 0, 0.0, "", False, 0, raw)
-        if wrong := [
-            name for name in WHOLE if fields[name] is not None and fields[name] < (name != "num_hidden_layers")
-        ]:
-            raise InputError(f"config.json is inconsistent: {wrong[0]} {fields[wrong[0]]}; it must be above 0")
+        for name in WHOLE:  # no layers at all is odd, and legal
+            if fields[name] is not None and fields[name] < (name != "num_hidden_layers"):
+                raise InputError(f"config.json is inconsistent: {name} {fields[name]}; it must be above 0")
         heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
         return cls(
             model_type=str(raw["model_type"]), architecture=_architecture(raw), layers=fields["num_hidden_layers"],
@@ -133,8 +132,9 @@ def _complete_rope(raw: dict[str, Any]) -> dict[str, Any] | None:
         return None
     given = {"rope_theta": raw.get("rope_theta"), **written}
     kind = given.get("rope_type", given.get("type", "default"))
-    needed = ("rope_theta", *ROPE_NEEDS[kind]) if kind in ROPE_NEEDS else ("never",)
-    if any(type(given.get(name)) not in (int, float) for name in needed):
+    if not isinstance(kind, str) or kind not in ROPE_NEEDS:
+        return None
+    if any(type(given.get(name)) not in (int, float) for name in ("rope_theta", *ROPE_NEEDS[kind])):
         return None
     return given | {"rope_type": kind}
 
@@ -161,7 +161,8 @@ def _reason(error: Exception) -> str:
 
 
 def _architecture(raw: dict[str, Any]) -> str:
-    return str((raw.get("architectures") or [""])[0])
+    listed = raw.get("architectures")
+    return str(listed[0]) if isinstance(listed, list) and listed else ""
 
 
 def _max_length(fields: dict[str, Any]) -> int:

@@ -87,13 +87,7 @@ def _weights(directory: Path) -> list[str]:
     """The files that the index names; without one that can be read, the only one. Others hold the same once more."""
     try:
         named = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"].values()
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ):  # what is wrong with it, its reader says
+    # What is wrong with it, its reader says.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return [SINGLE]
     return sorted({str(name) for name in named})

@@ -30,7 +30,7 @@ COMPANY = 3  # failed batches from which on a request stays by itself: it may fa
 class Requests:
     """Checks them, and keeps a completion for each of their sequences until it is fetched.
 
-    `length`: tokens of the context; `memory`: tokens that fit into key/value memory, of which each of `loaded` has its
+    `length`: tokens of the context; `memory` says how many fit into key/value memory, of which each of `loaded` has its
     part. `notices`: lines for whoever should know.
     """
 
@@ -50,6 +50,10 @@ class Requests:
         if self.tokenizer is None:
             raise InputError("a JSON schema needs a tokenizer, and this model has no tokenizer.json")
         return Grammars(self.tokenizer, self.model.vocabulary, self.end_ids)
+
+    def compiled(self, schema: str) -> bool:
+        """Whether a schema's grammar is there already; at once, whatever is not there yet."""
+        return "grammars" in vars(self) and schema in self.grammars
 
     def check(self, prompt: ReadOnly[int], params: SamplingParams) -> int:
         """How many tokens may follow; raises `InputError` for requests that can't be run, but for what is wrong with a

@@ -17,7 +17,7 @@ from typing import Any
 from weft.detokenizer import Detokenizer, Spelling
 from weft.errors import InputError
 
-FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either of which makes a tokenizer
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either of which makes a tokenizer
 
 
 class Tokenizer:
@@ -115,7 +115,7 @@ def leave_torch_out() -> None:
 
 def _there(directory: Path) -> bool:
     """Older checkpoints have the same in two files."""
-    return any(all((directory / name).is_file() for name in names) for names in FILES)
+    return any(all((directory / name).is_file() for name in names) for names in TOKENIZER_FILES)
 
 
 class StopText:

@@ -17,16 +17,16 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from servers import ROOT, serving
+
 MODEL = ROOT / "weft" / "packaged"
 NAME = "weft-packaged"
 TORCH = "torch==2.13.0"  # first: what tools ask for might be another one, with gigabytes for GPUs
@@ -67,24 +67,6 @@ def installed(folder: Path, name: str, packages: tuple[str, ...]) -> Path:
             call([str(place / "bin" / "pip"), "install", "-q", wanted], ROOT)
         done.write_text(" ".join(packages), "utf-8")
     return place / "bin"
-
-
-@contextmanager
-def server() -> Iterator[str]:
-    """The address of one with the model in the package; it is ended afterwards."""
-    command = [sys.executable, "-m", "weft.cli.main", "serve", "--threads", "1", "--port", "0"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stderr is not None
-    try:
-        line = next((line for line in process.stderr if "/v1 for OpenAI" in line), "")
-        if not line:
-            raise SystemExit("the server did not start")
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        yield "http://127.0.0.1:" + line.partition("http://127.0.0.1:")[2].partition("/")[0]
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 # lm-eval
@@ -236,9 +218,9 @@ def main() -> None:
     for name in asked.tools or TOOLS:
         tool = TOOLS[name]
         programs = installed(asked.folder.resolve(), name, tool.packages)
-        with TemporaryDirectory(prefix="weft-clients-") as folder, server() as url:
+        with TemporaryDirectory(prefix="weft-clients-") as folder, serving() as server:
             begin = time.monotonic()
-            results[name] = tool.run(programs, url, Path(folder)) | {"packages": tool.packages}
+            results[name] = tool.run(programs, server.url, Path(folder)) | {"packages": tool.packages}
         print(f"{name}: {'fine' if results[name]['fine'] else 'NOT FINE'}, {time.monotonic() - begin:.0f} s")
         for key, value in results[name].items():
             if key == "values":

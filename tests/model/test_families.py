@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,6 +82,25 @@ def test_a_file_that_says_everything_is_read_without_transformers(name: str, che
         left, right = ModelConfig.from_dict(given), ModelConfig.from_dict(theirs | {"model_type": given["model_type"]})
         assert replace(left, architecture="") == replace(right, architecture="")
         assert flags_of(left) == flags_of(right)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model_type": ["llama"]}, {"model_type": None}, {"rope_parameters": {"rope_type": ["linear"], "rope_theta": 1e4}},
+     {"rope_parameters": {"rope_type": {}, "rope_theta": 1e4}}, {"rope_parameters": "linear"},
+     {"num_hidden_layers": [2]}, {"hidden_act": 3}],
+)  # fmt: skip
+def test_fields_of_odd_kinds_are_one_line(change: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_of("Llama") | change))
+    with pytest.raises(InputError) as told:
+        flags_of(ModelConfig.from_directory(tmp_path))
+    assert "\n" not in str(told.value)
+
+
+def test_an_architecture_of_an_odd_kind_says_nothing(tmp_path: Path) -> None:
+    for given in (5, "LlamaForCausalLM", {}, [], [None]):
+        (tmp_path / "config.json").write_text(json.dumps(config_of("Llama") | {"architectures": given}))
+        flags_of(ModelConfig.from_directory(tmp_path))
 
 
 def test_whatever_a_file_leaves_open_is_transformers_to_say() -> None:

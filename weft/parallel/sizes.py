@@ -7,5 +7,5 @@ NUMBER_BYTES = {"float32": 4.0, "bfloat16": 2.0}  # by what is computed in
 
 
 def element_bytes(wire: str, dtype: str) -> float:
-    """Bytes of one number of a computation in `dtype` on this wire."""
-    return NUMBER_BYTES[dtype] if wire == "exact" else NUMBER_BYTES["bfloat16"]
+    """Bytes of one number of a computation in `dtype` on this wire. Raises KeyError for one that is not known."""
+    return {"exact": NUMBER_BYTES[dtype], "bf16": NUMBER_BYTES["bfloat16"]}[wire]

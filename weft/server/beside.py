@@ -203,15 +203,13 @@ class Helper:
             raise Unavailable("the server is shutting down; ask another one")
         if self._process is not None and self._process.returncode is None:
             return self._process
-        package = str(Path(__file__).resolve().parents[2])
-        paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         memory = max(LEAST_MIB, min(self.memory, free_memory() >> 21))  # half of what is free, at most
         try:
             async with asyncio.timeout(START_SECONDS):
                 self._process = await asyncio.create_subprocess_exec(
                     sys.executable, "-P", "-m", "weft.server.child", str(memory),
                     stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=4 << 20,
-                    env=os.environ | {"PYTHONPATH": paths}, start_new_session=True,  # Ctrl-C is the server's
+                    env=_environment(), start_new_session=True,  # Ctrl-C is the server's
                 )  # fmt: skip
                 await _exchanged(self._process, msgspec.msgpack.encode(facts))
         except (TimeoutError, OSError, EOFError) as error:
@@ -240,6 +238,13 @@ class Helper:
         with suppress(ProcessLookupError):
             process.kill()
         await process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """The process's: this package, and none of the server's keys."""
+    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WEFT_")}
+    return kept | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 async def _exchanged(process: asyncio.subprocess.Process, message: bytes) -> bytes:

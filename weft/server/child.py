@@ -17,6 +17,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
+from typing import BinaryIO
 
 import msgspec
 
@@ -70,14 +71,19 @@ def main() -> None:
     before = _data_bytes()
     if before:
         _limit(before + most)
-    told: Reply | None = None
-    while True:
-        out.write(framed(msgspec.msgpack.encode(told) if told is not None else b""))
-        out.flush()
-        if (isinstance(told, Told) and told.last) or _data_bytes() > before + most // 4:
-            return  # what this request left behind is not to be the next one's burden
-        told = None  # nor what it said
+    _say(out, b"")
+    # What one request left behind is not to be the next one's burden: then the server starts another process.
+    while _data_bytes() <= before + most // 4:
         told = _told(reader, msgspec.msgpack.decode(frames.get(), type=Job))
+        _say(out, msgspec.msgpack.encode(told))
+        if isinstance(told, Told) and told.last:
+            return
+        del told
+
+
+def _say(out: BinaryIO, message: bytes) -> None:
+    out.write(framed(message))
+    out.flush()
 
 
 def _listen(frames: SimpleQueue[bytes]) -> None:

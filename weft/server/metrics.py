@@ -58,11 +58,11 @@ class Metrics:
         """The label that all get; before anything is counted."""
         self._name = model
 
-    def step(self, step: Turn) -> None:
+    def turn(self, turn: Turn) -> None:
         """One batch."""
-        result = step.result
+        result = turn.result
         self._add(self._batches, 1)
-        self._add(self._run, step.run)
+        self._add(self._run, turn.run)
         self._add(self._compute, result.compute)
         self._add(self._network, result.network)
         self._add(self._exposed, max(0.0, result.seconds - result.compute))

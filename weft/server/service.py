@@ -132,7 +132,7 @@ class Service:
 
     def compiled(self, schema: str) -> bool:
         """Whether a schema's grammar is there already."""
-        return schema in self.engine.requests.grammars
+        return self.engine.requests.compiled(schema)
 
     async def grammar(self, schema: str) -> Grammar:
         """A schema's grammar; on a thread of its own, because compiling it may take a while. Raises `InputError`."""
@@ -254,7 +254,7 @@ class Service:
         before = engine.last_turn
         grown = engine.step()
         if engine.last_turn is not before and engine.last_turn is not None:
-            self.metrics.step(engine.last_turn)
+            self.metrics.turn(engine.last_turn)
             if engine.last_turn.result.timeline is not None:
                 self.live.drawn, self.live.number = engine.last_turn, self.live.number + 1
         return grown
