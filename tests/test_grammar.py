@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from weft.errors import InputError
+from weft.errors import Busy, InputError
 from weft.grammar import ANY_OBJECT, Grammars
 from weft.text import Tokenizer
 
@@ -46,6 +46,23 @@ def test_schemas_that_cannot_be_followed(grammars: Grammars) -> None:
         with pytest.raises(InputError, match="schema can't be followed"):
             grammars.matcher(wrong)
     assert grammars.matcher(ANY_OBJECT).allowed() == grammars.matcher(ANY_OBJECT).allowed()
+
+
+def test_what_is_kept_is_bounded_in_bytes(packaged: Path) -> None:
+    """A number of 36 characters that others must be multiples of takes 8 to 40 MB."""
+    few = Grammars(Tokenizer(packaged), 4096, frozenset({0}), keep=24 << 20)
+    for number in (99991, 99989, 99971, 99961, 99929, 99923):
+        few.matcher(json.dumps({"type": "number", "multipleOf": number}))
+    assert sum(grammar.size for grammar in few._kept.values()) <= 24 << 20
+    few.matcher(SCHEMA)
+    assert SCHEMA in few
+    held = [few.grammar(json.dumps({"type": "number", "multipleOf": number})) for number in (99907, 99901)]
+    held[0].size = 600 << 20
+    with pytest.raises(Busy, match="schemas under way take 6.. MiB"):
+        few.grammar(ANY_OBJECT)
+    assert few.grammar(SCHEMA) is not None  # what is there already takes no more
+    del held
+    assert few.grammar(ANY_OBJECT) is not None
 
 
 def test_a_token_that_does_not_fit_is_an_error_and_so_is_all_that_follows(grammars: Grammars, packaged: Path) -> None:

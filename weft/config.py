@@ -74,6 +74,7 @@ class ModelConfig:
         for name in WHOLE:  # no layers at all is odd, and legal
             if fields[name] is not None and fields[name] < (name != "num_hidden_layers"):
                 raise InputError(f"config.json is inconsistent: {name} {fields[name]}; it must be above 0")
+        _demand_rope(fields)
         heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
         return cls(
             model_type=str(raw["model_type"]), architecture=_architecture(raw), layers=fields["num_hidden_layers"],
@@ -107,36 +108,61 @@ ROPE_NEEDS: dict[str, tuple[str, ...]] = {
 def complete_fields(raw: dict[str, Any]) -> dict[str, Any] | None:
     """What the file says by itself, in the form that transformers gives it; None if it leaves anything to transformers,
     its complaints included: importing that takes longer than all else here."""
-    rope = _complete_rope(raw)
-    plain = (
-        raw.get("model_type") in DEFAULTS and rope is not None and not raw.get("quantization_config")
-        and all(type(raw.get(name)) is int and raw[name] > 0 for name in WHOLE)
-        and type(raw.get("rms_norm_eps")) is float and type(raw.get("hidden_act")) is str
-        and ("head_dim" in raw or raw["hidden_size"] % raw["num_attention_heads"] == 0)
-        and ("sliding_window" in raw or raw["model_type"] != "mistral")
-        and not (raw.get("use_sliding_window") and not raw.get("layer_types"))
+    rope, family = _complete_rope(raw), raw.get("model_type")
+    if family not in DEFAULTS or rope is None or raw.get("quantization_config"):
+        return None
+    fields = DEFAULTS[str(family)] | raw | {"rope_parameters": rope}
+    kinds: dict[str, type] = dict.fromkeys(WHOLE, int) | {"rms_norm_eps": float, "hidden_act": str}
+    kinds |= {name: type(value) for name, value in DEFAULTS[str(family)].items() if isinstance(value, bool)}
+    plain = all(type(fields.get(name)) is kind for name, kind in kinds.items()) and all(fields[n] > 0 for n in WHOLE)
+    return fields if plain and _plain_heads(fields) and _plain_windows(fields) and _plain_ends(fields) else None
+
+
+def _plain_heads(fields: dict[str, Any]) -> bool:
+    heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
+    if "head_dim" not in fields:
+        return bool(hidden % (2 * heads) == 0)
+    return type(fields["head_dim"]) is int and fields["head_dim"] > 0 and fields["head_dim"] % 2 == 0
+
+
+def _plain_windows(fields: dict[str, Any]) -> bool:
+    """Whether it says of every layer how far a token sees, or needn't."""
+    if fields["model_type"] == "llama" or fields.get("use_sliding_window") is False:
+        return True
+    kinds = fields.get("layer_types")
+    each = isinstance(kinds, list) and len(kinds) == fields["num_hidden_layers"] and all(
+        kind in ("full_attention", "sliding_attention") for kind in kinds
     )  # fmt: skip
-    if not plain:
-        return None
-    defaults = DEFAULTS[str(raw["model_type"])]
-    kinds = {name: int if name == "head_dim" else bool for name in (*defaults, "head_dim") if name != "eos_token_id"}
-    if any(type(raw[name]) is not kind for name, kind in kinds.items() if name in raw):
-        return None
-    return defaults | raw | {"rope_parameters": rope}
+    window = fields.get("sliding_window", "missing")
+    known = window is None or (type(window) is int and window > 0)
+    return bool(known and (each or (kinds is None and fields["model_type"] == "mistral")))
+
+
+def _plain_ends(fields: dict[str, Any]) -> bool:
+    ends = fields["eos_token_id"]
+    return ends is None or all(type(token) is int for token in (ends if isinstance(ends, list) else [ends]))
 
 
 def _complete_rope(raw: dict[str, Any]) -> dict[str, Any] | None:
     """As `rope_parameters`, from the new form or from the old one; None for what only transformers can say."""
-    written = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
+    if new and (old or "rope_theta" in raw):
+        return None  # which of them counts
+    written = new or old or {}
     if not isinstance(written, dict) or "partial_rotary_factor" in {**raw, **written}:
         return None
     given = {"rope_theta": raw.get("rope_theta"), **written}
     kind = given.get("rope_type", given.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_NEEDS:
         return None
-    if any(type(given.get(name)) not in (int, float) for name in ("rope_theta", *ROPE_NEEDS[kind])):
+    numbers = {name: value for name, value in given.items() if name not in ("type", "rope_type", "truncate")}
+    if not all(_above_zero(value) for value in numbers.values()) or not {"rope_theta", *ROPE_NEEDS[kind]} <= {*numbers}:
         return None
     return given | {"rope_type": kind}
+
+
+def _above_zero(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e30
 
 
 def huggingface_fields(raw: dict[str, Any]) -> dict[str, Any] | None:
@@ -152,6 +178,19 @@ def huggingface_fields(raw: dict[str, Any]) -> dict[str, Any] | None:
     if not all(hasattr(hf, name) for name in NEEDED):
         return None
     return hf.to_dict() | {name: getattr(hf, name) for name in (*NEEDED, "tie_word_embeddings")}
+
+
+def _demand_rope(fields: dict[str, Any]) -> None:
+    """Raises `InputError` for numbers that no rotary formula can take: transformers only warns of some."""
+    rope = fields.get("rope_parameters") or {}
+    needed = ROPE_NEEDS.get(str(rope.get("rope_type")))
+    if fields["model_type"] not in DEFAULTS or needed is None:
+        return  # whether that is known is not for here
+    for name, value in rope.items():
+        if name in ("type", "rope_type", "truncate") or value is None:
+            continue
+        if not (_above_zero(value) if name in ("rope_theta", *needed) else type(value) in (int, float)):
+            raise InputError(f"config.json is inconsistent: rope_parameters.{name} is {value!r}")
 
 
 def _reason(error: Exception) -> str:

@@ -62,7 +62,7 @@ class Engine:
         granule = granule_of(config)
         self.planner = Planner(decoder_stages(self.model.layers), config.overlap, config.wire, granule)
         self.budget = Budget(self.planner)
-        self.workers = Workers(directory, config, self.model, launcher)
+        self.workers = Workers(directory, config, self.model, launcher, ready=tokenizer)
         tell = progress or (lambda what, share: None)
         self.notices = self.workers.start(self.planner, tell, recalibrate, share_by_speed)
         self.config, started = self.workers.config, self.workers.started

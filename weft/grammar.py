@@ -6,21 +6,25 @@ Wraps llguidance. Knows tokenizers and JSON schemas; knows nothing of models or 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from typing import Any
 
-from weft.errors import InputError
+import psutil
+
+from weft.errors import Busy, InputError
 from weft.text import Tokenizer
 
 ANY_OBJECT = '{"type": "object"}'
 # As json.dumps writes it. Free white space is where small models get lost.
 _STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-KEPT = 1 << 17  # characters of the schemas that are kept compiled, which takes some 300 times as many bytes
+KEPT, MOST_ALIVE = 64 << 20, 512 << 20  # bytes of compiled schemas that are kept; of those that requests may hold
+A_CHARACTER = 300  # bytes at least; a number that others are multiples of takes a million times as much
 
 
 class Grammars:
-    """Compiles schemas for one tokenizer. `vocabulary`: the model's, which may be larger. `keep`: characters of schemas
-    that are kept."""
+    """Compiles schemas for one tokenizer. `vocabulary`: the model's, which may be larger. `keep`: bytes of
+    compiled schemas that are kept."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, end_ids: frozenset[int], keep: int = KEPT) -> None:
         ends = sorted(end_ids) or None
@@ -31,6 +35,7 @@ class Grammars:
                 raise InputError("a JSON schema needs an end token, and this model has none") from None
             self._tokenizer = _tokenizer(_spelt(tokenizer, vocabulary, ends[0]), vocabulary, ends)
         self._keep, self._kept = keep, OrderedDict[str, Grammar]()
+        self._alive: weakref.WeakSet[Grammar] = weakref.WeakSet()
         self._lock = threading.Lock()
 
     def __contains__(self, schema: str) -> bool:
@@ -39,12 +44,19 @@ class Grammars:
 
     def grammar(self, schema: str) -> Grammar:
         """Compiled, for any number of completions; for any thread, one at a time, so that who asks for what another one
-        is at waits for that. Raises `InputError` for a schema that can't be followed."""
+        is at waits for that. Raises `InputError` for a schema that can't be followed, `Busy` where those of requests
+        under way take too much memory already."""
         with self._lock:
-            if (grammar := self._kept.get(schema)) is None:
-                grammar = self._kept[schema] = self._compile(schema)
-            self._kept.move_to_end(schema)
-            while sum(map(len, self._kept)) > self._keep and self._kept:
+            if (grammar := self._kept.pop(schema, None)) is None:
+                if (taken := sum(grammar.size for grammar in self._alive)) > MOST_ALIVE:
+                    raise Busy(f"the JSON schemas under way take {taken >> 20} MiB; try again later", retry_after=5)
+                before = _memory()
+                grammar = self._compile(schema)
+                grammar.size = max(_memory() - before, A_CHARACTER * len(schema))
+                self._alive.add(grammar)
+            if grammar.size <= self._keep // 2:  # else all others would go for it
+                self._kept[schema] = grammar
+            while sum(grammar.size for grammar in self._kept.values()) > self._keep:
                 self._kept.popitem(last=False)
         return grammar
 
@@ -68,6 +80,12 @@ class Grammars:
         if wrong:
             raise InputError(f"the JSON schema can't be followed: {_line(wrong)}")
         return Grammar(begun)
+
+
+def _memory() -> int:
+    """Bytes of this process. What others take meanwhile is counted too, and what was freed before is not: the sum of
+    all is what this process has grown by, or more."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def _tokenizer(described: Any, vocabulary: int, ends: list[int] | None) -> Any:
@@ -115,21 +133,21 @@ def _line(wrong: str) -> str:
 
 class Grammar:
     """A schema, compiled: a matcher at its beginning, to be copied, as making one takes up to a thousand times as
-    long."""
+    long. `size`: bytes that it took."""
 
     def __init__(self, begun: Any) -> None:
-        self._begun = begun
+        self._begun, self.size = begun, 0
 
     def matcher(self) -> Matcher:
         """For one completion."""
-        return Matcher(self._begun.deep_copy())
+        return Matcher(self._begun.deep_copy(), self)
 
 
 class Matcher:
-    """Where one completion is in its grammar."""
+    """Where one completion is in its grammar, which stays as long as this does."""
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: Any, grammar: Grammar) -> None:
+        self._matcher, self._grammar = matcher, grammar
 
     def allowed(self) -> bytes:
         """A bit for every token, the lowest of each byte first: 1 if it may come next. Raises `InputError` if the

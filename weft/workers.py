@@ -33,11 +33,14 @@ ALIKE = 0.95  # of the fastest rank's speed: less than that is worth other share
 
 
 class Workers:
-    """The group of one engine. `on_lost` is told when it is lost, or doesn't start; `meanwhile` is called again and
-    again while it starts."""
+    """The group of one engine. `ready` raises what is a reason not to load the model. `on_lost` is told when it is
+    lost, or doesn't start; `meanwhile` is called again and again while it starts."""
 
-    def __init__(self, directory: Path, config: EngineConfig, model: ModelConfig, launcher: Launcher | None) -> None:
-        self.directory, self.config, self.model = directory, config, model
+    def __init__(
+        self, directory: Path, config: EngineConfig, model: ModelConfig, launcher: Launcher | None,
+        ready: Callable[[], object],
+    ) -> None:  # fmt: skip
+        self.directory, self.config, self.model, self._ready = directory, config, model, ready
         self.on_lost: Callable[[Exception], None] = lambda error: None
         self.meanwhile: Callable[[], None] = lambda: None
         self.restarts = Restarts()
@@ -52,6 +55,8 @@ class Workers:
         Raises `InputError` and `WorkerFailed`; nothing is left running then.
         """
         try:
+            if self.controller.launcher.may_change:
+                self._ready()  # no other machine is waited for in vain
             self._bring_up(lambda share: tell("loading", share))
             if not (self.config.ranks > 1 and (recalibrate or by_speed or self.config.overlap == AUTO)):
                 return []
@@ -145,6 +150,7 @@ class Workers:
         self.controller.close()
 
     def _admit(self, hellos: ReadOnly[Hello]) -> None:
+        self._ready()
         demand_memory(self.model, self.config, hellos)
 
     def _waiting(self) -> None:

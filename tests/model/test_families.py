@@ -88,13 +88,57 @@ def test_a_file_that_says_everything_is_read_without_transformers(name: str, che
     "change",
     [{"model_type": ["llama"]}, {"model_type": None}, {"rope_parameters": {"rope_type": ["linear"], "rope_theta": 1e4}},
      {"rope_parameters": {"rope_type": {}, "rope_theta": 1e4}}, {"rope_parameters": "linear"},
-     {"num_hidden_layers": [2]}, {"hidden_act": 3}],
+     {"num_hidden_layers": [2]}, {"hidden_act": 3}, {"max_position_embeddings": -1},
+     {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"rope_type": ["yarn"]}},
+     {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": -2.0}},
+     {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": float("inf")}},
+     {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 10**400}},
+     {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": "x",
+                          "original_max_position_embeddings": 256}},
+     {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                          "original_max_position_embeddings": 0}}],
 )  # fmt: skip
 def test_fields_of_odd_kinds_are_one_line(change: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_of("Llama") | change))
     with pytest.raises(InputError) as told:
         flags_of(ModelConfig.from_directory(tmp_path))
     assert "\n" not in str(told.value)
+
+
+MORE: list[tuple[str, dict[str, Any]]] = [
+    ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+               "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_theta": 5e5}),
+    ("Llama", {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": None}),
+    ("Qwen3", {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"],
+               "sliding_window": ...}),
+    ("Qwen2", {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"],
+               "sliding_window": ...}),
+    ("Mistral", {"sliding_window": ...}), ("Mistral", {"sliding_window": 16}), ("Mistral", {"sliding_window": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "change"), MORE)
+def test_what_is_said_twice_or_left_out_means_what_it_means_in_transformers(
+    family: str, change: dict[str, Any]
+) -> None:
+    given = {key: value for key, value in (config_of(family) | change).items() if value is not ...}
+    theirs = huggingface_fields(given)
+    assert theirs is not None
+    whole = ModelConfig.from_dict(given)
+    through = ModelConfig.from_dict(theirs | {"model_type": given["model_type"]})
+    assert replace(whole, architecture="") == replace(through, architecture="")
+    assert flags_of(whole) == flags_of(through) and whole.fields["rope_parameters"] == theirs["rope_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [("Mistral", {"sliding_window": "8"}), ("Mistral", {"layer_types": 7}), ("Qwen3", {"head_dim": 15}),
+     ("Qwen2", {"use_sliding_window": True, "layer_types": ["full_attention"], "sliding_window": 8}),
+     ("Llama", {"eos_token_id": "2"}), ("Llama", {"eos_token_id": True}), ("Llama", {"eos_token_id": [[2]]})],
+)  # fmt: skip
+def test_what_is_odd_is_left_to_transformers(family: str, change: dict[str, Any]) -> None:
+    assert complete_fields(config_of(family) | change) is None
 
 
 def test_an_architecture_of_an_odd_kind_says_nothing(tmp_path: Path) -> None:

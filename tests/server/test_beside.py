@@ -128,6 +128,43 @@ def test_who_goes_away_leaves_no_answer_for_the_next(endless: Path) -> None:
     run(helper, work)
 
 
+def test_who_goes_away_does_not_cost_the_next_one_a_new_process(endless: Path) -> None:
+    helper, facts = Helper(30.0, 512), facts_of(endless)
+    long = Job("/tokenize", json.dumps({"prompt": "The for statement is used to. " * 20_000}).encode())  # some 0.3 s
+
+    async def work() -> None:
+        await helper.prepare(facts)
+        assert helper._process is not None
+        pid = helper._process.pid
+        gone = asyncio.create_task(helper.read(facts, long, "gone"))
+        await asyncio.sleep(0.05)
+        gone.cancel()
+        assert isinstance(await helper.read(facts, chat("hello"), "me"), Asked)
+        assert helper._process is not None and helper._process.pid == pid
+        gone = asyncio.create_task(helper.read(facts, chat("for ever"), "gone"))
+        await asyncio.sleep(0.05)
+        gone.cancel()
+        begin = time.monotonic()
+        assert isinstance(await helper.read(facts, chat("hello"), "me"), Asked)
+        assert time.monotonic() - begin < 10 and helper._process.pid != pid
+
+    run(helper, work)
+
+
+def test_who_is_read_while_the_server_ends_hears_that(endless: Path) -> None:
+    helper, facts = Helper(30.0, 64), facts_of(endless)
+
+    async def work() -> None:
+        await helper.prepare(facts)
+        reading = asyncio.create_task(helper.read(facts, chat("for ever"), "me"))
+        await asyncio.sleep(0.2)
+        await helper.close()
+        with pytest.raises(Unavailable, match="shutting down"):
+            await reading
+
+    run(helper, work)
+
+
 def test_too_many_wait_no_longer_and_a_closed_one_says_so(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beside, "MOST_WAITING", 2)
     helper, facts = Helper(30.0, 64), facts_of(endless)
@@ -242,8 +279,8 @@ def test_short_questions_wait_for_no_book(server: Running) -> None:
         with server.client() as http:
             answers[name] = http.post(path, json=body).json()
 
-    # What is made of the whole vocabulary for schemas is not made by asking whether one is there.
-    assert not server.service.compiled("{}") and "grammars" not in vars(server.service.engine.requests)
+    # What is made of the whole vocabulary for schemas is there before anybody asks.
+    assert "grammars" in vars(server.service.engine.requests) and not server.service.compiled("{}")
     with server.client() as http:
         http.post("/tokenize", json={"prompt": "a" * 200_000})  # both processes are there
         http.post("/tokenize", json={"messages": [{"role": "user", "content": "a"}]})

@@ -35,12 +35,12 @@ def resolved(host: str, name: str) -> str:
     """A host's address, IPv4 rather than IPv6. Raises `InputError`."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+        # An address of one link only says nothing without its device.
+        device = f"%{socket.if_indextoname(int(address[3]))}" if len(address) > 3 and address[3] else ""
     except (OSError, UnicodeError) as error:
         raise InputError(f"{name}: the host {host!r} is not known ({error}); give its address") from None
-    *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    name, device = str(address[0]), address[3] if len(address) > 3 else 0
-    # An address of one link only says nothing without its device.
-    return f"{name}%{socket.if_indextoname(int(device))}" if device and "%" not in name else name
+    return str(address[0]).partition("%")[0] + device
 
 
 def interface_of(address: str) -> str:

@@ -14,6 +14,7 @@ import asyncio
 import logging
 import os
 import sys
+import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -36,6 +37,8 @@ USUAL = 128 << 10  # bytes of a body that need not wait for large ones
 SECONDS, LARGE_SECONDS = 5.0, 60.0  # that reading a body may take, or trying a schema; large ones
 START_SECONDS = 60.0  # that a process may take to get ready
 MEMORY_MIB, MIB_PER_MIB, LEAST_MIB = 512, 256, 64  # that reading may take; and for every one that a body may have
+SCHEMA_MIB = 256  # that one schema may take: the server takes as much once more, for as long as it is followed
+GRACE_SECONDS = 1.0  # that a body may take whose client has gone: a new process would take as long
 MOST_WAITING, MOST_OWN = 64, 32  # bodies in one queue; of one owner
 
 _log = logging.getLogger("weft")
@@ -47,7 +50,7 @@ class Beside:
     def __init__(self, service: Service, name: str, most: int) -> None:
         self.service, self.name = service, name
         memory = MEMORY_MIB + MIB_PER_MIB * most // (1 << 20)
-        self.usual, self.schemas = Helper(SECONDS, memory), Helper(SECONDS, memory)
+        self.usual, self.schemas = Helper(SECONDS, memory), Helper(SECONDS, SCHEMA_MIB)
         self.large = Helper(LARGE_SECONDS, memory)
 
     @cached_property
@@ -161,11 +164,24 @@ class Helper:
         """Has a body read, when it is its turn."""
         if self.turns.waiting() >= MOST_WAITING or self.turns.waiting(owner) >= MOST_OWN:
             raise Busy(f"{self.turns.waiting()} requests wait to be read; try again later", retry_after=5)
-        async with self.turns.turn(owner):
-            reply = await self._told(facts, job)
+        begun: list[float] = []
+        reading = asyncio.ensure_future(self._in_turn(facts, job, owner, begun))
+        try:
+            reply = await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            # Killing the process for a client that has gone would cost the next one more than what was left to do.
+            rest = GRACE_SECONDS - (time.monotonic() - begun[0]) if begun else 0.0
+            asyncio.get_running_loop().call_later(max(0.0, rest), reading.cancel)
+            reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks for it
+            raise
         if isinstance(reply, Told):
             raise Refused(reply.status, reply.message, reply.field, reply.code)
         return reply
+
+    async def _in_turn(self, facts: Facts, job: Job, owner: str, begun: list[float]) -> Reply:
+        async with self.turns.turn(owner):
+            begun.append(time.monotonic())
+            return await self._told(facts, job)
 
     async def _told(self, facts: Facts, job: Job) -> Reply:
         """What the process says of a body. One that ends at it may have had others before, or been killed: then a new
@@ -184,7 +200,7 @@ class Helper:
                 return Told(400, message)
             except (OSError, EOFError):
                 await self._kill()
-                if not fresh:
+                if not fresh or self.closed:  # then it is said that the server ends
                     continue
                 _log.error("the process that reads requests ended at one of %d bytes", len(job.body))
                 return Told(400, "reading this request takes more than one may take; send less in one")

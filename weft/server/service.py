@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 from weft.batching.params import SamplingParams
 from weft.batching.request import Request, Sequence
 from weft.engine import Engine
-from weft.errors import Busy, Interrupted, RequestFailed, Unavailable, told
+from weft.errors import Busy, InputError, Interrupted, RequestFailed, Unavailable, told
 from weft.grammar import Grammar
 from weft.server.metrics import Metrics
 from weft.server.ticket import Piece, Prefill, Ticket, Wishes
@@ -232,6 +232,8 @@ class Service:
             self.reason, self.loaded = what, share
 
         engine = self._make(tell)
+        with suppress(InputError):  # of a model that can't follow any schema
+            _ = engine.requests.grammars  # a table of the vocabulary: made later, it would halt the loop for so long
         engine.workers.on_lost = self._lost
         engine.workers.meanwhile = partial(self._meanwhile, engine)
         self._engine, self.state, self.reason, self.loaded = engine, State.READY, "", 1.0
