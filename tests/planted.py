@@ -137,13 +137,13 @@ def prompts_counted_by_segments(patch: Patch) -> None:
     """What is computed again is counted again."""
     from weft.server.metrics import Metrics
 
-    step = Metrics.step
+    turn = Metrics.turn
 
-    def counting(metrics: Metrics, done: Any) -> None:
-        step(metrics, done)
-        metrics._add(metrics._prompt, sum(segment.length for segment in done.scheduled.batch.segments))
+    def counting(metrics: Metrics, counted: Any) -> None:
+        turn(metrics, counted)
+        metrics._add(metrics._prompt, sum(segment.length for segment in counted.scheduled.batch.segments))
 
-    patch.setattr(Metrics, "step", counting)
+    patch.setattr(Metrics, "turn", counting)
 
 
 def prefixes_hold_answers(patch: Patch) -> None:

@@ -32,9 +32,13 @@ def test_every_request_gets_what_it_gets_alone_or_an_error_of_its_own(folder: Pa
 
 
 def demand(said: str, kind: str, folder: Path, lost: tuple[str, ...] = ()) -> None:
-    """A short fuzz must find something, and for the right reason."""
-    wrong = Fuzz(kind, folder, SEED, cases=100, ranks_lost=lost, enough=5, patience=15).run(seconds=20).wrong
-    assert any(re.search(said, line) for line in wrong), f"not found, but {wrong[:3]}"
+    """A short fuzz must find something, and for the right reason; a busy machine gets a second one."""
+    wrong: list[str] = []
+    for seed in (SEED, SEED + 1):
+        wrong += Fuzz(kind, folder, seed, cases=100, ranks_lost=lost, enough=5, patience=15).run(seconds=20).wrong
+        if any(re.search(said, line) for line in wrong):
+            return
+    raise AssertionError(f"not found, but {wrong[:3]}")
 
 
 @pytest.mark.parametrize("name", ENGINE)
