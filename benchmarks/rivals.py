@@ -44,7 +44,7 @@ from weft.parallel.codec import codec_named
 from weft.parallel.group import Group
 from weft.program.batch import Batch, Rows, Segment
 from weft.program.build import build
-from weft.program.steps import decoder_stages
+from weft.program.stages import decoder_outline
 from weft.program.strategy import Strategy
 from weft.timeline.timeline import median
 
@@ -140,7 +140,7 @@ def rank(given: argparse.Namespace) -> None:
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for _ in range(given.rounds + 1):
         for name, (batch, written) in cases.items():
-            program = build(Strategy.parse(name), decoder_stages(config.layers), batch)
+            program = build(Strategy.parse(name), decoder_outline(config.layers), batch)
             times, logits = [], []
             for run in (lambda f, p=program: executor.run(p, f, EXACT).logits, written):
                 group.barrier()

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from tests.execute.programs import lagging
 from weft.cache.slabs import Slabs
 from weft.config import ModelConfig
-from weft.execute.executor import Executor, Part, Result
+from weft.execute.executor import Executor, Result, Scope
 from weft.execute.lanes import ThreadLanes
 from weft.model.checkpoint import Checkpoint
 from weft.model.decoder import Decoder
@@ -25,7 +26,8 @@ from weft.parallel.group import Group
 from weft.program.batch import Batch, Segment
 from weft.program.build import build
 from weft.program.check import check
-from weft.program.steps import Program, decoder_stages
+from weft.program.stages import decoder_outline
+from weft.program.steps import Program
 from weft.program.strategy import Strategy
 
 T = TypeVar("T")
@@ -50,10 +52,13 @@ class Threads:
 class Ranks:
     """A model split over some ranks."""
 
-    def __init__(self, directory: Path, shares: Sequence[float], exact_rows: bool = False, slots: int = 4) -> None:
+    def __init__(
+        self, directory: Path, shares: Sequence[float], exact_rows: bool = False, slots: int = 4,
+        lags: Sequence[int] = (0, 0),
+    ) -> None:  # fmt: skip
         torch.set_num_threads(1)
         self.config = ModelConfig.from_directory(directory)
-        self.stages = decoder_stages(self.config.layers)
+        self.outline = lagging(decoder_outline(self.config.layers), *lags)
         self.shares = shares_of(self.config, shares)
         self.threads = Threads(len(shares))
         store, flags = dist.HashStore(), flags_of(self.config)
@@ -63,7 +68,9 @@ class Ranks:
             weights = load(Checkpoint(directory), self.config, flags, share, exact_rows=exact_rows)
             decoder = Decoder(self.config, flags, share, weights, Rope(self.config), exact_rows)
             group = Group(r, len(shares), store if len(shares) > 1 else None)
-            executor = Executor(decoder, group, ThreadLanes(torch.no_grad), [len(s.vocabulary) for s in self.shares])
+            executor = Executor(
+                decoder, self.outline, group, ThreadLanes(torch.no_grad), [len(s.vocabulary) for s in self.shares]
+            )
             heads = len(share.kv_heads)
             slabs = Slabs(slots, self.config.layers, heads, self.config.max_length, self.config.head_dim)
             return decoder, executor, slabs
@@ -72,12 +79,13 @@ class Ranks:
 
     def plan(self, batch: Batch, strategy: str, granule: int = 1) -> Program:
         """The checked program of a strategy."""
-        program = build(Strategy.parse(strategy), self.stages, batch, granule)
-        check(program, self.stages, batch)
+        program = build(Strategy.parse(strategy), self.outline, batch, granule)
+        check(program, self.outline, batch)
         return program
 
     def run(
-        self, batch: Batch, tokens: Sequence[int], program: Program | str, wire: str = "exact", part: Part = Part.BOTH
+        self, batch: Batch, tokens: Sequence[int], program: Program | str, wire: str = "exact",
+        scope: Scope = Scope.BOTH,
     ) -> list[Result]:  # fmt: skip
         """One forward pass on all ranks; asserts that their hidden states agree after every collective."""
         chosen = self.plan(batch, program) if isinstance(program, str) else program
@@ -85,7 +93,7 @@ class Ranks:
         def rank(r: int) -> Result:
             decoder, executor, slabs = self.parts[r]
             forward = decoder.begin(batch, tokens, slabs)
-            return executor.run(chosen, forward, codec_named(wire), part, checksums=True)
+            return executor.run(chosen, forward, codec_named(wire), scope, checksums=True)
 
         results = self.threads.each(rank)
         for result in results:

@@ -9,7 +9,7 @@ import pytest
 from weft import LLM
 from weft.compare import Comparing, Variant, compare
 from weft.program.batch import Batch, Segment
-from weft.program.steps import Lane
+from weft.program.stages import NETWORK
 from weft.timeline.timeline import median
 
 
@@ -28,7 +28,7 @@ def test_rounds_and_figures(packaged: Path, ranks: int) -> None:
         assert measured.saving_range[0] <= measured.saving <= measured.saving_range[1]
         assert measured.timeline.ranks == list(range(ranks))
         assert (measured.bytes_on_wire > 0) == (ranks > 1)
-        assert bool(measured.timeline.lane(0, Lane.NETWORK)) == (ranks > 1)
+        assert bool(measured.timeline.lane(0, NETWORK)) == (ranks > 1)
         assert measured.bound >= 0.99 * measured.compute_alone > 0 and measured.network_alone >= 0
     assert serial.saving == 0 and not serial.above_ceiling
 

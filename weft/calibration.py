@@ -58,8 +58,8 @@ def measured(
     random = Random(0)
     tokens = [random.randrange(model.vocabulary) for _ in range(MOST)]
 
-    def probe(batch: Batch, program: Program, wire: str, part: str) -> Sample:
-        options = RunOptions(part, timeline=True)
+    def probe(batch: Batch, program: Program, wire: str, scope: str) -> Sample:
+        options = RunOptions(scope, timeline=True)
         result = run(batch, tokens[: batch.tokens], Plan(Strategy(), program, wire), options)
         assert result.timeline is not None
         return Sample(result.seconds, result.processor, result.timeline)

@@ -28,7 +28,7 @@ from weft.model.families import flags_of
 from weft.plan.budget import Budget
 from weft.plan.planner import Plan, Planner
 from weft.program.batch import Batch, Segment
-from weft.program.steps import decoder_stages
+from weft.program.stages import decoder_outline
 from weft.requests import Requests, blame
 from weft.simulate.cost import Costs
 from weft.text import Tokenizer, reading_tokenizer
@@ -60,7 +60,7 @@ class Engine:
         flags_of(self.model)  # says so now if the family is unknown
         tokenizer = reading_tokenizer(directory)
         granule = granule_of(config)
-        self.planner = Planner(decoder_stages(self.model.layers), config.overlap, config.wire, granule)
+        self.planner = Planner(decoder_outline(self.model.layers), config.overlap, config.wire, granule)
         self.budget = Budget(self.planner)
         self.workers = Workers(directory, config, self.model, launcher, ready=tokenizer)
         tell = progress or (lambda what, share: None)

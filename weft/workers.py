@@ -21,7 +21,7 @@ from weft.execute.protocol import Choice, Hello
 from weft.launch.launcher import Launcher
 from weft.launch.local import LocalLauncher
 from weft.plan.kept import keep, recall
-from weft.plan.planner import Plan, Planner, shares_by_speed
+from weft.plan.planner import Plan, Planner
 from weft.program.batch import Batch
 from weft.program.strategy import AUTO
 from weft.restarts import Restarts
@@ -87,8 +87,7 @@ class Workers:
 
     def _share(self, planner: Planner, tell: Progress, recalibrate: bool) -> list[str]:
         """Starts again with parts of the model that take the ranks equally long, if that is worth it."""
-        assert planner.costs is not None, "shares follow from costs"
-        shares = shares_by_speed(planner.costs, self.config.shares)
+        shares = planner.shares_by_speed(self.config.shares)
         line = f"shares by speed: {','.join(f'{share:g}' for share in shares)}"
         if min(shares) >= ALIKE:
             return [line]

@@ -1,100 +1,129 @@
-"""Random legal programs: any cuts, any tiles, any order of issue that the rules allow, sums whole or scattered."""
+"""Random legal programs: any cuts, any tiles, any order of issue that the rules allow, sums whole or scattered, on any
+lane, by any algorithm, of all rows or of the wanted ones at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 from hypothesis import strategies as st
 
 from weft.program.batch import Batch, Rows, Segment
-from weft.program.steps import Kind, Program, Stage, Step
+from weft.program.fold import Issue, plain
+from weft.program.stages import Kind, Outline, Stage
+from weft.program.steps import Program
 
-SEGMENTS = (Segment(0, 0, 23), Segment(1, 0, 1), Segment(2, 0, 16))
+SEGMENTS = (Segment(0, 0, 23), Segment(1, 0, 1), Segment(2, 0, 16, wanted=3))
 TOKENS = 40
+LANES, WIRES, ALGORITHMS = ("", "", "network2"), ("", "exact"), ("", "", "one-shot", "two-shot")
 
 
 @st.composite
-def legal_programs(draw: st.DrawFn, stages: Sequence[Stage]) -> Program:
+def legal_programs(draw: st.DrawFn, outline: Outline) -> Program:
     """Draws chunks for every stage, then issues whatever may come next in any order."""
-    return _Drawn(draw, stages).program()
+    return _Drawn(draw, outline).program()
 
 
 class _Drawn:
-    """`spread`: the pieces that each rank has its part of, in the stages from `scatters_from` on."""
+    """Stages by their places. `spread`: the pieces that each rank has its part of, in the stages from `scatters_from`
+    on. `narrow`: the stage from which on only wanted rows leave."""
 
-    def __init__(self, draw: st.DrawFn, stages: Sequence[Stage]) -> None:
-        self.draw, self.stages = draw, list(stages)
-        reducing = [i for i, stage in enumerate(stages) if stage.collective is Kind.REDUCE]
-        self.scatters_from = draw(st.sampled_from([*reducing, len(stages), len(stages)]))
+    def __init__(self, draw: st.DrawFn, outline: Outline) -> None:
+        self.draw, self.outline, self.stages = draw, outline, outline.stages
+        reducing = [place for place, stage in enumerate(self.stages) if stage.collective is Kind.REDUCE]
+        lagging = any(stage.lag for stage in self.stages)
+        never = [len(self.stages)] * 2
+        self.scatters_from = draw(st.sampled_from(never if lagging else reducing + never))
+        scatters = self.scatters_from < len(self.stages)
+        self.narrow = (
+            len(self.stages) - 1 if scatters else draw(st.sampled_from(range(outline.narrow_from, len(self.stages))))
+        )
         whole = Rows(0, TOKENS)
         self.spread = self._chunks(whole, 4)
-        self.todo = {
-            stage.name: [whole] if stage.collective is Kind.GATHER else self._pieces(stage, whole, 4)
-            for stage in stages
-        }
-        self.steps: list[Step] = []
-        self.issuable: list[tuple[Kind, Stage, Rows]] = []  # tails, collectives and enters
-        self.there: dict[str, list[int]] = {stage.name: [] for stage in stages}  # steps that bring a stage's input
+        self.todo = [
+            [whole] if stage.collective is Kind.GATHER else self._pieces(place, whole, 4)
+            for place, stage in enumerate(self.stages)
+        ]
+        self.issues: list[Issue] = []
+        self.issuable: list[tuple[Kind, int, Rows]] = []  # tails, collectives and enters
+        self.there: list[list[int]] = [[] for _ in self.stages]  # steps that bring a stage's contribution
 
     def program(self) -> Program:
-        while any(self.todo.values()) or self.issuable:
-            ready = [(Kind.COMPUTE, stage, rows) for stage in self.stages for rows in self._ready(stage)]
+        while any(self.todo) or self.issuable:
+            ready = [(Kind.COMPUTE, place, rows) for place in range(len(self.stages)) for rows in self._ready(place)]
             choice = self.draw(st.sampled_from(ready + self.issuable))
             if choice in self.issuable:
                 self.issuable.remove(choice)
             self._issue(*choice)
-        return Program(tuple(self.steps))
+        return plain(self.issues)
 
-    def _issue(self, kind: Kind, stage: Stage, rows: Rows) -> None:
+    def _issue(self, kind: Kind, place: int, rows: Rows) -> None:
         if kind is Kind.COMPUTE:
-            self._compute(stage, rows)
+            self._compute(place, rows)
         elif kind is Kind.TAIL:
-            self.steps.append(Step(kind, stage.name, rows))
-            self._collectives(stage, rows)
+            self._add(kind, place, rows)
+            self._collectives(place, rows)
         elif kind is Kind.ENTER:
-            before = self.stages[self.stages.index(stage) - 1]
-            scattered = self.steps.index(Step(Kind.REDUCE_SCATTER, before.name, rows))
-            self.steps.append(Step(kind, stage.name, rows, (scattered,)))
-            self.issuable.append((Kind.ALL_GATHER, stage, rows))
+            scattered = next(
+                index for index, issue in enumerate(self.issues)
+                if (issue.kind, issue.rows) == (Kind.REDUCE_SCATTER, rows) and self._at(issue) == place - 1
+            )  # fmt: skip
+            self._add(kind, place, rows, scattered)
+            self.issuable.append((Kind.ALL_GATHER, place, rows))
         else:
-            self._collective(kind, stage, rows)
+            self._collective(kind, place, rows)
 
-    def _compute(self, stage: Stage, rows: Rows) -> None:
-        self.todo[stage.name].remove(rows)
-        after = tuple(i for i in self.there[stage.name] if self.steps[i].rows.intersects(rows))
-        if stage.collective is Kind.REDUCE and self.draw(st.booleans()):
-            self.steps.append(Step(Kind.BODY, stage.name, rows, after))
-            self.issuable += [(Kind.TAIL, stage, tile) for tile in self._pieces(stage, rows, 3)]
+    def _add(self, kind: Kind, place: int, rows: Rows, *after: int) -> int:
+        stage, travels = self.stages[place], kind.lane == "network"
+        leaves = place - 1 if kind in (Kind.ENTER, Kind.ALL_GATHER) else place
+        lane, wire = (self.draw(st.sampled_from(each)) if travels else "" for each in (LANES, WIRES))
+        algorithm = self.draw(st.sampled_from(ALGORITHMS)) if kind is Kind.REDUCE else ""
+        issue = Issue(kind, stage.part, stage.layer, rows, after, leaves >= self.narrow, lane, wire, algorithm)
+        self.issues.append(issue)
+        return len(self.issues) - 1
+
+    def _at(self, issue: Issue) -> int:
+        place = self.outline.place(issue.part, issue.layer)
+        assert place is not None
+        return place
+
+    def _compute(self, place: int, rows: Rows) -> None:
+        self.todo[place].remove(rows)
+        after = [index for index in self._brings(place) if self.issues[index].rows.intersects(rows)]
+        if self.stages[place].collective is Kind.REDUCE and self.draw(st.booleans()):
+            self._add(Kind.BODY, place, rows, *after)
+            self.issuable += [(Kind.TAIL, place, tile) for tile in self._pieces(place, rows, 3)]
             return
-        self.steps.append(Step(Kind.COMPUTE, stage.name, rows, after))
-        self._collectives(stage, rows)
+        self._add(Kind.COMPUTE, place, rows, *after)
+        self._collectives(place, rows)
 
-    def _collectives(self, stage: Stage, rows: Rows) -> None:
+    def _brings(self, place: int) -> list[int]:
+        """Steps that bring what a stage reads: what came before these was awaited by the stages that left it."""
+        until = self.outline.input_until(place)
+        return [index for before in (until - 1, until) if before >= 0 for index in self.there[before]]
+
+    def _collectives(self, place: int, rows: Rows) -> None:
         """What may travel once a partial of these rows is there."""
+        stage = self.stages[place]
         if stage.collective is Kind.GATHER:
-            self.issuable.append((Kind.GATHER, stage, rows))
-        elif stage.collective is Kind.REDUCE and self._scatters(stage):
-            self.issuable += [(Kind.REDUCE_SCATTER, stage, piece) for piece in self.spread if rows.contains(piece)]
+            self.issuable.append((Kind.GATHER, place, rows))
+        elif stage.collective is Kind.REDUCE and self._scatters(place):
+            self.issuable += [(Kind.REDUCE_SCATTER, place, piece) for piece in self.spread if rows.contains(piece)]
         elif stage.collective is Kind.REDUCE:
-            self.issuable += [(Kind.REDUCE, stage, piece) for piece in self._chunks(rows, 2)]
+            self.issuable += [(Kind.REDUCE, place, piece) for piece in self._chunks(rows, 2)]
 
-    def _collective(self, kind: Kind, stage: Stage, rows: Rows) -> None:
-        self.steps.append(Step(kind, stage.name, rows))
-        following = self.stages[self.stages.index(stage) + 1 :]
+    def _collective(self, kind: Kind, place: int, rows: Rows) -> None:
+        index = self._add(kind, place, rows)
         if kind is Kind.REDUCE_SCATTER:
-            self.issuable.append((Kind.ENTER, following[0], rows))
-        elif kind is Kind.ALL_GATHER:
-            self.there[stage.name].append(len(self.steps) - 1)
-        elif following:
-            self.there[following[0].name].append(len(self.steps) - 1)
+            self.issuable.append((Kind.ENTER, place + 1, rows))
+        else:
+            self.there[place - 1 if kind is Kind.ALL_GATHER else place].append(index)
 
-    def _scatters(self, stage: Stage) -> bool:
-        return self.stages.index(stage) >= self.scatters_from
+    def _scatters(self, place: int) -> bool:
+        return place >= self.scatters_from
 
-    def _pieces(self, stage: Stage, rows: Rows, most: int) -> list[Rows]:
+    def _pieces(self, place: int, rows: Rows, most: int) -> list[Rows]:
         """Some chunks; where sums are scattered, of whole pieces of what is spread."""
-        if not self._scatters(stage):
+        if not self._scatters(place):
             return self._chunks(rows, most)
         edges = [piece.start for piece in self.spread if rows.start < piece.start < rows.stop]
         return _between(rows, self.draw(st.sets(st.sampled_from(edges))) if edges else set())
@@ -104,22 +133,36 @@ class _Drawn:
             return [rows]
         return _between(rows, self.draw(st.sets(st.integers(rows.start + 1, rows.stop - 1), max_size=most - 1)))
 
-    def _ready(self, stage: Stage) -> list[Rows]:
+    def _ready(self, place: int) -> list[Rows]:
         """Chunks whose inputs have been issued; in ordered stages only the first of what is left of a sequence."""
-        left = self.todo[stage.name]
+        left = self.todo[place]
         return [
             rows for rows in left
-            if self._input_there(stage, rows) and not (stage.ordered and _follows_another(rows, left))
+            if self._input_there(place, rows) and not (self.stages[place].ordered and _follows_another(rows, left))
         ]  # fmt: skip
 
-    def _input_there(self, stage: Stage, rows: Rows) -> bool:
-        index = self.stages.index(stage)
-        if index == 0:
-            return True
-        before = self.stages[index - 1]
-        if before.collective is None:
-            return not any(left.intersects(rows) for left in self.todo[before.name])
-        return sum(self.steps[i].rows.clip(rows).length for i in self.there[stage.name]) == rows.length
+    def _input_there(self, place: int, rows: Rows) -> bool:
+        until = self.outline.input_until(place)
+        unread = any(
+            left.intersects(rows)
+            for before in range(place)
+            if before == self.narrow or self.outline.input_until(before) < until
+            for left in self.todo[before]
+        )
+        return not unread and all(self._came(before, rows) for before in range(until + 1))
+
+    def _came(self, place: int, rows: Rows) -> bool:
+        if self.stages[place].collective is None:
+            return not any(left.intersects(rows) for left in self.todo[place])
+        return sum(self.issues[index].rows.clip(rows).length for index in self.there[place]) == rows.length
+
+
+def lagging(outline: Outline, *lags: int) -> Outline:
+    """The same model, with layers' stages that go without so many of the sums before them."""
+    stages = tuple(
+        Stage(stage.part, stage.collective, stage.ordered, lag) for stage, lag in zip(outline.layer, lags, strict=True)
+    )
+    return Outline(outline.before, stages, outline.after, outline.layers)
 
 
 def _between(rows: Rows, inside: set[int]) -> list[Rows]:

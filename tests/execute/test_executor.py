@@ -5,18 +5,23 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.execute.programs import SEGMENTS, TOKENS, legal_programs
 from tests.ranks import Ranks
 from tests.tiny import MODELS, Checkpoints, prompt_of
-from weft.execute.executor import Part
+from weft.execute.executor import Scope
 from weft.model.attention import GRANULE
-from weft.program.batch import Batch, one_prompt
-from weft.program.steps import Program, decoder_stages
+from weft.model.decoder import Extent
+from weft.program.batch import Batch, Rows, Segment, one_prompt
+from weft.program.check import check
+from weft.program.stages import Kind
+from weft.program.steps import Form, Program
 
 STRATEGIES = ("serial", "iso:2", "iso@5,300", "iso:2/4", "tiles:4", "requests", "iso:2+rs", "iso:3+tiles:2",
               "iso:3+ahead")  # fmt: skip
@@ -36,10 +41,10 @@ def split(checkpoints: Checkpoints) -> Iterator[object]:
     """Models split over ranks, kept for the tests of one model."""
     kept: dict[object, Ranks] = {}
 
-    def get(name: str, shares: tuple[float, ...], exact_rows: bool = False) -> Ranks:
-        key = (name, shares, exact_rows)
+    def get(name: str, shares: tuple[float, ...], exact_rows: bool = False, lags: tuple[int, ...] = (0, 0)) -> Ranks:
+        key = (name, shares, exact_rows, lags)
         if key not in kept:
-            kept[key] = Ranks(checkpoints.directory(name), shares, exact_rows)
+            kept[key] = Ranks(checkpoints.directory(name), shares, exact_rows, lags=lags)
         return kept[key]
 
     yield get
@@ -78,15 +83,66 @@ def test_same_as_transformers_everywhere(checkpoints, split, name, shares, strat
     agrees(checkpoints, split(name, shares), name, strategy, lengths)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(program=legal_programs(decoder_stages(2)))
-def test_any_legal_program_equals_serial(split, program: Program) -> None:
-    ranks = split("qwen3", (1.0, 1.0))
-    tokens = prompt_of(TOKENS)
-    batch = Batch(SEGMENTS)
+@pytest.mark.parametrize("lags", [(0, 0), (0, 1), (1, 1)])
+@pytest.mark.parametrize("world", [2, 3])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_legal_program_equals_serial(split, world: int, lags: tuple[int, int], data: st.DataObject) -> None:
+    """Whatever its stages read, its lanes and its algorithms are, and from where on wanted rows go on alone."""
+    ranks = split("qwen3", (1.0,) * world, lags=lags)
+    program = data.draw(legal_programs(ranks.outline))
+    tokens, batch = prompt_of(TOKENS), Batch(SEGMENTS)
+    check(program, ranks.outline, batch)
     expected = ranks.run(batch, tokens, "serial")[0].logits
     actual = ranks.run(batch, tokens, program)[0].logits
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("lags", [(0, 0), (0, 1), (1, 1)])
+def test_stages_read_what_the_outline_says(split, lags: tuple[int, int]) -> None:
+    """By hand, stage after stage: each one's input is the sum of what those before it left, up to where it reads."""
+    ranks, tokens, batch = split("llama", (1.0,), lags=lags), prompt_of(50), one_prompt(50)
+    decoder, _, slabs = ranks.parts[0]
+    forward, rows = decoder.begin(batch, tokens, slabs), Rows(0, 50)
+    left, extent = [], Extent(rows, rows)
+    for place, stage in enumerate(ranks.outline.stages):
+        functions = decoder.stages[stage.part, stage.layer]
+        hidden = decoder.empty_hidden(50)
+        for before, total in left[: ranks.outline.input_until(place) + 1]:
+            before.absorb(forward, extent, hidden, total)
+        features = functions.body(forward, extent, functions.enter(forward, extent, hidden))
+        left.append((functions, functions.tail(forward, extent, features)))
+    expected = left[-1][1][-1:]
+    for strategy in ("serial", "iso:2", "iso:3+ahead", "iso:2/4"):
+        logits = ranks.run(batch, tokens, strategy)[0].logits
+        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_some_sums_may_travel_in_fewer_bytes_than_others(split) -> None:
+    ranks, tokens, batch = split("llama", (1.0, 1.0)), prompt_of(200), one_prompt(200)
+    exact = ranks.plan(batch, "iso:2")
+    mixed = Program(
+        Form(
+            tuple(
+                replace(block, steps=tuple(
+                    step._replace(wire="bf16") if step.kind is Kind.REDUCE and step.part == "mlp" else step
+                    for step in block.steps
+                ))
+                for block in exact.form.blocks
+            ),
+            exact.form.chunks,
+        ),
+        exact.offsets,
+    )  # fmt: skip
+    check(mixed, ranks.outline, batch)
+    group, sent, logits = ranks.parts[0][1].group, [], []
+    for program, wire in ((exact, "exact"), (mixed, "exact"), (exact, "bf16")):
+        before = group.bytes_sent
+        logits.append(ranks.run(batch, tokens, program, wire)[0].logits)
+        sent.append(group.bytes_sent - before)
+    assert sent[2] < sent[1] < sent[0]
+    some, all_of_them = ((logits[0] - each).abs().max() for each in logits[1:])
+    assert 0 < some < 0.1 * logits[0].abs().max() and not torch.equal(logits[1], logits[2]) and all_of_them > 0
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
@@ -113,8 +169,6 @@ def test_reproducible_bits_do_not_depend_on_the_batch(split, name) -> None:
 
 
 def _together(ranks: Ranks, prompts, strategy: str):
-    from weft.program.batch import Segment
-
     batch = Batch(tuple(Segment(slot, 0, len(prompt)) for slot, prompt in enumerate(prompts)))
     flat = [token for prompt in prompts for token in prompt]
     return ranks.run(batch, flat, ranks.plan(batch, strategy, GRANULE))[0].logits
@@ -158,10 +212,10 @@ def test_lanes_alone(split) -> None:
     batch = one_prompt(64)
     program = ranks.plan(batch, "iso:2")
     both = ranks.run(batch, prompt, program)[0]
-    compute = ranks.run(batch, prompt, program, part=Part.COMPUTE)[0]
-    network = ranks.run(batch, prompt, program, part=Part.NETWORK)[0]
+    compute = ranks.run(batch, prompt, program, scope=Scope.COMPUTE)[0]
+    network = ranks.run(batch, prompt, program, scope=Scope.NETWORK)[0]
     for result, lanes in ((both, {"compute", "network"}), (compute, {"compute"}), (network, {"network"})):
-        ran = {step.lane.value for step, (_, stop) in zip(program, result.spans, strict=True) if stop > 0}
+        ran = {step.lane for step, (_, stop) in zip(program, result.spans, strict=True) if stop > 0}
         assert ran == lanes
 
 
@@ -173,6 +227,8 @@ def test_a_message_is_sent_once_for_every_collective(split) -> None:
         before = group.bytes_sent
         ranks.logits([prompt], strategy)
         sent.append(group.bytes_sent - before)
-    hidden = ranks.config.hidden * 4 * 600
-    assert sent[0] == 2 * ranks.config.layers * hidden  # two-shot: N - 1 shards of 1/N, twice
-    assert sent[1:3] == [sent[0]] * 2 and sent[3] <= sent[0] * 2  # small tiles go one-shot, which sends everything
+    a_row = ranks.config.hidden * 4
+    last = 2 * a_row  # of the last layer the wanted row alone, but where each rank has its part of the rows only
+    assert sent[0] == 2 * (ranks.config.layers - 1) * 600 * a_row + last  # two-shot: N - 1 shards of 1/N, twice
+    assert sent[1] == sent[0] and sent[2] == 2 * ranks.config.layers * 600 * a_row
+    assert sent[3] <= sent[0] * 2  # small tiles go one-shot, which sends everything

@@ -6,7 +6,7 @@ from tests.simulate.costs import costs
 from weft.plan.budget import AT_LEAST, FIRST, SIZES, Budget
 from weft.plan.planner import Planner
 from weft.program.batch import Batch, Segment, one_prompt
-from weft.program.steps import decoder_stages
+from weft.program.stages import decoder_outline
 
 
 def decoding(count: int, start: int = 100) -> list[Segment]:
@@ -14,7 +14,7 @@ def decoding(count: int, start: int = 100) -> list[Segment]:
 
 
 def test_by_plans_a_batch_takes_no_longer_than_wanted() -> None:
-    planner = Planner(decoder_stages(4), "auto", "exact", costs=costs())
+    planner = Planner(decoder_outline(4), "auto", "exact", costs=costs())
     budget = Budget(planner)
 
     def seconds(rows: int) -> float:
@@ -31,7 +31,7 @@ def test_by_plans_a_batch_takes_no_longer_than_wanted() -> None:
 
 
 def test_where_decoding_is_slow_already_prompts_may_make_it_half_as_slow_again() -> None:
-    planner = Planner(decoder_stages(4), "auto", "exact", costs=costs())
+    planner = Planner(decoder_outline(4), "auto", "exact", costs=costs())
     alone = planner.plan(Batch(tuple(decoding(4, 128)))).predicted
     assert alone is not None
     assert Budget(planner).rows(alone.seconds / 10, decoding(4), 8192) == Budget(planner).rows(
@@ -40,7 +40,7 @@ def test_where_decoding_is_slow_already_prompts_may_make_it_half_as_slow_again()
 
 
 def test_by_experience_where_no_costs_are_known() -> None:
-    budget = Budget(Planner(decoder_stages(4), "serial", "exact"))
+    budget = Budget(Planner(decoder_outline(4), "serial", "exact"))
     assert budget.rows(0.2, (), 8192) == FIRST
     for _ in range(5):
         budget.observe(one_prompt(1000), 1.0)

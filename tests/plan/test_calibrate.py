@@ -13,7 +13,8 @@ from weft.plan.calibrate import BUDGET, Probe, calibrate
 from weft.plan.planner import Planner
 from weft.plan.readings import KERNEL, Sample, Subject
 from weft.program.batch import Batch, Segment, one_prompt
-from weft.program.steps import Lane, Program, decoder_stages
+from weft.program.stages import COMPUTE, NETWORK, decoder_outline
+from weft.program.steps import Program
 from weft.simulate.cost import Contention, Costs
 from weft.simulate.run import simulate
 from weft.timeline.timeline import Timeline
@@ -22,7 +23,7 @@ SUBJECT = Subject(
     layers=6, width=1024, logits=16384.0, world=2, length=4096, slots=16, limit=65536,
     elements={"exact": 4.0, "bf16": 2.0},
 )  # fmt: skip
-STAGES = decoder_stages(6)
+OUTLINE = decoder_outline(6)
 
 
 def machine(truth: Costs, noise: float = 0.0) -> Probe:
@@ -35,11 +36,11 @@ def machine(truth: Costs, noise: float = 0.0) -> Probe:
             timeline = _back_to_back(timeline)
         elif part == "compute":
             alone = replace(truth, contention=Contention())
-            timeline = _only(simulate(program, batch, alone, wire), Lane.COMPUTE)
+            timeline = _only(simulate(program, batch, alone, wire), COMPUTE)
         events = tuple(
             replace(e, stop=e.start + e.seconds * random.uniform(1 - noise, 1 + noise)) for e in timeline.events
         )
-        sums = [e for e in events if e.lane is Lane.NETWORK and e.rank == 0]
+        sums = [e for e in events if e.lane is NETWORK and e.rank == 0]
         size = {e: 4.0 * truth.width * e.rows.length for e in sums}
         stolen = sum(truth.contention.taken(truth.wires[wire], size[e], e.seconds) for e in sums) / KERNEL
         return Sample(timeline.seconds + 2e-4, [stolen] * 2, Timeline(events, "measured"))
@@ -47,13 +48,13 @@ def machine(truth: Costs, noise: float = 0.0) -> Probe:
     return probe
 
 
-def _only(timeline: Timeline, lane: Lane) -> Timeline:
-    return Timeline(tuple(e for e in timeline.events if e.lane is lane), "measured")
+def _only(timeline: Timeline, lane: str) -> Timeline:
+    return Timeline(tuple(e for e in timeline.events if e.lane == lane), "measured")
 
 
 def _back_to_back(timeline: Timeline) -> Timeline:
     """Each collective as long as without a pause before it: here there is no credit to lose."""
-    return _only(timeline, Lane.NETWORK)
+    return _only(timeline, NETWORK)
 
 
 @pytest.mark.parametrize("times", [0.3, 1.0, 8.0])
@@ -67,7 +68,7 @@ def test_predictions_after_it_are_right(times: float, noise: float) -> None:
         for strategy in ("serial", "iso:2", "iso:3", "tiles:4"):
             for wire in ("exact", "bf16"):
                 real, guess = (
-                    Planner(STAGES, strategy, wire, 1, known).plan(batch).predicted for known in (truth, found)
+                    Planner(OUTLINE, strategy, wire, 1, known).plan(batch).predicted for known in (truth, found)
                 )
                 assert real is not None and guess is not None
                 assert guess.seconds == pytest.approx(real.seconds, rel=0.1 + noise), (batch, strategy, wire)

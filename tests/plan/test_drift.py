@@ -10,10 +10,10 @@ import pytest
 from tests.simulate.costs import costs
 from weft.plan.planner import Planner
 from weft.program.batch import Batch, Segment, one_prompt
-from weft.program.steps import decoder_stages
+from weft.program.stages import decoder_outline
 from weft.simulate.cost import Costs
 
-STAGES = decoder_stages(8)
+OUTLINE = decoder_outline(8)
 PROMPT = one_prompt(800)
 
 
@@ -21,7 +21,7 @@ def serve(planner: Planner, truth: Costs, batch: Batch, batches: int, random: Ra
     """Runs batches that take what `truth` says, give or take a tenth; how many until the costs were corrected."""
     for number in range(1, batches + 1):
         plan = planner.plan(batch)
-        real = Planner(STAGES, str(plan.strategy), "exact", 1, truth).plan(batch).predicted
+        real = Planner(OUTLINE, str(plan.strategy), "exact", 1, truth).plan(batch).predicted
         assert real is not None
         noise = [random.uniform(0.9, 1.1) for _ in range(2)]
         if planner.observe(plan, batch, real.lanes.compute * noise[0], real.lanes.network * noise[1]):
@@ -31,7 +31,7 @@ def serve(planner: Planner, truth: Costs, batch: Batch, batches: int, random: Ra
 
 @pytest.mark.parametrize("factor", [1.5, 3.0, 0.5])
 def test_a_slower_link_is_noticed_within_20_batches(factor: float) -> None:
-    random, planner = Random(1), Planner(STAGES, "auto", "exact", 1, costs(4.0))
+    random, planner = Random(1), Planner(OUTLINE, "auto", "exact", 1, costs(4.0))
     assert serve(planner, costs(4.0), PROMPT, 40, random) is None
     noticed = serve(planner, costs(4.0 / factor), PROMPT, 20, random)
     assert noticed is not None and noticed <= 20
@@ -44,7 +44,7 @@ def test_a_slower_link_is_noticed_within_20_batches(factor: float) -> None:
 
 def test_the_plan_follows() -> None:
     """On a fast link this prompt isn't cut; when the link turns out slow, it is."""
-    planner, random = Planner(STAGES, "auto", "exact", 1, costs(60.0)), Random(2)
+    planner, random = Planner(OUTLINE, "auto", "exact", 1, costs(60.0)), Random(2)
     assert str(planner.plan(PROMPT).strategy) == "serial"
     for _ in range(4):
         serve(planner, costs(1.0), PROMPT, 12, random)
@@ -54,13 +54,13 @@ def test_the_plan_follows() -> None:
 def test_computation_and_small_batches_are_told_apart() -> None:
     decoding = Batch((Segment(0, 100, 1), Segment(1, 200, 1)))
     slow = replace(costs(), ranks=tuple(rank.scaled(1.4) for rank in costs().ranks))
-    planner, random = Planner(STAGES, "auto", "exact", 1, costs()), Random(3)
+    planner, random = Planner(OUTLINE, "auto", "exact", 1, costs()), Random(3)
     assert serve(planner, slow, decoding, 20, random) is not None
     assert planner.drift.factors[True].compute > 1.2 and planner.drift.factors[False].compute == 1.0
 
 
 def test_odd_batches_are_not_drift() -> None:
-    planner, random = Planner(STAGES, "auto", "exact", 1, costs()), Random(4)
+    planner, random = Planner(OUTLINE, "auto", "exact", 1, costs()), Random(4)
     for _ in range(12):
         assert serve(planner, costs(), PROMPT, 4, random) is None
         plan = planner.plan(PROMPT)
@@ -70,5 +70,5 @@ def test_odd_batches_are_not_drift() -> None:
 
 
 def test_nothing_is_learnt_without_a_prediction() -> None:
-    planner = Planner(STAGES, "iso:2", "exact")
+    planner = Planner(OUTLINE, "iso:2", "exact")
     assert not planner.observe(planner.plan(PROMPT), PROMPT, 1.0, 1.0)

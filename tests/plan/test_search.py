@@ -8,16 +8,16 @@ from dataclasses import replace
 import pytest
 
 from tests.simulate.costs import RANK, costs
-from weft.plan.planner import Planner, shares_by_speed
+from weft.plan.planner import Planner
 from weft.plan.search import Search
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.build import build
-from weft.program.steps import Lane, decoder_stages
+from weft.program.stages import COMPUTE, decoder_outline
 from weft.program.strategy import Strategy, place
 from weft.simulate.cost import Contention, Costs, Table
 from weft.simulate.run import simulate
 
-STAGES = decoder_stages(24)
+OUTLINE = decoder_outline(24)
 MIXED = Batch((Segment(0, 0, 300), Segment(1, 0, 900), Segment(2, 0, 100)))
 BATCHES = {
     "short": one_prompt(64), "prompt": one_prompt(1000), "long": one_prompt(8000),
@@ -32,10 +32,10 @@ BATCHES = {
 def test_three_layers_tell_of_all(strategy: str, times: float) -> None:
     """What the search judges by is what the simulator says of the whole program."""
     batch, known = one_prompt(1000), costs(times, contention=Contention(fixed=5e-4, turn=2e-4, burst=1e5))
-    estimate = Search(STAGES).estimate(batch, place(Strategy.parse(strategy), batch), known, "exact")
-    whole = simulate(build(Strategy.parse(strategy), STAGES, batch), batch, known, "exact")
+    estimate = Search(OUTLINE).estimate(batch, place(Strategy.parse(strategy), batch), known, "exact")
+    whole = simulate(build(Strategy.parse(strategy), OUTLINE, batch), batch, known, "exact")
     assert estimate.seconds == pytest.approx(whole.seconds + known.pace.begin.at(1000), rel=0.01)
-    assert estimate.compute == pytest.approx(whole.busy(0, Lane.COMPUTE) + known.pace.begin.at(1000), rel=0.02)
+    assert estimate.compute == pytest.approx(whole.busy(0, COMPUTE) + known.pace.begin.at(1000), rel=0.02)
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -43,10 +43,10 @@ def test_three_layers_tell_of_all(strategy: str, times: float) -> None:
 @pytest.mark.parametrize("granule", [1, 128])
 def test_never_worse_than_what_it_could_have_taken(name: str, times: float, granule: int) -> None:
     batch, known = BATCHES[name], costs(times, contention=Contention(fixed=5e-4))
-    plan = Planner(STAGES, "auto", "exact", granule, known).plan(batch)
+    plan = Planner(OUTLINE, "auto", "exact", granule, known).plan(batch)
     assert plan.predicted is not None
     for fixed in ("serial", "iso:2", "iso:3", "iso:4", "tiles:4", "requests:2"):
-        other = Planner(STAGES, fixed, "exact", granule, known).plan(batch).predicted
+        other = Planner(OUTLINE, fixed, "exact", granule, known).plan(batch).predicted
         assert other is not None
         # What is left on the table: a gain too small to be worth a risk, or worth more steps.
         assert plan.predicted.seconds <= 1.045 * other.seconds, fixed
@@ -55,8 +55,8 @@ def test_never_worse_than_what_it_could_have_taken(name: str, times: float, gran
 
 def test_serial_where_nothing_is_gained() -> None:
     for batch, times in ((one_prompt(1000), 1000.0), (Batch(tuple(Segment(i, 500, 1) for i in range(8))), 1.0)):
-        assert str(Planner(STAGES, "auto", "exact", 1, costs(times)).plan(batch).strategy) == "serial"
-    alone = Planner(STAGES, "auto", "exact").plan(one_prompt(1000))
+        assert str(Planner(OUTLINE, "auto", "exact", 1, costs(times)).plan(batch).strategy) == "serial"
+    alone = Planner(OUTLINE, "auto", "exact").plan(one_prompt(1000))
     assert str(alone.strategy) == "serial" and alone.predicted is None
 
 
@@ -66,7 +66,7 @@ def test_what_is_found_beats_every_even_cut_where_attention_dominates() -> None:
     deep, base = replace(RANK, present=RANK.present.scaled(20), past=RANK.past * 20), costs(0.03)
     wire = replace(base.wires["exact"], large=Table.line(1.0, base.wires["exact"].per_byte))
     known = replace(base, ranks=(deep,), wires={"exact": wire}, contention=Contention(fixed=1.0))
-    planner = Planner(STAGES, "auto", "exact", 1, known)
+    planner = Planner(OUTLINE, "auto", "exact", 1, known)
 
     def seconds(overlap: str) -> float:
         predicted = planner.like(overlap, "exact").plan(one_prompt(16000)).predicted
@@ -82,7 +82,7 @@ def test_what_is_found_beats_every_even_cut_where_attention_dominates() -> None:
 @pytest.mark.parametrize("layers", [6, 32])
 def test_a_plan_takes_three_milliseconds(layers: int) -> None:
     """Batches that were not seen, on a processor that is not busy; twice that is allowed where it is."""
-    planner = Planner(decoder_stages(layers), "auto", "exact", 1, costs(1.0, contention=Contention(fixed=5e-4)))
+    planner = Planner(decoder_outline(layers), "auto", "exact", 1, costs(1.0, contention=Contention(fixed=5e-4)))
     taken = []
     for tokens in range(500, 1500, 25):
         begin = time.process_time()
@@ -92,19 +92,20 @@ def test_a_plan_takes_three_milliseconds(layers: int) -> None:
 
 
 def test_plans_are_kept_by_shape() -> None:
-    planner = Planner(STAGES, "auto", "exact", 1, costs())
+    planner = Planner(OUTLINE, "auto", "exact", 1, costs())
     assert planner.plan(Batch((Segment(3, 1000, 1),))) is planner.plan(Batch((Segment(5, 1010, 1),)))
     assert planner.plan(one_prompt(700)) is planner.plan(one_prompt(700))
     assert planner.plan(one_prompt(700)) is not planner.plan(one_prompt(701))
 
 
 def test_wires_have_their_own_plans() -> None:
-    planner = Planner(STAGES, "auto", "exact", 1, costs(0.5))
+    planner = Planner(OUTLINE, "auto", "exact", 1, costs(0.5))
     exact, half = (planner.like("auto", wire).plan(one_prompt(1000)).predicted for wire in ("exact", "bf16"))
     assert exact is not None and half is not None and half.serial < exact.serial
 
 
 def test_shares_by_speed() -> None:
     known: Costs = costs(ranks=(RANK.scaled(2.0), RANK))
-    assert shares_by_speed(known, (1.0, 1.0)) == (0.5, 1.0)
-    assert shares_by_speed(costs(ranks=(RANK, RANK)), (2.0, 1.0)) == (1.0, 0.5)
+    assert Planner(OUTLINE, "auto", "exact", costs=known).shares_by_speed((1.0, 1.0)) == (0.5, 1.0)
+    alike = costs(ranks=(RANK, RANK))
+    assert Planner(OUTLINE, "auto", "exact", costs=alike).shares_by_speed((2.0, 1.0)) == (1.0, 0.5)

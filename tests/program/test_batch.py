@@ -15,7 +15,7 @@ def test_spans_and_wanted_rows() -> None:
 
 
 def test_within_clips_segments() -> None:
-    found = [(segment.sequence, str(rows)) for segment, rows in BATCH.within(Rows(3, 8))]
+    found = [(segment.sequence, str(rows)) for segment, _, rows in BATCH.within(Rows(3, 8))]
     assert found == [(0, "3:5"), (3, "5:6"), (1, "6:8")]
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.execute.programs import SEGMENTS, legal_programs
-from weft.program.batch import Batch, one_prompt
+from tests.execute.programs import SEGMENTS, lagging, legal_programs
+from weft.program.batch import Batch, Segment, one_prompt
+from weft.program.build import build
 from weft.program.check import check
-from weft.program.steps import Program, ProgramError, Step, decoder_stages
+from weft.program.stages import decoder_outline
+from weft.program.steps import Block, Form, Program, ProgramError
+from weft.program.strategy import Strategy
+from weft.program.text import parse, write
 
-STAGES = decoder_stages(1)
+OUTLINE = decoder_outline(1)
 GOOD = """\
 compute  embed         0:8
 compute  L0.attention  0:4
@@ -22,39 +29,46 @@ tail     L0.mlp        0:4
 reduce   L0.mlp        0:4
 compute  L0.mlp        4:8  after reduce L0.attention 4:8
 reduce   L0.mlp        4:8
-compute  head          0:8  after reduce L0.mlp 4:8
-gather   head          0:8
+compute  head          0:8  wanted  after reduce L0.mlp 4:8
+gather   head          0:8  wanted
 """
 
 
 def test_a_good_program_passes() -> None:
     # The head waits for the last collective only: the network lane runs in order, so the first has arrived too.
-    check(Program.parse(GOOD), STAGES, one_prompt(8))
+    check(parse(GOOD), OUTLINE, one_prompt(8))
 
 
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
         ("  after reduce L0.attention 0:4", "", "not after everything that L0.attention leaves"),
-        ("0:8  after reduce L0.mlp 4:8", "0:8  after reduce L0.mlp 0:4", "not after everything that L0.mlp"),
+        ("wanted  after reduce L0.mlp 4:8", "wanted  after reduce L0.mlp 0:4", "not after everything that L0.mlp"),
         ("compute  L0.attention  4:8\nreduce   L0.attention  4:8\n", "", "not a step|does not stand before"),
         ("tail     L0.mlp        0:4\n", "", "no single partial holds these rows"),
         ("tail     L0.mlp        0:4\n", "tail     L0.mlp        2:6\n", "no body of these rows"),
         ("reduce   L0.mlp        0:4\n", "reduce   L0.mlp        0:8\n", "no single partial"),
         ("reduce   L0.mlp        0:4\n", "reduce   L0.mlp        0:3\n", "not after everything"),
-        ("gather   head          0:8\n", "", "head: not all of the rows 0:8"),
-        ("gather   head          0:8\n", "reduce   head          0:8\n", "this stage ends in gather"),
+        ("gather   head          0:8  wanted\n", "", "head: not all of the rows 0:8"),
+        ("gather   head          0:8  wanted\n", "reduce   head          0:8  wanted\n", "this stage ends in gather"),
         ("compute  embed         0:8\n", "body     embed         0:8\n", "only a stage that ends in a reduce"),
         ("compute  L0.mlp        4:8", "compute  L0.mlp        3:8", "some of these rows were done before"),
         ("compute  L0.mlp        4:8", "compute  L0.dance      4:8", "no such stage"),
         ("compute  L0.mlp        4:8", "compute  L0.mlp        4:9", "the batch has only the rows 0:8"),
         ("compute  head          0:8", "compute  head          4:8", "this stage runs once"),
+        ("head          0:8  wanted", "head          0:8", "from head on, all steps are about wanted rows only"),
+        (
+            "compute  L0.mlp        4:8",
+            "compute  L0.mlp        4:8  wanted",
+            "from L0.mlp on, all",
+        ),
+        ("reduce   L0.mlp        4:8", "reduce   L0.mlp        4:8  on compute", "collectives on another"),
     ],
 )
 def test_each_rule(old: str, new: str, complaint: str) -> None:
     assert old in GOOD
     with pytest.raises(ProgramError, match=complaint):
-        check(Program.parse(GOOD.replace(old, new, 1)), STAGES, one_prompt(8))
+        check(parse(GOOD.replace(old, new, 1)), OUTLINE, one_prompt(8))
 
 
 SCATTERED = """\
@@ -73,13 +87,13 @@ enter           head          0:4  after reduce_scatter L0.mlp 0:4
 all_gather      head          0:4
 enter           head          4:8  after reduce_scatter L0.mlp 4:8
 all_gather      head          4:8
-compute         head          0:8  after all_gather head 0:4, all_gather head 4:8
-gather          head          0:8
+compute         head          0:8  wanted  after all_gather head 0:4, all_gather head 4:8
+gather          head          0:8  wanted
 """
 
 
 def test_scattered_sums_pass() -> None:
-    check(Program.parse(SCATTERED), STAGES, one_prompt(8))
+    check(parse(SCATTERED), OUTLINE, one_prompt(8))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +112,7 @@ def test_scattered_sums_pass() -> None:
             "no reduce_scatter of just these",
         ),
         ("all_gather      L0.mlp        0:4", "all_gather      L0.mlp        0:3\nEND", "no enter of just these rows"),
-        ("all_gather      L0.mlp        4:8", "reduce_scatter  head  0:8\nEND", "head 0:8.*this stage ends in gather"),
+        ("all_gather      L0.mlp        4:8", "reduce_scatter  head  0:8  wanted\nEND", "head 0:8.*ends in gather"),
         ("compute         head", "enter           L0.mlp  0:4\ncompute         head", "the program already has"),
         ("reduce_scatter  L0.attention  4:8\n", "reduce  L0.attention  4:8\n", "does not stand before"),
     ],
@@ -106,7 +120,7 @@ def test_scattered_sums_pass() -> None:
 def test_each_rule_of_scattered_sums(old: str, new: str, complaint: str) -> None:
     assert old in SCATTERED
     with pytest.raises(ProgramError, match=complaint):
-        check(Program.parse(SCATTERED.replace(old, new, 1).partition("END")[0]), STAGES, one_prompt(8))
+        check(parse(SCATTERED.replace(old, new, 1).partition("END")[0]), OUTLINE, one_prompt(8))
 
 
 def test_a_stage_is_gathered_whole_or_not_at_all() -> None:
@@ -117,34 +131,76 @@ def test_a_stage_is_gathered_whole_or_not_at_all() -> None:
         "L0.mlp 4:8\nreduce_s", "L0.mlp 0:4\nreduce_s"
     )
     with pytest.raises(ProgramError, match=r"compute L0.mlp 0:8.*not after an all_gather"):
-        check(Program.parse(mixed), STAGES, one_prompt(8))
+        check(parse(mixed), OUTLINE, one_prompt(8))
 
 
 def test_chunks_of_one_sequence_keep_their_order() -> None:
     lines = GOOD.splitlines(keepends=True)
     swapped = "".join([lines[0], *lines[3:5], *lines[1:3], *lines[5:]])
     with pytest.raises(ProgramError, match=r"earlier rows of the same sequence \(0:4\) come later"):
-        check(Program.parse(swapped), STAGES, one_prompt(8))
+        check(parse(swapped), OUTLINE, one_prompt(8))
 
 
 def test_sequences_may_come_in_any_order() -> None:
-    from weft.program.batch import Segment
-
     lines = GOOD.splitlines(keepends=True)
     swapped = "".join([lines[0], *lines[3:5], *lines[1:3], *lines[5:]])
-    check(Program.parse(swapped), STAGES, Batch((Segment(0, 0, 4), Segment(1, 0, 4))))
+    check(parse(swapped), OUTLINE, Batch((Segment(0, 0, 4), Segment(1, 0, 4))))
 
 
 @settings(max_examples=100, deadline=None)
-@given(program=legal_programs(decoder_stages(2)))
+@given(program=legal_programs(decoder_outline(2)))
 def test_random_legal_programs_pass(program: Program) -> None:
-    check(program, decoder_stages(2), Batch(SEGMENTS))
+    check(program, decoder_outline(2), Batch(SEGMENTS))
 
 
 @settings(max_examples=60, deadline=None)
-@given(program=legal_programs(decoder_stages(2)))
+@given(program=legal_programs(decoder_outline(2)))
 def test_without_its_last_edges_a_program_is_refused(program: Program) -> None:
     """The head's edges include one to the last collective, which nothing else waits for."""
-    steps = [Step(s.kind, s.stage, s.rows, () if s.stage == "head" else s.after) for s in program]
+    [block] = program.form.blocks
+    steps = tuple(step._replace(after=()) if step.part == "head" else step for step in block.steps)
     with pytest.raises(ProgramError, match="(compute|enter) head"):
-        check(Program(tuple(steps)), decoder_stages(2), Batch(SEGMENTS))
+        check(Program(Form((Block(steps),), program.form.chunks), program.offsets), decoder_outline(2), Batch(SEGMENTS))
+
+
+ROUNDS = write(build(Strategy.parse("iso:2"), decoder_outline(80), one_prompt(1024)))
+
+
+def test_rounds_that_repeat_are_proven_without_going_through_them() -> None:
+    check(parse(ROUNDS), decoder_outline(80), one_prompt(1024))
+    begin = time.process_time()
+    check(parse(ROUNDS.replace("78x", "99998x").replace("L79", "L99999").replace("L78", "L99998")),
+          decoder_outline(100_000), one_prompt(1024))  # fmt: skip
+    assert time.process_time() - begin < 3  # decoder_outline and names take most of it
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("compute  L1.attention   b    after reduce L0.mlp b", "compute L1.attention b", "L1.attention 512.*not after"),
+        ("compute  L1.mlp         b    after reduce L1.attention b", "compute  L1.mlp  b", "L1.mlp 512.*not after"),
+        ("reduce   L1.mlp         b\n", "", "what compute L1.attention waits for.*elsewhere"),
+        ("78x", "77x", "does not stand before"),
+        ("78x", "79x", "already has the step"),
+        ("78x\n", "39x by 2 layers\n", "does not stand before|elsewhere in round"),
+        ("L79.mlp        a    wanted", "L79.mlp        a", "from L79.attention on, all steps are about wanted rows"),
+        ("compute  L1.attention   a", "compute  L1.attention   a  wanted", "about wanted rows|remembers all rows"),
+    ],
+)  # fmt: skip
+def test_each_rule_holds_in_every_round(old: str, new: str, complaint: str) -> None:
+    assert old in ROUNDS
+    with pytest.raises(ProgramError, match=complaint):
+        check(parse(ROUNDS.replace(old, new, 1)), decoder_outline(80), one_prompt(1024))
+
+
+def test_a_model_of_fewer_or_more_layers_is_told_apart() -> None:
+    for layers in (79, 81):
+        with pytest.raises(ProgramError, match="no such stage|not all of the rows|not after everything"):
+            check(parse(ROUNDS), decoder_outline(layers), one_prompt(1024))
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), lags=st.sampled_from([(0, 1), (1, 1)]))
+def test_programs_of_models_whose_stages_go_without_sums(data: st.DataObject, lags: tuple[int, int]) -> None:
+    outline = lagging(decoder_outline(3), *lags)
+    check(data.draw(legal_programs(outline)), outline, Batch(SEGMENTS))

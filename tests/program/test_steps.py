@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 
-from tests.execute.programs import legal_programs
+from tests.execute.programs import lagging, legal_programs
 from weft.program.batch import Batch, Rows, Segment, one_prompt
 from weft.program.build import build
-from weft.program.steps import Kind, Lane, Program, ProgramError, Step, decoder_stages
+from weft.program.stages import COMPUTE, NETWORK, Kind, decoder_outline
+from weft.program.steps import Program, ProgramError, Step
 from weft.program.strategy import Strategy
+from weft.program.text import parse, write, write_expanded
 
 TEXT = """\
 compute  L3.attention  0:512
@@ -20,35 +22,43 @@ compute  L3.mlp        0:256      after reduce L3.attention 0:512
 
 
 def test_reads_the_text_of_the_design() -> None:
-    program = Program.parse(TEXT)
-    assert program.steps[1] == Step(Kind.REDUCE, "L3.attention", Rows(0, 512))
-    assert program.steps[3].after == (1,)
-    assert program.steps[3].lane is Lane.COMPUTE
+    program = parse(TEXT)
+    second, last = list(program)[1::2]
+    assert second.step == Step(Kind.REDUCE, "attention", 3, 0) and second.rows == Rows(0, 512)
+    assert second.stage == "L3.attention" and second.lane == NETWORK
+    assert last.after == (1,) and last.lane == COMPUTE
 
 
 def test_comments_and_blank_lines_are_ignored() -> None:
     commented = "# a program\n\n" + TEXT.replace("0:512\n", "0:512  # first half\n", 1)
-    assert Program.parse(commented) == Program.parse(TEXT)
+    assert parse(commented) == parse(TEXT)
 
 
 @settings(max_examples=60, deadline=None)
-@given(program=legal_programs(decoder_stages(2)))
+@given(program=legal_programs(decoder_outline(2)))
 def test_text_round_trips(program: Program) -> None:
-    assert Program.parse(str(program)) == program
+    assert parse(write(program)) == program
 
 
 @pytest.mark.parametrize("strategy", ["serial", "iso:2", "iso:2/4", "iso@3,9/5", "tiles:4", "requests", "iso+rs"])
 def test_text_of_built_programs_round_trips(strategy: str) -> None:
     batch = Batch((Segment(0, 0, 10), Segment(1, 4, 7)))
-    program = build(Strategy.parse(strategy), decoder_stages(3), batch)
-    assert Program.parse(str(program)) == program
-    assert str(Program.parse(str(program))) == str(program)
+    program = build(Strategy.parse(strategy), decoder_outline(3), batch)
+    assert parse(write(program)) == program
+    assert write(parse(write(program))) == write(program)
 
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
         ("compute L0.mlp", "line 1: 'compute L0.mlp' is not a step"),
+        ("compute 3L.mlp 0:4", "'3L.mlp' is not a stage"),
+        ("compute L0.mlp a", "'a' is no chunk; name its rows, or its letter in a line 'chunks a 0:512'"),
+        ("chunks a", "chunks are a letter and rows each"),
+        ("chunks a 0-4", "'0-4' are no rows"),
+        ("compute L0.mlp 0:4 wnted", "'wnted' is nothing that a step says; after its chunk may stand: wanted, on …"),
+        ("0x\ncompute L0.mlp 0:4", "repeats nothing"),
+        ("compute embed 0:4\n2x\ncompute L0.mlp 0:4 after compute embed 0:4", "stands elsewhere in round 2"),
         (
             "dance L0.mlp 0:4",
             "unknown kind 'dance'; known are compute, body, tail, enter, reduce, reduce_scatter, all_gather, gather",
@@ -61,20 +71,49 @@ def test_text_of_built_programs_round_trips(strategy: str) -> None:
 )
 def test_what_is_no_program_is_refused_with_its_line(text: str, complaint: str) -> None:
     with pytest.raises(ProgramError) as caught:
-        Program.parse(text)
+        parse(text)
     assert complaint in str(caught.value)
 
 
 def test_stages_of_a_decoder() -> None:
-    stages = decoder_stages(2)
-    assert [stage.name for stage in stages] == ["embed", "L0.attention", "L0.mlp", "L1.attention", "L1.mlp", "head"]
-    assert [stage.ordered for stage in stages] == [False, True, False, True, False, False]
-    assert stages[1].part == "attention"
+    outline = decoder_outline(2)
+    names = ["embed", "L0.attention", "L0.mlp", "L1.attention", "L1.mlp", "head"]
+    assert [stage.name for stage in outline.stages] == names
+    assert [stage.ordered for stage in outline.stages] == [False, True, False, True, False, False]
+    assert [outline.place(stage.part, stage.layer) for stage in outline.stages] == list(range(6))
+    assert outline.place("mlp", 2) is None and outline.place("mlp", None) is None and outline.place("head", 0) is None
+    assert outline.readers == (1, 2, 3, 4, 5, None) and outline.narrow_from == 3
+    assert lagging(outline, 0, 1).readers == (1, 3, 3, 5, 5, None)
+    assert lagging(outline, 1, 1).of(3).readers == (1, 3, 4, 5, 6, 7, 7, None)
 
 
-def test_which_collectives_are_awaited_next() -> None:
-    batch, stages = one_prompt(8), decoder_stages(1)
-    serial, iso = (build(Strategy.parse(name), stages, batch) for name in ("serial", "iso:2"))
-    assert serial.awaited_next == {i for i, step in enumerate(serial) if step.lane is Lane.NETWORK}
+@pytest.mark.parametrize("layers", [1, 3, 20])
+def test_which_collectives_are_awaited_next(layers: int) -> None:
+    batch, outline = one_prompt(8), decoder_outline(layers)
+    serial, iso = (build(Strategy.parse(name), outline, batch) for name in ("serial", "iso:2"))
+    assert urgent(serial) == {step.name for step in serial if step.lane == NETWORK}
     # With two chunks, only the last collectives before the head have nothing left to hide behind.
-    assert {iso.steps[i].name for i in iso.awaited_next} == {"reduce L0.mlp 4:8", "gather head 0:8"}
+    assert urgent(iso) == {f"reduce L{layers - 1}.mlp 4:8", "gather head 0:8"}
+
+
+def urgent(program: Program) -> set[str]:
+    flags = [
+        flag
+        for block, (between, last) in zip(program.form.blocks, program.form.urgent, strict=True)
+        for flag in (*(between * (block.rounds - 1)), *last)
+    ]
+    return {step.name for step, flag in zip(program, flags, strict=True) if flag}
+
+
+def test_more_chunks_than_letters() -> None:
+    program = build(Strategy.parse("iso:64"), decoder_outline(8), one_prompt(640))
+    assert parse(write(program)) == program and "z1 " in write(program)
+
+
+def test_expanded_text_says_the_same() -> None:
+    program = build(Strategy.parse("iso:3+ahead"), decoder_outline(30), one_prompt(900))
+    again = parse(write_expanded(program))
+    assert [(step.name, step.after, step.step.wanted) for step in again] == [
+        (step.name, step.after, step.step.wanted) for step in program
+    ]
+    assert write_expanded(again) == write_expanded(program)

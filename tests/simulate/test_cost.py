@@ -8,7 +8,7 @@ import pytest
 
 from tests.simulate.costs import RANK, costs
 from weft.program.batch import Batch, Rows, Segment, one_prompt
-from weft.program.steps import Kind
+from weft.program.stages import Kind
 from weft.simulate.cost import ComputeCosts, Contention, Table
 
 

@@ -10,7 +10,7 @@ import pytest
 from weft.errors import InputError
 from weft.program.batch import one_prompt
 from weft.program.build import build
-from weft.program.steps import Lane, decoder_stages
+from weft.program.stages import COMPUTE, decoder_outline
 from weft.program.strategy import Strategy
 from weft.simulate.hardware import Group, Shard, catalogue, costs_of, parse_group
 from weft.simulate.run import simulate
@@ -22,7 +22,7 @@ SHARD = Shard(hidden=8192, heads=8, kv_heads=1, head=128, width=3584, vocabulary
 
 def predicted(group: Group, strategy: str, tokens: int) -> Timeline:
     batch = one_prompt(tokens)
-    program = build(Strategy.parse(strategy), decoder_stages(80), batch)
+    program = build(Strategy.parse(strategy), decoder_outline(80), batch)
     return simulate(program, batch, costs_of(group, [SHARD] * group.world, ["exact"]), "exact")
 
 
@@ -44,7 +44,7 @@ def test_h100_table(row: tuple[int, float, float, float]) -> None:
     serial = predicted(parse_group("8x h100", "nvlink4-multimem"), "serial", tokens)
     cut = predicted(parse_group("8x h100", "nvlink4-fused"), "iso:2", tokens)
     assert serial.seconds == pytest.approx(baseline, rel=0.15)
-    assert serial.busy(0, Lane.COMPUTE) == pytest.approx(no_collectives, rel=0.15)
+    assert serial.busy(0, COMPUTE) == pytest.approx(no_collectives, rel=0.15)
     assert 1 - cut.seconds / serial.seconds == pytest.approx(1 - overlapped / baseline, abs=0.04)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from weft.errors import InputError
 from weft.program.batch import Rows
-from weft.program.steps import Kind, Lane
+from weft.program.stages import COMPUTE, NETWORK, Kind
 from weft.timeline.svg import svg
 from weft.timeline.timeline import Event, Timeline, bound, median, overlap_efficiency
 
@@ -31,9 +31,9 @@ TIMELINE = Timeline(
 def test_sums() -> None:
     assert TIMELINE.ranks == [0, 1]
     assert TIMELINE.seconds == 4.0
-    assert TIMELINE.busy(0, Lane.COMPUTE) == 1.5 and TIMELINE.busy(1, Lane.NETWORK) == 3.0
+    assert TIMELINE.busy(0, COMPUTE) == 1.5 and TIMELINE.busy(1, NETWORK) == 3.0
     assert TIMELINE.overlapped(0) == 0.5 and TIMELINE.overlapped(1) == 0.0
-    assert [e.start for e in TIMELINE.lane(0, Lane.COMPUTE)] == [0.0, 2.0]
+    assert [e.start for e in TIMELINE.lane(0, COMPUTE)] == [0.0, 2.0]
 
 
 def test_waits_are_split_where_the_network_starts_and_stops() -> None:
@@ -103,8 +103,11 @@ def test_what_shares_a_time_is_found_without_looking_at_all(seed: int) -> None:
     network = sorted(spans(generator.randrange(12), generator, overlapping=seed % 2 == 0))
     events = [event(0, Kind.COMPUTE, start, stop) for start, stop in compute]
     timeline = Timeline((*events, *(event(0, Kind.REDUCE, start, stop) for start, stop in network)), "measured")
-    shared = sum(max(0, min(c[1], n[1]) - max(c[0], n[0])) for c in compute for n in network)
-    assert timeline.overlapped(0) == shared
+    computes, communicates = (
+        {moment for start, stop in each for moment in range(int(start), int(stop))} for each in (compute, network)
+    )
+    assert timeline.overlapped(0) == len(computes & communicates)
+    assert timeline.communicating(0) == len(communicates) and timeline.exposed(0) == len(communicates - computes)
     for wait in timeline.waits(0):
         first = next((n for n in network if n[0] <= wait.start and wait.stop <= n[1]), None)
         assert (wait.behind and (wait.behind.start, wait.behind.stop)) == first

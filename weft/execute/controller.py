@@ -22,12 +22,13 @@ from weft.launch.folder import Folder
 from weft.launch.launcher import Launcher
 from weft.launch.sockets import engine_socket
 from weft.program.batch import Batch
-from weft.program.steps import Program
+from weft.program.stages import COLLECTIVES
+from weft.program.steps import Form, Program
 from weft.timeline.timeline import Event, Timeline
 
 START_SECONDS = 120.0  # to import torch and to say hello, on a loaded machine
 LOOK_MILLISECONDS = 100  # how often the processes are looked at while a message is awaited
-PROGRAMS = 64  # that a worker keeps: a large one takes some 100 KiB
+FORMS = 64  # of programs that a worker keeps
 LOOK_SECONDS = 0.5  # and while messages come: machines that joined want to hear that the engine lives
 
 M = TypeVar("M", bound=p.ToEngine)
@@ -35,9 +36,9 @@ M = TypeVar("M", bound=p.ToEngine)
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What to bring back besides tokens. `part`: "both", or one lane alone: "compute" or "network"."""
+    """What to bring back besides tokens. `scope`: "both", or one side alone: "compute" or "network"."""
 
-    part: str = "both"
+    scope: str = "both"
     timeline: bool = False
     checksums: bool = False
     logits: bool = False
@@ -96,7 +97,7 @@ class Controller:
         self._socket: zmq.Socket[bytes] | None = None
         self._ranks: list[bytes] = []  # identities, by rank
         self._hosts: dict[bytes, str] = {}  # where they are
-        self._programs: OrderedDict[Program, int] = OrderedDict()  # those that the workers know
+        self._forms: OrderedDict[Form, int] = OrderedDict()  # those that the workers know
         self._number = 0
         self._looked = 0.0  # when the processes were looked at
         self._loaded = False
@@ -151,7 +152,7 @@ class Controller:
 
     def _load(self, directory: Path, model: ModelConfig, progress: Callable[[float], None]) -> list[p.Loaded]:
         config = self.config
-        self._programs.clear()
+        self._forms.clear()
         for identity in self._ranks:
             self._send(
                 identity,
@@ -209,23 +210,23 @@ class Controller:
         self, batch: Batch, tokens: Sequence[int], choices: Sequence[p.Choice], program: Program, wire: str,
         options: RunOptions,
     ) -> bytes:  # fmt: skip
-        number, known = self._numbered(program)
+        number, known = self._numbered(program.form)
         segments = [(s.sequence, s.start, s.length, s.wanted, s.prompt) for s in batch.segments]
         return p.encode(
             p.Run(
-                self._number, number, None if known else program.text, segments, list(tokens),
-                list(choices), wire, options.part, options.timeline, options.checksums, options.logits,
+                self._number, number, None if known else program.form, list(program.offsets), segments, list(tokens),
+                list(choices), wire, options.scope, options.timeline, options.checksums, options.logits,
             )
         )  # fmt: skip
 
-    def _numbered(self, program: Program) -> tuple[int, bool]:
-        """A program's number, and whether the workers know it by that: the number of the one that was not used for
-        longest goes to a new one."""
-        known = program in self._programs
-        if not known and len(self._programs) == PROGRAMS:
-            self._programs[program] = self._programs.popitem(last=False)[1]
-        number = self._programs.setdefault(program, len(self._programs))
-        self._programs.move_to_end(program)
+    def _numbered(self, form: Form) -> tuple[int, bool]:
+        """A form's number, and whether the workers know it by that: the number of the one that was not used for longest
+        goes to a new one."""
+        known = form in self._forms
+        if not known and len(self._forms) == FORMS:
+            self._forms[form] = self._forms.popitem(last=False)[1]
+        number = self._forms.setdefault(form, len(self._forms))
+        self._forms.move_to_end(form)
         return number, known
 
     def release(self, slots: Sequence[int]) -> None:
@@ -334,7 +335,8 @@ def _timeline(program: Program, answers: Sequence[p.Done], one_clock: bool) -> T
     Ranks of one machine share its clock. On several machines a collective ends for all ranks at about the same time:
     the first one sets the others' clocks.
     """
-    first = next((index for index in sorted(program.collectives) if answers[0].spans[index][1] > 0), None)
+    spans = answers[0].spans
+    first = next((step.number for step in program if step.kind in COLLECTIVES and spans[step.number][1] > 0), None)
     clocks = [0.0 if one_clock or first is None else answer.spans[first][1] for answer in answers]
     zeros = [
         min((start - clock for start, stop in answer.spans if stop > 0), default=0.0)

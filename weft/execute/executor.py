@@ -1,4 +1,4 @@
-"""Runs a program on one rank: walks its steps on the compute lane and hands collectives to the network lane.
+"""Runs a program on one rank: walks its steps on the compute lane and hands collectives to the lanes that communicate.
 
 Knows programs, the model's four functions and the group; knows no strategy by name. Every partial has a buffer of
 its own, which nobody touches between its collective's submission and the wait for it.
@@ -8,23 +8,30 @@ from __future__ import annotations
 
 import time
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from weft.execute.lanes import Lanes, Pending
-from weft.model.decoder import Decoder, Forward, StageFunctions
+from weft.execute.residual import Residual
+from weft.model.decoder import Decoder, Extent, Forward, StageFunctions
 from weft.parallel.allreduce import all_gather, all_reduce, gather_columns, reduce_scatter, shard
-from weft.parallel.codec import Codec
+from weft.parallel.codec import Codec, codec_named
 from weft.parallel.group import Group
 from weft.program.batch import Rows
-from weft.program.steps import Kind, Program, Step
+from weft.program.stages import COLLECTIVES, COMPUTE, Kind, Outline
+from weft.program.steps import Form, Issued, Program
+
+FORMS = 64  # of which it is remembered where only wanted rows go on
 
 
-class Part(StrEnum):
-    """How much of a program to run: all of it, or one lane alone (the two terms of the bound)."""
+class Scope(StrEnum):
+    """How much of a program to run: all of it, or one side alone (the two terms of the bound)."""
 
     BOTH = "both"
     COMPUTE = "compute"  # a rank's own partial stands in for the sum: same work, meaningless numbers
@@ -36,200 +43,237 @@ class Result:
     """What one run left on this rank.
 
     `logits` [wanted rows, vocabulary], on rank 0 only. `spans`: start and end of every step, in seconds of this
-    machine's monotonic clock. `checksums`: one per collective, equal on all ranks.
+    machine's monotonic clock. `busy`: seconds of each lane. `checksums`: one per collective, equal on all ranks.
     """
 
     logits: Tensor | None
     spans: list[tuple[float, float]]
+    busy: dict[str, float]
     checksums: list[int]
 
-    def busy(self, program: Program) -> tuple[float, float]:
-        """Seconds that the compute and the network lane were busy."""
-        both = [0.0, 0.0]
-        for index, (start, stop) in enumerate(self.spans):
-            both[index in program.collectives] += stop - start
-        return both[0], both[1]
+
+@lru_cache(maxsize=FORMS)
+def narrowing(outline: Outline, form: Form) -> int:
+    """The place of the stage that wanted rows leave alone."""
+    places = (
+        outline.place(step.part, step.layer)
+        for block in form.blocks for step in block.steps if step.wanted and step.kind in (Kind.COMPUTE, Kind.BODY)
+    )  # fmt: skip
+    return min(place for place in places if place is not None)
 
 
-class _Pieces:
-    """Tensors that a later step takes, whole or in parts; each is let go with its last row."""
+class _Bodies:
+    """Features until their last tail has taken them: the stage, the rows that leave, features, rows left to take."""
 
     def __init__(self) -> None:
-        self._pieces: list[tuple[str, Rows, Tensor, list[int]]] = []
+        self._kept: list[tuple[StageFunctions, Rows, Any, list[int]]] = []
 
-    def put(self, step: Step, tensor: Tensor) -> None:
-        self._pieces.append((step.stage, step.rows, tensor, [step.rows.length]))
+    def put(self, stage: StageFunctions, leaves: Rows, features: Any) -> None:
+        if leaves.length:
+            self._kept.append((stage, leaves, features, [leaves.length]))
 
-    def take(self, step: Step) -> Tensor:
-        """The step's rows, from the piece or the pieces that hold them."""
-        taken, kept, missing = [], [], step.rows.length
-        for piece in self._pieces:
-            stage, rows, tensor, left = piece
-            here = step.rows.clip(rows) if stage == step.stage else Rows(0, 0)
+    def take(self, stage: StageFunctions, leaves: Rows) -> Any:
+        for number, (owner, rows, features, left) in enumerate(self._kept):
+            if owner is stage and rows.contains(leaves):
+                left[0] -= leaves.length
+                if not left[0]:
+                    del self._kept[number]
+                return features
+        raise AssertionError("a tail without a body: the program was not checked")
+
+
+class _Tensors:
+    """Rows that a later step takes, whole or in parts; each tensor is let go with its last row."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[StageFunctions, Rows, Tensor, list[int]]] = []
+
+    def put(self, stage: StageFunctions, rows: Rows, tensor: Tensor) -> None:
+        self._kept.append((stage, rows, tensor, [rows.length]))
+
+    def has(self, stage: StageFunctions, rows: Rows) -> bool:
+        """Something of these rows is there."""
+        return any(owner is stage and there.intersects(rows) for owner, there, _, _ in self._kept)
+
+    def take(self, stage: StageFunctions, rows: Rows) -> Tensor:
+        """These rows, from the tensor or the tensors that hold them."""
+        taken, kept, missing = [], [], rows.length
+        for entry in self._kept:
+            owner, there, tensor, left = entry
+            here = rows.clip(there) if owner is stage else Rows(0, 0)
             if here.length:
                 left[0] -= here.length
                 missing -= here.length
-                part = tensor if here == rows else tensor[here.start - rows.start : here.stop - rows.start]
+                part = tensor if here == there else tensor[here.start - there.start : here.stop - there.start]
                 taken.append((here.start, part))
             if left[0]:
-                kept.append(piece)
-        self._pieces = kept
-        assert not missing, f"nothing holds all rows of {step.name!r}: the program was not checked"
+                kept.append(entry)
+        self._kept = kept
+        assert not missing, "nothing holds all of a step's rows: the program was not checked"
         if len(taken) == 1:
             return taken[0][1]
         return torch.cat([part for _, part in sorted(taken, key=lambda entry: entry[0])])
 
 
-@dataclass
-class _Pass:
-    """The state of one run."""
-
-    hidden: Tensor
-    inputs: _Pieces = field(default_factory=_Pieces)
-    features: _Pieces = field(default_factory=_Pieces)
-    partials: _Pieces = field(default_factory=_Pieces)
-    arriving: list[tuple[Rows, StageFunctions, Tensor]] = field(default_factory=list)
-    logits: Tensor | None = None
-
-
 class Executor:
-    """Runs programs of one model with one group and one pair of lanes."""
+    """Runs programs of one model with one group and the lanes of one rank."""
 
-    def __init__(self, decoder: Decoder, group: Group, lanes: Lanes, vocabulary: list[int]) -> None:
-        self.decoder, self.group, self.lanes = decoder, group, lanes
+    def __init__(self, decoder: Decoder, outline: Outline, group: Group, lanes: Lanes, vocabulary: list[int]) -> None:
+        self.decoder, self.outline, self.group, self.lanes = decoder, outline, group, lanes
         self.vocabulary = vocabulary  # columns of the logits on each rank
 
     def run(
-        self, program: Program, forward: Forward, codec: Codec, part: Part = Part.BOTH, checksums: bool = False
-    ) -> Result:
+        self, program: Program, forward: Forward, codec: Codec, scope: Scope = Scope.BOTH, checksums: bool = False
+    ) -> Result:  # fmt: skip
         """One forward pass. Raises what a step raised, once every submitted collective has ended."""
-        return _Run(self, program, forward, codec, part, checksums).all_steps()
+        return _Pass(self, program, forward, codec, scope, checksums).all_steps()
 
 
-class _Run:
+class _Pass:
+    """One run."""
+
     def __init__(
-        self, owner: Executor, program: Program, forward: Forward, codec: Codec, part: Part, checksums: bool
+        self, owner: Executor, program: Program, forward: Forward, codec: Codec, scope: Scope, checksums: bool
     ) -> None:
-        self.group, self.lanes, self.vocabulary = owner.group, owner.lanes, owner.vocabulary
-        self.program, self.forward, self.codec, self.part = program, forward, codec, part
-        self.checksums: list[int] | None = [] if checksums else None
-        self.stages = owner.decoder.stages
+        self.outline, self.stages, self.lanes = owner.outline, owner.decoder.stages, owner.lanes
+        self.group, self.vocabulary = owner.group, owner.vocabulary
+        self.groups = {lane: owner.group.on(lane) for lane in program.form.lanes if lane != COMPUTE}
+        self.program, self.forward, self.codec, self.scope = program, forward, codec, scope
         self.spans = [(0.0, 0.0)] * len(program)
+        self.busy = dict.fromkeys(program.form.lanes, 0.0)
+        self.checksums: dict[int, int] | None = {} if checksums else None
         self.pending: dict[int, Pending] = {}
-        self.state = _Pass(owner.decoder.empty_hidden(forward.batch.tokens))
+        self.narrow_from = narrowing(owner.outline, program.form)
+        self.residual = Residual(owner.decoder, owner.outline, self.narrow_from, forward)
+        self.inputs, self.bodies, self.partials = _Tensors(), _Bodies(), _Tensors()
+        self.logits: Tensor | None = None
 
     def all_steps(self) -> Result:
-        if self.part is Part.NETWORK:
-            self.state.hidden.zero_()  # committed before the clock matters
+        if self.scope is Scope.NETWORK:
+            self.residual.hidden.zero_()  # committed before the clock matters
+            self.residual.kept.zero_()
         try:
-            for index, step in enumerate(self.program.steps):
-                if index in self.program.collectives:
-                    self._collective(index, step)
-                elif self.part is not Part.NETWORK:
-                    self._compute(index, step)
+            for step, urgent in self._steps():
+                if step.kind in COLLECTIVES:
+                    self._collective(step, urgent)
+                elif self.scope is not Scope.NETWORK:
+                    self._compute(step)
         finally:
             for waiting in self.pending.values():
                 waiting.wait()
-        return Result(self.state.logits, self.spans, self.checksums or [])
+        checksums = [self.checksums[index] for index in sorted(self.checksums)] if self.checksums else []
+        return Result(self.logits, self.spans, self.busy, checksums)
 
-    def _compute(self, index: int, step: Step) -> None:
-        for edge in step.after:
-            if edge in self.pending:
-                self.pending[edge].wait()
-        begin = time.perf_counter()
-        stage = self.stages[step.stage]
-        if step.kind is Kind.ENTER:
-            self._enter(step, stage)
-        elif step.kind is Kind.TAIL:
-            self._leave(step, stage, stage.tail(self.state.features.take(step)))
-        else:
-            features = stage.body(self.forward, self._input(step, stage), step.rows)
-            if step.kind is Kind.BODY:
-                self.state.features.put(step, features)
-            else:
-                self._leave(step, stage, stage.tail(features))
-        self.spans[index] = (begin, time.perf_counter())
+    def _steps(self) -> Iterator[tuple[Issued, bool]]:
+        """All of them, with whether one is urgent."""
+        index, rows = 0, self.program.rows
+        for block, (between, last) in zip(self.program.form.blocks, self.program.form.urgent, strict=True):
+            for number in range(block.rounds):
+                shift, flags = number * block.layers, last if number == block.rounds - 1 else between
+                for step, urgent in zip(block.steps, flags, strict=True):
+                    layer = None if step.layer is None else step.layer + shift
+                    yield Issued(index, step, layer, rows[step.chunk]), urgent
+                    index += 1
 
-    def _input(self, step: Step, stage: StageFunctions) -> Tensor:
-        """A stage's input: brought by an all_gather, or entered here."""
-        if step.stage in self.program.gathered:
-            return self.state.inputs.take(step)
-        self._absorb(step.rows)
-        return stage.enter(self._hidden(step.rows))
+    def _stage(self, step: Issued) -> tuple[int, StageFunctions]:
+        """Its place in the model, and what it does."""
+        place = self.outline.place(step.step.part, step.layer)
+        assert place is not None, "no such stage: the program was not checked"
+        return place, self.stages[step.step.part, step.layer]
 
-    def _enter(self, step: Step, stage: StageFunctions) -> None:
-        """This rank's part of the rows; the all_gather that follows fills in the rest, in the same memory."""
-        self._absorb(step.rows)
-        hidden, mine = self._hidden(step.rows), shard(self.group, step.rows.length)
-        # Alone, the compute lane gets numbers of the usual size for the others' part: some are slow to compute with.
-        whole = torch.empty_like(hidden) if self.part is Part.BOTH else hidden.clone()
-        whole[mine] = stage.enter(hidden[mine])
-        self.state.inputs.put(step, whole)
-
-    def _hidden(self, rows: Rows) -> Tensor:
-        """These rows of the residual stream."""
-        return self.state.hidden[rows.start : rows.stop]
-
-    def _leave(self, step: Step, stage: StageFunctions, partial: Tensor) -> None:
-        """A partial for the collective that follows; a stage without one is absorbed like the rest."""
-        if step.stage in self.program.collected:
-            self.state.partials.put(step, partial)
-        else:
-            self.state.arriving.append((step.rows, stage, partial))
-
-    def _absorb(self, rows: Rows) -> None:
-        """Adds every contribution to some of `rows` to the residual stream.
-
-        They have arrived: a legal program's step waits for the collectives of its rows.
-        """
-        arriving, self.state.arriving = self.state.arriving, []
-        for entry in arriving:
-            where, stage, total = entry
-            if where.intersects(rows):
-                stage.absorb(self._hidden(where), total)
-            else:
-                self.state.arriving.append(entry)
-
-    def _collective(self, index: int, step: Step) -> None:
-        tensor = self._stand_in(step) if self.part is Part.NETWORK else self._outgoing(step)
-        if step.kind is Kind.REDUCE:
-            self.state.arriving.append((step.rows, self.stages[step.stage], tensor))
-        elif step.kind is Kind.REDUCE_SCATTER:
-            mine = shard(self.group, step.rows.length)
-            rows = Rows(step.rows.start + mine.start, step.rows.start + mine.stop)
-            self.state.arriving.append((rows, self.stages[step.stage], tensor[mine]))
-        elif step.kind is Kind.ALL_GATHER:
-            self.state.inputs.put(step, tensor)
-        if self.group.world == 1:  # nothing travels: a partial is the sum already
-            self.state.logits = tensor if step.kind is Kind.GATHER else None
-        elif self.part is not Part.COMPUTE:
-            urgent = index in self.program.awaited_next
-            self.pending[index] = self.lanes.submit(lambda: self._communicate(index, step, tensor), urgent)
-
-    def _outgoing(self, step: Step) -> Tensor:
-        """What the collective takes: all of it is this rank's partial, or the rows that it entered."""
-        pieces = self.state.inputs if step.kind is Kind.ALL_GATHER else self.state.partials
-        return pieces.take(step)
-
-    def _communicate(self, index: int, step: Step, tensor: Tensor) -> None:
-        """On the network lane. What arrives replaces what is sent, in its own buffer."""
+    def _compute(self, step: Issued) -> None:
+        for distance in step.step.after:
+            if (waited := self.pending.get(step.number - distance)) is not None:
+                waited.wait()
+        place, stage = self._stage(step)
+        left_by = place - 1 if step.kind is Kind.ENTER else place
+        extent = Extent(step.rows, self.residual.leaving(left_by, step.rows))
+        if not extent.leaves.length and (step.kind is Kind.TAIL or not self.outline.stages[place].ordered):
+            return  # nobody wants what would leave, and nothing is remembered here
         begin = time.perf_counter()
         match step.kind:
-            case Kind.GATHER:
-                self.state.logits = gather_columns(self.group, tensor, self.vocabulary)
-            case Kind.REDUCE:
-                all_reduce(self.group, self.codec, tensor)
-            case Kind.REDUCE_SCATTER:
-                reduce_scatter(self.group, self.codec, tensor)
-            case Kind.ALL_GATHER:
-                all_gather(self.group, self.codec, tensor)
-        if self.checksums is not None and step.kind in (Kind.REDUCE, Kind.ALL_GATHER):  # what all ranks hold alike
-            self.checksums.append(zlib.crc32(tensor.view(torch.uint8).numpy().tobytes()))
-        self.spans[index] = (begin, time.perf_counter())
+            case Kind.ENTER:
+                self._enter(extent, place, stage)
+            case Kind.BODY:
+                self.bodies.put(
+                    stage, extent.leaves, stage.body(self.forward, extent, self._input(extent, place, stage))
+                )
+            case Kind.TAIL:
+                self._leave(extent, place, stage, self.bodies.take(stage, extent.leaves))
+            case _:
+                self._leave(extent, place, stage, stage.body(self.forward, extent, self._input(extent, place, stage)))
+        self._ended(step, begin)
 
-    def _stand_in(self, step: Step) -> Tensor:
+    def _ended(self, step: Issued, begin: float) -> None:
+        end = time.perf_counter()
+        self.spans[step.number] = (begin, end)
+        self.busy[step.lane] += end - begin
+
+    def _input(self, extent: Extent, place: int, stage: StageFunctions) -> Tensor:
+        """A stage's input: brought by an all_gather, or entered here."""
+        if not self.inputs.has(stage, extent.rows):
+            return stage.enter(self.forward, extent, self.residual.read(place, extent.rows))
+        gathered = self.inputs.take(stage, extent.rows)
+        return gathered if extent.leaves == extent.rows else self.residual.pick(gathered, extent.rows)
+
+    def _enter(self, extent: Extent, place: int, stage: StageFunctions) -> None:
+        """This rank's part of the rows; the all_gather that follows fills in the rest, in the same memory."""
+        hidden, mine = self.residual.stream(place, extent.rows), shard(self.group, extent.rows.length)
+        # Alone, the compute lane gets numbers of the usual size for the others' part: some are slow to compute with.
+        whole = torch.empty_like(hidden) if self.scope is Scope.BOTH else hidden.clone()
+        whole[mine] = stage.enter(self.forward, extent, hidden[mine])
+        self.inputs.put(stage, extent.rows, whole)
+
+    def _leave(self, extent: Extent, place: int, stage: StageFunctions, features: Any) -> None:
+        """A partial for the collective that follows; that of a stage without one is the sum already."""
+        if not extent.leaves.length:
+            return
+        partial = stage.tail(self.forward, extent, features)
+        if self.outline.stages[place].collective is None:
+            self.residual.put(place, stage, extent.leaves, partial)
+        else:
+            self.partials.put(stage, extent.leaves, partial)
+
+    def _collective(self, step: Issued, urgent: bool) -> None:
+        place, stage = self._stage(step)
+        rows = step.rows if step.kind is Kind.ALL_GATHER else self.residual.leaving(place, step.rows)
+        if not rows.length:
+            return
+        if self.scope is Scope.NETWORK:
+            tensor = self._stand_in(step.kind, rows)
+        else:  # all of it is this rank's partial, or the rows that it entered
+            tensor = (self.inputs if step.kind is Kind.ALL_GATHER else self.partials).take(stage, rows)
+        if step.kind is Kind.REDUCE:
+            self.residual.put(place, stage, rows, tensor)
+        elif step.kind is Kind.REDUCE_SCATTER:
+            mine = shard(self.group, rows.length)
+            self.residual.put(place, stage, Rows(rows.start + mine.start, rows.start + mine.stop), tensor[mine])
+        elif step.kind is Kind.ALL_GATHER:
+            self.inputs.put(stage, rows, tensor)
+        if self.group.world == 1:  # nothing travels: a partial is the sum already
+            self.logits = tensor if step.kind is Kind.GATHER else None
+        elif self.scope is not Scope.COMPUTE:
+            self.pending[step.number] = self.lanes.submit(step.lane, lambda: self._communicate(step, tensor), urgent)
+
+    def _communicate(self, step: Issued, tensor: Tensor) -> None:
+        """On its lane. What arrives replaces what is sent, in its own buffer."""
+        begin, group = time.perf_counter(), self.groups[step.lane]
+        codec = codec_named(step.step.wire) if step.step.wire else self.codec
+        match step.kind:
+            case Kind.GATHER:
+                self.logits = gather_columns(group, tensor, self.vocabulary)
+            case Kind.REDUCE:
+                all_reduce(group, codec, tensor, step.step.algorithm)
+            case Kind.REDUCE_SCATTER:
+                reduce_scatter(group, codec, tensor)
+            case Kind.ALL_GATHER:
+                all_gather(group, codec, tensor)
+        if self.checksums is not None and step.kind in (Kind.REDUCE, Kind.ALL_GATHER):  # what all ranks hold alike
+            self.checksums[step.number] = zlib.crc32(tensor.view(torch.uint8).numpy().tobytes())
+        self._ended(step, begin)
+
+    def _stand_in(self, kind: Kind, rows: Rows) -> Tensor:
         """Memory of a partial's size, where nothing was computed."""
-        if step.kind is Kind.GATHER:
-            rows = len(self.forward.batch.wanted_rows)
-            return self.state.hidden.new_zeros(rows, self.vocabulary[self.group.rank]).float()
-        return self._hidden(step.rows)
+        if kind is Kind.GATHER:
+            return self.residual.hidden.new_zeros(rows.length, self.vocabulary[self.group.rank]).float()
+        return self.residual.hidden[: rows.length]

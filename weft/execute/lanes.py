@@ -1,7 +1,7 @@
-"""The two lanes of a rank: the only owner of threads (and, for devices that have them, of streams and events).
+"""The lanes of a rank: the only owner of threads (and, for devices that have them, of streams and events).
 
-The thread that walks a program is the compute lane; collectives run on the network lane in the order in which
-they were submitted. Knows callables; knows nothing of tensors or steps.
+The thread that walks a program is the compute lane; collectives run on their lanes in the order in which they were
+submitted. Knows callables; knows nothing of tensors or steps.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Pending(Protocol):
 class Lanes(Protocol):
     """What the executor needs of a device. On a GPU a lane is a stream, and waiting records an event."""
 
-    def submit(self, work: Callable[[], None], urgent: bool) -> Pending:
-        """Issues `work` on the network lane. `urgent`: the compute lane's next step waits for it."""
+    def submit(self, lane: str, work: Callable[[], None], urgent: bool) -> Pending:
+        """Issues `work` on a lane. `urgent`: the compute lane's next step waits for it."""
         ...
 
     def close(self) -> None:
@@ -62,35 +62,50 @@ class _Task:
                 raise self._error
 
 
-class ThreadLanes:
-    """Lanes of a CPU rank: the caller's thread and one more, which runs all its work inside `context()`."""
+class _Thread:
+    """One lane that communicates."""
 
-    def __init__(self, context: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
+    def __init__(self, name: str, context: Callable[[], AbstractContextManager[object]]) -> None:
         self._context = context
         self._queue: SimpleQueue[_Task | None] = SimpleQueue()
         self._last: _Task | None = None
-        self._thread = threading.Thread(target=self._network, name="weft-network-lane", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"weft-{name}-lane", daemon=True)
         self._thread.start()
 
-    def submit(self, work: Callable[[], None], urgent: bool) -> Pending:
-        """Runs urgent work at once, on the caller's thread, if the lane is idle: that saves two switches."""
-        task = _Task(work)
-        if urgent and self._idle():
+    def submit(self, task: _Task, urgent: bool) -> None:
+        if urgent and (self._last is None or not self._last._done.locked()):
             task.run()
         else:
             self._queue.put(task)
         self._last = task
-        return task
 
-    def _idle(self) -> bool:
-        return self._last is None or not self._last._done.locked()
-
-    def _network(self) -> None:
+    def _run(self) -> None:
         with self._context():
             while (task := self._queue.get()) is not None:
                 task.run()
 
     def close(self) -> None:
-        """Ends the network thread after what is queued."""
         self._queue.put(None)
         self._thread.join(timeout=10)
+
+
+class ThreadLanes:
+    """Lanes of a CPU rank: the caller's thread, and one for each lane that communicates, which runs all its work inside
+    `context()`."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
+        self._context = context
+        self._threads: dict[str, _Thread] = {}
+
+    def submit(self, lane: str, work: Callable[[], None], urgent: bool) -> Pending:
+        """Runs urgent work at once, on the caller's thread, if the lane is idle: that saves two switches."""
+        task = _Task(work)
+        if lane not in self._threads:
+            self._threads[lane] = _Thread(lane, self._context)
+        self._threads[lane].submit(task, urgent)
+        return task
+
+    def close(self) -> None:
+        """Ends the threads after what is queued."""
+        for thread in self._threads.values():
+            thread.close()

@@ -9,8 +9,9 @@ from __future__ import annotations
 import msgspec
 
 from weft.config import ModelConfig
+from weft.program.steps import Form
 
-VERSION = 5
+VERSION = 6
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
@@ -108,20 +109,21 @@ class Choice(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Run(msgspec.Struct, tag=True, frozen=True):
-    """Run a program. `text` is given the first time that `program` (a number) is used.
+    """Run a program: a form, which is given the first time that its number is used, with a batch's offsets.
 
     A token below zero, -1 - i, is what was chosen for the i-th wanted row of the run before (with one rank only: else
     one rank knows it, and the others don't).
     """
 
     number: int
-    program: int
-    text: str | None
+    form_number: int
+    form: Form | None
+    offsets: list[int]
     segments: list[tuple[int, int, int, int, int]]  # as in `program.batch.Segment`
     tokens: list[int]
     choices: list[Choice]
     wire: str
-    part: str = "both"
+    scope: str = "both"
     spans: bool = False
     checksums: bool = False
     logits: bool = False

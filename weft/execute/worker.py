@@ -23,7 +23,7 @@ import zmq
 from weft.cache.slabs import Slabs
 from weft.errors import InputError, LinkLost
 from weft.execute import protocol as p
-from weft.execute.executor import Executor, Part
+from weft.execute.executor import Executor, Scope
 from weft.execute.lanes import ThreadLanes
 from weft.execute.process import (
     Peak,
@@ -48,7 +48,8 @@ from weft.parallel.codec import codec_named
 from weft.parallel.group import Group, host_store, join_store
 from weft.parallel.pulse import Pulse
 from weft.program.batch import Batch, Segment
-from weft.program.steps import Program
+from weft.program.stages import COMPUTE, decoder_outline
+from weft.program.steps import Form, Program
 
 
 @dataclass
@@ -58,7 +59,7 @@ class _Loaded:
     decoder: Decoder
     slabs: Slabs
     executor: Executor
-    programs: dict[int, Program]
+    forms: dict[int, Form]
 
 
 class Worker:
@@ -153,7 +154,8 @@ class Worker:
         kv_heads = len(share.kv_heads)
         slabs = Slabs(m.slots, m.config.layers, kv_heads, m.length, m.config.head_dim, dtype, m.device)
         decoder = Decoder(m.config, flags, share, weights, Rope(m.config, m.device), m.exact_rows)
-        executor = Executor(decoder, self.group, self.lanes, [len(s.vocabulary) for s in shares])
+        vocabulary = [len(each.vocabulary) for each in shares]
+        executor = Executor(decoder, decoder_outline(m.config.layers), self.group, self.lanes, vocabulary)
         self.model = _Loaded(decoder, slabs, executor, {})
         keep_freed_memory()
         gc.freeze()  # what is loaded stays: collections need not look at it again
@@ -164,14 +166,14 @@ class Worker:
     def _run(self, m: p.Run) -> None:
         model = self._loaded
         assert self.group is not None
-        if m.text is not None:
-            model.programs[m.program] = Program.parse(m.text)
+        if m.form is not None:
+            model.forms[m.form_number] = m.form
         batch = Batch(tuple(Segment(*values) for values in m.segments))
         tokens = [token if token >= 0 else self.chosen[-1 - token].token for token in m.tokens]
         sent, processor, begin = self.group.bytes_sent, time.process_time(), time.perf_counter()
         forward = model.decoder.begin(batch, tokens, model.slabs)
-        program, codec = model.programs[m.program], codec_named(m.wire)
-        result = model.executor.run(program, forward, codec, Part(m.part), m.checksums)
+        program, codec = Program(model.forms[m.form_number], tuple(m.offsets)), codec_named(m.wire)
+        result = model.executor.run(program, forward, codec, Scope(m.scope), m.checksums)
         seconds, processor = time.perf_counter() - begin, time.process_time() - processor
         self.chosen, logits, begin = [], b"", time.perf_counter()
         if result.logits is not None and m.choices:
@@ -181,7 +183,8 @@ class Worker:
             logits = result.logits.numpy().tobytes()
         spans = result.spans if m.spans else []
         sent = self.group.bytes_sent - sent
-        lanes = result.busy(program)
+        compute = result.busy[COMPUTE]
+        lanes = compute, sum(result.busy.values()) - compute
         self.say(
             p.Done(m.number, seconds, sampling, processor, lanes, sent, self.chosen, spans, result.checksums, logits)
         )

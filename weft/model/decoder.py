@@ -1,14 +1,16 @@
 """A rank's decoder: every stage as four functions, and what of them concerns one batch.
 
-    enter(hidden) -> input                  row-wise: the norm
-    body(forward, input, rows) -> features  up to the input of the stage's last projection
-    tail(features) -> partial               row-wise: that projection; the sum over ranks is the contribution
-    absorb(hidden, total)                   row-wise: adds the contribution to the residual stream
+    enter(forward, extent, hidden) -> input     row-wise: the norm
+    body(forward, extent, input) -> features    up to the input of the stage's last projection
+    tail(forward, extent, features) -> partial  row-wise: that projection; the sum over ranks is the contribution
+    absorb(forward, extent, hidden, total)      row-wise: adds the contribution to the residual stream
 
-The caller may run them for any rows, in any order that `program.check` allows. Stages hold weights and constants;
-what belongs to one batch comes in as a `Forward`. Knows nothing of lanes, programs or other ranks.
+The caller may run them for any rows, in any order that `program.check` allows; what travels between a body and its
+tails is theirs alone. Stages hold weights and constants; what belongs to one batch comes in as a `Forward`. Knows
+nothing of lanes, programs or other ranks.
 
-Shapes: T rows of the call, M model width, H this rank's query heads, G its key/value heads, D head width.
+Shapes: T rows of the call, L of them that leave, M model width, H this rank's query heads, G its key/value heads,
+D head width.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,10 +32,39 @@ from weft.model.rope import Rope
 from weft.model.shares import HeadRun, Share
 from weft.model.weights import AttentionWeights, MlpWeights, Weights
 from weft.program.batch import Batch, Rows
+from weft.program.strategy import GRANULE
+
+
+class Extent(NamedTuple):
+    """What a step is about: `rows` of the batch, and which rows leave the stage; these are other ones where the batch's
+    wanted rows, counted from 0, go on alone."""
+
+    rows: Rows
+    leaves: Rows
+
+
+class StageFunctions(Protocol):
+    """One stage of one rank."""
+
+    def enter(self, forward: Forward, extent: Extent, hidden_TM: Tensor) -> Tensor:
+        """The residual stream's rows made the stage's input."""
+        ...
+
+    def body(self, forward: Forward, extent: Extent, input_TM: Tensor) -> Any:
+        """Everything up to the last projection; what its tails take."""
+        ...
+
+    def tail(self, forward: Forward, extent: Extent, features: Any) -> Tensor:
+        """This rank's partial [L, M], for all or some rows of a body."""
+        ...
+
+    def absorb(self, forward: Forward, extent: Extent, hidden_LM: Tensor, total_LM: Tensor) -> None:
+        """Adds the contribution to the residual stream, in place."""
+        ...
 
 
 class Decoder:
-    """A rank's weights with all that is needed to apply them: `stages` by the names that programs use."""
+    """A rank's weights with all that is needed to apply them: `stages` by part and layer, as programs name them."""
 
     def __init__(
         self, config: ModelConfig, flags: Flags, share: Share, weights: Weights, rope: Rope, exact_rows: bool = False
@@ -43,14 +74,14 @@ class Decoder:
             torch.tensor(math.sqrt(width * config.norm_epsilon), device=self.embedding.device)
             for width in (config.hidden, config.head_dim)
         )
-        self.stages: dict[str, StageFunctions] = {"embed": Embed(weights.embedding)}
+        self.stages: dict[tuple[str, int | None], StageFunctions] = {("embed", None): Embed(weights.embedding)}
         for layer, window in enumerate(flags.windows):
             heads = len(share.heads), len(share.kv_heads), config.head_dim
             shape = AttentionShape(*heads, share.runs, window, head_epsilon)
             attention, mlp = weights.attention[layer], weights.mlp[layer]
-            self.stages[f"L{layer}.attention"] = Attention(layer, attention, shape, epsilon, exact_rows)
-            self.stages[f"L{layer}.mlp"] = Mlp(mlp, epsilon, exact_rows)
-        self.stages["head"] = Head(weights.head, weights.scale, epsilon, exact_rows)
+            self.stages["attention", layer] = Attention(layer, attention, shape, epsilon, exact_rows)
+            self.stages["mlp", layer] = Mlp(mlp, epsilon, exact_rows)
+        self.stages["head", None] = Head(weights.head, weights.scale, epsilon, exact_rows)
 
     def begin(self, batch: Batch, tokens: Sequence[int], slabs: Slabs) -> Forward:
         """One forward pass of `tokens` (one id a row of the batch) over the key/value memory in `slabs`."""
@@ -65,10 +96,12 @@ class Decoder:
 
 
 class Piece(NamedTuple):
-    """Tokens of one sequence: its slot, the first one's position, and whether it is the sequence's next token alone."""
+    """Tokens of one sequence: its slot, the first one's position, how many of them, the last ones, are wanted, and
+    whether they are decoded."""
 
     slot: int
     start: int
+    wanted: int
     decoding: bool
 
 
@@ -88,15 +121,37 @@ class Forward:
             self._pieces[rows] = [
                 (
                     slice(part.start - rows.start, part.stop - rows.start),
-                    Piece(segment.sequence, self._position(part), segment.length == 1),
+                    Piece(
+                        segment.sequence, segment.end - (span.stop - part.start), self.batch.wanted(part).length,
+                        segment.decoding,
+                    ),
                 )
-                for segment, part in self.batch.within(rows)
-            ]
+                for segment, span, part in self.batch.within(rows)
+            ]  # fmt: skip
         return self._pieces[rows]
 
-    def _position(self, part: Rows) -> int:
-        pairs = zip(self.batch.segments, self.batch.spans, strict=True)
-        return next(segment.start + part.start - span.start for segment, span in pairs if span.contains(part))
+
+class RowWise(NamedTuple):
+    """Features of which each row is on its own: `values` [L, width], of these rows."""
+
+    leaves: Rows
+    values: Tensor
+
+    def of(self, leaves: Rows) -> Tensor:
+        """Some of them, or all."""
+        if leaves == self.leaves:
+            return self.values
+        return self.values[leaves.start - self.leaves.start : leaves.stop - self.leaves.start]
+
+
+class Adds:
+    """How a stage's contribution comes to the residual stream, mostly."""
+
+    __slots__ = ()
+
+    def absorb(self, forward: Forward, extent: Extent, hidden_LM: Tensor, total_LM: Tensor) -> None:
+        """Adds it."""
+        hidden_LM.add_(total_LM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +160,19 @@ class Embed:
 
     embedding: Tensor
 
-    def enter(self, hidden_TM: Tensor) -> Tensor:
+    def enter(self, forward: Forward, extent: Extent, hidden_TM: Tensor) -> Tensor:
         """Nothing to prepare."""
         return hidden_TM
 
-    def body(self, forward: Forward, _: Tensor, rows: Rows) -> Tensor:
+    def body(self, forward: Forward, extent: Extent, _: Tensor) -> Tensor:
         """The embedding of the rows' tokens [T, M]."""
-        return self.embedding[forward.tokens[rows.start : rows.stop]]
+        return self.embedding[forward.tokens[extent.rows.start : extent.rows.stop]]
 
-    def tail(self, features_TM: Tensor) -> Tensor:
+    def tail(self, forward: Forward, extent: Extent, features: Tensor) -> Tensor:
         """No projection."""
-        return features_TM
+        return features
 
-    def absorb(self, hidden_TM: Tensor, total_TM: Tensor) -> None:
+    def absorb(self, forward: Forward, extent: Extent, hidden_TM: Tensor, total_TM: Tensor) -> None:
         """Starts the residual stream."""
         hidden_TM.copy_(total_TM)
 
@@ -138,7 +193,7 @@ class AttentionShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Attention:
+class Attention(Adds):
     """One layer's attention, for this rank's heads."""
 
     layer: int
@@ -147,19 +202,22 @@ class Attention:
     epsilon: Tensor
     exact_rows: bool
 
-    def enter(self, hidden_TM: Tensor) -> Tensor:
+    def enter(self, forward: Forward, extent: Extent, hidden_TM: Tensor) -> Tensor:
         """The norm before the projections."""
         return unit_rows(hidden_TM, self.epsilon, self.exact_rows)
 
-    def body(self, forward: Forward, input_TM: Tensor, rows: Rows) -> Tensor:
-        """Projects, turns, stores keys and values, attends: [T, H * D]."""
+    def body(self, forward: Forward, extent: Extent, input_TM: Tensor) -> RowWise:
+        """Projects, turns, stores all rows' keys and values, attends for those rows that leave: [L, H * D]."""
         if not self.shape.runs:  # more ranks than heads
-            return input_TM.new_empty(input_TM.shape[0], 0)
-        heads_TnD = self._project(forward, input_TM, rows)
-        pieces = forward.pieces(rows)
-        if len(pieces) == 1:
-            return self._attend(forward.slabs, heads_TnD, pieces[0][1])
-        return torch.cat([self._attend(forward.slabs, heads_TnD[here], piece) for here, piece in pieces])
+            return RowWise(extent.leaves, input_TM.new_empty(extent.leaves.length, 0))
+        heads_TnD = self._project(forward, input_TM, extent.rows)
+        pieces = forward.pieces(extent.rows)
+        few = extent.leaves.length < extent.rows.length
+        values = [
+            self._attend(forward.slabs, heads_TnD[here], piece, piece.wanted if few else here.stop - here.start)
+            for here, piece in pieces
+        ]
+        return RowWise(extent.leaves, values[0] if len(values) == 1 else torch.cat(values))
 
     def _project(self, forward: Forward, input_TM: Tensor, rows: Rows) -> Tensor:
         """This rank's query, key and value heads, in this order, turned by position: [T, H + 2G, D]."""
@@ -171,79 +229,75 @@ class Attention:
         rotate(turned, forward.angles[rows.start : rows.stop], self.exact_rows)
         return heads
 
-    def _attend(self, slabs: Slabs, heads_TnD: Tensor, piece: Piece) -> Tensor:
-        """Tokens of one sequence: [T, H * D]."""
-        shape, (slot, start, decoding) = self.shape, piece
-        query_HTD = heads_TnD[:, : shape.queries].transpose(0, 1)
-        slabs.write(slot, self.layer, start, heads_TnD[:, shape.queries :])
-        keys, values = slabs.read(slot, self.layer)
-        if len(shape.runs) == 1:
-            return attend(query_HTD, keys, values, start, shape.window, self.exact_rows, decoding)
-        pieces = [
-            attend(query_HTD[run.query], keys[run.key], values[run.key], start, shape.window, self.exact_rows, decoding)
+    def _attend(self, slabs: Slabs, heads_TnD: Tensor, piece: Piece, last: int) -> Tensor:
+        """The last ones of some tokens of one sequence: [last, H * D]."""
+        shape, count = self.shape, heads_TnD.shape[0]
+        slabs.write(piece.slot, self.layer, piece.start, heads_TnD[:, shape.queries :])
+        if not last:
+            return heads_TnD.new_empty(0, shape.queries * shape.width)
+        # Bits that don't depend on the batch are those of whole blocks.
+        skipped = (piece.start + count - last) // GRANULE * GRANULE - piece.start if self.exact_rows else count - last
+        skipped = max(0, skipped) if last < count else 0
+        start, query_HnD = piece.start + skipped, heads_TnD[skipped:, : shape.queries].transpose(0, 1)
+        keys, values = slabs.read(piece.slot, self.layer)
+        each = [
+            attend(
+                query_HnD[run.query],
+                keys[run.key],
+                values[run.key],
+                start,
+                shape.window,
+                self.exact_rows,
+                piece.decoding,
+            )
             for run in shape.runs
         ]
-        return torch.cat(pieces, dim=1)
+        attended = each[0] if len(each) == 1 else torch.cat(each, dim=1)
+        return attended[attended.shape[0] - last :]
 
-    def tail(self, features: Tensor) -> Tensor:
-        """The output projection: this rank's partial [T, M]."""
-        return self.weights.output(features)
-
-    def absorb(self, hidden_TM: Tensor, total_TM: Tensor) -> None:
-        """Adds the contribution."""
-        hidden_TM.add_(total_TM)
+    def tail(self, forward: Forward, extent: Extent, features: RowWise) -> Tensor:
+        """The output projection: this rank's partial [L, M]."""
+        return self.weights.output(features.of(extent.leaves))
 
 
 @dataclass(frozen=True, slots=True)
-class Mlp:
+class Mlp(Adds):
     """One layer's MLP, for this rank's part of its width."""
 
     weights: MlpWeights
     epsilon: Tensor
     exact_rows: bool
 
-    def enter(self, hidden_TM: Tensor) -> Tensor:
+    def enter(self, forward: Forward, extent: Extent, hidden_TM: Tensor) -> Tensor:
         """The norm before the projections."""
         return unit_rows(hidden_TM, self.epsilon, self.exact_rows)
 
-    def body(self, _: Forward, input_TM: Tensor, __: Rows) -> Tensor:
-        """The gated activation [T, width of this rank]."""
-        return swiglu(self.weights.gate_up(input_TM), self.exact_rows)
+    def body(self, forward: Forward, extent: Extent, input_TM: Tensor) -> RowWise:
+        """The gated activation [L, width of this rank]."""
+        return RowWise(extent.leaves, swiglu(self.weights.gate_up(input_TM), self.exact_rows))
 
-    def tail(self, features: Tensor) -> Tensor:
-        """The down projection: this rank's partial [T, M]."""
-        return self.weights.down(features)
-
-    def absorb(self, hidden_TM: Tensor, total_TM: Tensor) -> None:
-        """Adds the contribution."""
-        hidden_TM.add_(total_TM)
+    def tail(self, forward: Forward, extent: Extent, features: RowWise) -> Tensor:
+        """The down projection: this rank's partial [L, M]."""
+        return self.weights.down(features.of(extent.leaves))
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """The output head, for this rank's part of the vocabulary, on the wanted rows only."""
+class Head(Adds):
+    """The output head, for this rank's part of the vocabulary."""
 
     projection: Linear
     scale: Tensor
     epsilon: Tensor
     exact_rows: bool
 
-    def enter(self, hidden_TM: Tensor) -> Tensor:
-        """Nothing: the norm waits until `body` has picked the rows."""
-        return hidden_TM
+    def enter(self, forward: Forward, extent: Extent, hidden_TM: Tensor) -> Tensor:
+        """The last norm."""
+        return unit_rows(hidden_TM, self.epsilon, self.exact_rows).mul_(self.scale)
 
-    def body(self, forward: Forward, input_TM: Tensor, rows: Rows) -> Tensor:
-        """The last norm of those rows that are wanted: [wanted rows, M]."""
-        picked = [row - rows.start for row in forward.batch.wanted_rows if rows.start <= row < rows.stop]
-        chosen = input_TM if len(picked) == len(input_TM) else input_TM[picked]
-        return unit_rows(chosen, self.epsilon, self.exact_rows).mul_(self.scale)
+    def body(self, forward: Forward, extent: Extent, input_LM: Tensor) -> Tensor:
+        """Nothing lies between the norm and the projection."""
+        return input_LM
 
-    def tail(self, features: Tensor) -> Tensor:
-        """Logits of this rank's vocabulary [wanted rows, vocabulary of this rank], float32."""
+    def tail(self, forward: Forward, extent: Extent, features: Tensor) -> Tensor:
+        """Logits of this rank's vocabulary [L, vocabulary of this rank], float32."""
         return self.projection(features).float()
-
-    def absorb(self, hidden_TM: Tensor, total_TM: Tensor) -> None:
-        """The end: nothing follows."""
-
-
-StageFunctions = Embed | Attention | Mlp | Head

@@ -15,7 +15,7 @@ from weft.model.families import flags_of
 from weft.model.shares import Share, shard_bytes, shares_of
 from weft.plan.planner import Plan, Planner
 from weft.program.batch import Batch, Segment
-from weft.program.steps import decoder_stages
+from weft.program.stages import decoder_outline
 from weft.program.strategy import Strategy
 from weft.simulate.cost import Costs
 from weft.simulate.hardware import WIRES, Device, Group, Shard, costs_of
@@ -129,7 +129,7 @@ class Outlook:
 
     def planner(self, overlap: str, wire: str, costs: Costs | None = None) -> Planner:
         """A planner on these costs."""
-        return Planner(decoder_stages(self.model.layers), overlap, wire, costs=costs or self.costs)
+        return Planner(decoder_outline(self.model.layers), overlap, wire, costs=costs or self.costs)
 
     def batch(self, tokens: int) -> Batch:
         """The prompts of one pass."""

@@ -23,15 +23,17 @@ from weft.parallel.group import Group, wait_all
 from weft.parallel.sizes import ONE_SHOT_BYTES
 
 
-def all_reduce(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
-    """The sum of every rank's partial [T, M], the same bits on all of them. May reuse the partial's memory."""
+def all_reduce(group: Group, codec: Codec, partial_TM: Tensor, algorithm: str = "") -> Tensor:
+    """The sum of every rank's partial [T, M], the same bits on all of them. May reuse the partial's memory.
+
+    `algorithm`: "one-shot" or "two-shot"; without it the size decides.
+    """
     if group.world == 1:
         return partial_TM
-    if group.world == 2:
-        return exchange(group, codec, partial_TM)
-    if codec.empty(partial_TM[:1]).nbytes * partial_TM.shape[0] <= ONE_SHOT_BYTES:
-        return one_shot(group, codec, partial_TM)
-    return two_shot(group, codec, partial_TM)
+    small = group.world == 2 or codec.empty(partial_TM[:1]).nbytes * partial_TM.shape[0] <= ONE_SHOT_BYTES
+    if not (algorithm == "one-shot" if algorithm else small):
+        return two_shot(group, codec, partial_TM)
+    return (exchange if group.world == 2 else one_shot)(group, codec, partial_TM)
 
 
 def one_shot(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from weft.errors import LinkLost
+from weft.program.stages import NETWORK
 
 TIMEOUT = timedelta(minutes=10)  # a safety net only: the engine notices a lost or hung rank long before
 
@@ -43,11 +44,15 @@ def _link(rank: int) -> Iterator[None]:
 
 
 class Group:
-    """`rank` of `world`; use from one thread at a time, in the same order on every rank."""
+    """`rank` of `world`; use from one thread at a time, in the same order on every rank.
 
-    def __init__(self, rank: int, world: int, store: Any | None) -> None:
-        self.rank, self.world = rank, world
-        self.bytes_sent = 0
+    Lanes that communicate at once have groups of their own: `lane` is this one's, `on` gives those of others.
+    """
+
+    def __init__(self, rank: int, world: int, store: Any | None, lane: str = NETWORK) -> None:
+        self.rank, self.world, self.lane, self._store = rank, world, lane, store
+        self._sent = 0
+        self._others: dict[str, Group] = {}
         # One for messages to higher ranks, one for those to lower ones. A connection of gloo has one lock for both
         # ways, and its receiving thread spins while a send holds it: on a rank's only core that took turns of 3 ms.
         # torch has no types for its process groups: Any here, checked by the tests.
@@ -56,9 +61,22 @@ class Group:
             assert store is not None, "more than one rank needs a store to meet at"
             with _link(rank):
                 self._backends = [
-                    dist.ProcessGroupGloo(dist.PrefixStore(way, store), rank, world, TIMEOUT)  # type: ignore[attr-defined]
+                    dist.ProcessGroupGloo(dist.PrefixStore(f"{lane} {way}", store), rank, world, TIMEOUT)  # type: ignore[attr-defined]
                     for way in ("up", "down")
                 ]
+
+    def on(self, lane: str) -> Group:
+        """The same ranks on another lane. All of them ask for it, in the same order."""
+        if lane == self.lane:
+            return self
+        if lane not in self._others:
+            self._others[lane] = Group(self.rank, self.world, self._store, lane)
+        return self._others[lane]
+
+    @property
+    def bytes_sent(self) -> int:
+        """So far, on all lanes."""
+        return self._sent + sum(group.bytes_sent for group in self._others.values())
 
     @property
     def peers(self) -> list[int]:
@@ -67,7 +85,7 @@ class Group:
 
     def send(self, tensor: Tensor, to: int) -> Transfer:
         """Starts sending; the tensor must stay untouched until `.wait()` returned. Raises `LinkLost`, as all here."""
-        self.bytes_sent += tensor.nbytes
+        self._sent += tensor.nbytes
         with _link(self.rank):
             return Transfer(self._gloo[to < self.rank].send([tensor], to, 0), self.rank)
 
@@ -79,7 +97,7 @@ class Group:
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's `tensor` (all of one shape), in rank order."""
         gathered = [torch.empty_like(tensor) for _ in range(self.world)]
-        self.bytes_sent += tensor.nbytes * (self.world - 1)
+        self._sent += tensor.nbytes * (self.world - 1)
         with _link(self.rank):
             self._gloo[0].allgather([gathered], [tensor]).wait()
         return gathered

@@ -39,7 +39,7 @@ class Budget:
         seconds += sampling
         if batch.tokens >= LARGE:
             self._a_row.append(seconds / batch.tokens)
-        elif all(segment.length == 1 for segment in batch.segments):
+        elif all(segment.decoding for segment in batch.segments):
             self._decoding.append(seconds)
 
     def tokens(self, interval: float | None, decoding: Sequence[Segment], most: int) -> int:

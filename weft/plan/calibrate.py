@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 from weft.plan.readings import Run, Sample, Samples, Subject, read
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.build import build
-from weft.program.steps import Program, decoder_stages
+from weft.program.stages import decoder_outline
+from weft.program.steps import Program
 from weft.program.strategy import Strategy
 from weft.simulate.cost import Costs
 
@@ -43,7 +45,7 @@ def calibrate(probe: Probe, subject: Subject, watch: Callable[[float], None] = l
         if until(time.monotonic() + a_round) > 1:
             break
         for index, run in enumerate(runs):
-            samples.add(run, probe(run.batch, run.program, run.wire, run.part))
+            samples.add(run, probe(run.batch, run.program, run.wire, run.scope))
             watch(min(1.0, max(until(time.monotonic()), (number + index / len(runs)) / ROUNDS)))
         number += 1
     return read(samples)
@@ -54,7 +56,7 @@ def _extent(probe: Probe, subject: Subject) -> tuple[int, int]:
     rows = min(64, subject.length)
     run = _run(subject, "scout", rows, 2)
     for _ in range(2):  # the first one warms up
-        sample = probe(run.batch, run.program, run.wire, run.part)
+        sample = probe(run.batch, run.program, run.wire, run.scope)
     a_row = sample.seconds / rows / min(2, subject.layers)
     affordable = [
         (most, deep)
@@ -86,17 +88,18 @@ def _runs(subject: Subject, most: int, deep: int) -> Iterator[Run]:
         yield _run(subject, "scattered", n, 1, "rs")
         if n >= 2 * subject.granule:
             yield _run(subject, "cut", n, 2, "iso:2")
-            yield _run(subject, "computed", n, 2, "iso:2", part="compute")
+            yield _run(subject, "computed", n, 2, "iso:2", scope="compute")
     for wire in subject.elements:
         for n in sizes:
-            yield _run(subject, "network", n, 2 if n <= 16 else 1, wire=wire, part="network")
+            yield _run(subject, "network", n, 2 if n <= 16 else 1, wire=wire, scope="network")
 
 
 def _run(
     subject: Subject, name: str, rows: int, layers: int, strategy: str = "serial", *, batch: Batch | None = None,
-    wire: str | None = None, part: str = "both",
+    wire: str | None = None, scope: str = "both",
 ) -> Run:  # fmt: skip
     """A program of a model that ends after its first layers."""
     batch = batch or one_prompt(rows)
-    program = build(Strategy.parse(strategy), decoder_stages(min(subject.layers, layers)), batch, subject.granule)
-    return Run(name, rows, batch, program, wire or subject.first_wire, part)
+    outline = replace(decoder_outline(min(subject.layers, layers)), narrows=False)  # each layer is to take alike
+    program = build(Strategy.parse(strategy), outline, batch, subject.granule)
+    return Run(name, rows, batch, program, wire or subject.first_wire, scope)

@@ -15,14 +15,14 @@ from weft.plan.search import Estimate, Search
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.build import build
 from weft.program.check import check
-from weft.program.steps import Kind, Program, Stage
-from weft.program.strategy import AUTO, Cuts, Strategy, canonical, place
+from weft.program.stages import Kind, Outline
+from weft.program.steps import Program
+from weft.program.strategy import AUTO, Strategy, canonical
 from weft.simulate.cost import Costs
 from weft.simulate.run import simulate
 from weft.timeline.timeline import Timeline, bound
 
 KEPT = 256  # plans
-CHECKED = 5  # stages of the program that is checked: embed and two layers; the others repeat them
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,15 @@ class Plan:
 
     def describe(self) -> str:
         """One line: strategy, chunks of each part, steps, wire."""
-        parts = [f"{part} {self._rows(part)}" for part in ("attention", "mlp")]
+        first = [step for block in self.program.form.blocks for step in block.steps if step.layer == 0]
+        parts = [f"{part} {self._rows(part)}" for part in dict.fromkeys(step.part for step in first)]
         return f"{self.strategy} · {' · '.join(parts)} · {len(self.program)} steps · wire {self.wire}"
 
     def _rows(self, part: str) -> str:
         """The first layer's chunks, and the tiles of its tails if there are any."""
-        steps = [step for step in self.program if step.stage == f"L0.{part}"]
-        chunks = " ".join(str(s.rows) for s in steps if s.kind in (Kind.COMPUTE, Kind.BODY))
+        form, rows = self.program.form, self.program.rows
+        steps = [step for block in form.blocks for step in block.steps if (step.part, step.layer) == (part, 0)]
+        chunks = " ".join(str(rows[s.chunk]) for s in steps if s.kind in (Kind.COMPUTE, Kind.BODY))
         tiles = sum(step.kind is Kind.TAIL for step in steps)
         return f"{chunks} in {tiles} tiles" if tiles else chunks
 
@@ -82,14 +84,13 @@ class Planner:
     """
 
     def __init__(
-        self, stages: tuple[Stage, ...], overlap: str, wire: str, granule: int = 1, costs: Costs | None = None,
+        self, outline: Outline, overlap: str, wire: str, granule: int = 1, costs: Costs | None = None,
         drift: Drift | None = None,
     ) -> None:  # fmt: skip
-        self.stages, self.wire, self.granule, self.costs = stages, wire, granule, costs
+        self.outline, self.wire, self.granule, self.costs = outline, wire, granule, costs
         self.overlap = canonical(overlap)
         self.drift = drift or Drift()
-        self.search = Search(stages, granule)
-        self._checked = stages[:CHECKED] + stages[-1:] if len(stages) > CHECKED + 1 else stages
+        self.search = Search(outline, granule)
         self._known: OrderedDict[tuple[Batch, int], Plan] = OrderedDict()
 
     def plan(self, batch: Batch) -> Plan:
@@ -104,7 +105,7 @@ class Planner:
 
     def like(self, overlap: str, wire: str) -> Planner:
         """A planner of the same model, granule and costs for another strategy and wire, as comparisons need them."""
-        return Planner(self.stages, overlap, wire, self.granule, self.costs, self.drift)
+        return Planner(self.outline, overlap, wire, self.granule, self.costs, self.drift)
 
     def learn(self, costs: Costs) -> None:
         """Takes new costs; plans made from earlier ones are forgotten."""
@@ -125,6 +126,17 @@ class Planner:
         assert self.costs is not None, "nothing can be predicted without costs"
         return simulate(plan.program, batch, self._costs_for(batch), plan.wire, title)
 
+    def shares_by_speed(self, shares: Sequence[float], rows: int = 512) -> tuple[float, ...]:
+        """Parts of the model with which all ranks take equally long, from what they take with `shares` for `rows` rows.
+
+        The largest is 1. There must be costs, of every rank its own.
+        """
+        assert self.costs is not None, "shares follow from costs"
+        parts = [stage.part for stage in self.outline.layer]
+        seconds = [sum(rank.whole[part].at(rows) for part in parts) for rank in self.costs.ranks]
+        speeds = [share / taken for share, taken in zip(shares, seconds, strict=True)]
+        return tuple(round(speed / max(speeds), 2) for speed in speeds)
+
     def _shape(self, batch: Batch) -> Batch:
         """What a plan depends on. Where sequences start changes with every token; an eighth more or less does not
         change a plan, and for single tokens not even a third."""
@@ -134,7 +146,7 @@ class Planner:
 
     def _alike(self, segment: Segment, number: int) -> Segment:
         start = segment.start
-        if segment.length == 1 and start >= 4:
+        if segment.decoding and start >= 4:
             start = 3 << (start.bit_length() - 2)  # between a power of two and the next
         elif self.granule == 1 and start >= 16:
             grain = 1 << (start.bit_length() - 3)
@@ -149,23 +161,20 @@ class Planner:
 
     def _make(self, batch: Batch) -> Plan:
         predicted = None
+        strategy = Strategy() if self.overlap == AUTO else Strategy.parse(self.overlap)
         if self.costs is not None and self.wire in self.costs.wires:
             costs = self._costs_for(batch)
             if self.overlap == AUTO:
-                strategy = self.search.best(batch, costs, self.wire)
+                found = self.search.best(batch, costs, self.wire)
             else:
-                strategy = Strategy.parse(self.overlap)
-            predicted = self._prediction(strategy, batch, costs)
-        else:
-            strategy = Strategy() if self.overlap == AUTO else Strategy.parse(self.overlap)
-        check(build(strategy, self._checked, batch, self.granule), self._checked, batch)
-        return Plan(strategy, build(strategy, self.stages, batch, self.granule), self.wire, predicted)
-
-    def _prediction(self, strategy: Strategy, batch: Batch, costs: Costs) -> Prediction:
-        cuts = place(strategy, batch, self.granule)
-        serial = self.search.estimate(batch, Cuts(), costs, self.wire)
-        lanes = serial if cuts == Cuts() else self.search.estimate(batch, cuts, costs, self.wire)
-        return Prediction(lanes, self.drift.factors[self._small(batch)], serial.seconds, serial.compute, serial.network)
+                found = self.search.judge(strategy, batch, costs, self.wire)
+            strategy, factors = found.strategy, self.drift.factors[self._small(batch)]
+            predicted = Prediction(
+                found.lanes, factors, found.serial.seconds, found.serial.compute, found.serial.network
+            )
+        program = build(strategy, self.outline, batch, self.granule)
+        check(program, self.outline, batch)
+        return Plan(strategy, program, self.wire, predicted)
 
     def _costs_for(self, batch: Batch) -> Costs:
         """The costs, corrected for what was observed of batches like this one."""
@@ -177,16 +186,3 @@ class Planner:
         assert self.costs is not None
         wire = self.costs.wires.get(self.wire)
         return wire is not None and wire.element * self.costs.width * batch.tokens <= wire.limit
-
-
-def shares_by_speed(costs: Costs, shares: Sequence[float], rows: int = 512) -> tuple[float, ...]:
-    """Parts of the model with which all ranks take equally long, from what they take with `shares` for so many rows.
-
-    The largest is 1. Costs must hold every rank of its own.
-    """
-    seconds = [
-        sum(table.at(rows) for part in ("attention", "mlp") for table in (rank.body[part], rank.tail[part]))
-        for rank in costs.ranks
-    ]
-    speeds = [share / taken for share, taken in zip(shares, seconds, strict=True)]
-    return tuple(round(speed / max(speeds), 2) for speed in speeds)

@@ -13,7 +13,8 @@ from statistics import fmean
 from typing import NamedTuple
 
 from weft.program.batch import Batch
-from weft.program.steps import Kind, Lane, Program
+from weft.program.stages import COMPUTE, NETWORK, Kind
+from weft.program.steps import Program
 from weft.simulate.cost import ComputeCosts, Contention, Costs, Table, WireCosts
 from weft.simulate.run import simulate
 from weft.timeline.timeline import Timeline, median
@@ -43,7 +44,7 @@ class Run(NamedTuple):
     batch: Batch
     program: Program
     wire: str
-    part: str
+    scope: str
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,7 @@ class _Network:
         expected = lost = 0.0
         for run in self.samples.named("cut"):
             full, none = (
-                simulate(run.program, run.batch, known, run.wire).busy(0, Lane.COMPUTE)
+                simulate(run.program, run.batch, known, run.wire).busy(0, COMPUTE)
                 for known in (costs, replace(costs, contention=Contention()))
             )
             expected += full - none
@@ -294,19 +295,19 @@ class _Network:
 
 def _gaps(timeline: Timeline, rank: int) -> Iterator[float]:
     """Of a serial pass: every step but the first two follows a collective."""
-    ends = (event.stop for event in timeline.lane(rank, Lane.NETWORK))
-    starts = (event.start for event in timeline.lane(rank, Lane.COMPUTE)[2:])
+    ends = (event.stop for event in timeline.lane(rank, NETWORK))
+    starts = (event.start for event in timeline.lane(rank, COMPUTE)[2:])
     yield from (start - end for start, end in zip(starts, ends, strict=False) if start > end)
 
 
 def _computing(sample: Sample) -> float:
     """Seconds that the busiest rank computes."""
-    return max(sample.timeline.busy(rank, Lane.COMPUTE) for rank in sample.timeline.ranks)
+    return max(sample.timeline.busy(rank, COMPUTE) for rank in sample.timeline.ranks)
 
 
 def _collectives(timeline: Timeline) -> list[float]:
     """Seconds of each sum on the rank where it took the shortest: the one that came last waited for no other."""
-    lanes = [[e for e in timeline.lane(rank, Lane.NETWORK) if e.kind is Kind.REDUCE] for rank in timeline.ranks]
+    lanes = [[e for e in timeline.lane(rank, NETWORK) if e.kind is Kind.REDUCE] for rank in timeline.ranks]
     return [min(event.seconds for event in same) for same in zip(*lanes, strict=True)]
 
 

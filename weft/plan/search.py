@@ -1,159 +1,119 @@
 """Searches the cuts of a batch: how many, where, for which stages, with tiles or scattered sums.
 
-A candidate is judged by laying out three layers of it, from which the rest follows, because layers repeat. Knows
-batches, cuts and costs; knows nothing of how costs were measured. About 0.05 ms a candidate.
+A candidate is judged by the simulator, which lays out repeated layers only until they repeat. Knows batches, cuts and
+costs; knows nothing of how costs were measured. About 0.05 ms a candidate.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from weft.program.batch import Batch, Rows
 from weft.program.build import weave
-from weft.program.steps import Kind, Stage
+from weft.program.stages import Outline
 from weft.program.strategy import Cuts, Strategy, on_granule, place
 from weft.simulate.cost import Costs
-from weft.simulate.run import Example, Structure, Taken, coupling, lay_out, taken
+from weft.simulate.run import LaidOut, Taken, Work, coupling, lay_out, structure_of, taken
 
-LAYERS = 3  # the first to fill the lanes, two to see what one more takes
-TRIALS = 22  # candidates that are judged at most: keeps a plan under 3 ms
+ROUNDS = 3  # that are laid out at most: two nearly always suffice
+TRIALS = 18  # candidates that are judged at most: keeps a plan under 2 ms
 LEAST_ROWS = 32  # of a chunk: below, costs are mostly waits for turns of the processor
 WORTH = 0.025  # of serial's time: a smaller gain than this is not worth the risk that costs are a little wrong
 UNSURE = 0.5  # of what a collective takes beside its bytes: the least certain of all costs
 SIMPLER = 0.01  # of the time: what a more complicated plan must gain over a simpler one
 
-# What steps take by kind, part, first row, the one after the last, and whether they were entered elsewhere.
-_Known = dict[tuple[Kind, str, int, int, bool], Taken]
+INFINITE = float("inf")
+
+_Known = dict[tuple[Work, Rows], Taken]  # what steps take
 
 
 class Estimate(NamedTuple):
-    """Predicted seconds of a whole pass, and those that its lanes are busy."""
+    """Predicted seconds of a whole pass, and those that it computes and communicates."""
 
     seconds: float
     compute: float
     network: float
 
 
-@dataclass(frozen=True)
-class Template:
-    """The structure of all candidates whose cuts come in the same order; edges are numbered, rows between follow.
+class Found(NamedTuple):
+    """A strategy, and what it and serial are predicted to take."""
 
-    `columns`: for each of the structure's examples kind, part and whether it was entered elsewhere, then for its first
-    row and for the one after its last the edge, and the part of the way to the next one, in `grain` parts. `layers`:
-    where the last two layers start, in steps.
-    """
-
-    structure: Structure
-    columns: tuple[tuple[Kind, str, bool, int, int, int, int], ...]
-    layers: tuple[int, int]
-    grain: int
+    strategy: Strategy
+    lanes: Estimate
+    serial: Estimate
 
 
-@lru_cache(maxsize=512)
-def template(
-    attention: tuple[int, ...], others: tuple[int, ...], count: int, tiles: int, scattered: bool, ahead: bool,
-    stages: tuple[Stage, ...], fused: bool,
-) -> Template:  # fmt: skip
-    """`attention` and `others` hold which of the `count` inner edges cut those stages, from 1 on."""
-    grain = max(tiles, 2)
-    cuts = Cuts(tuple(e * grain for e in attention), tuple(e * grain for e in others), tiles, scattered, ahead)
-    program = weave(stages, (count + 1) * grain, cuts)
-    structure = Structure.of(program, fused)
-    columns = tuple(
-        (e.kind, e.part, e.entered, *divmod(e.rows.start, grain), *divmod(e.rows.stop, grain))
-        for e in structure.examples
-    )
-    starts = [
-        index for index, step in enumerate(program.steps)
-        if step.part == "attention" and step.rows.start == 0 and step.kind in (Kind.COMPUTE, Kind.BODY)
-    ]  # fmt: skip
-    return Template(structure, columns, (starts[-2], starts[-1]) if len(starts) > 1 else (0, 0), grain)
+class _Pass(NamedTuple):
+    """A pass that was laid out; its first step follows `begin` seconds after it begins."""
 
-
-@dataclass(frozen=True)
-class _LaidOut:
-    """A few layers of a candidate; `more` of them follow, and `begin` seconds go before."""
-
-    form: Template
-    starts: list[float]
-    stops: list[float]
     begin: float
-    more: int
+    laid: LaidOut
 
     @property
     def seconds(self) -> float:
-        """Of all layers. One more takes as long as the last one did, but where queues still grow no less than its
-        lanes are busy."""
-        first, second = self.form.layers
-        period = max(self.starts[second] - self.starts[first], *self._busy(first, second))
-        return self.begin + max(self.stops) + self.more * period
+        return self.begin + self.laid.seconds
 
     @property
     def estimate(self) -> Estimate:
-        """With what the lanes are busy."""
-        repeated, once = self._busy(*self.form.layers), self._busy(0, len(self.starts))
-        compute, network = (a + self.more * b for a, b in zip(once, repeated, strict=True))
-        return Estimate(self.seconds, self.begin + compute, network)
-
-    def _busy(self, first: int, stop: int) -> list[float]:
-        """Seconds of the compute and of the network lane, from one step to another."""
-        both = [0.0, 0.0]
-        for index in range(first, stop):
-            both[self.form.structure.network[index]] += self.stops[index] - self.starts[index]
-        return both
+        compute, *network = self.laid.busy
+        return Estimate(self.seconds, self.begin + compute, sum(network))
 
 
 class Search:
-    """Judges and finds cuts for one model. `stages`: all of the model's; `granule`: see `strategy.place`."""
+    """Judges and finds cuts for one model. `granule`: see `strategy.place`."""
 
-    def __init__(self, stages: tuple[Stage, ...], granule: int = 1) -> None:
-        self.layers, self.granule = (len(stages) - 2) // 2, granule
-        self.short = stages[: 1 + 2 * LAYERS] + stages[-1:] if self.layers > LAYERS else stages
+    def __init__(self, outline: Outline, granule: int = 1) -> None:
+        self.outline, self.granule = outline, granule
 
     def estimate(self, batch: Batch, cuts: Cuts, costs: Costs, wire: str) -> Estimate:
         """What a pass with these cuts takes. Raises KeyError for a wire without costs."""
-        return self._laid_out(batch, cuts, costs, wire, {}).estimate
+        return self.laid_out(batch, cuts, costs, wire, {}).estimate
 
-    def seconds(self, batch: Batch, cuts: Cuts, costs: Costs, wire: str, known: _Known) -> float:
-        """The same, in less time; `known`: what steps take that were in earlier candidates."""
-        return self._laid_out(batch, cuts, costs, wire, known).seconds
+    def judge(self, strategy: Strategy, batch: Batch, costs: Costs, wire: str) -> Found:
+        """What a strategy takes. Raises `InputError` if its cuts don't fit the batch."""
+        cuts = place(strategy, batch, self.granule)
+        serial = self.estimate(batch, Cuts(), costs, wire)
+        return Found(strategy, serial if cuts == Cuts() else self.estimate(batch, cuts, costs, wire), serial)
 
-    def _laid_out(self, batch: Batch, cuts: Cuts, costs: Costs, wire: str, known: _Known) -> _LaidOut:
-        edges = [0, *sorted({*cuts.attention, *cuts.others}), batch.tokens]
-        number = {edge: place for place, edge in enumerate(edges)}
-        form = template(
-            tuple([number[edge] for edge in cuts.attention]), tuple([number[edge] for edge in cuts.others]),
-            len(edges) - 2, cuts.tiles, cuts.scattered, cuts.ahead, self.short, costs.wires[wire].fused,
-        )  # fmt: skip
-        each = self._taken(form, edges, batch, costs, wire, known)
-        starts, stops = lay_out(form.structure, each, coupling(costs, costs.wires[wire]))
-        return _LaidOut(form, starts, stops, costs.pace.begin.at(batch.tokens), max(0, self.layers - LAYERS))
-
-    def _taken(
-        self, form: Template, edges: Sequence[int], batch: Batch, costs: Costs, wire: str, known: _Known
-    ) -> list[Taken]:  # fmt: skip
-        """What each of the form's examples takes, with the rows of this candidate."""
-        found, way, pace, grain = [], costs.wires[wire], costs.pace, form.grain
-        for kind, part, entered, first, start_part, last, stop_part in form.columns:
-            start, stop = edges[first], edges[last]
-            if start_part:
-                start += round((edges[first + 1] - start) * start_part / grain)
-            if stop_part:
-                stop += round((edges[last + 1] - stop) * stop_part / grain)
-            key = kind, part, start, stop, entered
+    def laid_out(
+        self, batch: Batch, cuts: Cuts, costs: Costs, wire: str, known: _Known, limit: float = INFINITE
+    ) -> _Pass:  # fmt: skip
+        """The pass; `known`: what steps take that were in earlier candidates. Raises `_TooLong` where its lanes alone
+        take longer than `limit`."""
+        program, way, pace = weave(self.outline, batch.tokens, cuts), costs.wires[wire], costs.pace
+        structure = structure_of(program.form, way.fused)
+        each: list[Taken] = []
+        for work, chunk in structure.works:
+            key = work, program.rows[chunk]
             if key not in known:
-                known[key] = taken(Example(kind, part, Rows(start, stop), entered), batch, costs, way, pace)
-            found.append(known[key])
-        return found
+                known[key] = taken(work, key[1], batch, costs, wire, pace)
+            each.append(known[key])
+        between = coupling(costs, way, program.form.lanes)
+        if structure.bound(each) - between.credit > limit:
+            raise _TooLongError
+        laid = lay_out(structure, each, between, ROUNDS)
+        return _Pass(pace.begin.at(batch.tokens), laid)
 
-    def best(self, batch: Batch, costs: Costs, wire: str) -> Strategy:
+    def best(self, batch: Batch, costs: Costs, wire: str) -> Found:
         """The strategy that is predicted to be fastest; serial where little is gained."""
         return _Searching(self, batch, costs, wire).best()
+
+
+class _TooLongError(Exception):
+    """A candidate that can't be the best one."""
+
+
+class _Tried(NamedTuple):
+    """A candidate that was judged."""
+
+    seconds: float
+    strategy: Strategy
+    laid: _Pass
 
 
 class _Searching:
@@ -161,69 +121,76 @@ class _Searching:
 
     def __init__(self, search: Search, batch: Batch, costs: Costs, wire: str) -> None:
         self.search, self.batch, self.costs, self.wire = search, batch, costs, wire
-        self.tried: dict[Cuts, tuple[float, Strategy]] = {}
+        self.tried: dict[Cuts, _Tried] = {}
         self.known: _Known = {}
+        self.fewest = INFINITE  # seconds so far
 
-    def best(self) -> Strategy:
-        serial = self._try(Strategy())
-        alone = self.search.estimate(self.batch, Cuts(), self.costs, self.wire)
-        if min(alone.compute, alone.network) < WORTH * serial or self.batch.tokens < 2 * LEAST_ROWS:
-            return Strategy()
-        for strategy in self._first():
-            self._try(strategy)
-        self._refine()
-        safe = [
-            (seconds * (1 + SIMPLER * _complexity(strategy)), number, strategy)
-            for number, (cuts, (seconds, strategy)) in enumerate(self.tried.items())
-            if seconds + self._risk(cuts) < (1 - WORTH) * serial
-        ]
-        return min(safe)[2] if safe else Strategy()
+    def best(self) -> Found:
+        serial = self._judge(Strategy(), Cuts())
+        alone = serial.laid.estimate
+        found = serial
+        if min(alone.compute, alone.network) >= WORTH * serial.seconds and self.batch.tokens >= 2 * LEAST_ROWS:
+            for strategy in self._propose():
+                self._try(strategy)
+            self._refine()
+            safe = [
+                (tried.seconds * (1 + SIMPLER * _complexity(tried.strategy)), number, tried)
+                for number, (cuts, tried) in enumerate(self.tried.items())
+                if tried.seconds + self._risk(cuts) < (1 - WORTH) * serial.seconds
+            ]
+            found = min(safe)[2] if safe else serial
+        return Found(found.strategy, found.laid.estimate, alone)
 
     def _risk(self, cuts: Cuts) -> float:
         """Seconds that a plan may take longer than predicted for the collectives that it has more than serial."""
-        a_layer = (len(cuts.attention) + len(cuts.others) + 2) * cuts.tiles * (2 if cuts.scattered else 1)
+        a_layer = (len(cuts.ordered) + len(cuts.others) + 2) * cuts.tiles * (2 if cuts.scattered else 1)
         fixed = self.costs.wires[self.wire].small.at(0.0) + self.costs.contention.fixed
-        return UNSURE * (a_layer - 2) * self.search.layers * fixed
+        return UNSURE * (a_layer - 2) * self.search.outline.layers * fixed
 
     def _try(self, strategy: Strategy) -> float:
         """Seconds of a strategy; of one that has been tried, or that can't be afforded any more, no new ones."""
         cuts = place(strategy, self.batch, self.search.granule)
         if cuts not in self.tried:
             if len(self.tried) >= TRIALS or not self._wide(cuts):
-                return float("inf")
-            seconds = self.search.seconds(self.batch, cuts, self.costs, self.wire, self.known)
-            self.tried[cuts] = seconds, strategy
-        return self.tried[cuts][0]
+                return INFINITE
+            try:
+                self._judge(strategy, cuts)
+            except _TooLongError:
+                return INFINITE
+        return self.tried[cuts].seconds
+
+    def _judge(self, strategy: Strategy, cuts: Cuts) -> _Tried:
+        laid = self.search.laid_out(self.batch, cuts, self.costs, self.wire, self.known, self.fewest)
+        self.tried[cuts] = _Tried(laid.seconds, strategy, laid)
+        self.fewest = min(self.fewest, laid.seconds)
+        return self.tried[cuts]
 
     def _wide(self, cuts: Cuts) -> bool:
         """True if no chunk or tile is too small to be worth a step of its own."""
-        edges = (0, *sorted({*cuts.attention, *cuts.others}), self.batch.tokens)
+        edges = (0, *sorted({*cuts.ordered, *cuts.others}), self.batch.tokens)
         return min(b - a for a, b in pairwise(edges)) >= LEAST_ROWS * (cuts.tiles if cuts.tiles > 1 else 1)
 
-    def _first(self) -> Iterator[Strategy]:
-        """Even cuts, tiles, scattered sums, cuts between sequences, cuts of equal time."""
-        for chunks, others in ((2, 2), (3, 3), (4, 4), (2, 4)):
-            yield Strategy(chunks=chunks, other_chunks=others)
-        for chunks in (3, 4):
-            yield Strategy(chunks=chunks, other_chunks=chunks, ahead=True)
-        most = self._more_chunks()
-        yield Strategy(tiles=4)
-        yield Strategy(chunks=2, other_chunks=2, tiles=2)
-        if len(self.batch.segments) > 1:
-            for chunks in (2, 3):
-                yield Strategy(chunks=chunks, other_chunks=chunks, requests=True)
+    def _propose(self) -> Iterator[Strategy]:
+        """Tiles, scattered sums, cuts between sequences, cuts of equal time; more of a kind only where it leads."""
+        chunks = self._even_chunks()
+        yield Strategy(chunks=2, other_chunks=4)
+        yield _even(min(max(chunks, 3), 4), ahead=True)
+        if self._leads(Strategy(tiles=4), _even(2)):
+            yield _even(2, tiles=2)
+        if len(self.batch.segments) > 1 and self._leads(_even(2, requests=True), _even(2)):
+            yield _even(3, requests=True)
         if self._uneven():
-            for chunks in sorted({2, 3, most}):
-                yield self._by_time([1.0] * chunks, 1)
+            yield self._by_time([1.0] * chunks, 1)
         if self._leads(Strategy(scattered=True), Strategy()):
-            yield Strategy(chunks=4, other_chunks=4, scattered=True)
+            yield _even(4, scattered=True)
 
-    def _more_chunks(self) -> int:
-        """As many even chunks as still pay: long prompts hide their last sum the better the shorter it is."""
+    def _even_chunks(self) -> int:
+        """As many even chunks as pay: long prompts hide their last sum the better the shorter it is."""
+        if self._leads(_even(2), _even(4)):
+            return 3 if self._leads(_even(3), _even(2)) else 2
         best = 4
         for chunks in (6, 8, 12):
-            fewer, more = (Strategy(chunks=count, other_chunks=count) for count in (best, chunks))
-            if self._try(more) > (1 - SIMPLER) * self._try(fewer):
+            if self._try(_even(chunks)) > (1 - SIMPLER) * self._try(_even(best)):
                 break
             best = chunks
         return best
@@ -233,18 +200,18 @@ class _Searching:
 
     def _refine(self) -> None:
         """Other sizes of the best cut's chunks: a short last one leaves little to wait for at the end, and so on."""
-        cutting = {c: entry for c, entry in self.tried.items() if c.attention and c.tiles == 1 and not c.scattered}
+        cutting = {c: tried for c, tried in self.tried.items() if c.ordered and c.tiles == 1 and not c.scattered}
         if not cutting:
             return
-        best, (seconds, _) = min(cutting.items(), key=lambda item: item[1][0])
-        parts = max(1, round((len(best.others) + 1) / (len(best.attention) + 1)))
-        times, ahead = self._times(best.attention), best.ahead
-        last = len(times) - 1
-        for ramp, at, factor in ((0.85, last, 1.0), (1.15, last, 1.0), (1.0, last, 0.6), (1.0, 0, 0.7), (1.0, 0, 1.3)):
-            changed = [time * ramp**place * (factor if place == at else 1.0) for place, time in enumerate(times)]
-            taken = self._try(replace(self._by_time(changed, parts), ahead=ahead))
-            if taken < seconds:
-                seconds, times = taken, changed
+        best = min(cutting, key=lambda cuts: cutting[cuts].seconds)
+        fewest = cutting[best].seconds
+        parts = max(1, round((len(best.others) + 1) / (len(best.ordered) + 1)))
+        times = self._times(best.ordered)
+        for change in (_ramp(0.85), _scale(-1, 0.6), _scale(0, 0.7)):
+            changed = change(times)
+            seconds = self._try(replace(self._by_time(changed, parts), ahead=best.ahead))
+            if seconds < fewest:
+                fewest, times = seconds, changed
 
     def _uneven(self) -> bool:
         """True if equal times are not about equal rows."""
@@ -254,7 +221,7 @@ class _Searching:
     @cached_property
     def _until(self) -> tuple[list[float], list[float]]:
         """Rows, and the seconds of one layer's computation of all rows until there."""
-        return _curve(self.batch, self.costs)
+        return _curve(self.batch, self.costs, [stage.part for stage in self.search.outline.layer])
 
     def _times(self, cuts: Iterable[int]) -> list[float]:
         rows, seconds = self._until
@@ -281,18 +248,40 @@ class _Searching:
         return tuple(sorted(placed - {0, self.batch.tokens}))
 
 
+def _even(chunks: int, **more: Any) -> Strategy:
+    """The same cuts in every stage."""
+    return Strategy(chunks=chunks, other_chunks=chunks, **more)
+
+
 def _complexity(strategy: Strategy) -> int:
     """0 for serial; each thing that a plan has beyond it counts."""
     written = strategy.cuts is not None
     return (strategy != Strategy()) + written + (strategy.tiles > 1) + strategy.scattered + strategy.ahead
 
 
-def _curve(batch: Batch, costs: Costs) -> tuple[list[float], list[float]]:
+_Change = Callable[[list[float]], list[float]]
+
+
+def _ramp(factor: float) -> _Change:
+    """Each chunk longer than the one before by this factor."""
+    return lambda times: [time * factor**place for place, time in enumerate(times)]
+
+
+def _scale(chunk: int, factor: float) -> _Change:
+    """One chunk longer."""
+
+    def change(times: list[float]) -> list[float]:
+        changed = list(times)
+        changed[chunk] *= factor
+        return changed
+
+    return change
+
+
+def _curve(batch: Batch, costs: Costs, parts: Sequence[str]) -> tuple[list[float], list[float]]:
     """Rows and seconds, a few points for every sequence: scores grow with the square of its length."""
     pace = costs.pace
-    a_row = sum(
-        table.at(batch.tokens) for part in ("attention", "mlp") for table in (pace.body[part], pace.tail[part])
-    ) / batch.tokens  # fmt: skip
+    a_row = sum(pace.whole[part].at(batch.tokens) for part in parts) / batch.tokens
     rows, seconds = [0.0], [0.0]
     for segment, span in zip(batch.segments, batch.spans, strict=True):
         pieces = 8 if span.length >= 256 else 1

@@ -5,6 +5,7 @@ Knows lengths and positions; knows nothing of token ids, weights or ranks.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,6 +56,11 @@ class Segment:
     prompt: int = 0
 
     @property
+    def decoding(self) -> bool:
+        """These tokens are decoded one by one, with the bits that such tokens have, and are no piece of a prompt."""
+        return self.length == 1
+
+    @property
     def end(self) -> int:
         """Position after the last token."""
         return self.start + self.length
@@ -86,11 +92,15 @@ class Batch:
         pairs = zip(self.segments, self.spans, strict=True)
         return tuple(row for segment, span in pairs for row in range(span.stop - segment.wanted, span.stop))
 
-    def within(self, rows: Rows) -> Iterator[tuple[Segment, Rows]]:
-        """Each segment that has tokens in `rows`, with those of its rows."""
+    def wanted(self, rows: Rows) -> Rows:
+        """Which of all wanted rows, counted from 0, are in `rows`."""
+        return Rows(bisect_left(self.wanted_rows, rows.start), bisect_left(self.wanted_rows, rows.stop))
+
+    def within(self, rows: Rows) -> Iterator[tuple[Segment, Rows, Rows]]:
+        """Each segment that has tokens in `rows`, with all its rows and with those of them that are in `rows`."""
         for segment, span in zip(self.segments, self.spans, strict=True):
             if span.intersects(rows):
-                yield segment, span.clip(rows)
+                yield segment, span, span.clip(rows)
 
 
 def one_prompt(tokens: int) -> Batch:

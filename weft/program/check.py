@@ -1,16 +1,30 @@
 """Legality: is a program sure to give what `serial` gives, on every rank, without hanging?
 
 Knows stages, rows and lanes. A program passes if every row goes through every stage once, nothing is read before
-it is there, and chunks of one sequence keep their order in stages that are ordered.
+it is there, and chunks of one sequence keep their order in stages that are ordered. Of rounds that repeat, as many are
+looked at as it takes until one leaves everything as the one before it did: the rest of them are then proven too.
+
+No wait is for ever: edges lead back, and each lane runs in issue order on all ranks, so the first step that has not
+ended can always go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
 
-from weft.program.batch import Batch, Rows
-from weft.program.steps import Kind, Lane, Program, ProgramError, Stage, Step
+from weft.config import WIRES
+from weft.program.batch import Batch, Rows, Segment
+from weft.program.stages import ALGORITHMS, COLLECTIVES, COMPUTE, Kind, Outline, Stage
+from weft.program.steps import Block, Form, Issued, Program, ProgramError
+
+PROVEN = 256  # of which it is remembered
+
+_Arrival = tuple[Rows, str, int]  # rows that a collective brings, its lane, its place on that lane
 
 
 @dataclass
@@ -18,156 +32,305 @@ class _Progress:
     """What has been issued of one stage so far."""
 
     entered: list[Rows] = field(default_factory=list)  # each rank its part
-    gathered: list[tuple[Rows, int]] = field(default_factory=list)  # input, with the all_gather's place on its lane
+    gathered: list[_Arrival] = field(default_factory=list)  # input
     started: list[Rows] = field(default_factory=list)  # by compute or body
     bodies: list[Rows] = field(default_factory=list)
     partials: list[Rows] = field(default_factory=list)  # by compute or tail
-    collected: list[tuple[Rows, int]] = field(default_factory=list)  # with the collective's place on its lane
+    collected: list[_Arrival] = field(default_factory=list)
+
+    def since(self, places: dict[str, int]) -> Any:
+        """All of it, with places on lanes counted from these."""
+        arrivals = ([(rows, lane, place - places[lane]) for rows, lane, place in each]
+                    for each in (self.gathered, self.collected))  # fmt: skip
+        return self.entered[:], self.started[:], self.bodies[:], self.partials[:], *arrivals
+
+    def moved(self, places: dict[str, int]) -> None:
+        """So many places on each lane later."""
+        for each in (self.gathered, self.collected):
+            each[:] = [(rows, lane, place + places[lane]) for rows, lane, place in each]
 
 
-def check(program: Program, stages: Sequence[Stage], batch: Batch) -> None:
+def check(program: Program, outline: Outline, batch: Batch) -> None:
     """Raises `ProgramError`, naming the step, if the program must not run for this batch."""
-    _Checker(stages, batch).run(program)
+    if program.offsets[0] == 0 and program.offsets[-1] == batch.tokens:
+        ends = [span.stop for span in batch.spans]
+        number = {offset: place for place, offset in enumerate(sorted({*program.offsets, *ends}))}
+        with suppress(ProgramError):  # the same is said again below, with the batch's rows
+            _prove(program.form, outline, *(tuple([number[at] for at in each]) for each in (program.offsets, ends)))
+            return
+    _Checker(program, outline, batch).run()
+
+
+@lru_cache(maxsize=PROVEN)
+def _prove(form: Form, outline: Outline, offsets: tuple[int, ...], ends: tuple[int, ...]) -> None:
+    """Legality depends on the order of offsets and sequences' ends alone, so that it is proven once for all batches in
+    which they come in the same order. Raises `ProgramError`."""
+    segments = tuple(Segment(slot, 0, stop - start) for slot, (start, stop) in enumerate(pairwise((0, *ends))))
+    _Checker(Program(form, offsets), outline, Batch(segments)).run()
 
 
 class _Checker:
-    def __init__(self, stages: Sequence[Stage], batch: Batch) -> None:
-        self.batch = batch
+    """`first`: the first stage of which something is still to come; those before it are complete, and forgotten.
+
+    `places`: how many steps each lane has. `network`: of each collective its lane and place, by its place in issue
+    order. `arrived`: on each lane, the place up to which the compute lane knows that all has ended: lanes run in order,
+    so one number says that. `spread`: rows whose residual stream each rank has its part of only.
+    """
+
+    def __init__(self, program: Program, outline: Outline, batch: Batch) -> None:
+        self.program, self.outline, self.batch = program, outline, batch
         self.whole = Rows(0, batch.tokens)
-        self.stages = {stage.name: stage for stage in stages}
-        names = [stage.name for stage in stages]
-        self.before = dict(zip(names[1:], stages, strict=False))
-        self.progress = {name: _Progress() for name in names}
-        self.network: dict[int, int] = {}  # step index -> place on the network lane
-        # Rows whose residual stream each rank has its part of only: from their first reduce_scatter on.
+        self.first = self.index = 0
+        self.progress: dict[int, _Progress] = {}
+        self.places = dict.fromkeys(program.form.lanes, 0)
+        self.arrived = dict.fromkeys(program.form.lanes, -1)
+        self.network: dict[int, tuple[str, int]] = {}
         self.spread: list[Rows] = []
-        # Both lanes run in order, so one number says all that the compute lane knows to have arrived.
-        self.arrived = -1
+        self.narrow = self._narrow()
 
-    def run(self, program: Program) -> None:
-        for index, step in enumerate(program):
-            if step.stage not in self.stages:
-                raise ProgramError(f"{step.name!r}: no such stage in this model")
-            if not self.whole.contains(step.rows):
-                raise ProgramError(f"{step.name!r}: the batch has only the rows {self.whole}")
-            in_parts = step.kind in (Kind.ENTER, Kind.ALL_GATHER)
-            if self.stages[step.stage].collective is Kind.GATHER and step.rows != self.whole and not in_parts:
-                raise ProgramError(f"{step.name!r}: this stage runs once, for the rows {self.whole}")
-            if any(edge >= index for edge in step.after):
-                raise ProgramError(f"{step.name!r}: waits for a step that is issued later")
-            self._step(index, step)
-        for name in self.stages:
-            self._complete(name)
+    def _narrow(self) -> int:
+        """The place of the first stage that leaves wanted rows only: the last one at the latest. Raises if a later one
+        would miss the others."""
+        stages = self.outline.stages
+        left = (self._place(issued) - _enters(issued) for issued in self._ends() if issued.step.wanted)
+        narrow = min(left, default=len(stages) - 1)
+        for issued in self._ends():
+            place = self._place(issued)
+            if issued.step.wanted != (place - _enters(issued) >= narrow):
+                raise ProgramError(
+                    f"{issued.name!r}: from {stages[narrow].name} on, all steps are about wanted rows only"
+                )
+            if place > narrow and stages[place].ordered:
+                raise ProgramError(f"{issued.name!r}: this stage remembers all rows, but only wanted ones come to it")
+        return narrow
 
-    def _step(self, index: int, step: Step) -> None:
-        if step.lane is Lane.NETWORK:
-            self._collective(index, step)
+    def _ends(self) -> Iterable[Issued]:
+        """The steps of every block's first and last round."""
+        for block in self.program.form.blocks:
+            for number in {0, block.rounds - 1}:
+                for step in block.steps:
+                    later = step.later(number * block.layers)
+                    yield Issued(0, later, later.layer, self._rows(step.chunk))
+
+    def _rows(self, chunk: int) -> Rows:
+        return self.program.rows[chunk]
+
+    def _place(self, issued: Issued) -> int:
+        place = self.outline.place(issued.step.part, issued.layer)
+        if place is None:
+            raise ProgramError(f"{issued.name!r}: no such stage in this model")
+        return place
+
+    def run(self) -> None:
+        for block in self.program.form.blocks:
+            self._block(block)
+        for place in range(self.first, len(self.outline.stages)):
+            if not self._complete(place):
+                name = self.outline.stages[place].name
+                raise ProgramError(f"{name}: not all of the rows {self.whole} go through it")
+
+    def _block(self, block: Block) -> None:
+        """All rounds, or as many as tell of the others."""
+        before, places = None, dict(self.places)
+        for number in range(block.rounds):
+            for step in block.steps:
+                layer = None if step.layer is None else step.layer + number * block.layers
+                self._step(Issued(self.index, step, layer, self._rows(step.chunk)))
+                self.index += 1
+            if before == (now := self._state(block, number)):
+                taken = {lane: place - places[lane] for lane, place in self.places.items()}
+                self._skip(block, block.rounds - 1 - number, taken)
+                return
+            before, places = now, dict(self.places)
+
+    def _state(self, block: Block, number: int) -> Any:
+        """All that later steps depend on, as seen from the end of a round."""
+        passed = number * block.layers * len(self.outline.layer)
+        known = {place - passed: progress.since(self.places) for place, progress in self.progress.items()}
+        arrived = {lane: place - self.places[lane] for lane, place in self.arrived.items()}
+        edges = [
+            (lane, place - self.places[lane])
+            for lane, place in (self.network.get(self.index - back, ("", 0)) for back in range(1, block.reach + 1))
+            if lane
+        ]
+        return self.first - passed, known, arrived, edges, self.spread[:]
+
+    def _skip(self, block: Block, rounds: int, taken: dict[str, int]) -> None:
+        """As if so many more rounds had been issued, with the steps that one takes on each lane."""
+        steps, stages = rounds * len(block.steps), rounds * block.layers * len(self.outline.layer)
+        places = {lane: rounds * count for lane, count in taken.items()}
+        self.index += steps
+        self.first += stages
+        self.progress = {place + stages: progress for place, progress in self.progress.items()}
+        for progress in self.progress.values():
+            progress.moved(places)
+        self.network = {i + steps: (lane, place + places[lane]) for i, (lane, place) in self.network.items()}
+        for each in (self.places, self.arrived):
+            each.update({lane: place + places[lane] for lane, place in each.items()})
+
+    def _demand_sound(self, step: Issued, place: int, stage: Stage) -> None:
+        """What each step must be by itself."""
+        if not self.whole.contains(step.rows):
+            raise ProgramError(f"{step.name!r}: the batch has only the rows {self.whole}")
+        in_parts = step.kind in (Kind.ENTER, Kind.ALL_GATHER)
+        if stage.collective is Kind.GATHER and step.rows != self.whole and not in_parts:
+            raise ProgramError(f"{step.name!r}: this stage runs once, for the rows {self.whole}")
+        if any(edge < 0 or edge >= step.number for edge in step.after):
+            raise ProgramError(f"{step.name!r}: waits for a step that is issued later, or before the first one")
+        if (step.lane == COMPUTE) == (step.kind in COLLECTIVES):
+            raise ProgramError(f"{step.name!r}: computation runs on the compute lane, and collectives on another")
+        if step.step.wire not in ("", *WIRES) or step.step.algorithm not in ("", *ALGORITHMS):
+            known = f"wires are {', '.join(WIRES)}; algorithms {', '.join(ALGORITHMS)}"
+            raise ProgramError(f"{step.name!r}: travels in a way that is not known; {known}")
+        if place < self.first:
+            raise ProgramError(f"{step.name!r}: some of these rows were done before")
+
+    def _step(self, step: Issued) -> None:
+        place = self._place(step)
+        stage = self.outline.stages[place]
+        self._demand_sound(step, place, stage)
+        if step.kind in COLLECTIVES:
+            self._collective(step, place, stage)
             return
-        waited = [self.network[edge] for edge in step.after if edge in self.network]
-        self.arrived = max([self.arrived, *waited])
+        for edge in step.after:
+            lane, at = self.network.get(edge, (COMPUTE, -1))
+            self.arrived[lane] = max(self.arrived[lane], at)
         match step.kind:
             case Kind.ENTER:
-                self._enter(step)
+                self._enter(step, place)
             case Kind.TAIL:
-                self._tail(step)
+                self._tail(step, place)
             case _:
-                self._compute(step)
+                self._compute(step, place, stage)
 
-    def _compute(self, step: Step) -> None:
-        stage, progress = self.stages[step.stage], self.progress[step.stage]
+    def _of(self, place: int) -> _Progress:
+        return self.progress.setdefault(place, _Progress())
+
+    def _compute(self, step: Issued, place: int, stage: Stage) -> None:
+        progress = self._of(place)
         _once(progress.started, step)
         if step.kind is Kind.BODY and stage.collective is not Kind.REDUCE:
             raise ProgramError(f"{step.name!r}: only a stage that ends in a reduce has a tail")
         if progress.entered or any(rows.intersects(step.rows) for rows in self.spread):
-            self._input_gathered(step)
+            self._input_gathered(step, progress)
         else:
-            self._sums_arrived(step)
+            self._sums_arrived(step, place)
+        self._read_by_those_before(step, place)
         if stage.ordered:
             self._keeps_order(step, progress.started)
         progress.started.append(step.rows)
-        if step.kind is Kind.BODY:
-            progress.bodies.append(step.rows)
-        else:
-            progress.partials.append(step.rows)
+        (progress.bodies if step.kind is Kind.BODY else progress.partials).append(step.rows)
+        self._forget()
 
-    def _tail(self, step: Step) -> None:
-        progress = self.progress[step.stage]
+    def _tail(self, step: Issued, place: int) -> None:
+        progress = self._of(place)
         if not any(body.contains(step.rows) for body in progress.bodies):
             raise ProgramError(f"{step.name!r}: no body of these rows was issued before")
         _once(progress.partials, step)
         progress.partials.append(step.rows)
 
-    def _enter(self, step: Step) -> None:
-        progress = self.progress[step.stage]
+    def _enter(self, step: Issued, place: int) -> None:
+        progress = self._of(place)
         _once(progress.entered, step)
         if progress.started and not progress.gathered:
             raise ProgramError(f"{step.name!r}: {step.stage} was computed without an all_gather before")
         if step.rows not in self.spread:
             raise ProgramError(f"{step.name!r}: no reduce_scatter of just these rows was issued before")
-        self._sums_arrived(step)
+        self._sums_arrived(step, place)
         progress.entered.append(step.rows)
 
-    def _collective(self, index: int, step: Step) -> None:
-        progress = self.progress[step.stage]
-        self.network[index] = len(self.network)
+    def _collective(self, step: Issued, place: int, stage: Stage) -> None:
+        progress, at = self._of(place), self.places[step.lane]
+        self.network[step.number] = step.lane, at
+        self.places[step.lane] += 1
         if step.kind is Kind.ALL_GATHER:
             if step.rows not in progress.entered:
                 raise ProgramError(f"{step.name!r}: no enter of just these rows was issued before")
-            _once([rows for rows, _ in progress.gathered], step)
-            progress.gathered.append((step.rows, self.network[index]))
+            _once([rows for rows, _, _ in progress.gathered], step)
+            progress.gathered.append((step.rows, step.lane, at))
             return
-        self._may_end_in(step)
+        self._may_end_in(step, stage)
         if not any(partial.contains(step.rows) for partial in progress.partials):
             raise ProgramError(f"{step.name!r}: no single partial holds these rows yet")
-        _once([rows for rows, _ in progress.collected], step)
-        progress.collected.append((step.rows, self.network[index]))
+        _once([rows for rows, _, _ in progress.collected], step)
+        progress.collected.append((step.rows, step.lane, at))
 
-    def _may_end_in(self, step: Step) -> None:
+    def _may_end_in(self, step: Issued, stage: Stage) -> None:
         """The stage ends in this collective, and rows that are spread over the ranks stay spread alike."""
-        collective = self.stages[step.stage].collective
         scatters = step.kind is Kind.REDUCE_SCATTER
-        if collective is not (Kind.REDUCE if scatters else step.kind):
-            raise ProgramError(f"{step.name!r}: this stage ends in {collective or 'no collective'}")
+        if stage.collective is not (Kind.REDUCE if scatters else step.kind):
+            raise ProgramError(f"{step.name!r}: this stage ends in {stage.collective or 'no collective'}")
         if step.kind is Kind.GATHER:
             return
+        if scatters and any(each.lag for each in self.outline.layer):
+            raise ProgramError(f"{step.name!r}: a stage of this model goes without the last sum; it needs reduce")
+        if scatters and self.narrow < len(self.outline.stages) - 1:
+            raise ProgramError(f"{step.name!r}: wanted rows go on alone, but each rank has its part of all rows only")
         spread = [rows for rows in self.spread if rows.intersects(step.rows)]
         if spread and not (scatters and spread == [step.rows]):
             raise ProgramError(f"{step.name!r}: since a reduce_scatter, each rank has its part of the rows {spread[0]}")
         if scatters and not spread:
             self.spread.append(step.rows)
 
-    def _sums_arrived(self, step: Step) -> None:
-        before = self.before.get(step.stage)
-        if before is None:
-            return
-        progress = self.progress[before.name]
-        if before.collective is None:
-            there = progress.partials
-        else:
-            there = [rows for rows, place in progress.collected if place <= self.arrived]
-        if _covered(there, step.rows) < step.rows.length:
-            raise ProgramError(f"{step.name!r}: not after everything that {before.name} leaves in its rows")
+    def _sums_arrived(self, step: Issued, place: int) -> None:
+        for before in range(self.first, self.outline.input_until(place) + 1):
+            there = self._left_by(before)
+            if _covered(there, step.rows) < step.rows.length:
+                name = self.outline.stages[before].name
+                raise ProgramError(f"{step.name!r}: not after everything that {name} leaves in its rows")
 
-    def _input_gathered(self, step: Step) -> None:
-        there = [rows for rows, place in self.progress[step.stage].gathered if place <= self.arrived]
-        if _covered(there, step.rows) < step.rows.length:
+    def _read_by_those_before(self, step: Issued, place: int) -> None:
+        """There is one residual stream: what a stage reads is changed by no later one, and from where wanted rows go on
+        alone, the others are not needed any more."""
+        until = self.outline.input_until(place)
+        for before in range(self.first, place):
+            read = self._of(before).started
+            changes = self.outline.input_until(before) < until or before == self.narrow
+            if changes and _covered(read, step.rows) < step.rows.length:
+                name = self.outline.stages[before].name
+                raise ProgramError(
+                    f"{step.name!r}: {name} has not read all of these rows yet, and this would change them"
+                )
+
+    def _left_by(self, place: int) -> list[Rows]:
+        """Rows whose contribution by a stage is known to be there."""
+        progress = self._of(place)
+        return progress.partials if self.outline.stages[place].collective is None else self._there(progress.collected)
+
+    def _there(self, arrivals: list[_Arrival]) -> list[Rows]:
+        return [rows for rows, lane, at in arrivals if at <= self.arrived[lane]]
+
+    def _input_gathered(self, step: Issued, progress: _Progress) -> None:
+        if _covered(self._there(progress.gathered), step.rows) < step.rows.length:
             raise ProgramError(f"{step.name!r}: not after an all_gather of everything in its rows")
 
-    def _keeps_order(self, step: Step, started: list[Rows]) -> None:
-        for _, rows in self.batch.within(step.rows):
-            span = next(span for span in self.batch.spans if span.contains(rows))
+    def _keeps_order(self, step: Issued, started: list[Rows]) -> None:
+        for _, span, rows in self.batch.within(step.rows):
             earlier = Rows(span.start, rows.start)
             if _covered(started, earlier) < earlier.length:
                 raise ProgramError(f"{step.name!r}: earlier rows of the same sequence ({earlier}) come later")
 
-    def _complete(self, name: str) -> None:
-        progress, stage = self.progress[name], self.stages[name]
-        done = [rows for rows, _ in progress.collected] if stage.collective else progress.partials
-        if _covered(done, self.whole) < self.whole.length:
-            raise ProgramError(f"{name}: not all of the rows {self.whole} go through it")
+    def _complete(self, place: int) -> bool:
+        progress, stage = self._of(place), self.outline.stages[place]
+        done = [rows for rows, _, _ in progress.collected] if stage.collective else progress.partials
+        return _covered(done, self.whole) == self.whole.length
+
+    def _forget(self) -> None:
+        """Stages that are complete, and whose contribution all rows of a later one have read."""
+        while (reader := self.outline.readers[self.first]) is not None:
+            read = self.progress[reader].started if reader in self.progress else []
+            if not self._complete(self.first) or _covered(read, self.whole) < self.whole.length:
+                return
+            self.progress.pop(self.first)
+            self.first += 1
 
 
-def _once(done: list[Rows], step: Step) -> None:
+def _enters(step: Issued) -> bool:
+    """It is about what the stage before left."""
+    return step.kind in (Kind.ENTER, Kind.ALL_GATHER)
+
+
+def _once(done: list[Rows], step: Issued) -> None:
     if any(rows.intersects(step.rows) for rows in done):
         raise ProgramError(f"{step.name!r}: some of these rows were done before")
 

@@ -1,211 +1,180 @@
-"""Steps, programs and their text form.
+"""Programs: the whole description of a forward pass, the same for every rank.
 
-A program is the whole description of a forward pass: steps in issue order, each for some rows of one stage, on
-one of two lanes, with the steps of the other lane that it waits for. It is the same on every rank. Knows nothing
-of tensors, ranks or time.
+Layers repeat, so a program's form is a few blocks of steps, each with how often it repeats; and chunks have numbers,
+so a form is the same for all batches that are cut alike. The batch brings the offsets between which its chunks lie.
+text.py has the form that people read. Knows nothing of tensors or time.
 
-    compute  L3.attention  0:512
-    reduce   L3.attention  0:512
-    compute  L3.attention  512:1024
-    compute  L3.mlp        0:256      after reduce L3.attention 0:512
-
-Two orders hold without being written: the steps of one lane run in issue order, and a collective follows the
-computation of its own rows.
+Two orders hold without being said: the steps of one lane run in issue order, and a collective follows the computation
+of its own rows.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
 
 from weft.program.batch import Rows
-
-
-class Lane(StrEnum):
-    """Where a step runs: a rank computes and communicates at the same time."""
-
-    COMPUTE = "compute"
-    NETWORK = "network"
-
-
-class Kind(StrEnum):
-    """What a step does."""
-
-    COMPUTE = "compute"  # a stage's body and tail
-    BODY = "body"  # a stage's computation up to the input of its last projection
-    TAIL = "tail"  # that projection, for all or some rows of a body
-    ENTER = "enter"  # adds what a reduce_scatter left and takes the stage's norm, each rank for its part of the rows
-    REDUCE = "reduce"  # all-reduce: sums the partials of all ranks, everywhere
-    REDUCE_SCATTER = "reduce_scatter"  # the same, but each rank gets its part of the rows only
-    ALL_GATHER = "all_gather"  # collects everywhere what `enter` left on each rank: a stage's input
-    GATHER = "gather"  # collects the ranks' slices of the logits on rank 0
-
-    @property
-    def lane(self) -> Lane:
-        """The lane that the step occupies."""
-        return Lane.NETWORK if self in COLLECTIVES else Lane.COMPUTE
-
-
-COLLECTIVES = frozenset({Kind.REDUCE, Kind.REDUCE_SCATTER, Kind.ALL_GATHER, Kind.GATHER})
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A piece of the model that ends in at most one collective.
-
-    `ordered`: within a sequence, later rows read what earlier rows wrote (attention).
-    """
-
-    name: str
-    collective: Kind | None
-    ordered: bool = False
-
-    @property
-    def part(self) -> str:
-        """The name without its layer: `attention` for `L3.attention`."""
-        return self.name.rpartition(".")[2]
-
-
-def decoder_stages(layers: int) -> tuple[Stage, ...]:
-    """The stages of a decoder-only transformer, in order: embed, attention and mlp of each layer, head."""
-    stages = [Stage("embed", None)]
-    for layer in range(layers):
-        stages.append(Stage(f"L{layer}.attention", Kind.REDUCE, ordered=True))
-        stages.append(Stage(f"L{layer}.mlp", Kind.REDUCE))
-    stages.append(Stage("head", Kind.GATHER))
-    return tuple(stages)
-
-
-class Step(NamedTuple):
-    """One entry of a program. `after` holds the indices of earlier steps that must have ended first."""
-
-    kind: Kind
-    stage: str
-    rows: Rows
-    after: tuple[int, ...] = ()
-
-    @property
-    def lane(self) -> Lane:
-        """The lane that the step occupies."""
-        return self.kind.lane
-
-    @property
-    def part(self) -> str:
-        """The stage without its layer: `attention` for `L3.attention`."""
-        return self.stage.rpartition(".")[2]
-
-    @property
-    def name(self) -> str:
-        """What other steps call it; unique in a program."""
-        return f"{self.kind} {self.stage} {self.rows}"
+from weft.program.stages import COLLECTIVES, COMPUTE, Kind, stage_name
 
 
 class ProgramError(ValueError):
     """A program that can't be read, or that must not run."""
 
 
+class Step(NamedTuple):
+    """What is done in which stage, for which chunk.
+
+    `layer`: in the block's first round; None for a stage outside the layers. `chunk`: its number in the form. `after`:
+    how many steps earlier, in issue order, those were issued that must have ended. `wanted`: it is about the wanted
+    ones of its rows only. `on`: its lane, `wire` and `algorithm`: how it travels; empty for the usual.
+    """
+
+    kind: Kind
+    part: str
+    layer: int | None
+    chunk: int
+    after: tuple[int, ...] = ()
+    wanted: bool = False
+    on: str = ""
+    wire: str = ""
+    algorithm: str = ""
+
+    @property
+    def lane(self) -> str:
+        """What it occupies while it runs."""
+        return self.on or self.kind.lane
+
+    def later(self, layers: int) -> Step:
+        """The same, so many layers on."""
+        return self if self.layer is None else self._replace(layer=self.layer + layers)
+
+
 @dataclass(frozen=True)
-class Program:
-    """Steps in issue order. `str(program)` is its text form and `Program.parse` reads it back."""
+class Block:
+    """Steps in issue order that are issued `rounds` times; each round is `layers` layers beyond the one before."""
 
     steps: tuple[Step, ...]
+    rounds: int = 1
+    layers: int = 1
 
-    def __iter__(self) -> Iterator[Step]:
-        return iter(self.steps)
+    @cached_property
+    def reach(self) -> int:
+        """Of the edge that reaches back farthest, in steps."""
+        return max((distance for step in self.steps for distance in step.after), default=0)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A program but for where its batch is cut. `chunks`: each lies between two of the batch's numbered offsets."""
+
+    blocks: tuple[Block, ...]
+    chunks: tuple[tuple[int, int], ...]
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # forms are looked up for every batch
+        return hash((self.blocks, self.chunks))
 
     def __len__(self) -> int:
-        return len(self.steps)
-
-    def __str__(self) -> str:
-        return self.text
+        return self._length
 
     @cached_property
-    def collectives(self) -> frozenset[int]:
-        """The steps of the network lane."""
-        return frozenset(index for index, step in enumerate(self.steps) if step.lane is Lane.NETWORK)
+    def _length(self) -> int:
+        return sum(len(block.steps) * block.rounds for block in self.blocks)
 
     @cached_property
-    def collected(self) -> frozenset[str]:
-        """The stages whose partials a collective takes."""
-        steps = (self.steps[index] for index in self.collectives)
-        return frozenset(step.stage for step in steps if step.kind is not Kind.ALL_GATHER)
+    def lanes(self) -> tuple[str, ...]:
+        """Those that steps occupy, the compute lane first."""
+        used = [step.lane for block in self.blocks for step in block.steps]
+        return tuple(dict.fromkeys([COMPUTE, *used]))
 
     @cached_property
-    def gathered(self) -> frozenset[str]:
-        """The stages whose input an all_gather brings."""
-        return frozenset(step.stage for step in self.steps if step.kind is Kind.ALL_GATHER)
+    def urgent(self) -> tuple[tuple[tuple[bool, ...], tuple[bool, ...]], ...]:
+        """For each block, and each of its steps in a round that another one follows and in the last round: whether it
+        is a collective for which the very next computation waits, or that no computation follows."""
+        found: list[tuple[tuple[bool, ...], tuple[bool, ...]]] = []
+        following: tuple[Step, ...] = ()
+        for block in reversed(self.blocks):
+            found.append((_awaited(block.steps, block.steps), _awaited(block.steps, following)))
+            following = (*block.steps, *following) if _computes(block.steps) is None else block.steps
+        return tuple(reversed(found))
+
+
+def _computes(steps: tuple[Step, ...]) -> int | None:
+    """The place of the first step that computes."""
+    return next((place for place, step in enumerate(steps) if step.kind not in COLLECTIVES), None)
+
+
+def _awaited(steps: tuple[Step, ...], following: tuple[Step, ...]) -> tuple[bool, ...]:
+    both, found = (*steps, *following), []
+    for place, step in enumerate(steps):
+        ahead = _computes(both[place:])
+        urgent = ahead is None or ahead in both[place + ahead].after
+        found.append(step.kind in COLLECTIVES and urgent)
+    return tuple(found)
+
+
+class Issued(NamedTuple):
+    """A step of some round, with the rows of some batch. `number`: its place in issue order."""
+
+    number: int
+    step: Step
+    layer: int | None
+    rows: Rows
+
+    @property
+    def kind(self) -> Kind:
+        """What it does."""
+        return self.step.kind
+
+    @property
+    def lane(self) -> str:
+        """What it occupies while it runs."""
+        return self.step.lane
+
+    @property
+    def stage(self) -> str:
+        """The stage's name, with its layer."""
+        return stage_name(self.step.part, self.layer)
+
+    @property
+    def name(self) -> str:
+        """What people call it; unique in a program."""
+        return f"{self.kind} {self.stage} {self.rows}"
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        """Places of the steps that must have ended."""
+        return tuple([self.number - distance for distance in self.step.after])
+
+
+@dataclass(frozen=True)
+class Program:
+    """A form, and the offsets of a batch between which its chunks lie, rising from 0 to all rows.
+
+    Iterating goes through the steps of all rounds, in issue order.
+    """
+
+    form: Form
+    offsets: tuple[int, ...]
 
     @cached_property
-    def awaited_next(self) -> frozenset[int]:
-        """Collectives that the very next step of the compute lane waits for, or that no such step follows."""
-        found, waited = set(), frozenset(range(len(self.steps)))
-        for index in range(len(self.steps) - 1, -1, -1):
-            step = self.steps[index]
-            if step.lane is Lane.COMPUTE:
-                waited = frozenset(step.after)
-            elif index in waited:
-                found.add(index)
-        return frozenset(found)
+    def rows(self) -> tuple[Rows, ...]:
+        """Of each chunk."""
+        return tuple([Rows(self.offsets[first], self.offsets[last]) for first, last in self.form.chunks])
 
-    @cached_property
-    def text(self) -> str:
-        """One line a step."""
-        kinds = max((len(step.kind) for step in self.steps), default=0)
-        stages = max((len(step.stage) for step in self.steps), default=0)
-        rows = max((len(str(step.rows)) for step in self.steps), default=0)
-        lines = (f"{s.kind:<{kinds}}  {s.stage:<{stages}}  {s.rows!s:<{rows}}  {self._after(s)}" for s in self.steps)
-        return "".join(line.rstrip() + "\n" for line in lines)
+    def __len__(self) -> int:
+        return len(self.form)
 
-    def _after(self, step: Step) -> str:
-        return "after " + ", ".join(self.steps[index].name for index in step.after) if step.after else ""
-
-    @classmethod
-    def parse(cls, text: str) -> Program:
-        """Reads the text form; blank lines and what follows a `#` are ignored.
-
-        Raises `ProgramError` with the line number for anything that is not a step, that has a name twice, or
-        that waits for a step which does not stand before it.
-        """
-        steps: list[Step] = []
-        index_of: dict[str, int] = {}
-        for number, raw in enumerate(text.splitlines(), start=1):
-            line = raw.partition("#")[0].strip()
-            if not line:
-                continue
-            step = _parse_step(line, number, index_of)
-            if step.name in index_of:
-                raise ProgramError(f"line {number}: the program already has the step {step.name!r}")
-            index_of[step.name] = len(steps)
-            steps.append(step)
-        return cls(tuple(steps))
-
-
-_NAME = r"(\w+)\s+([\w.]+)\s+(\d+):(\d+)"
-_STEP = re.compile(_NAME + r"(?:\s+after\s+(.+))?")
-
-
-def _parse_step(line: str, number: int, index_of: dict[str, int]) -> Step:
-    kind, stage, rows, after = _parse_name(_STEP, line, number)
-    edges = []
-    for name in after.split(",") if after else []:
-        waited = Step(*_parse_name(re.compile(_NAME), name.strip(), number)[:3]).name
-        if waited not in index_of:
-            raise ProgramError(f"line {number}: waits for {waited!r}, which does not stand before it")
-        edges.append(index_of[waited])
-    return Step(kind, stage, rows, tuple(edges))
-
-
-def _parse_name(pattern: re.Pattern[str], text: str, number: int) -> tuple[Kind, str, Rows, str | None]:
-    match = pattern.fullmatch(text)
-    if match is None:
-        raise ProgramError(f"line {number}: {text!r} is not a step; one looks like 'reduce L3.attention 0:512'")
-    kind, stage, start, stop, *rest = match.groups()
-    if kind not in Kind.__members__.values():
-        raise ProgramError(f"line {number}: unknown kind {kind!r}; known are {', '.join(Kind)}")
-    if int(start) >= int(stop):
-        raise ProgramError(f"line {number}: the rows {start}:{stop} are empty")
-    return Kind(kind), stage, Rows(int(start), int(stop)), rest[0] if rest else None
+    def __iter__(self) -> Iterator[Issued]:
+        place = 0
+        for block in self.form.blocks:
+            for round_ in range(block.rounds):
+                for step in block.steps:
+                    layer = None if step.layer is None else step.layer + round_ * block.layers
+                    yield Issued(place, step, layer, self.rows[step.chunk])
+                    place += 1

@@ -145,12 +145,12 @@ def canonical(overlap: str) -> str:
 
 @dataclass(frozen=True)
 class Cuts:
-    """Where the flattened batch is cut: offsets for attention, offsets for the other stages, tiles of a tail.
+    """Where the flattened batch is cut: offsets for ordered stages (attention) and for the others, tiles of a tail.
 
     `scattered`: sums are reduce-scatter and all-gather. `ahead`: earlier chunks are a stage ahead of later ones.
     """
 
-    attention: tuple[int, ...] = ()
+    ordered: tuple[int, ...] = ()
     others: tuple[int, ...] = ()
     tiles: int = 1
     scattered: bool = False

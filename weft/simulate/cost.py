@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from weft.program.batch import Batch, Rows
-from weft.program.steps import Kind
+from weft.program.stages import COMPUTE, NETWORK, Kind
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,12 @@ class ComputeCosts:
         """Body and tail together."""
         return {part: Table.sum(table, self.tail[part]) for part, table in self.body.items()}
 
-    def scores(self, batch: Batch, rows: Rows) -> float:
-        """Attention's own part for some rows."""
+    def scores(self, batch: Batch, rows: Rows, wanted: bool = False) -> float:
+        """Attention's own part for some rows, or for the wanted ones of them."""
         total = 0.0
         for segment, span in zip(batch.segments, batch.spans, strict=True):
-            start, stop = max(span[0], rows[0]), min(span[1], rows[1])
+            first = span[1] - segment.wanted if wanted else span[0]
+            start, stop = max(first, rows[0]), min(span[1], rows[1])
             if start < stop:
                 total += self._scores(stop - start, segment.start + start - span[0])
         return total
@@ -132,9 +133,9 @@ class ComputeCosts:
 class WireCosts:
     """Collectives on one wire, in seconds against encoded bytes of the whole partial.
 
-    `small` up to `limit` bytes and `large` above it: the sum's two algorithms. `hop`: one message from each rank to
-    each other, as reduce-scatter, all-gather and the logits' gather need it. `element`: bytes of one number on the
-    wire. `fused`: the sum takes the norm that follows it along, so that the next body goes without.
+    `small` up to `limit` bytes and `large` above it: the sum's algorithms, one-shot and two-shot. `hop`: one message
+    from each rank to each other, as reduce-scatter, all-gather and the logits' gather need it. `element`: bytes of one
+    number on the wire. `fused`: the sum takes the norm that follows it along, so that the next body goes without.
     """
 
     small: Table
@@ -144,10 +145,11 @@ class WireCosts:
     element: float
     fused: bool = False
 
-    def table(self, kind: Kind, size: float) -> Table:
-        """The one that holds for a collective on `size` bytes."""
+    def table(self, kind: Kind, size: float, algorithm: str = "") -> Table:
+        """The one that holds for a collective on `size` bytes, by an algorithm or by the usual one."""
         if kind is Kind.REDUCE:
-            return self.small if size <= self.limit else self.large
+            small = algorithm == "one-shot" if algorithm else size <= self.limit
+            return self.small if small else self.large
         return self.hop
 
     @property
@@ -163,13 +165,13 @@ class WireCosts:
 
 @dataclass(frozen=True)
 class Contention:
-    """What the two lanes do to each other.
+    """What a lane that communicates does to another one, the compute lane mostly.
 
     A collective of b bytes takes `fixed` + `per_byte` * b seconds of the compute lane's processor, a small one `small`
     seconds, spread over its own duration; one that starts while something computes takes `turn` seconds longer, until
     it gets its turn of the processor. `wake`: seconds until a compute lane that waited goes on. `burst`: bytes that an
-    idle link takes at once (token buckets, buffers). `part`: of the compute lane's speed that any collective takes away
-    (a GPU's has its share of the multiprocessors).
+    idle link takes at once (token buckets, buffers). `part`: of the other lane's speed that any collective takes away
+    (a GPU's has its share of the multiprocessors, and two lanes that share a link have half of it each).
     """
 
     part: float = 0.0
@@ -186,12 +188,16 @@ class Contention:
         return own + self.part * seconds
 
 
+SHARED = Contention(part=0.5)
+
+
 @dataclass(frozen=True)
 class Costs:
     """Everything that the simulator needs: ranks (several may be alike), wires by name, contention.
 
     `width`: numbers in one row of a partial. `logits`: bytes of one wanted row that a rank sends to rank 0.
-    `world`: ranks, where `ranks` holds one entry for all of them.
+    `world`: ranks, where `ranks` holds one entry for all of them. `contention`: of the network with computation;
+    `between`: of other pairs of lanes, by both names, "compute network2".
     """
 
     ranks: tuple[ComputeCosts, ...]
@@ -200,6 +206,13 @@ class Costs:
     width: int
     logits: float
     world: int
+    between: dict[str, Contention] = field(default_factory=dict)
+
+    def contention_of(self, one: str, other: str) -> Contention:
+        """What `other` does to `one`. Without a measurement every lane treats computation as the network does, and two
+        that communicate share one link."""
+        usual = self.contention if one == COMPUTE else SHARED if other != NETWORK or one != other else Contention()
+        return self.between.get(f"{one} {other}", usual)
 
     @cached_property
     def pace(self) -> ComputeCosts:
@@ -207,26 +220,35 @@ class Costs:
         return ComputeCosts.slowest(self.ranks)
 
     def compute_seconds(
-        self, rank: ComputeCosts, kind: Kind, part: str, rows: Rows, batch: Batch, entered: bool = False
+        self, rank: ComputeCosts, kind: Kind, part: str, rows: Rows, batch: Batch, entered: bool = False,
+        wanted: bool = False,
     ) -> float:  # fmt: skip
-        """One step of the compute lane. `entered`: its norm was taken elsewhere."""
-        count = rows[1] - rows[0]
+        """One step of the compute lane. `entered`: its norm was taken elsewhere; `wanted`: see `program.steps.Step`."""
+        count = self.count(rows, batch, wanted)
         if kind is Kind.ENTER:
             return rank.enter.at(count / self.world)
         if kind is Kind.TAIL:
-            return rank.tail[part].at(count)
-        if part == "head":
-            count = sum(rows[0] <= row < rows[1] for row in batch.wanted_rows)
-        seconds = (rank.body if kind is Kind.BODY else rank.whole)[part].at(count)
-        if part == "attention":
-            seconds += rank.scores(batch, rows)
+            return rank.tail[part].at(count) if count else 0.0
+        if part == "attention":  # stores what all rows leave behind
+            seconds = rank.body[part].at(rows[1] - rows[0]) + rank.scores(batch, rows, wanted)
+            seconds += rank.tail[part].at(count) if count and kind is Kind.COMPUTE else 0.0
+            count = rows[1] - rows[0]
+        elif not count:
+            return 0.0
+        else:
+            seconds = (rank.body if kind is Kind.BODY else rank.whole)[part].at(count)
         return max(0.0, seconds - rank.enter.at(count)) if entered else seconds
 
-    def size(self, wire: WireCosts, kind: Kind, rows: Rows, batch: Batch) -> float:
+    def count(self, rows: Rows, batch: Batch, wanted: bool) -> int:
+        """How many rows, or wanted ones of them."""
+        start, stop = batch.wanted(rows) if wanted else rows
+        return stop - start
+
+    def size(self, wire: WireCosts, kind: Kind, rows: Rows, batch: Batch, wanted: bool = False) -> float:
         """Bytes that a collective is about."""
         if kind is Kind.GATHER:
             return self.logits * len(batch.wanted_rows)
-        return wire.element * self.width * (rows[1] - rows[0])
+        return wire.element * self.width * self.count(rows, batch, wanted)
 
     def scaled(self, compute: float, network: float) -> Costs:
         """The same with slower (or faster) computation and collectives, by these factors."""

@@ -1,19 +1,26 @@
 """The simulator: a program and costs in, the `Timeline` out that executing it would give.
 
-Two lanes that run in issue order, edges between them, and contention: while both are busy each goes at a rate of its
-own. Knows programs and costs; knows nothing of models or machines.
+Lanes that run in issue order, edges between them, and contention: lanes that are busy at once each go at a rate of
+their own. Knows programs and costs; knows nothing of models or machines.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from weft.program.batch import Batch, Rows
-from weft.program.steps import COLLECTIVES, Kind, Program
+from weft.program.stages import COLLECTIVES, COMPUTE, Kind
+from weft.program.steps import Block, Form, Program, Step
 from weft.simulate.cost import ComputeCosts, Costs, WireCosts
 from weft.timeline.timeline import Event, Timeline
+
+INFINITE = float("inf")
+LEAST = 0.1  # of its speed that a lane keeps, whatever happens beside it
+REPEATS = 1e-12  # seconds: smaller differences between two rounds are those of floating point
 
 
 class Taken(NamedTuple):
@@ -27,169 +34,342 @@ class Taken(NamedTuple):
 
 class Coupling(NamedTuple):
     """What lies between steps, in seconds: see `Contention`. `credit`: of time on the wire that an idle link has saved
-    up when it is idle for long."""
+    up when it is idle for long. `shared`: for each two lanes the part of its speed that the first one loses while the
+    second one is busy too."""
 
     turn: float
     wake: float
     credit: float
+    shared: tuple[tuple[float, ...], ...]
 
 
-class Example(NamedTuple):
-    """One of the steps that take alike: those of all layers, mostly. `entered`: its norm is taken elsewhere."""
+class Work(NamedTuple):
+    """What steps have in common that take alike for the same rows. `entered`: their norm is taken elsewhere."""
 
     kind: Kind
     part: str
-    rows: Rows
     entered: bool
+    wanted: bool
+    lane: str
+    wire: str
+    algorithm: str
+
+
+_Step = tuple[int, int, tuple[int, ...]]  # number of its work, of its lane, edges
 
 
 @dataclass(frozen=True)
 class Structure:
-    """A program's order and edges. `alike`: for each step the place of its like in `examples`."""
+    """What there is to know of a form before its rows are known: `works` with their chunks, each once; and for each
+    block and step which of them it is, its lane's number, and its edges."""
 
-    network: tuple[bool, ...]
-    after: tuple[tuple[int, ...], ...]
-    alike: tuple[int, ...]
-    examples: tuple[Example, ...]
+    form: Form
+    works: tuple[tuple[Work, int], ...]
+    blocks: tuple[tuple[_Step, ...], ...]
 
-    @classmethod
-    def of(cls, program: Program, fused: bool = False) -> Structure:
-        """Reads a program. `fused`: its sums take the norms that follow them along."""
-        known: dict[Example, int] = {}
-        gathered, collectives, alike = program.gathered, program.collectives, []
-        summed = {step.stage for step in program.steps if step.after} if fused else set()
-        for step in program.steps:
-            example = Example(step.kind, step.part, step.rows, step.stage in gathered or step.stage in summed)
-            alike.append(known.setdefault(example, len(known)))
-        return cls(
-            tuple(index in collectives for index in range(len(program))), tuple(step.after for step in program.steps),
-            tuple(alike), tuple(known),
-        )  # fmt: skip
+    @cached_property
+    def counts(self) -> list[tuple[int, int]]:
+        """Of each work its lane, and how often it is done."""
+        counted: dict[int, list[int]] = {}
+        for block, steps in zip(self.form.blocks, self.blocks, strict=True):
+            for work, lane, _ in steps:
+                counted.setdefault(work, [lane, 0])[1] += block.rounds
+        return [(lane, count) for _, (lane, count) in sorted(counted.items())]
+
+    def bound(self, costs: Sequence[Taken]) -> float:
+        """Seconds of the longest lane alone, which no order of steps goes below, but for what a link saves up."""
+        total = [0.0] * len(self.form.lanes)
+        for (lane, count), cost in zip(self.counts, costs, strict=True):
+            total[lane] += count * cost.seconds
+        return max(total)
+
+    @property
+    def steps(self) -> Iterator[_Step]:
+        """Those of all rounds."""
+        for block, steps in zip(self.form.blocks, self.blocks, strict=True):
+            for _ in range(block.rounds):
+                yield from steps
 
 
-def taken(example: Example, batch: Batch, costs: Costs, wire: WireCosts, rank: ComputeCosts) -> Taken:
-    """What it takes by itself, on one rank."""
-    kind, part, rows, entered = example
+@lru_cache(maxsize=512)
+def structure_of(form: Form, fused: bool = False) -> Structure:
+    """Reads a form. `fused`: its sums take the norms that follow them along."""
+    numbers: dict[tuple[Work, int], int] = {}
+    lanes = {lane: number for number, lane in enumerate(form.lanes)}
+    blocks: list[tuple[_Step, ...]] = []
+    for place, block in enumerate(form.blocks):
+        steps = []
+        for at, step in enumerate(block.steps):
+            entered = step.kind not in COLLECTIVES and _entered(form, place, at, step, fused)
+            work = Work(step.kind, step.part, entered, step.wanted, step.lane, step.wire, step.algorithm)
+            number = numbers.setdefault((work, step.chunk), len(numbers))
+            steps.append((number, lanes[step.lane], step.after))
+        blocks.append(tuple(steps))
+    return Structure(form, tuple(numbers), tuple(blocks))
+
+
+def _entered(form: Form, block: int, at: int, step: Step, fused: bool) -> bool:
+    """Something that it waits for has taken its norm along."""
+    waited = (_before(form.blocks, block, at - distance) for distance in step.after)
+    return any(fused or other.kind is Kind.ALL_GATHER for other in waited)
+
+
+def _before(blocks: Sequence[Block], block: int, at: int) -> Step:
+    """A step of a block, or of those before it where `at` is below zero."""
+    while at < 0:
+        block -= 1
+        at += len(blocks[block].steps) * blocks[block].rounds
+    return blocks[block].steps[at % len(blocks[block].steps)]
+
+
+def taken(work: Work, rows: Rows, batch: Batch, costs: Costs, wire: str, rank: ComputeCosts) -> Taken:
+    """What it takes by itself, on one rank; `wire`: where the step names none. Raises KeyError for an unknown one."""
+    kind = work.kind
     if kind not in COLLECTIVES:
-        return Taken(costs.compute_seconds(rank, kind, part, rows, batch, entered))
-    size = costs.size(wire, kind, rows, batch)
-    table = wire.table(kind, size)
+        return Taken(costs.compute_seconds(rank, kind, work.part, rows, batch, work.entered, work.wanted))
+    way = costs.wires[work.wire or wire]
+    size = costs.size(way, kind, rows, batch, work.wanted)
+    if not size:
+        return Taken(0.0)
+    table = way.table(kind, size, work.algorithm)
     seconds = table.at(size)
-    return Taken(seconds, costs.contention.taken(wire, size, seconds), max(0.0, seconds - table.at(0.0)))
+    stolen = costs.contention_of(COMPUTE, work.lane).taken(way, size, seconds)
+    return Taken(seconds, stolen, max(0.0, seconds - table.at(0.0)))
 
 
-def coupling(costs: Costs, wire: WireCosts) -> Coupling:
+def coupling(costs: Costs, wire: WireCosts, lanes: Sequence[str]) -> Coupling:
     """Of these costs on this wire."""
     contention = costs.contention
-    return Coupling(contention.turn, contention.wake, contention.burst * wire.per_byte)
+    shared = tuple(
+        tuple(0.0 if COMPUTE in (one, other) else costs.contention_of(one, other).part for other in lanes)
+        for one in lanes
+    )
+    return Coupling(contention.turn, contention.wake, contention.burst * wire.per_byte, shared)
 
 
-def lay_out(  # noqa: C901, PLR0912, PLR0915 (one loop: a call for each step would double its time)
-    structure: Structure, costs: Sequence[Taken], between: Coupling
-) -> tuple[list[float], list[float]]:
-    """When each step starts and stops, in seconds. At any moment at most one step of each lane is under way, and the
-    time advances to the next end of one. The link is a token bucket: what it saves up while idle, a collective need
-    not wait for."""
-    network, after, alike = structure.network, structure.after, structure.alike
-    count = len(alike)
-    starts, stops = [0.0] * count, [-1.0] * count
-    queue = [index for index in range(count) if network[index]]
-    submitted = sent = issued = 0
-    computing = sending = -1  # the step under way, with what is left of it
-    compute_left = network_left = now = saved_at = 0.0
-    free = 1.0  # the part of its speed that the compute lane has beside the collective under way
-    turn, wake, most = between
-    saved = 0.0  # batch follows on batch
-    while True:
-        waited = False
-        while computing < 0 and issued < count:  # the compute lane goes on in issue order
-            if network[issued]:
-                submitted += 1
-                issued += 1
-                continue
-            for edge in after[issued]:
-                if stops[edge] < 0:
+@dataclass(frozen=True)
+class LaidOut:
+    """When steps start and stop, in seconds, in issue order. `laid`: of each block, how many rounds are there; the last
+    one stands for those that are not."""
+
+    structure: Structure
+    starts: list[float]
+    stops: list[float]
+    laid: tuple[int, ...]
+
+    @property
+    def seconds(self) -> float:
+        """From the first step to the end of the last one."""
+        return max(self.stops)
+
+    @cached_property
+    def busy(self) -> list[float]:
+        """Seconds that each lane works."""
+        total, index = [0.0] * len(self.structure.form.lanes), 0
+        for block, steps, laid in zip(self.structure.form.blocks, self.structure.blocks, self.laid, strict=True):
+            for number in range(laid):
+                times = 1 if number < laid - 1 else block.rounds - laid + 1
+                for _, lane, _ in steps:
+                    total[lane] += times * (self.stops[index] - self.starts[index])
+                    index += 1
+        return total
+
+
+class _Clock:
+    """All lanes at one moment, and when steps started and stopped; the compute lane is lane 0.
+
+    `now`, in seconds; of each lane the step under way (-1: none), how much of it is `left`, the `speed` that it has
+    beside the others, and what waits for it; `sending`: the lanes that communicate just now. A link is a token bucket:
+    what it saves up while idle, a collective need not wait for.
+    """
+
+    __slots__ = (
+        "credit", "left", "now", "queued", "queues", "saved", "saved_at", "sending", "several", "shared", "speed",
+        "starts", "stolen", "stops", "turn", "under_way", "waiting", "wake",
+    )  # fmt: skip
+
+    def __init__(self, lanes: int, between: Coupling) -> None:
+        self.turn, self.wake, self.credit, self.shared = between
+        self.now, self.waiting, self.queued = 0.0, False, 0
+        self.starts: list[float] = []
+        self.stops: list[float] = []
+        self.under_way, self.left, self.speed = [-1] * lanes, [0.0] * lanes, [1.0] * lanes
+        self.queues: list[deque[tuple[int, Taken]]] = [deque() for _ in range(lanes)]
+        self.sending: list[int] = []
+        self.several = lanes > 2
+        self.stolen, self.saved, self.saved_at = [0.0] * lanes, [0.0] * lanes, [0.0] * lanes
+
+    def issue(self, lane: int, after: tuple[int, ...], cost: Taken) -> None:
+        """The next step in issue order: the walk goes on once the computation before it has ended, and waits for what
+        a computation waits for."""
+        stops = self.stops
+        while self.under_way[0] >= 0:
+            self._advance()
+        number = len(stops)
+        if lane:
+            self.queues[lane].append((number, cost))
+            self.queued += 1
+        else:
+            for distance in after:
+                while stops[number - distance] < 0:
+                    self.waiting = True
+                    self._advance()
+            self.waiting = False
+            self.under_way[0], self.left[0] = number, cost[0]
+        self.starts.append(self.now)
+        stops.append(-1.0)
+
+    def finish(self) -> None:
+        """Until all has ended."""
+        while self.under_way[0] >= 0 or self.sending or self.queued:
+            self._advance()
+
+    def _advance(self) -> None:
+        """To the next end of a step; lanes on which something waits start with it first."""
+        under_way, left, speed = self.under_way, self.left, self.speed
+        if self.queued:
+            for lane, queue in enumerate(self.queues):
+                if queue and under_way[lane] < 0:
+                    self._send(lane, *queue.popleft())
+        seconds, ended = (left[0] / speed[0], 0) if under_way[0] >= 0 else (INFINITE, -1)
+        for lane in self.sending:
+            until = left[lane] / speed[lane]
+            if until < seconds:
+                seconds, ended = until, lane
+        assert ended >= 0, "a step waits for one that never ends: the program was not checked"
+        self.now += seconds
+        for lane in self.sending:
+            left[lane] -= seconds * speed[lane]
+        self.stops[under_way[ended]], under_way[ended] = self.now, -1
+        if ended:
+            left[0] -= seconds * speed[0]
+            self.saved_at[ended], self.stolen[ended] = self.now, 0.0
+            self.sending.remove(ended)
+            self._share()
+            if self.waiting:
+                self.now += self.wake
+
+    def _send(self, lane: int, number: int, cost: Taken) -> None:
+        """A collective starts."""
+        left, stolen, wire = cost
+        if self.credit:
+            saved = min(self.credit, self.saved[lane] + self.now - self.saved_at[lane] + left - wire)
+            left -= min(wire, saved)
+            self.saved[lane] = max(0.0, saved - wire)
+        if self.under_way[0] >= 0 and cost.seconds:
+            left += self.turn
+        self.under_way[lane], self.left[lane], self.starts[number] = number, left, self.now
+        self.stolen[lane] = stolen / left if stolen < (1 - LEAST) * left else 1 - LEAST
+        self.queued -= 1
+        self.sending.append(lane)
+        self._share()
+
+    def _share(self) -> None:
+        """What lanes keep of their speed beside each other."""
+        free = 1.0 - sum(self.stolen)
+        self.speed[0] = free if free > LEAST else LEAST
+        if self.several:
+            for lane in self.sending:
+                lost = sum([self.shared[lane][other] for other in self.sending if other != lane])
+                self.speed[lane] = max(LEAST, 1.0 - lost)
+
+    def state(self) -> object:
+        """All that what follows depends on, where the next step is one that computes."""
+        count = len(self.stops)
+        under_way = [
+            (count - number, round(left / REPEATS)) if number >= 0 else None
+            for number, left in zip(self.under_way, self.left, strict=True)
+        ]
+        queued = [len(queue) for queue in self.queues]
+        saved = [
+            round(min(self.credit, saved + self.now - at) / REPEATS)
+            for saved, at in zip(self.saved, self.saved_at, strict=True)
+        ]
+        return under_way, queued, saved
+
+    def skip(self, seconds: float) -> None:
+        """As if rounds that take so long had gone by."""
+        self.now += seconds
+        for number in self.under_way:
+            if number >= 0:
+                self.starts[number] += seconds
+        self.saved_at = [at + seconds for at in self.saved_at]
+
+
+def lay_out(structure: Structure, costs: Sequence[Taken], between: Coupling, most: int | None = None) -> LaidOut:
+    """When each step starts and stops, where `costs` has what each of the structure's works takes.
+
+    With `most`, rounds are laid out only until one leaves all lanes as the one before it did, and at most so many: each
+    further one takes as long as the last one did, but, where queues still grow, no less than its lanes are busy.
+    """
+    clock = _Clock(len(structure.form.lanes), between)
+    laid: list[int] = []
+    for block, steps in zip(structure.form.blocks, structure.blocks, strict=True):
+        begin, before, number = 0.0, None, 0
+        while number < block.rounds:
+            if most is not None and number:
+                period, state = clock.now - begin, clock.state()
+                if state == before or number >= most:
+                    period = period if state == before else max(period, _longest(steps, costs, structure.form.lanes))
+                    clock.skip((block.rounds - number) * period)
                     break
-            else:
-                computing, compute_left, starts[issued] = issued, costs[alike[issued]][0], now
-                issued += 1
-                continue
-            waited = True
-            break
-        if sending < 0 and sent < submitted:
-            sending = queue[sent]
-            sent += 1
-            seconds, stolen, wire = costs[alike[sending]]
-            starts[sending], network_left = now, seconds
-            if most:
-                saved += now - saved_at + seconds - wire
-                if saved > most:  # noqa: PLR1730 (min() takes a third of this loop's time)
-                    saved = most
-                network_left -= wire if wire < saved else saved
-                saved = saved - wire if saved > wire else 0.0
-            if computing >= 0:
-                network_left += turn
-            free = 1 - stolen / network_left if stolen < 0.9 * network_left else 0.1
-        if computing >= 0 and sending >= 0:
-            if compute_left <= network_left * free:
-                step = compute_left / free
-                network_left -= step
-                ended = computing
-            else:
-                step = network_left
-                compute_left -= step * free
-                ended = sending
-        elif computing >= 0:
-            step, ended = compute_left, computing
-        elif sending >= 0:
-            step, ended = network_left, sending
-        else:
-            break
-        now += step
-        stops[ended] = now
-        if ended == computing:
-            computing = -1
-        else:
-            sending, saved_at = -1, now
-            if waited:
-                now += wake
-    assert issued == count and sent == len(queue), "a step waits for one that never ends: the program was not checked"
-    return starts, stops
+                before = state
+            begin, number = clock.now, number + 1
+            for work, lane, after in steps:
+                clock.issue(lane, after, costs[work])
+        laid.append(number)
+    clock.finish()
+    return LaidOut(structure, clock.starts, clock.stops, tuple(laid))
+
+
+def _longest(steps: Sequence[_Step], costs: Sequence[Taken], lanes: Sequence[str]) -> float:
+    """Seconds of the longest lane alone, in one round."""
+    total = [0.0] * len(lanes)
+    for work, lane, _ in steps:
+        total[lane] += costs[work].seconds
+    return max(total)
 
 
 def simulate(program: Program, batch: Batch, costs: Costs, wire: str, title: str = "") -> Timeline:
     """What executing the program would give, predicted. Raises KeyError for a wire without costs."""
     way = costs.wires[wire]
-    structure = Structure.of(program, way.fused)
-    pace = [taken(example, batch, costs, way, costs.pace) for example in structure.examples]
-    starts, stops = lay_out(structure, pace, coupling(costs, way))
+    structure = structure_of(program.form, way.fused)
+    pace = times(structure, program, batch, costs, wire, costs.pace)
+    laid = lay_out(structure, pace, coupling(costs, way, program.form.lanes))
     events: list[Event] = []
     for number, rank in enumerate(costs.ranks):
-        spans = list(zip(starts, stops, strict=True))
+        spans = list(zip(laid.starts, laid.stops, strict=True))
         if len(costs.ranks) > 1:
-            own = [taken(example, batch, costs, way, rank) for example in structure.examples]
-            spans = _at_its_own_pace(structure, spans, pace, own)
-        ranks = range(costs.world) if len(costs.ranks) == 1 else [number]
-        for each in ranks:
-            events += [
-                Event(each, step.kind.lane, step.kind, step.stage, step.rows, start, stop)
-                for step, (start, stop) in zip(program.steps, spans, strict=True)
-            ]
+            spans = _at_its_own_pace(structure, spans, pace, times(structure, program, batch, costs, wire, rank))
+        events += [
+            Event(each, step.lane, step.kind, step.stage, step.rows, start, stop)
+            for each in (range(costs.world) if len(costs.ranks) == 1 else [number])
+            for step, (work, _, _), (start, stop) in zip(program, structure.steps, spans, strict=True)
+            if pace[work].seconds or batch.wanted(step.rows).length  # else nothing is done
+        ]
     return Timeline(tuple(events), "predicted", title)
+
+
+def times(
+    structure: Structure, program: Program, batch: Batch, costs: Costs, wire: str, rank: ComputeCosts
+) -> list[Taken]:  # fmt: skip
+    """What each of the structure's works takes, with the rows of this program."""
+    return [taken(work, program.rows[chunk], batch, costs, wire, rank) for work, chunk in structure.works]
 
 
 def _at_its_own_pace(
     structure: Structure, spans: list[tuple[float, float]], pace: Sequence[Taken], own: Sequence[Taken]
 ) -> list[tuple[float, float]]:  # fmt: skip
     """The steps of a rank that computes faster than the group: the same collectives, and more waiting for them."""
-    found, free = list(spans), 0.0
-    for index, (start, stop) in enumerate(spans):
-        if structure.network[index]:
+    shifted, free, index = list(spans), 0.0, -1
+    for work, lane, after in structure.steps:
+        index += 1
+        if lane:
             continue
-        example = structure.alike[index]
-        begin = max([free, *(spans[edge][1] for edge in structure.after[index])])
+        start, stop = spans[index]
+        begin = max([free, *(spans[index - distance][1] for distance in after)])
         begin = max(begin, 0.0 if free else start)
-        stretched = (stop - start) / pace[example].seconds if pace[example].seconds > 0 else 1.0
-        free = begin + own[example].seconds * stretched
-        found[index] = (begin, free)
-    return found
+        stretched = (stop - start) / pace[work].seconds if pace[work].seconds > 0 else 1.0
+        free = begin + own[work].seconds * stretched
+        shifted[index] = (begin, free)
+    return shifted

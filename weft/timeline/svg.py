@@ -1,4 +1,4 @@
-"""Draws timelines as SVG: two lanes a rank, steps coloured by their part of the model, waiting marked.
+"""Draws timelines as SVG: a row for each lane of a rank, steps coloured by their part of the model, waiting marked.
 
 Everything is placed in percent of the drawing's width, so that a page can stretch it. Knows timelines; knows nothing
 of how they were made.
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from math import log10
 
-from weft.program.steps import Lane
+from weft.program.stages import COMPUTE
 from weft.timeline.timeline import Event, Timeline, Wait
 
 LANE, GAP, TOP, AXIS = 22, 10, 4, 20  # heights in pixels
@@ -56,14 +56,18 @@ def heading(timeline: Timeline) -> str:
 
 def panel_height(timeline: Timeline) -> int:
     """Pixels that `panel` takes."""
-    return TOP + len(timeline.ranks) * (2 * LANE + 2 + GAP) + AXIS
+    return TOP + len(timeline.ranks) * _rank_height(timeline) + AXIS
+
+
+def _rank_height(timeline: Timeline) -> int:
+    return len(timeline.lanes) * (LANE + 2) - 2 + GAP
 
 
 def lane_names(timeline: Timeline) -> Iterator[tuple[str, int]]:
     """Each lane's name and the y of its top within the panel."""
     for place, rank in enumerate(timeline.ranks):
-        for offset, lane in enumerate(Lane):
-            yield f"rank {rank} {lane}", TOP + place * (2 * LANE + 2 + GAP) + offset * (LANE + 2)
+        for offset, lane in enumerate(timeline.lanes):
+            yield f"rank {rank} {lane}", TOP + place * _rank_height(timeline) + offset * (LANE + 2)
 
 
 def panel(timeline: Timeline, scale: float) -> Iterator[str]:
@@ -71,13 +75,13 @@ def panel(timeline: Timeline, scale: float) -> Iterator[str]:
     tops = dict(lane_names(timeline))
     yield from _axis(scale, panel_height(timeline))
     for rank in timeline.ranks:
-        for lane in Lane:
+        for lane in timeline.lanes:
             y = tops[f"rank {rank} {lane}"]
             yield f'<rect class="lane" x="0" y="{y}" width="{_percent(timeline.seconds, scale)}" height="{LANE}"/>'
             for event in timeline.lane(rank, lane):
                 yield _step(event, timeline.begin, scale, y)
         for wait in timeline.waits(rank):
-            yield _wait(wait, rank, timeline.begin, scale, tops[f"rank {rank} {Lane.COMPUTE}"])
+            yield _wait(wait, rank, timeline.begin, scale, tops[f"rank {rank} {COMPUTE}"])
 
 
 def _step(event: Event, begin: float, scale: float, y: int) -> str:

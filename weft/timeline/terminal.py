@@ -8,7 +8,6 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from weft.program.steps import Lane
 from weft.timeline.timeline import Event, Timeline
 
 # One letter and colour a part, so that a drawing without colours reads too.
@@ -17,12 +16,12 @@ IDLE = "·"
 
 
 def terminal(timeline: Timeline, width: int = 100) -> RenderableType:
-    """Two rows a rank, compute above network; a column is the part of the model that fills most of its time."""
+    """A row for each lane of a rank; a column is the part of the model that fills most of its time."""
     begin = timeline.begin
     scale = timeline.seconds / width if timeline.events else 1.0
     lines = [_axis(timeline.seconds, width)]
     for rank in timeline.ranks:
-        for lane in Lane:
+        for lane in timeline.lanes:
             lines.append(_row(timeline.lane(rank, lane), f"rank {rank} {lane:<8}", begin, scale, width))
     lines.append(_legend(timeline))
     return Group(*lines)

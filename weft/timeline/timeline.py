@@ -15,7 +15,7 @@ from typing import Any
 
 from weft.errors import InputError
 from weft.program.batch import Rows
-from weft.program.steps import Kind, Lane
+from weft.program.stages import COMPUTE, NETWORK, Kind
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Event:
     """One step on one rank. `start` and `stop` in seconds from the beginning of the program."""
 
     rank: int
-    lane: Lane
+    lane: str
     kind: Kind
     stage: str
     rows: Rows
@@ -50,6 +50,11 @@ class Timeline:
         return sorted({event.rank for event in self.events})
 
     @cached_property
+    def lanes(self) -> tuple[str, ...]:
+        """Computation first, then the lanes that communicate."""
+        return tuple(dict.fromkeys((COMPUTE, NETWORK, *sorted({event.lane for event in self.events}))))
+
+    @cached_property
     def begin(self) -> float:
         """When the first event starts."""
         return min((event.start for event in self.events), default=0.0)
@@ -64,35 +69,50 @@ class Timeline:
         """From begin to end."""
         return self.end - self.begin
 
-    def lane(self, rank: int, lane: Lane) -> list[Event]:
+    def lane(self, rank: int, lane: str) -> list[Event]:
         """One lane's events in order of time."""
         return self._lanes.get((rank, lane), [])
 
     @cached_property
-    def _lanes(self) -> dict[tuple[int, Lane], list[Event]]:
-        found: dict[tuple[int, Lane], list[Event]] = {}
+    def _lanes(self) -> dict[tuple[int, str], list[Event]]:
+        found: dict[tuple[int, str], list[Event]] = {}
         for event in sorted(self.events, key=lambda e: e.start):
             found.setdefault((event.rank, event.lane), []).append(event)
         return found
 
-    def busy(self, rank: int, lane: Lane) -> float:
+    def busy(self, rank: int, lane: str) -> float:
         """Seconds that a rank's lane works."""
         return sum(event.seconds for event in self.lane(rank, lane))
 
+    def communicating(self, rank: int) -> float:
+        """Seconds in which a rank communicates, on one lane at least."""
+        covered, until = 0.0, float("-inf")
+        for event in self._communication(rank):
+            covered += max(0.0, event.stop - max(event.start, until))
+            until = max(until, event.stop)
+        return covered
+
+    def _communication(self, rank: int) -> list[Event]:
+        """What a rank's other lanes do, in order of time."""
+        lanes = [self.lane(rank, lane) for lane in self.lanes if lane != COMPUTE]
+        return sorted((event for lane in lanes for event in lane), key=lambda event: event.start)
+
     def overlapped(self, rank: int) -> float:
-        """Seconds in which both lanes of a rank work at the same time."""
-        network = _Lane(self.lane(rank, Lane.NETWORK))
-        return sum(
-            max(0.0, min(c.stop, n.stop) - max(c.start, n.start))
-            for c in self.lane(rank, Lane.COMPUTE)
-            for n in network.touching(c.start, c.stop)
-        )
+        """Seconds in which a rank computes and communicates at the same time."""
+        network, total = _Lane(self._communication(rank)), 0.0
+        for computing in self.lane(rank, COMPUTE):
+            until = computing.start
+            for event in network.touching(computing.start, computing.stop):
+                stop = min(computing.stop, event.stop)
+                total += max(0.0, stop - max(until, event.start))
+                until = max(until, stop)
+        return total
 
     def waits(self, rank: int) -> list[Wait]:
-        """When a rank's compute lane does nothing between the timeline's begin and end, split where the network
-        lane starts or stops a step."""
-        edges = [self.begin, *(t for e in self.lane(rank, Lane.COMPUTE) for t in (e.start, e.stop)), self.end]
-        network, found = _Lane(self.lane(rank, Lane.NETWORK)), []
+        """When a rank's compute lane does nothing between the timeline's begin and end, split where another lane starts
+        or stops a step."""
+        edges = [self.begin, *(t for e in self.lane(rank, COMPUTE) for t in (e.start, e.stop)), self.end]
+        network, found = _Lane(self._communication(rank)), []
         for start, stop in zip(edges[::2], edges[1::2], strict=True):
             near = network.touching(start, stop)
             inside = {t for e in near for t in (e.start, e.stop) if start < t < stop}
@@ -104,15 +124,15 @@ class Timeline:
 
     def exposed(self, rank: int) -> float:
         """Seconds in which a rank communicates and doesn't compute."""
-        return self.busy(rank, Lane.NETWORK) - self.overlapped(rank)
+        return self.communicating(rank) - self.overlapped(rank)
 
     def verdict(self) -> str:
         """Is it really overlapping, and what is exposed? One line, for the rank that waits most."""
-        communicating = [rank for rank in self.ranks if self.busy(rank, Lane.NETWORK) > 0]
+        communicating = [rank for rank in self.ranks if self.communicating(rank) > 0]
         if not communicating:
             return f"{self.seconds * 1e3:.1f} ms, nothing is communicated"
         rank = max(communicating, key=self.exposed)
-        hidden = self.overlapped(rank) / self.busy(rank, Lane.NETWORK)
+        hidden = self.overlapped(rank) / self.communicating(rank)
         return (
             f"{hidden:.0%} of the communication is hidden; {self.exposed(rank) * 1e3:.1f} of "
             f"{self.seconds * 1e3:.1f} ms wait for it"
@@ -123,14 +143,16 @@ class Timeline:
         names = [
             {"ph": "M", "name": name, "pid": rank, "tid": tid, "args": {"name": text}}
             for rank in self.ranks
-            for tid, (name, text) in enumerate([("process_name", f"rank {rank}"), *(("thread_name", x) for x in Lane)])
+            for tid, (name, text) in enumerate(
+                [("process_name", f"rank {rank}"), *(("thread_name", x) for x in self.lanes)]
+            )
         ]
         steps = [
             {
                 "ph": "X", "name": f"{e.stage} {e.rows}", "cat": e.kind, "pid": e.rank,
-                "tid": list(Lane).index(e.lane) + 1, "ts": round(e.start * 1e6, 1),
+                "tid": self.lanes.index(e.lane) + 1, "ts": round(e.start * 1e6, 1),
                 "dur": round(round(e.stop * 1e6, 1) - round(e.start * 1e6, 1), 1),
-                "args": {"stage": e.stage, "rows": str(e.rows)},
+                "args": {"stage": e.stage, "rows": str(e.rows), "lane": e.lane},
             }
             for e in self.events
         ]  # fmt: skip
@@ -164,7 +186,7 @@ class _Lane:
 
 @dataclass(frozen=True)
 class Wait:
-    """A time in which a compute lane does nothing; `behind` is what its rank's network lane does meanwhile."""
+    """A time in which a compute lane does nothing; `behind` is what another lane of its rank does meanwhile."""
 
     start: float
     stop: float
@@ -175,7 +197,8 @@ def _event(entry: dict[str, Any]) -> Event:
     first, _, last = entry["args"]["rows"].partition(":")
     kind, start = Kind(entry["cat"]), entry["ts"]
     begin, end = round(start / 1e6, 7), round((start + entry["dur"]) / 1e6, 7)
-    return Event(entry["pid"], kind.lane, kind, entry["args"]["stage"], Rows(int(first), int(last)), begin, end)
+    lane = str(entry["args"].get("lane", kind.lane))  # which older ones don't say
+    return Event(entry["pid"], lane, kind, entry["args"]["stage"], Rows(int(first), int(last)), begin, end)
 
 
 def bound(compute_alone: float, network_alone: float) -> float:
