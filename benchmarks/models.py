@@ -29,6 +29,7 @@ SIZES = {
     "h512": Size(512, 8, 8, 4, 1408, 8192),
     "h1024": Size(1024, 6, 16, 16, 2816, 8192),  # 12 h² parameters a layer
     "h2048": Size(2048, 3, 32, 32, 5632, 8192),
+    "deep": Size(64, 32, 4, 4, 176, 512),
     "483m": Size(2048, 8, 16, 4, 5632),  # a Llama of 483 M parameters, embedding and head included
 }
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from weft.parallel.codec import Codec, codec_named
 from weft.parallel.group import Group
 from weft.program.batch import Rows
 from weft.program.stages import COLLECTIVES, COMPUTE, Kind, Outline
-from weft.program.steps import Form, Issued, Program
+from weft.program.steps import Form, Program, Step
 
 FORMS = 64  # of which it is remembered where only wanted rows go on
 
@@ -52,14 +52,42 @@ class Result:
     checksums: list[int]
 
 
+class _Round(NamedTuple):
+    """A block's steps, each with the place of its stage in the first round, by how much that grows with each round, and
+    whether it is urgent in a round that another one follows and in the last one."""
+
+    rounds: int
+    steps: tuple[tuple[Step, int, int, bool, bool], ...]
+
+
+class _Prepared(NamedTuple):
+    """A form as the executor walks it. `narrow_from`: the place of the stage that wanted rows leave alone."""
+
+    rounds: tuple[_Round, ...]
+    narrow_from: int
+
+
 @lru_cache(maxsize=FORMS)
-def narrowing(outline: Outline, form: Form) -> int:
-    """The place of the stage that wanted rows leave alone."""
-    places = (
-        outline.place(step.part, step.layer)
-        for block in form.blocks for step in block.steps if step.wanted and step.kind in (Kind.COMPUTE, Kind.BODY)
-    )  # fmt: skip
-    return min(place for place in places if place is not None)
+def prepare(outline: Outline, form: Form) -> _Prepared:
+    """Reads a form for a model."""
+    rounds = []
+    for block, (between, last) in zip(form.blocks, form.urgent, strict=True):
+        places = [outline.place(step.part, step.layer) for step in block.steps]
+        grows = [0 if step.layer is None else block.layers * len(outline.layer) for step in block.steps]
+        rounds.append(_Round(block.rounds, tuple(zip(block.steps, places, grows, between, last, strict=True))))  # type: ignore[arg-type]
+    computed = (Kind.COMPUTE, Kind.BODY)
+    narrow = (place for each in rounds for step, place, *_ in each.steps if step.wanted and step.kind in computed)
+    return _Prepared(tuple(rounds), min(narrow))
+
+
+class _Now(NamedTuple):
+    """The step that the walk has come to: its place in issue order, its stage's place in the model and functions."""
+
+    number: int
+    step: Step
+    place: int
+    stage: StageFunctions
+    rows: Rows
 
 
 class _Bodies:
@@ -93,10 +121,12 @@ class _Tensors:
 
     def has(self, stage: StageFunctions, rows: Rows) -> bool:
         """Something of these rows is there."""
-        return any(owner is stage and there.intersects(rows) for owner, there, _, _ in self._kept)
+        return bool(self._kept) and any(owner is stage and there.intersects(rows) for owner, there, _, _ in self._kept)
 
     def take(self, stage: StageFunctions, rows: Rows) -> Tensor:
         """These rows, from the tensor or the tensors that hold them."""
+        if self._kept and self._kept[0][0] is stage and self._kept[0][1] == rows:  # mostly: just these
+            return self._kept.pop(0)[2]
         taken, kept, missing = [], [], rows.length
         for entry in self._kept:
             owner, there, tensor, left = entry
@@ -120,6 +150,7 @@ class Executor:
 
     def __init__(self, decoder: Decoder, outline: Outline, group: Group, lanes: Lanes, vocabulary: list[int]) -> None:
         self.decoder, self.outline, self.group, self.lanes = decoder, outline, group, lanes
+        self.stages = [decoder.stages[stage.part, stage.layer] for stage in outline.stages]
         self.vocabulary = vocabulary  # columns of the logits on each rank
 
     def run(
@@ -135,16 +166,16 @@ class _Pass:
     def __init__(
         self, owner: Executor, program: Program, forward: Forward, codec: Codec, scope: Scope, checksums: bool
     ) -> None:
-        self.outline, self.stages, self.lanes = owner.outline, owner.decoder.stages, owner.lanes
+        self.outline, self.stages, self.lanes = owner.outline, owner.stages, owner.lanes
         self.group, self.vocabulary = owner.group, owner.vocabulary
         self.groups = {lane: owner.group.on(lane) for lane in program.form.lanes if lane != COMPUTE}
         self.program, self.forward, self.codec, self.scope = program, forward, codec, scope
+        self.prepared = prepare(owner.outline, program.form)
         self.spans = [(0.0, 0.0)] * len(program)
         self.busy = dict.fromkeys(program.form.lanes, 0.0)
         self.checksums: dict[int, int] | None = {} if checksums else None
         self.pending: dict[int, Pending] = {}
-        self.narrow_from = narrowing(owner.outline, program.form)
-        self.residual = Residual(owner.decoder, owner.outline, self.narrow_from, forward)
+        self.residual = Residual(owner.decoder, owner.outline, self.prepared.narrow_from, forward)
         self.inputs, self.bodies, self.partials = _Tensors(), _Bodies(), _Tensors()
         self.logits: Tensor | None = None
 
@@ -153,61 +184,55 @@ class _Pass:
             self.residual.hidden.zero_()  # committed before the clock matters
             self.residual.kept.zero_()
         try:
-            for step, urgent in self._steps():
-                if step.kind in COLLECTIVES:
-                    self._collective(step, urgent)
+            for now, urgent in self._steps():
+                if now.step.kind in COLLECTIVES:
+                    self._collective(now, urgent)
                 elif self.scope is not Scope.NETWORK:
-                    self._compute(step)
+                    self._compute(now)
         finally:
             for waiting in self.pending.values():
                 waiting.wait()
         checksums = [self.checksums[index] for index in sorted(self.checksums)] if self.checksums else []
         return Result(self.logits, self.spans, self.busy, checksums)
 
-    def _steps(self) -> Iterator[tuple[Issued, bool]]:
+    def _steps(self) -> Iterator[tuple[_Now, bool]]:
         """All of them, with whether one is urgent."""
-        index, rows = 0, self.program.rows
-        for block, (between, last) in zip(self.program.form.blocks, self.program.form.urgent, strict=True):
-            for number in range(block.rounds):
-                shift, flags = number * block.layers, last if number == block.rounds - 1 else between
-                for step, urgent in zip(block.steps, flags, strict=True):
-                    layer = None if step.layer is None else step.layer + shift
-                    yield Issued(index, step, layer, rows[step.chunk]), urgent
-                    index += 1
+        number, rows, stages = 0, self.program.rows, self.stages
+        for each in self.prepared.rounds:
+            for round_ in range(each.rounds):
+                followed = round_ < each.rounds - 1
+                for step, first, grows, between, last in each.steps:
+                    place = first + round_ * grows
+                    urgent = between if followed else last
+                    yield _Now(number, step, place, stages[place], rows[step.chunk]), urgent
+                    number += 1
 
-    def _stage(self, step: Issued) -> tuple[int, StageFunctions]:
-        """Its place in the model, and what it does."""
-        place = self.outline.place(step.step.part, step.layer)
-        assert place is not None, "no such stage: the program was not checked"
-        return place, self.stages[step.step.part, step.layer]
-
-    def _compute(self, step: Issued) -> None:
-        for distance in step.step.after:
-            if (waited := self.pending.get(step.number - distance)) is not None:
+    def _compute(self, now: _Now) -> None:
+        number, step, place, stage, rows = now
+        for distance in step.after:
+            if (waited := self.pending.get(number - distance)) is not None:
                 waited.wait()
-        place, stage = self._stage(step)
-        left_by = place - 1 if step.kind is Kind.ENTER else place
-        extent = Extent(step.rows, self.residual.leaving(left_by, step.rows))
+        extent = Extent(rows, self.residual.leaving(place - 1 if step.kind is Kind.ENTER else place, rows))
         if not extent.leaves.length and (step.kind is Kind.TAIL or not self.outline.stages[place].ordered):
             return  # nobody wants what would leave, and nothing is remembered here
         begin = time.perf_counter()
         match step.kind:
             case Kind.ENTER:
                 self._enter(extent, place, stage)
-            case Kind.BODY:
-                self.bodies.put(
-                    stage, extent.leaves, stage.body(self.forward, extent, self._input(extent, place, stage))
-                )
             case Kind.TAIL:
                 self._leave(extent, place, stage, self.bodies.take(stage, extent.leaves))
             case _:
-                self._leave(extent, place, stage, stage.body(self.forward, extent, self._input(extent, place, stage)))
-        self._ended(step, begin)
+                features = stage.body(self.forward, extent, self._input(extent, place, stage))
+                if step.kind is Kind.BODY:
+                    self.bodies.put(stage, extent.leaves, features)
+                else:
+                    self._leave(extent, place, stage, features)
+        self._ended(now, begin)
 
-    def _ended(self, step: Issued, begin: float) -> None:
+    def _ended(self, now: _Now, begin: float) -> None:
         end = time.perf_counter()
-        self.spans[step.number] = (begin, end)
-        self.busy[step.lane] += end - begin
+        self.spans[now.number] = (begin, end)
+        self.busy[now.step.lane] += end - begin
 
     def _input(self, extent: Extent, place: int, stage: StageFunctions) -> Tensor:
         """A stage's input: brought by an all_gather, or entered here."""
@@ -234,9 +259,9 @@ class _Pass:
         else:
             self.partials.put(stage, extent.leaves, partial)
 
-    def _collective(self, step: Issued, urgent: bool) -> None:
-        place, stage = self._stage(step)
-        rows = step.rows if step.kind is Kind.ALL_GATHER else self.residual.leaving(place, step.rows)
+    def _collective(self, now: _Now, urgent: bool) -> None:
+        number, step, place, stage, rows = now
+        rows = rows if step.kind is Kind.ALL_GATHER else self.residual.leaving(place, rows)
         if not rows.length:
             return
         if self.scope is Scope.NETWORK:
@@ -253,24 +278,24 @@ class _Pass:
         if self.group.world == 1:  # nothing travels: a partial is the sum already
             self.logits = tensor if step.kind is Kind.GATHER else None
         elif self.scope is not Scope.COMPUTE:
-            self.pending[step.number] = self.lanes.submit(step.lane, lambda: self._communicate(step, tensor), urgent)
+            self.pending[number] = self.lanes.submit(step.lane, lambda: self._communicate(now, tensor), urgent)
 
-    def _communicate(self, step: Issued, tensor: Tensor) -> None:
+    def _communicate(self, now: _Now, tensor: Tensor) -> None:
         """On its lane. What arrives replaces what is sent, in its own buffer."""
-        begin, group = time.perf_counter(), self.groups[step.lane]
-        codec = codec_named(step.step.wire) if step.step.wire else self.codec
+        begin, step = time.perf_counter(), now.step
+        group, codec = self.groups[step.lane], codec_named(step.wire) if step.wire else self.codec
         match step.kind:
             case Kind.GATHER:
                 self.logits = gather_columns(group, tensor, self.vocabulary)
             case Kind.REDUCE:
-                all_reduce(group, codec, tensor, step.step.algorithm)
+                all_reduce(group, codec, tensor, step.algorithm)
             case Kind.REDUCE_SCATTER:
                 reduce_scatter(group, codec, tensor)
             case Kind.ALL_GATHER:
                 all_gather(group, codec, tensor)
         if self.checksums is not None and step.kind in (Kind.REDUCE, Kind.ALL_GATHER):  # what all ranks hold alike
-            self.checksums[step.number] = zlib.crc32(tensor.view(torch.uint8).numpy().tobytes())
-        self._ended(step, begin)
+            self.checksums[now.number] = zlib.crc32(tensor.view(torch.uint8).numpy().tobytes())
+        self._ended(now, begin)
 
     def _stand_in(self, kind: Kind, rows: Rows) -> Tensor:
         """Memory of a partial's size, where nothing was computed."""

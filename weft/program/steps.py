@@ -100,22 +100,18 @@ class Form:
         following: tuple[Step, ...] = ()
         for block in reversed(self.blocks):
             found.append((_awaited(block.steps, block.steps), _awaited(block.steps, following)))
-            following = (*block.steps, *following) if _computes(block.steps) is None else block.steps
+            following = (*block.steps, *following)
         return tuple(reversed(found))
 
 
-def _computes(steps: tuple[Step, ...]) -> int | None:
-    """The place of the first step that computes."""
-    return next((place for place, step in enumerate(steps) if step.kind not in COLLECTIVES), None)
-
-
 def _awaited(steps: tuple[Step, ...], following: tuple[Step, ...]) -> tuple[bool, ...]:
-    both, found = (*steps, *following), []
-    for place, step in enumerate(steps):
-        ahead = _computes(both[place:])
-        urgent = ahead is None or ahead in both[place + ahead].after
-        found.append(step.kind in COLLECTIVES and urgent)
-    return tuple(found)
+    """For each of the steps; `following` are those that come after them."""
+    both, computes, found = (*steps, *following), -1, []
+    for place in range(len(both) - 1, -1, -1):
+        collective = both[place].kind in COLLECTIVES
+        found.append(collective and (computes < 0 or computes - place in both[computes].after))
+        computes = computes if collective else place
+    return tuple(found[: len(following) - 1 if following else None : -1])
 
 
 class Issued(NamedTuple):
