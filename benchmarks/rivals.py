@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -32,14 +33,15 @@ from weft.config import ModelConfig
 from weft.execute.executor import Executor
 from weft.execute.lanes import ThreadLanes
 from weft.execute.process import keep_freed_memory
+from weft.execute.sampler import likeliest
 from weft.launch.namespaces import NamespaceLauncher
 from weft.model.checkpoint import Checkpoint
-from weft.model.decoder import Decoder, Forward
+from weft.model.decoder import Decoder, Extent, Forward
 from weft.model.families import flags_of
 from weft.model.rope import Rope
 from weft.model.shares import shares_of
 from weft.model.weights import load
-from weft.parallel.allreduce import all_reduce, gather_columns
+from weft.parallel.allreduce import all_reduce, swap
 from weft.parallel.codec import codec_named
 from weft.parallel.group import Group
 from weft.program.batch import Batch, Rows, Segment
@@ -62,14 +64,14 @@ class ByHand:
     def tiles(self, forward: Forward, count: int) -> torch.Tensor:
         """Every stage whole; its last projection in tiles, each summed while the next one is computed."""
         tokens = forward.batch.tokens
-        whole = Rows(0, tokens)
+        whole = extent(0, tokens)
         hidden = self._embed(forward)
         edges = [round(tokens * i / count) for i in range(count + 1)]
         for stage in self._layers():
-            features = stage.body(forward, stage.enter(hidden), whole)
+            features = stage.body(forward, whole, stage.enter(forward, whole, hidden))
             sums = []
             for start, stop in pairwise(edges):
-                partial = stage.tail(features[start:stop])
+                partial = stage.tail(forward, extent(start, stop), features)
                 sums.append((start, stop, partial, self.pool.submit(self._sum, partial)))
             for start, stop, partial, under_way in sums:
                 under_way.result()
@@ -87,7 +89,8 @@ class ByHand:
                     partial, under_way = sums[rows]
                     under_way.result()
                     mine += partial
-                partial = stage.tail(stage.body(forward, stage.enter(mine), rows))
+                here = extent(*rows)
+                partial = stage.tail(forward, here, stage.body(forward, here, stage.enter(forward, here, mine)))
                 sums[rows] = partial, self.pool.submit(self._sum, partial)
         for rows, (partial, under_way) in sums.items():
             under_way.result()
@@ -99,17 +102,23 @@ class ByHand:
         return all_reduce(self.group, EXACT, partial)
 
     def _layers(self) -> list:  # type: ignore[type-arg]
-        return [stage for name, stage in self.decoder.stages.items() if name not in ("embed", "head")]
+        return [stage for (_, layer), stage in self.decoder.stages.items() if layer is not None]
 
     def _embed(self, forward: Forward) -> torch.Tensor:
-        embed = self.decoder.stages["embed"]
-        return embed.body(forward, torch.empty(0), Rows(0, forward.batch.tokens))
+        embed = self.decoder.stages["embed", None]
+        return embed.body(forward, extent(0, forward.batch.tokens), torch.empty(0))
 
     def _logits(self, forward: Forward, hidden: torch.Tensor) -> torch.Tensor:
-        head = self.decoder.stages["head"]
-        logits = head.tail(head.body(forward, hidden, Rows(0, forward.batch.tokens)))
-        whole = gather_columns(self.group, logits, self.vocabulary)
-        return logits if whole is None else whole
+        head, batch = self.decoder.stages["head", None], forward.batch
+        wanted = extent(0, len(batch.wanted_rows))
+        logits = head.tail(forward, wanted, head.enter(forward, wanted, hidden[list(batch.wanted_rows)]))
+        swap(self.group, likeliest(logits, sum(self.vocabulary[: self.group.rank])))
+        return logits
+
+
+def extent(start: int, stop: int) -> Extent:
+    """Rows of which all leave."""
+    return Extent(Rows(start, stop), Rows(start, stop))
 
 
 @torch.inference_mode()
@@ -127,7 +136,8 @@ def rank(given: argparse.Namespace) -> None:
     group = Group(number, 2, dist.TCPStore(master, PORT, 2, is_master=number == 0))
     vocabulary = [len(share.vocabulary) for share in shares]
     slabs = Slabs(2, config.layers, len(shares[number].kv_heads), given.tokens, config.head_dim, torch.float32, "cpu")
-    executor = Executor(decoder, group, ThreadLanes(torch.inference_mode), vocabulary)
+    outline = replace(decoder_outline(config.layers), narrows=False)  # as by hand: all rows go through all layers
+    executor = Executor(decoder, outline, group, ThreadLanes(torch.inference_mode), vocabulary)
     hand = ByHand(decoder, group, vocabulary)
     keep_freed_memory()
     ids = torch.randint(0, config.vocabulary, (given.tokens,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -140,14 +150,14 @@ def rank(given: argparse.Namespace) -> None:
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for _ in range(given.rounds + 1):
         for name, (batch, written) in cases.items():
-            program = build(Strategy.parse(name), decoder_outline(config.layers), batch)
+            program = build(Strategy.parse(name), outline, batch)
             times, logits = [], []
             for run in (lambda f, p=program: executor.run(p, f, EXACT).logits, written):
                 group.barrier()
                 begin = time.perf_counter()
                 logits.append(run(decoder.begin(batch, ids, slabs)))
                 times.append(time.perf_counter() - begin)
-            assert number or torch.equal(*logits), f"{name}: not the same logits"
+            assert torch.equal(*logits), f"{name}: not the same logits"
             seconds[name].append((times[0], times[1]))
     Path(f"{given.join}.{number}").write_text(json.dumps({name: pairs[1:] for name, pairs in seconds.items()}))
 

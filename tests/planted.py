@@ -187,7 +187,16 @@ def sampler_ends_the_rank(patch: Patch) -> None:
     """In workers: what one row's choice raises is the rank's failure."""
     from weft.execute import sampler
 
-    patch.setattr(sampler, "_chosen", lambda row, choice, token: sampler._one(row, choice))
+    def going_on(talks: Any, told: Any, chosen: Any) -> Any:
+        asks = {}
+        for row, numbers in told.items():
+            try:
+                asks[row] = talks[row].send(numbers)
+            except StopIteration as over:
+                chosen[row] = over.value
+        return asks
+
+    patch.setattr(sampler, "_go_on", going_on)
 
 
 # By name: the plant, the kind of tokenizer, what the fuzz must say of it, and the faults of ranks that it takes.

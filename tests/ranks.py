@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from weft.model.families import flags_of
 from weft.model.rope import Rope
 from weft.model.shares import shares_of
 from weft.model.weights import load
+from weft.parallel.allreduce import gather_columns
 from weft.parallel.codec import codec_named
 from weft.parallel.group import Group
 from weft.program.batch import Batch, Segment
@@ -93,7 +95,11 @@ class Ranks:
         def rank(r: int) -> Result:
             decoder, executor, slabs = self.parts[r]
             forward = decoder.begin(batch, tokens, slabs)
-            return executor.run(chosen, forward, codec_named(wire), scope, checksums=True)
+            result = executor.run(chosen, forward, codec_named(wire), scope, checksums=True)
+            if result.logits is None:
+                return result
+            widths = [len(share.vocabulary) for share in self.shares]
+            return replace(result, logits=gather_columns(executor.group, result.logits, widths))
 
         results = self.threads.each(rank)
         for result in results:

@@ -9,8 +9,7 @@ from random import Random
 from weft.config import EngineConfig, ModelConfig, processor_name
 from weft.execute.controller import RunOptions, RunResult
 from weft.model.families import flags_of
-from weft.model.shares import shares_of
-from weft.parallel.sizes import ONE_SHOT_BYTES, element_bytes
+from weft.parallel.sizes import LIKELIEST_BYTES, ONE_SHOT_BYTES, element_bytes
 from weft.plan.calibrate import MOST, calibrate
 from weft.plan.planner import Plan
 from weft.plan.readings import Sample, Subject
@@ -19,6 +18,8 @@ from weft.program.steps import Program
 from weft.program.strategy import GRANULE, Strategy
 from weft.simulate.cost import Costs
 
+COSTS = 2  # counts what of them was given another meaning
+
 
 def key_of(model: ModelConfig, config: EngineConfig, link: str) -> dict[str, str]:
     """Everything that costs depend on."""
@@ -26,7 +27,8 @@ def key_of(model: ModelConfig, config: EngineConfig, link: str) -> dict[str, str
              model.vocabulary)  # fmt: skip
     threads = f"{config.threads} thread{'s' if config.threads > 1 else ''} a rank"
     return {
-        "weft": version("weft"), "model": f"{model.model_type} {'x'.join(map(str, shape))} {config.dtype}",
+        "weft": f"{version('weft')}, costs {COSTS}",
+        "model": f"{model.model_type} {'x'.join(map(str, shape))} {config.dtype}",
         "ranks": ",".join(f"{share:g}" for share in config.shares), "link": link, "wire": config.wire,
         "device": f"{processor_name()}, {threads}" + (", pinned" if config.cores else ""),
         "kernels": "reproducible" if config.reproducible else "fastest",
@@ -41,9 +43,8 @@ def granule_of(config: EngineConfig) -> int:
 def subject_of(model: ModelConfig, config: EngineConfig, wires: tuple[str, ...]) -> Subject:
     """What is measured for these wires."""
     windows = set(flags_of(model).windows)
-    widths = [len(share.vocabulary) for share in shares_of(model, config.shares)]
     return Subject(
-        layers=model.layers, width=model.hidden, logits=4.0 * max(widths), world=config.ranks,
+        layers=model.layers, width=model.hidden, logits=LIKELIEST_BYTES, world=config.ranks,
         length=config.max_length, slots=config.max_sequences, limit=ONE_SHOT_BYTES,
         elements={wire: element_bytes(wire, config.dtype) for wire in wires},
         window=windows.pop() if len(windows) == 1 else None, granule=granule_of(config),

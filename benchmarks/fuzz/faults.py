@@ -84,12 +84,12 @@ def in_worker() -> None:
     from weft.execute import sampler
     from weft.execute.worker import Worker
 
-    draw, run = sampler._one, Worker._run
+    draw, run = sampler._draw, Worker._run
 
-    def one(row: Any, choice: Any, *more: Any) -> Any:
+    def drawing(logits: Any, choice: Any, *more: Any) -> Any:
         if kind_of(choice.seed) == "sampler" and choice.index >= AFTER:
             raise IndexError("planted in the sampler")
-        return draw(row, choice, *more)
+        return (yield from draw(logits, choice, *more))
 
     def running(worker: Any, message: Any) -> None:
         kinds = {kind_of(choice.seed) for choice in message.choices if choice.index >= AFTER}
@@ -106,7 +106,7 @@ def in_worker() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         run(worker, message)
 
-    sampler._one, Worker._run = one, running  # type: ignore[method-assign]
+    sampler._draw, Worker._run = drawing, running  # type: ignore[method-assign]
 
 
 COMMAND = (sys.executable, "-m", "benchmarks.fuzz.worker")

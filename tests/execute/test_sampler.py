@@ -2,13 +2,57 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
-from weft.execute.protocol import Choice
-from weft.execute.sampler import sample
+from weft.execute.protocol import Choice, Chosen
+from weft.execute.sampler import Slice, likeliest, sample
+
+WISHES = [
+    {}, {"top_k": 3}, {"top_k": 7, "top_p": 0.6}, {"top_p": 0.3}, {"top_p": 0.9, "min_p": 0.02}, {"top_p": 1e-9},
+    {"temperature": 2.0, "top_p": 0.999}, {"temperature": 0.3, "top_p": 0.7}, {"top_k": 600, "top_p": 0.5},
+]  # fmt: skip
+SPLITS = [(1300,), (650, 650), (3, 0, 900, 397)]  # tokens of each rank's slice
+
+
+class Talked:
+    """`sample` on several ranks, one thread each; `sent`: numbers that each told the others."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        self.widths, self.sent = widths, 0
+        self.barrier, self.heard = threading.Barrier(len(widths), timeout=30), [torch.empty(0)] * len(widths)
+
+    def exchange(self, rank: int, numbers: torch.Tensor) -> list[torch.Tensor]:
+        self.heard[rank] = numbers
+        self.barrier.wait()
+        heard = list(self.heard)
+        assert len({len(each) for each in heard}) == 1
+        self.sent += len(numbers) if rank == 0 else 0
+        self.barrier.wait()
+        return heard
+
+    def rank(self, rank: int, logits: torch.Tensor, choices: list[Choice]) -> list[Chosen]:
+        first = sum(self.widths[:rank])
+        part = Slice(rank, first, self.widths[rank], logits.shape[1])
+        mine = logits[:, first : first + self.widths[rank]]
+        told = self.exchange(rank, likeliest(mine, first).flatten())
+        told = [each.view(-1, 2) for each in told]
+        return sample(mine, choices, part, told, partial(self.exchange, rank))
+
+    def sample(self, logits: torch.Tensor, choices: list[Choice]) -> list[Chosen]:
+        with ThreadPoolExecutor(len(self.widths)) as pool:
+            ranks = [pool.submit(self.rank, rank, logits, choices) for rank in range(len(self.widths))]
+            [first, *others] = [each.result(timeout=60) for each in ranks]
+        assert all(other == first for other in others), "every rank knows what was chosen"
+        return first
+
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, 3.0])
 
@@ -99,8 +143,8 @@ def test_given_tokens_are_scored() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0]])
     [scored] = sample(logits, [Choice(given=0, logprobs=1)])
     expected = torch.log_softmax(logits[0], dim=0)
-    assert (scored.token, scored.rank) == (0, 3) and scored.logprob == float(expected[0])
-    assert scored.top == [(2, float(expected[2]))]
+    assert (scored.token, scored.rank) == (0, 3) and scored.logprob == pytest.approx(float(expected[0]))
+    assert scored.top == [(2, pytest.approx(float(expected[2])))]
 
 
 def test_an_end_that_is_banned_may_come_where_a_grammar_allows_nothing_else() -> None:
@@ -124,15 +168,8 @@ def sorted_reference(logits: torch.Tensor, choice: Choice) -> torch.Tensor:
     return torch.zeros_like(probabilities).index_put_((tokens,), probabilities * keep / (probabilities * keep).sum())
 
 
-@pytest.mark.parametrize(
-    "wishes",
-    [{}, {"top_k": 3}, {"top_k": 7, "top_p": 0.6}, {"top_p": 0.3}, {"top_p": 0.9, "min_p": 0.02}, {"top_p": 1e-9},
-     {"temperature": 2.0, "top_p": 0.999}, {"temperature": 0.3, "top_p": 0.7}, {"top_k": 600, "top_p": 0.5}],
-)  # fmt: skip
-@pytest.mark.parametrize("shape", ["peaked", "flat", "ties", "forbidden"])
-def test_draws_are_distributed_as_by_sorting(shape: str, wishes: dict) -> None:
-    count, generator = 3000, torch.Generator().manual_seed(1)
-    logits = torch.randn(1300, generator=generator)
+def shaped(shape: str) -> torch.Tensor:
+    logits = torch.randn(1300, generator=torch.Generator().manual_seed(1))
     match shape:
         case "peaked":
             logits *= 5
@@ -140,6 +177,67 @@ def test_draws_are_distributed_as_by_sorting(shape: str, wishes: dict) -> None:
             logits = (2 * logits).round()
         case "forbidden":
             logits[::2] = -torch.inf
+    return logits
+
+
+@pytest.mark.parametrize("split", SPLITS[1:])
+@pytest.mark.parametrize("shape", ["peaked", "flat", "ties", "forbidden"])
+def test_slices_choose_what_the_whole_vocabulary_does(shape: str, split: tuple[int, ...]) -> None:
+    """The same token for the same seed, but where rounding decides; the same scores; whatever is asked for."""
+    logits, odd = shaped(shape), {"prompt": [5, 900], "output": [5, 7, 1299], "presence": 0.5, "frequency": 0.2}
+    wishes = [
+        *({"temperature": 1.0} | each for each in WISHES), {}, {"logprobs": 5}, {"given": 1299, "logprobs": 0},
+        {"repetition": 1.3, "logprobs": 3} | odd, {"bias": {1298: 100.0, 3: 2.0}}, {"banned": [int(logits.argmax())]},
+        {"temperature": 0.7, "allowed": b"\x00" * 100 + b"\xff" * 62 + b"\x00"}, {"top_k": 65, "temperature": 3.0},
+        {"temperature": 1.0, "banned": [2], "allowed": b"\x04" + b"\x00" * 162}, {"allowed": b"\x00" * 163},
+        {"given": 2, "logprobs": 2000},
+    ]  # fmt: skip
+    choices = [Choice(**each, seed=seed, index=seed) for seed in range(12) for each in wishes]
+    rows = logits.expand(len(choices), -1)
+    whole, parts = sample(rows, choices), Talked(split).sample(rows, choices)
+    same = [one.token == other.token and one.error == other.error for one, other in zip(whole, parts, strict=True)]
+    assert sum(same) >= len(same) - 2
+    for one, other in zip(whole, parts, strict=True):
+        if one.token == other.token:
+            likely = [[token for token, logprob in each.top if logprob > -math.inf] for each in (one, other)]
+            assert one.rank == other.rank and len(one.top) == len(other.top) and sorted(likely[0]) == sorted(likely[1])
+            assert other.logprob == pytest.approx(one.logprob, abs=1e-5)
+
+
+def test_what_ranks_tell_each_other_of_152_000_logits() -> None:
+    """Bytes a row and rank: greedy 16, which go with the program; else what this says."""
+    logits = 5 * torch.randn(4, 152_000, generator=torch.Generator().manual_seed(3))
+    limits: list[tuple[dict, int]] = [
+        ({}, 0), ({"temperature": 1.0}, 40), ({"temperature": 1.0, "top_p": 0.9}, 300),
+        ({"temperature": 1.0, "top_k": 50}, 500), ({"temperature": 1.0, "top_k": 5000}, 9000),
+    ]  # fmt: skip
+    for wishes, most in limits:
+        talked = Talked((76_000, 76_000))
+        choices = [Choice(**wishes, seed=9, index=i) for i in range(4)]
+        assert [c.token for c in talked.sample(logits, choices)] == [c.token for c in sample(logits, choices)]
+        assert talked.sent * 8 / 4 - 16 <= most, wishes  # less the likeliest ones
+
+
+def test_a_rank_that_fails_at_its_part_ends_the_row_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    from weft.execute import sampler
+
+    drawn = sampler._drawn
+
+    def failing(kept: torch.Tensor, place: float, first: int) -> tuple[float, float]:
+        if first:
+            raise RuntimeError("planted")
+        return drawn(kept, place, first)
+
+    monkeypatch.setattr(sampler, "_drawn", failing)
+    chosen = Talked((650, 650)).sample(shaped("flat").expand(3, -1), [Choice(), Choice(temperature=1.0), Choice()])
+    assert "a rank failed at its part" in chosen[1].error
+    assert not chosen[0].error and chosen[0] == chosen[2]
+
+
+@pytest.mark.parametrize("wishes", WISHES)
+@pytest.mark.parametrize("shape", ["peaked", "flat", "ties", "forbidden"])
+def test_draws_are_distributed_as_by_sorting(shape: str, wishes: dict) -> None:
+    count, logits = 3000, shaped(shape)
     choice = Choice(**{"temperature": 1.0} | wishes)
     expected = sorted_reference(logits, choice)
     rows = logits.expand(count, -1)

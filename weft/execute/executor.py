@@ -19,8 +19,9 @@ from torch import Tensor
 
 from weft.execute.lanes import Lanes, Pending
 from weft.execute.residual import Residual
+from weft.execute.sampler import Slice, likeliest
 from weft.model.decoder import Decoder, Extent, Forward, StageFunctions
-from weft.parallel.allreduce import all_gather, all_reduce, gather_columns, reduce_scatter, shard
+from weft.parallel.allreduce import all_gather, all_reduce, reduce_scatter, shard, swap
 from weft.parallel.codec import Codec, codec_named
 from weft.parallel.group import Group
 from weft.program.batch import Rows
@@ -42,11 +43,13 @@ class Scope(StrEnum):
 class Result:
     """What one run left on this rank.
 
-    `logits` [wanted rows, vocabulary], on rank 0 only. `spans`: start and end of every step, in seconds of this
-    machine's monotonic clock. `busy`: seconds of each lane. `checksums`: one per collective, equal on all ranks.
+    `logits` [wanted rows, this rank's vocabulary]; `told`: of each rank, `sampler.likeliest` of its logits. `spans`:
+    start and end of every step, in seconds of this machine's monotonic clock. `busy`: seconds of each lane.
+    `checksums`: one per collective, equal on all ranks.
     """
 
     logits: Tensor | None
+    told: list[Tensor]
     spans: list[tuple[float, float]]
     busy: dict[str, float]
     checksums: list[int]
@@ -146,12 +149,13 @@ class _Tensors:
 
 
 class Executor:
-    """Runs programs of one model with one group and the lanes of one rank."""
+    """Runs programs of one model with one group and the lanes of one rank. `vocabulary`: tokens of each rank."""
 
     def __init__(self, decoder: Decoder, outline: Outline, group: Group, lanes: Lanes, vocabulary: list[int]) -> None:
         self.decoder, self.outline, self.group, self.lanes = decoder, outline, group, lanes
         self.stages = [decoder.stages[stage.part, stage.layer] for stage in outline.stages]
-        self.vocabulary = vocabulary  # columns of the logits on each rank
+        rank = group.rank
+        self.part = Slice(rank, sum(vocabulary[:rank]), vocabulary[rank], sum(vocabulary))
 
     def run(
         self, program: Program, forward: Forward, codec: Codec, scope: Scope = Scope.BOTH, checksums: bool = False
@@ -167,7 +171,7 @@ class _Pass:
         self, owner: Executor, program: Program, forward: Forward, codec: Codec, scope: Scope, checksums: bool
     ) -> None:
         self.outline, self.stages, self.lanes = owner.outline, owner.stages, owner.lanes
-        self.group, self.vocabulary = owner.group, owner.vocabulary
+        self.group, self.part = owner.group, owner.part
         self.groups = {lane: owner.group.on(lane) for lane in program.form.lanes if lane != COMPUTE}
         self.program, self.forward, self.codec, self.scope = program, forward, codec, scope
         self.prepared = prepare(owner.outline, program.form)
@@ -178,6 +182,7 @@ class _Pass:
         self.residual = Residual(owner.decoder, owner.outline, self.prepared.narrow_from, forward)
         self.inputs, self.bodies, self.partials = _Tensors(), _Bodies(), _Tensors()
         self.logits: Tensor | None = None
+        self.told: list[Tensor] = []
 
     def all_steps(self) -> Result:
         if self.scope is Scope.NETWORK:
@@ -193,7 +198,7 @@ class _Pass:
             for waiting in self.pending.values():
                 waiting.wait()
         checksums = [self.checksums[index] for index in sorted(self.checksums)] if self.checksums else []
-        return Result(self.logits, self.spans, self.busy, checksums)
+        return Result(self.logits, self.told, self.spans, self.busy, checksums)
 
     def _steps(self) -> Iterator[tuple[_Now, bool]]:
         """All of them, with whether one is urgent."""
@@ -275,8 +280,10 @@ class _Pass:
             self.residual.put(place, stage, Rows(rows.start + mine.start, rows.start + mine.stop), tensor[mine])
         elif step.kind is Kind.ALL_GATHER:
             self.inputs.put(stage, rows, tensor)
+        if step.kind is Kind.GATHER and (self.group.world == 1 or self.scope is not Scope.COMPUTE):
+            self.logits = tensor
         if self.group.world == 1:  # nothing travels: a partial is the sum already
-            self.logits = tensor if step.kind is Kind.GATHER else None
+            self.told = [likeliest(tensor, 0)] if step.kind is Kind.GATHER else []
         elif self.scope is not Scope.COMPUTE:
             self.pending[number] = self.lanes.submit(step.lane, lambda: self._communicate(now, tensor), urgent)
 
@@ -286,7 +293,7 @@ class _Pass:
         group, codec = self.groups[step.lane], codec_named(step.wire) if step.wire else self.codec
         match step.kind:
             case Kind.GATHER:
-                self.logits = gather_columns(group, tensor, self.vocabulary)
+                self.told = swap(group, likeliest(tensor, self.part.first))
             case Kind.REDUCE:
                 all_reduce(group, codec, tensor, step.algorithm)
             case Kind.REDUCE_SCATTER:
@@ -300,5 +307,5 @@ class _Pass:
     def _stand_in(self, kind: Kind, rows: Rows) -> Tensor:
         """Memory of a partial's size, where nothing was computed."""
         if kind is Kind.GATHER:
-            return self.residual.hidden.new_zeros(rows.length, self.vocabulary[self.group.rank]).float()
+            return self.residual.hidden.new_zeros(rows.length, self.part.width).float()
         return self.residual.hidden[: rows.length]

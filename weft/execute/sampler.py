@@ -1,15 +1,31 @@
-"""Chooses the next token from logits, or scores the one that is given.
+"""Chooses the next token from logits, or scores the one that is given, where each rank has its slice of a vocabulary.
+
+A choice is a talk of the ranks: each says a few numbers of its slice, hears those of all others, and decides as they
+do; a row of logits never travels. So every rank knows what was chosen, and one rank alone is the same talk without
+others.
+
+    greedy                  one round: each slice's likeliest token
+    temperature             two more: each slice's mass, then the token, from the slice that has it
+    top-p                   for each draw that is refused, two more; about one and a half draws where rows are peaked
+    top-k                   two more for up to DIRECT, else five: histograms of a probability's bytes, 8 KiB a row
+    penalties, grammars     one more; each slice has its own part of them
+    log-probabilities       two more
 
 Stateless: a choice depends on the logits, the request's wishes, its tokens so far, and (seed, index); so it is the
 same after a restart and beside any other request. A row that can't be chosen from says why, and concerns no other.
 Knows nothing of sequences or text.
 
-Shapes: V vocabulary.
+Shapes: V vocabulary, W a slice of it.
 """
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,70 +34,186 @@ from torch.nn.functional import pad
 
 from weft.execute.protocol import Choice, Chosen
 
+Told = list[list[float]]  # of each rank, in rank order, the numbers that it said
+Exchange = Callable[[Tensor], Sequence[Tensor]]  # float64 numbers of this rank -> those of all
 
-def sample(logits: Tensor, choices: list[Choice]) -> list[Chosen]:
-    """One token for each row of `logits` [rows, V] (float32)."""
-    tokens = logits.argmax(dim=1)
-    fine = logits.gather(1, tokens[:, None]).isfinite()[:, 0].tolist()
-    rows = zip(logits, choices, fine, tokens.tolist(), strict=True)
-    return [_chosen(row, choice, token) if usable else _REFUSED for row, choice, usable, token in rows]
+BLOCK = 512  # tokens whose probabilities are summed by themselves: in the same order however many threads there are
+DIRECT = 64  # of top-k: so many probabilities of each slice travel as they are
+
+
+class Ask(NamedTuple):
+    """What a talk wants to know of every rank: `length` numbers. Said by all, whatever `numbers` comes to on one."""
+
+    length: int
+    numbers: Callable[[], Sequence[float]]
+
+
+Talk = Generator[Ask, Told, Chosen]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What `rank` has of a vocabulary of `size` tokens: `width` of them, from token `first` on."""
+
+    rank: int
+    first: int
+    width: int
+    size: int
+
+    def here(self, tokens: Sequence[int]) -> list[int]:
+        """Places in the slice of those tokens that are in it."""
+        return [token - self.first for token in tokens if 0 <= token - self.first < self.width]
+
+
+def likeliest(logits: Tensor, first: int) -> Tensor:
+    """Of each row of a slice [rows, W] its largest logit and that one's token, [rows, 2] in float64."""
+    if not logits.shape[1]:  # more ranks than a vocabulary is divided into
+        return torch.tensor([[-math.inf, 0.0]]).double().repeat(logits.shape[0], 1)
+    values, places = logits.max(dim=1)
+    return torch.stack([values.double(), places.double() + first], dim=1)
+
+
+def sample(
+    logits: Tensor, choices: Sequence[Choice], part: Slice | None = None, told: Sequence[Tensor] | None = None,
+    exchange: Exchange = lambda numbers: [numbers],
+) -> list[Chosen]:  # fmt: skip
+    """One token for each row of `logits` [rows, W] (float32), the same on every rank.
+
+    `told`: `likeliest` of every rank, in rank order. Without `part` this rank has all of the vocabulary.
+    """
+    part = part or Slice(0, 0, logits.shape[1], logits.shape[1])
+    told = told if told is not None else [likeliest(logits, part.first)]
+    talks: dict[int, Talk] = {}
+    chosen = [Chosen(0)] * len(choices)
+    for row, (choice, *said) in enumerate(zip(choices, *(each.tolist() for each in told), strict=True)):
+        best = max(said, key=lambda each: (math.isnan(each[0]), each[0]))  # of equal ones the first
+        if not math.isfinite(best[0]):
+            chosen[row] = _REFUSED
+        elif choice == _GREEDY:
+            chosen[row] = Chosen(int(best[1]))
+        else:
+            talks[row] = _talk(logits[row], choice, part, int(best[1]), best[0])
+    _converse(talks, chosen, exchange)
+    return chosen
 
 
 _GREEDY = Choice()
 _REFUSED = Chosen(0, error="the model computed numbers that are none (not finite) for this request")
 
 
-def _chosen(row_V: Tensor, choice: Choice, likeliest: int) -> Chosen:
-    if choice == _GREEDY:
-        return Chosen(likeliest)
+def _converse(talks: dict[int, Talk], chosen: list[Chosen], exchange: Exchange) -> None:
+    """Goes on with all talks, round by round, until each has chosen. A round's numbers travel together."""
+    asks = _go_on(talks, dict.fromkeys(talks), chosen)
+    while asks:
+        said = torch.tensor([number for ask in asks.values() for number in _say(ask)], dtype=torch.float64)
+        heard = [numbers.tolist() for numbers in exchange(said)]
+        told: dict[int, Told | None] = {}
+        at = 0
+        for row, ask in asks.items():
+            end = at + 1 + ask.length
+            if all(numbers[at] for numbers in heard):
+                told[row] = [numbers[at + 1 : end] for numbers in heard]
+            else:
+                chosen[row] = Chosen(0, error="its next token could not be chosen (a rank failed at its part of it)")
+            at = end
+        asks = _go_on(talks, told, chosen)
+
+
+def _say(ask: Ask) -> Sequence[float]:
+    """This rank's numbers, with 1 before them, or 0 where they could not be had: all hear that, and give up."""
     try:
-        return _one(row_V, choice)
-    except Exception as error:  # whatever it is, it is this row's alone
-        return Chosen(0, error=f"its next token could not be chosen ({type(error).__name__}: {error})")
+        return (1.0, *ask.numbers())
+    except Exception:  # whatever it is, it is this row's alone
+        return (0.0,) * (1 + ask.length)
+
+
+def _go_on(talks: dict[int, Talk], told: dict[int, Told | None], chosen: list[Chosen]) -> dict[int, Ask]:
+    """What the talks want to know next; those that have chosen are over."""
+    asks: dict[int, Ask] = {}
+    for row, numbers in told.items():
+        try:
+            asks[row] = talks[row].send(numbers)  # type: ignore[arg-type]  # None begins a talk
+        except StopIteration as over:
+            chosen[row] = over.value
+        except Exception as error:  # whatever it is, it is this row's alone; and as all decide alike, all ranks have it
+            chosen[row] = Chosen(0, error=f"its next token could not be chosen ({type(error).__name__}: {error})")
+    return asks
+
+
+def _talk(raw_W: Tensor, choice: Choice, part: Slice, token: int, highest: float) -> Talk:
+    """One row's choice. `token`, `highest`: the likeliest one of all slices, before anything is changed."""
+    logits, top = raw_W, highest
+    if not (choice.given is not None or _untouched(choice)):
+        logits, token, top = yield from _penalised(raw_W, choice, part)
+    if choice.given is not None:
+        token = choice.given
+    elif choice.temperature > 0:
+        token = yield from _draw(logits, choice, part, top)
+    if choice.logprobs is None:
+        return Chosen(token)
+    return (yield from _scored(raw_W, choice.logprobs, part, token, highest))
 
 
 def _untouched(choice: Choice) -> bool:
     return not (choice.banned or choice.prompt or choice.output or choice.allowed or choice.bias)
 
 
-def _one(raw_V: Tensor, choice: Choice) -> Chosen:
-    logits = raw_V if _untouched(choice) else _penalised(raw_V.clone(), choice)
-    if choice.given is not None:
-        token = choice.given
-    else:
-        token = int(logits.argmax()) if choice.temperature == 0 else _draw(logits, choice)
-    if choice.logprobs is None:
-        return Chosen(token)
-    logprobs = torch.log_softmax(raw_V, dim=0)
-    top = logprobs.topk(min(choice.logprobs, logprobs.shape[0]))
-    pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    rank = int((logprobs > logprobs[token]).sum()) + 1
-    return Chosen(token, float(logprobs[token]), rank, pairs)
-
-
-def _penalised(logits_V: Tensor, choice: Choice) -> Tensor:
-    size = logits_V.shape[0]
-    output = torch.bincount(torch.tensor(choice.output, dtype=torch.long), minlength=size)
-    if choice.repetition != 1.0:
-        seen = torch.tensor(sorted({*choice.prompt, *choice.output}), dtype=torch.long)
-        values = logits_V[seen]
-        logits_V[seen] = torch.where(values > 0, values / choice.repetition, values * choice.repetition)
-    logits_V -= choice.frequency * output + choice.presence * (output > 0)
-    for token, bias in choice.bias.items():
-        logits_V[token] += bias
-    if choice.allowed:
-        bits = np.unpackbits(np.frombuffer(choice.allowed, dtype=np.uint8), bitorder="little", count=size)
-        logits_V[torch.from_numpy(bits) == 0] = -torch.inf
-    unbanned = logits_V[choice.banned]
-    logits_V[choice.banned] = -torch.inf
-    if choice.banned and logits_V.max() == -torch.inf:  # a grammar that is over allows nothing but the end
-        logits_V[choice.banned] = unbanned
-    if logits_V.max() == -torch.inf:
+def _penalised(raw_W: Tensor, choice: Choice, part: Slice) -> Generator[Ask, Told, tuple[Tensor, int, float]]:
+    """Changed logits, with the likeliest token and its logit."""
+    free = _Changed(raw_W, choice, part)
+    told = yield Ask(4, lambda: [*free.best, *free.best_banned])
+    banned = not any(said[0] > -math.inf for said in told)  # a grammar that is over allows nothing but the end
+    top, token = max((said[2:] if banned else said[:2] for said in told), key=lambda each: each[0])
+    if top == -math.inf:
         raise ValueError("no token is allowed")
-    return logits_V
+    return free.with_banned if banned else free.logits, int(token), top
 
 
-def _draw(logits_V: Tensor, choice: Choice) -> int:
+class _Changed:
+    """A slice's logits under a choice's penalties, bias and grammar; computed where they are asked for first."""
+
+    def __init__(self, raw_W: Tensor, choice: Choice, part: Slice) -> None:
+        self._raw, self._choice, self._part = raw_W, choice, part
+
+    @cached_property
+    def with_banned(self) -> Tensor:
+        """[W], with the banned tokens."""
+        choice, part, logits = self._choice, self._part, self._raw.clone()
+        output = torch.bincount(torch.tensor(part.here(choice.output), dtype=torch.long), minlength=part.width)
+        if choice.repetition != 1.0:
+            seen = torch.tensor(sorted({*part.here(choice.prompt), *part.here(choice.output)}), dtype=torch.long)
+            values = logits[seen]
+            logits[seen] = torch.where(values > 0, values / choice.repetition, values * choice.repetition)
+        logits -= choice.frequency * output + choice.presence * (output > 0)
+        for token, bias in choice.bias.items():
+            for place in part.here([token]):
+                logits[place] += bias
+        if choice.allowed:
+            bits = np.unpackbits(np.frombuffer(choice.allowed, dtype=np.uint8), bitorder="little", count=part.size)
+            logits[torch.from_numpy(bits[part.first : part.first + part.width]) == 0] = -torch.inf
+        return logits
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """[W], without them."""
+        if not self._choice.banned:
+            return self.with_banned
+        logits = self.with_banned.clone()
+        logits[self._part.here(self._choice.banned)] = -torch.inf
+        return logits
+
+    @property
+    def best(self) -> list[float]:
+        """The largest logit and its token."""
+        return likeliest(self.logits[None], self._part.first)[0].tolist()
+
+    @property
+    def best_banned(self) -> list[float]:
+        """The same with the banned tokens."""
+        return likeliest(self.with_banned[None], self._part.first)[0].tolist()
+
+
+def _draw(logits_W: Tensor, choice: Choice, part: Slice, top: float) -> Generator[Ask, Told, int]:
     """Temperature, then min-p, top-k and top-p, then as many uniform numbers as it takes.
 
     Nothing is sorted. A token is drawn from all that min-p and top-k leave; if the likelier ones have the wanted mass
@@ -89,61 +221,127 @@ def _draw(logits_V: Tensor, choice: Choice) -> int:
     What is accepted is distributed as a draw from top-p's tokens alone: each draw is from more tokens than those,
     never from fewer. Of equally likely tokens the one with the lower id comes first.
     """
-    kept_V = torch.softmax((logits_V - logits_V.max()) / choice.temperature, dim=0)
+    kept_W = torch.exp((logits_W - top) / choice.temperature)  # the likeliest has 1
     if choice.min_p > 0:
-        kept_V = torch.where(kept_V >= choice.min_p * kept_V.max(), kept_V, 0)
-    if 0 < choice.top_k < kept_V.shape[0]:
-        kept_V = _largest(kept_V, choice.top_k)
-    kept_V = pad(kept_V, (0, -kept_V.shape[0] % BLOCK))
+        kept_W = torch.where(kept_W >= choice.min_p, kept_W, 0)
+    if 0 < choice.top_k < part.size:
+        kept_W = yield from _largest(kept_W, choice.top_k, part)
+    kept_W = pad(kept_W, (0, -kept_W.shape[0] % BLOCK))
     # A hash, not a generator's state: nothing has to be remembered between tokens.
     uniform = random.Random(f"{choice.seed}/{choice.index}").random
-    wanted = choice.top_p * _mass(kept_V)
+    told = yield Ask(1, lambda: [_mass(kept_W)])
+    masses = [said[0] for said in told]
+    wanted = choice.top_p * sum(masses)
     while True:
-        token = _drawn(kept_V, uniform())
+        owner, place = _owner(masses, uniform() * sum(masses))
+        told = yield Ask(2, lambda kept=kept_W, place=place: _drawn(kept, place, part.first))  # type: ignore[misc]
+        token, weight = int(told[owner][0]), told[owner][1]
         if choice.top_p == 1:
             return token
-        before_V = _before(kept_V, token)
-        mass = _mass(before_V)
-        if mass < wanted or mass == 0:  # the likeliest one: also where a top_p next to nothing leaves none
+        before_W = _before(kept_W, token - part.first, weight)
+        told = yield Ask(1, lambda before=before_W: [_mass(before)])  # type: ignore[misc]
+        masses = [said[0] for said in told]
+        if sum(masses) < wanted or sum(masses) == 0:  # the likeliest one: also where top_p next to nothing leaves none
             return token
-        kept_V = before_V
+        kept_W = before_W
 
 
-BLOCK = 512  # tokens whose probabilities are summed by themselves: in the same order however many threads there are
+def _mass(kept_W: Tensor) -> float:
+    return float(kept_W.view(-1, BLOCK).sum(dim=1).double().sum())
 
 
-def _mass(kept_V: Tensor) -> float:
-    return float(kept_V.view(-1, BLOCK).sum(dim=1).double().sum())
+def _owner(masses: Sequence[float], place: float) -> tuple[int, float]:
+    """The rank in whose slice this much of the mass ends, and how much of it is that slice's."""
+    last = max(rank for rank, mass in enumerate(masses) if mass > 0)
+    for rank, mass in enumerate(masses):
+        if place < mass or rank == last:
+            return rank, min(place, mass)
+        place -= mass
+    raise AssertionError("a mass is above zero: the likeliest token's")
 
 
-def _drawn(kept_V: Tensor, uniform: float) -> int:
-    """The token at this part, 0 to 1, of all the mass."""
-    heights = kept_V.view(-1, BLOCK).sum(dim=1).double().cumsum(0)
-    place = uniform * float(heights[-1])
+def _drawn(kept_W: Tensor, place: float, first: int) -> tuple[float, float]:
+    """The token at which this much of the slice's mass ends, and its probability; of a slice without any, nothing."""
+    heights = kept_W.view(-1, BLOCK).sum(dim=1).double().cumsum(0)
+    if not len(heights) or not float(heights[-1]):
+        return 0.0, 0.0
     block = min(int(torch.searchsorted(heights, place, right=True)), len(heights) - 1)
-    within = kept_V[block * BLOCK : (block + 1) * BLOCK].double().cumsum(0)
+    within = kept_W[block * BLOCK : (block + 1) * BLOCK].double().cumsum(0)
     place -= float(heights[block - 1]) if block else 0.0
     token = block * BLOCK + min(int(torch.searchsorted(within, place, right=True)), BLOCK - 1)
-    if kept_V[token] > 0:
-        return token
-    return int(kept_V[: token + 1].nonzero()[-1])  # rounding led beyond the block's last one
+    if not kept_W[token] > 0:  # rounding led beyond the block's last one
+        token = int(kept_W[: token + 1].nonzero()[-1])
+    return float(token + first), float(kept_W[token])
 
 
-def _before(kept_V: Tensor, token: int) -> Tensor:
-    """What is likelier than a token, or as likely with a lower id; 0 for the rest."""
-    likelier = kept_V > kept_V[token]
-    likelier[:token] |= kept_V[:token] == kept_V[token]
-    return torch.where(likelier, kept_V, 0)
+def _before(kept_W: Tensor, place: int, weight: float) -> Tensor:
+    """What is likelier than the token at a place, counted from the slice's first one, or as likely with a lower id; 0
+    for the rest."""
+    likelier = kept_W > weight
+    ahead = min(max(place, 0), kept_W.shape[0])
+    likelier[:ahead] |= kept_W[:ahead] == weight
+    return torch.where(likelier, kept_W, 0)
 
 
-def _largest(kept_V: Tensor, count: int) -> Tensor:
-    """The `count` likeliest; 0 for the rest."""
-    size = kept_V.shape[0]
-    least = kept_V.topk(count).values[-1] if count <= FEW else kept_V.kthvalue(size - count + 1).values
-    above = kept_V > least
-    equal = (kept_V == least).nonzero()[:, 0]
-    above[equal[: count - int(above.sum())]] = True
-    return torch.where(above, kept_V, 0)
+def _largest(kept_W: Tensor, count: int, part: Slice) -> Generator[Ask, Told, Tensor]:
+    """The `count` likeliest of all slices; 0 for the rest."""
+    least = yield from (_least_of_few(kept_W, count) if count <= DIRECT else _least_of_many(kept_W, count))
+    above = kept_W > least
+    equal = (kept_W == least).nonzero()[:, 0]
+    told = yield Ask(2, lambda: [float(above.sum()), float(len(equal))])
+    # Of equally likely ones those with the lowest ids: what is left for this slice after those before it.
+    left = count - sum(int(said[0]) for said in told) - sum(int(said[1]) for said in told[: part.rank])
+    above[equal[: max(0, left)]] = True
+    return torch.where(above, kept_W, 0)
 
 
-FEW = 1024  # up to which `topk` is faster than a selection of one value
+def _least_of_few(kept_W: Tensor, count: int) -> Generator[Ask, Told, float]:
+    """The smallest probability of the `count` largest."""
+
+    def largest() -> list[float]:
+        values: list[float] = kept_W.topk(min(count, kept_W.shape[0])).values.tolist()
+        return values + [0.0] * (count - len(values))
+
+    told = yield Ask(count, largest)
+    return sorted((value for said in told for value in said), reverse=True)[count - 1]
+
+
+def _least_of_many(kept_W: Tensor, count: int) -> Generator[Ask, Told, float]:
+    """The same, byte by byte: the bits of numbers that are not below zero come in the order of the numbers."""
+    bits, found, left = kept_W.view(torch.int32), 0, count
+    for shift in (24, 16, 8, 0):
+
+        def histogram(shift: int = shift, found: int = found) -> list[float]:
+            matching = bits if shift == 24 else bits[bits >> (shift + 8) == found]
+            return torch.bincount((matching >> shift) & 255, minlength=256).tolist()
+
+        told = yield Ask(256, histogram)
+        for byte in range(255, -1, -1):
+            there = sum(int(said[byte]) for said in told)
+            if left <= there:
+                break
+            left -= there
+        found = found << 8 | byte
+    return float(np.int32(found).view(np.float32))
+
+
+def _scored(raw_W: Tensor, count: int, part: Slice, token: int, highest: float) -> Generator[Ask, Told, Chosen]:
+    """A token with its log-probability and rank, and the likeliest ones, of the model's own distribution."""
+    count = min(count, part.size)
+
+    def numbers() -> list[float]:
+        mass = float(torch.exp(raw_W - highest).sum(dtype=torch.float64))
+        own = [float(raw_W[place]) for place in part.here([token])] or [-math.inf]
+        top = raw_W.topk(min(count, part.width))
+        tokens = [float(place + part.first) for place in top.indices.tolist()]
+        missing = [-1.0] * (count - len(tokens))
+        return [mass, *own, *top.values.tolist(), *missing, *tokens, *missing]
+
+    told = yield Ask(2 + 2 * count, numbers)
+    whole = highest + math.log(sum(said[0] for said in told))
+    logit = max(said[1] for said in told)
+    pairs = [pair for said in told for pair in zip(said[2 : 2 + count], said[2 + count :], strict=True)]
+    pairs = sorted((pair for pair in pairs if pair[1] >= 0), key=lambda pair: (-pair[0], pair[1]))
+    told = yield Ask(1, lambda: [float((raw_W > logit).sum())])
+    rank = 1 + sum(int(said[0]) for said in told)
+    return Chosen(token, logit - whole, rank, [(int(each), value - whole) for value, each in pairs[:count]])

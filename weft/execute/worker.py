@@ -14,11 +14,13 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import zmq
+from torch import Tensor
 
 from weft.cache.slabs import Slabs
 from weft.errors import InputError, LinkLost
@@ -44,6 +46,7 @@ from weft.model.kernels import packed_weights_work
 from weft.model.rope import Rope
 from weft.model.shares import shard_bytes, shares_of
 from weft.model.weights import load
+from weft.parallel.allreduce import gather_columns, swap
 from weft.parallel.codec import codec_named
 from weft.parallel.group import Group, host_store, join_store
 from weft.parallel.pulse import Pulse
@@ -60,6 +63,7 @@ class _Loaded:
     slabs: Slabs
     executor: Executor
     forms: dict[int, Form]
+    vocabulary: list[int]  # tokens of each rank's slice
 
 
 class Worker:
@@ -156,7 +160,7 @@ class Worker:
         decoder = Decoder(m.config, flags, share, weights, Rope(m.config, m.device), m.exact_rows)
         vocabulary = [len(each.vocabulary) for each in shares]
         executor = Executor(decoder, decoder_outline(m.config.layers), self.group, self.lanes, vocabulary)
-        self.model = _Loaded(decoder, slabs, executor, {})
+        self.model = _Loaded(decoder, slabs, executor, {}, vocabulary)
         keep_freed_memory()
         gc.freeze()  # what is loaded stays: collections need not look at it again
         size, packed = shard_bytes(m.config, share, dtype.itemsize), packed_weights_work() and dtype is torch.float32
@@ -177,17 +181,35 @@ class Worker:
         seconds, processor = time.perf_counter() - begin, time.process_time() - processor
         self.chosen, logits, begin = [], b"", time.perf_counter()
         if result.logits is not None and m.choices:
-            self.chosen = sample(result.logits, m.choices)
+            exchange = partial(swap, self.group)
+            self.chosen = sample(result.logits, m.choices, model.executor.part, result.told, exchange)
         sampling = time.perf_counter() - begin
         if result.logits is not None and m.logits:
-            logits = result.logits.numpy().tobytes()
+            logits = gathered(self.group, result.logits, model.vocabulary)
         spans = result.spans if m.spans else []
         sent = self.group.bytes_sent - sent
         compute = result.busy[COMPUTE]
         lanes = compute, sum(result.busy.values()) - compute
         self.say(
-            p.Done(m.number, seconds, sampling, processor, lanes, sent, self.chosen, spans, result.checksums, logits)
+            p.Done(
+                m.number,
+                seconds,
+                sampling,
+                processor,
+                lanes,
+                sent,
+                self.chosen if self.rank == 0 else [],
+                spans,
+                result.checksums,
+                logits,
+            )
         )
+
+
+def gathered(group: Group, logits: Tensor, vocabulary: list[int]) -> bytes:
+    """Whole rows of logits, on rank 0."""
+    whole = gather_columns(group, logits, vocabulary)
+    return whole.numpy().tobytes() if whole is not None else b""
 
 
 def _directory(given: str) -> Path:

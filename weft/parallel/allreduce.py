@@ -119,6 +119,18 @@ def all_gather(group: Group, codec: Codec, rows_TM: Tensor) -> Tensor:
     return rows_TM
 
 
+def swap(group: Group, numbers: Tensor) -> list[Tensor]:
+    """Every rank's numbers, as many of each, in rank order: for the little that all are to know."""
+    if group.world != 2:
+        return group.all_gather(numbers) if group.world > 1 else [numbers]
+    received = torch.empty_like(numbers)
+    receiving = group.receive(received, 1 - group.rank)
+    sending = group.send(numbers, 1 - group.rank)
+    receiving.wait()
+    sending.wait()
+    return [numbers, received] if group.rank == 0 else [received, numbers]
+
+
 def gather_columns(group: Group, part: Tensor, widths: list[int]) -> Tensor | None:
     """Every rank's columns [rows, widths[rank]] side by side on rank 0; None on the others."""
     if group.world == 1:

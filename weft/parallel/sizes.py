@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 ONE_SHOT_BYTES = 64 * 1024  # of the encoded partial; above, two-shot's fewer bytes pay for its second hop
+LIKELIEST_BYTES = 16.0  # of a wanted row: what each rank tells the others of its logits, see execute/sampler.py
 NUMBER_BYTES = {"float32": 4.0, "bfloat16": 2.0}  # by what is computed in
 
 

@@ -50,8 +50,8 @@ class Run(NamedTuple):
 @dataclass(frozen=True)
 class Subject:
     """What is calibrated. `length`: positions of a sequence; `slots`: sequences at a time. `limit`: bytes up to which
-    a sum takes one hop. `elements`: bytes of a number, by wire. `logits`: bytes of a row of a rank's logits. `granule`:
-    of cuts, see `strategy.place`."""
+    a sum takes one hop. `elements`: bytes of a number, by wire. `logits`: bytes that a rank tells the others of a
+    wanted row. `granule`: of cuts, see `strategy.place`."""
 
     layers: int
     width: int

@@ -26,7 +26,7 @@ class Kind(StrEnum):
     REDUCE = "reduce"  # all-reduce: sums the partials of all ranks, everywhere
     REDUCE_SCATTER = "reduce_scatter"  # the same, but each rank gets its part of the rows only
     ALL_GATHER = "all_gather"  # collects everywhere what `enter` left on each rank: a stage's input
-    GATHER = "gather"  # collects the ranks' slices of the logits on rank 0
+    GATHER = "gather"  # tells all ranks the likeliest tokens of each one's slice of the logits
 
     @property
     def lane(self) -> str:

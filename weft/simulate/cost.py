@@ -195,7 +195,7 @@ SHARED = Contention(part=0.5)
 class Costs:
     """Everything that the simulator needs: ranks (several may be alike), wires by name, contention.
 
-    `width`: numbers in one row of a partial. `logits`: bytes of one wanted row that a rank sends to rank 0.
+    `width`: numbers in one row of a partial. `logits`: bytes that a rank tells the others of a wanted row.
     `world`: ranks, where `ranks` holds one entry for all of them. `contention`: of the network with computation;
     `between`: of other pairs of lanes, by both names, "compute network2".
     """

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from weft.errors import InputError
+from weft.parallel.sizes import LIKELIEST_BYTES
 from weft.simulate.cost import ComputeCosts, Contention, Costs, Table, WireCosts
 
 PACKAGED = Path(__file__).with_name("catalogue.toml")
@@ -216,7 +217,7 @@ def costs_of(group: Group, shards: Sequence[Shard], wires: Sequence[str]) -> Cos
     part = group.source.assumption(device, "share") / max(1, device.cores)
     return Costs(
         ranks[:1] if same else ranks, {name: _wire(group, WIRES[name] or itemsize) for name in wires},
-        Contention(part=part), shards[0].hidden, 4.0 * max(shard.vocabulary for shard in shards), group.world,
+        Contention(part=part), shards[0].hidden, LIKELIEST_BYTES, group.world,
     )  # fmt: skip
 
 
