@@ -23,15 +23,19 @@ import psutil
 from models import random_llama
 
 from weft import LLM, SamplingParams
+from weft.config import ModelConfig
 from weft.execute import protocol as p
 from weft.execute.controller import RunOptions
+from weft.model.families import blueprint_of
+from weft.model.shares import shares_of
+from weft.outlook.figures import shard_of
 from weft.plan.planner import Planner
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.build import build
 from weft.program.stages import decoder_outline
 from weft.program.steps import Program
 from weft.program.strategy import Strategy
-from weft.simulate.hardware import Shard, costs_of, parse_group
+from weft.simulate.hardware import costs_of, parse_group
 
 LAYERS = (8, 80)
 FORMS = ("serial", "iso:4", "iso:4+ahead", "iso:4+rs")
@@ -39,7 +43,9 @@ FORMS = ("serial", "iso:4", "iso:4+ahead", "iso:4+rs")
 
 def planning(layers: int) -> list[float]:
     """Milliseconds for each of many prompts of different lengths, at the start of which nothing is known of them."""
-    costs = costs_of(parse_group("2x rtx4090"), [Shard(4096, 16, 4, 128, 7168, 64000)] * 2, ("exact",))
+    blueprint = blueprint_of(ModelConfig.from_directory(random_llama("483m")))
+    shards = [shard_of(blueprint, share) for share in shares_of(blueprint, (1.0, 1.0))]
+    costs = costs_of(parse_group("2x rtx4090"), shards, ("exact",))
     planner = Planner(decoder_outline(layers), "auto", "exact", costs=costs)
     planner.plan(one_prompt(499))
     taken = []

@@ -37,7 +37,7 @@ from weft.execute.sampler import likeliest
 from weft.launch.namespaces import NamespaceLauncher
 from weft.model.checkpoint import Checkpoint
 from weft.model.decoder import Decoder, Extent, Forward
-from weft.model.families import flags_of
+from weft.model.families import blueprint_of
 from weft.model.rope import Rope
 from weft.model.shares import shares_of
 from weft.model.weights import load
@@ -46,7 +46,6 @@ from weft.parallel.codec import codec_named
 from weft.parallel.group import Group
 from weft.program.batch import Batch, Rows, Segment
 from weft.program.build import build
-from weft.program.stages import decoder_outline
 from weft.program.strategy import Strategy
 from weft.timeline.timeline import median
 
@@ -129,14 +128,15 @@ def rank(given: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     model = random_llama(given.model)
     config = ModelConfig.from_directory(model)
-    shares, flags = shares_of(config, (1.0, 1.0)), flags_of(config)
-    weights = load(Checkpoint(model), config, flags, shares[number])
-    decoder = Decoder(config, flags, shares[number], weights, Rope(config))
+    blueprint = blueprint_of(config)
+    shares = shares_of(blueprint, (1.0, 1.0))
+    weights = load(Checkpoint(model), blueprint, shares[number])
+    decoder = Decoder(config, blueprint, shares[number], weights, Rope(config))
     master = given.address.rpartition(".")[0] + ".1"
     group = Group(number, 2, dist.TCPStore(master, PORT, 2, is_master=number == 0))
-    vocabulary = [len(share.vocabulary) for share in shares]
+    vocabulary = [len(share.ranges["vocabulary"]) for share in shares]
     slabs = Slabs(2, config.layers, len(shares[number].kv_heads), given.tokens, config.head_dim, torch.float32, "cpu")
-    outline = replace(decoder_outline(config.layers), narrows=False)  # as by hand: all rows go through all layers
+    outline = replace(blueprint.outline, narrows=False)  # as by hand: all rows go through all layers
     executor = Executor(decoder, outline, group, ThreadLanes(torch.inference_mode), vocabulary)
     hand = ByHand(decoder, group, vocabulary)
     keep_freed_memory()

@@ -18,7 +18,7 @@ from weft.execute.executor import Executor, Result, Scope
 from weft.execute.lanes import ThreadLanes
 from weft.model.checkpoint import Checkpoint
 from weft.model.decoder import Decoder
-from weft.model.families import flags_of
+from weft.model.families import blueprint_of
 from weft.model.rope import Rope
 from weft.model.shares import shares_of
 from weft.model.weights import load
@@ -28,7 +28,6 @@ from weft.parallel.group import Group
 from weft.program.batch import Batch, Segment
 from weft.program.build import build
 from weft.program.check import check
-from weft.program.stages import decoder_outline
 from weft.program.steps import Program
 from weft.program.strategy import Strategy
 
@@ -60,19 +59,19 @@ class Ranks:
     ) -> None:  # fmt: skip
         torch.set_num_threads(1)
         self.config = ModelConfig.from_directory(directory)
-        self.outline = lagging(decoder_outline(self.config.layers), *lags)
-        self.shares = shares_of(self.config, shares)
+        self.blueprint = blueprint_of(self.config)
+        self.outline = lagging(self.blueprint.outline, *lags) if any(lags) else self.blueprint.outline
+        self.shares = shares_of(self.blueprint, shares)
         self.threads = Threads(len(shares))
-        store, flags = dist.HashStore(), flags_of(self.config)
+        store = dist.HashStore()
 
         def rank(r: int) -> tuple[Decoder, Executor, Slabs]:
             share = self.shares[r]
-            weights = load(Checkpoint(directory), self.config, flags, share, exact_rows=exact_rows)
-            decoder = Decoder(self.config, flags, share, weights, Rope(self.config), exact_rows)
+            weights = load(Checkpoint(directory), self.blueprint, share, exact_rows=exact_rows)
+            decoder = Decoder(self.config, self.blueprint, share, weights, Rope(self.config), exact_rows)
             group = Group(r, len(shares), store if len(shares) > 1 else None)
-            executor = Executor(
-                decoder, self.outline, group, ThreadLanes(torch.no_grad), [len(s.vocabulary) for s in self.shares]
-            )
+            vocabulary = [len(each.ranges["vocabulary"]) for each in self.shares]
+            executor = Executor(decoder, self.outline, group, ThreadLanes(torch.no_grad), vocabulary)
             heads = len(share.kv_heads)
             slabs = Slabs(slots, self.config.layers, heads, self.config.max_length, self.config.head_dim)
             return decoder, executor, slabs
@@ -98,7 +97,7 @@ class Ranks:
             result = executor.run(chosen, forward, codec_named(wire), scope, checksums=True)
             if result.logits is None:
                 return result
-            widths = [len(share.vocabulary) for share in self.shares]
+            widths = [len(share.ranges["vocabulary"]) for share in self.shares]
             return replace(result, logits=gather_columns(executor.group, result.logits, widths))
 
         results = self.threads.each(rank)

@@ -19,6 +19,7 @@ from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError
 from weft.execute.process import GROUPS, free_memory, machine_name
 from weft.execute.protocol import VERSION, Hello, Loaded
+from weft.model.families import blueprint_of
 from weft.model.shares import shard_bytes, shares_of
 
 MIB = 1 << 20
@@ -93,7 +94,9 @@ def hello(place: int, machine: str, free: int) -> Hello:
 def test_each_machine_is_asked_for_its_own_ranks_only(packaged: Path) -> None:
     model = ModelConfig.from_directory(packaged)
     config = EngineConfig(ranks=3, shares=(1.0, 1.0, 2.0))
-    parts = [shard_bytes(model, share, 4) for share in shares_of(model, config.shares)]
+    parts = [
+        shard_bytes(blueprint_of(model), share, lambda _: 4) for share in shares_of(blueprint_of(model), config.shares)
+    ]
     ranks = [hello(0, "a", parts[0] + parts[1]), hello(1, "a", parts[0] + parts[1]), hello(2, "b", parts[2])]
     demand_memory(model, config, ranks)
     with pytest.raises(InputError, match=r"for 2 of 3 ranks on host-a, and 0\.0 GiB are free there"):

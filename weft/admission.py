@@ -12,6 +12,7 @@ from weft.batching.params import SamplingParams, shown
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError
 from weft.execute.protocol import Hello, Loaded
+from weft.model.families import blueprint_of
 from weft.model.shares import shard_bytes, shares_of
 from weft.parallel.sizes import NUMBER_BYTES
 from weft.text import Tokenizer, generation_defaults
@@ -84,8 +85,9 @@ def memory_tokens(hellos: Sequence[Hello], loaded: Sequence[Loaded]) -> int:
 
 def demand_memory(model: ModelConfig, config: EngineConfig, hellos: Sequence[Hello]) -> None:
     """Raises `InputError` before anything is loaded if the weights of a machine's ranks can't fit into its memory."""
-    size = int(NUMBER_BYTES[config.dtype])
-    needed = [shard_bytes(model, share, size) for share in shares_of(model, config.shares)]
+    size = NUMBER_BYTES[config.dtype]
+    blueprint = blueprint_of(model)
+    needed = [shard_bytes(blueprint, share, lambda _: size) for share in shares_of(blueprint, config.shares)]
     machines = _by_machine(hellos)
     for ranks in machines.values():
         here, free = sum(needed[rank] for rank in ranks), min(hellos[rank].free for rank in ranks)

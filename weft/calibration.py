@@ -8,7 +8,7 @@ from random import Random
 
 from weft.config import EngineConfig, ModelConfig, processor_name
 from weft.execute.controller import RunOptions, RunResult
-from weft.model.families import flags_of
+from weft.model.families import blueprint_of
 from weft.parallel.sizes import LIKELIEST_BYTES, ONE_SHOT_BYTES, element_bytes
 from weft.plan.calibrate import MOST, calibrate
 from weft.plan.planner import Plan
@@ -42,12 +42,12 @@ def granule_of(config: EngineConfig) -> int:
 
 def subject_of(model: ModelConfig, config: EngineConfig, wires: tuple[str, ...]) -> Subject:
     """What is measured for these wires."""
-    windows = set(flags_of(model).windows)
+    blueprint = blueprint_of(model)
     return Subject(
-        layers=model.layers, width=model.hidden, logits=LIKELIEST_BYTES, world=config.ranks,
+        outline=blueprint.outline, width=model.hidden, logits=LIKELIEST_BYTES, world=config.ranks,
         length=config.max_length, slots=config.max_sequences, limit=ONE_SHOT_BYTES,
         elements={wire: element_bytes(wire, config.dtype) for wire in wires},
-        window=windows.pop() if len(windows) == 1 else None, granule=granule_of(config),
+        window=blueprint.window, granule=granule_of(config),
     )  # fmt: skip
 
 

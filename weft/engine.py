@@ -24,11 +24,10 @@ from weft.errors import InputError, WorkerFailed, WorkerLost, in_a_line
 from weft.execute.controller import RunOptions, RunResult
 from weft.grammar import Grammar
 from weft.launch.launcher import Launcher
-from weft.model.families import flags_of
+from weft.model.families import blueprint_of
 from weft.plan.budget import Budget
 from weft.plan.planner import Plan, Planner
 from weft.program.batch import Batch, Segment
-from weft.program.stages import decoder_outline
 from weft.requests import Requests, blame
 from weft.simulate.cost import Costs
 from weft.text import Tokenizer, reading_tokenizer
@@ -57,10 +56,10 @@ class Engine:
         share_by_speed: bool = False,
     ) -> None:  # fmt: skip
         self.directory, self.model = directory, model or ModelConfig.from_directory(directory)
-        flags_of(self.model)  # says so now if the family is unknown
+        blueprint = blueprint_of(self.model)
         tokenizer = reading_tokenizer(directory)
         granule = granule_of(config)
-        self.planner = Planner(decoder_outline(self.model.layers), config.overlap, config.wire, granule)
+        self.planner = Planner(blueprint.outline, config.overlap, config.wire, granule)
         self.budget = Budget(self.planner)
         self.workers = Workers(directory, config, self.model, launcher, ready=tokenizer)
         tell = progress or (lambda what, share: None)
@@ -79,7 +78,6 @@ class Engine:
             raise
         self.notices += self.requests.notices
         self.last_turn: Turn | None = None
-        self.timeline_wanted = False  # of the next batch; it then is in `last_turn`
         self._ahead: Flight | None = None
         self._untold: list[Sequence] = []  # that were refused while workers are started again
 
@@ -103,8 +101,11 @@ class Engine:
         self.batcher.add(request)
         return request
 
-    def step(self) -> list[Sequence]:
-        """One turn; returns the sequences that got a token or ended. There must be something to do."""
+    def step(self, timeline: bool = False) -> list[Sequence]:
+        """One turn; returns the sequences that got a token or ended. There must be something to do.
+
+        `timeline`: the next batch that is sent off brings one; it is in `last_turn` once that batch has ended.
+        """
         begin = time.perf_counter()
         self._demand_group()
         if expired := self.expire():
@@ -113,8 +114,8 @@ class Engine:
         flight: Flight | None = None
         try:
             scheduled = self._ahead.scheduled if self._ahead else self.batcher.next(self._budget(), time.monotonic())
-            flight = self._ahead or self._submit(scheduled)
-            self._ahead = self._look_ahead(scheduled)
+            flight = self._ahead or self._submit(scheduled, timeline)
+            self._ahead = self._look_ahead(scheduled, timeline)
             result = self.workers.controller.collect(flight.submitted)
             self.planner.observe(flight.plan, scheduled.batch, result.compute, result.network)
             self.budget.observe(scheduled.batch, result.seconds, result.sampling)
@@ -158,24 +159,18 @@ class Engine:
         decoding = [Segment(0, sequence.computed, 1) for sequence in self.batcher.running if sequence.left == 1]
         return self.budget.tokens(self.config.token_interval, decoding, self.config.max_batch_tokens)
 
-    def _submit(self, scheduled: Scheduled, after: int = 0) -> Flight:
+    def _submit(self, scheduled: Scheduled, timeline: bool, after: int = 0) -> Flight:
         """Sends a batch off. `after`: tokens that its sequences will have got by then, beyond those they have."""
         plan = self.planner.plan(scheduled.batch)
         choices = [choice for part in scheduled.parts for choice in self.requests.choices(*part[:2], after)]
         self.workers.move(self.batcher.moves())
-        options = RunOptions(timeline=self.timeline_wanted)
-        self.timeline_wanted = False
-        submit = self.workers.controller.submit
-        submitted = submit(scheduled.batch, scheduled.tokens, choices, plan.program, plan.wire, options)
-        return Flight(scheduled, plan, submitted)
+        given = scheduled.batch, scheduled.tokens, choices, plan.program, plan.wire, RunOptions(timeline=timeline)
+        return Flight(scheduled, plan, self.workers.controller.submit(*given, scheduled.follows))
 
-    def _look_ahead(self, scheduled: Scheduled) -> Flight | None:
-        """Sends the next batch off too, where it can be foreseen: the worker then never waits for the engine.
-
-        With several ranks only one of them knows the tokens that were chosen, so there it waits.
-        """
-        following = self.batcher.ahead(scheduled) if self.config.ranks == 1 else None
-        return self._submit(following, after=1) if following is not None else None
+    def _look_ahead(self, scheduled: Scheduled, timeline: bool) -> Flight | None:
+        """Sends the next batch off too, where it can be foreseen: the workers then never wait for the engine."""
+        following = self.batcher.ahead(scheduled)
+        return self._submit(following, timeline, after=1) if following is not None else None
 
     def _recover(self, scheduled: Scheduled | None, error: Exception) -> list[Sequence]:
         """After a batch that failed: its requests are tried again, each by itself, or refused if they were.

@@ -23,7 +23,7 @@ def test_the_next_token_of_each() -> None:
     now = batcher.next(100)
     ahead = batcher.ahead(now)
     assert ahead is not None and ahead.sequences == now.sequences
-    assert ahead.tokens == (-1, -2)
+    assert ahead.follows == (0, 1) and not ahead.tokens
     assert [(segment.start, segment.length) for segment in ahead.batch.segments] == [(3, 1), (3, 1)]
 
 

@@ -229,6 +229,8 @@ def test_a_message_is_sent_once_for_every_collective(split) -> None:
         sent.append(group.bytes_sent - before)
     a_row = ranks.config.hidden * 4
     last = 2 * a_row  # of the last layer the wanted row alone, but where each rank has its part of the rows only
-    assert sent[0] == 2 * (ranks.config.layers - 1) * 600 * a_row + last  # two-shot: N - 1 shards of 1/N, twice
-    assert sent[1] == sent[0] and sent[2] == 2 * ranks.config.layers * 600 * a_row
+    told = 16  # of the logits
+    # two-shot: N - 1 shards of 1/N, twice
+    assert sent[0] == 2 * (ranks.config.layers - 1) * 600 * a_row + last + told
+    assert sent[1] == sent[0] and sent[2] == 2 * ranks.config.layers * 600 * a_row + told
     assert sent[3] <= sent[0] * 2  # small tiles go one-shot, which sends everything

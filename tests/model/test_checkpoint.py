@@ -13,7 +13,7 @@ from tests.tiny import Checkpoints
 from weft.config import ModelConfig
 from weft.errors import InputError
 from weft.model.checkpoint import Checkpoint
-from weft.model.families import flags_of
+from weft.model.families import blueprint_of
 from weft.model.shares import shares_of
 from weft.model.weights import load
 
@@ -34,8 +34,8 @@ def sharded(checkpoints: Checkpoints, tmp_path: Path) -> Path:
 
 
 def load_all(directory: Path) -> None:
-    config = ModelConfig.from_directory(directory)
-    load(Checkpoint(directory), config, flags_of(config), shares_of(config, (1.0,))[0])
+    blueprint = blueprint_of(ModelConfig.from_directory(directory))
+    load(Checkpoint(directory), blueprint, shares_of(blueprint, (1.0,))[0])
 
 
 def test_reads_rows_and_columns_of_single_and_sharded_files(checkpoints, copy: Path, sharded: Path) -> None:
@@ -140,14 +140,14 @@ def test_shapes_that_are_not_the_configurations(copy: Path) -> None:
 def test_a_norm_is_folded_before_anything_is_rounded(checkpoints: Checkpoints, name: str) -> None:
     """bfloat16 weights are the float32 ones, rounded once: two roundings cost up to 0.6% an entry."""
     directory = checkpoints.directory(name)
-    config = ModelConfig.from_directory(directory)
-    share = shares_of(config, (1.0,))[0]
+    blueprint = blueprint_of(ModelConfig.from_directory(directory))
+    share = shares_of(blueprint, (1.0,))[0]
     # float64 keeps what was computed in float32, and is not packed.
     exact, rounded = (
-        load(Checkpoint(directory), config, flags_of(config), share, dtype=dtype)
-        for dtype in (torch.float64, torch.bfloat16)
+        load(Checkpoint(directory), blueprint, share, dtype=dtype) for dtype in (torch.float64, torch.bfloat16)
     )
-    for fine, coarse in zip((*exact.attention, *exact.mlp), (*rounded.attention, *rounded.mlp), strict=True):
+    for stage, fine in exact.stages.items():
+        coarse = rounded.stages[stage]
         for one, other in zip(vars(fine).values(), vars(coarse).values(), strict=True):
             left, right = (getattr(each, "weight", each) for each in (one, other))
             assert (left is None and right is None) or torch.equal(left.to(torch.bfloat16), right)

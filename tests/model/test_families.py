@@ -13,7 +13,7 @@ import transformers
 from tests.tiny import MODELS, SMALL, Checkpoints
 from weft.config import ModelConfig, complete_fields, huggingface_fields
 from weft.errors import InputError
-from weft.model.families import FAMILIES, flags_of
+from weft.model.families import FAMILIES, blueprint_of
 
 
 def config_of(family: str, **changes: Any) -> dict[str, Any]:
@@ -28,8 +28,9 @@ def test_every_family_has_a_tiny_model() -> None:
 def test_dimensions_and_flags(checkpoints: Checkpoints) -> None:
     config = ModelConfig.from_directory(checkpoints.directory("qwen2-window"))
     assert (config.hidden, config.heads, config.kv_heads, config.head_dim) == (48, 6, 2, 8)
-    assert flags_of(config).qkv_bias and not flags_of(config).output_bias
-    assert flags_of(config).windows == (None, 40)
+    attention = blueprint_of(config).layer[0]
+    assert all(matrix.biased for matrix in attention.first) and attention.last and not attention.last.biased
+    assert blueprint_of(config).windows == (None, 40)
     assert ModelConfig.from_directory(checkpoints.directory("qwen3")).head_dim == 32
 
 
@@ -56,7 +57,7 @@ def test_context_counts_rope_scaling_in(checkpoints: Checkpoints, name: str, len
 )
 def test_what_is_not_known_is_refused_with_what_is(raw: dict[str, Any], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
-        flags_of(ModelConfig.from_dict(raw))
+        blueprint_of(ModelConfig.from_dict(raw))
 
 
 WEFT_READS = ("rope_parameters", "attention_bias", "mlp_bias", "use_sliding_window", "eos_token_id")
@@ -81,7 +82,7 @@ def test_a_file_that_says_everything_is_read_without_transformers(name: str, che
             assert ours.get(key) == theirs.get(key), key
         left, right = ModelConfig.from_dict(given), ModelConfig.from_dict(theirs | {"model_type": given["model_type"]})
         assert replace(left, architecture="") == replace(right, architecture="")
-        assert flags_of(left) == flags_of(right)
+        assert blueprint_of(left) == blueprint_of(right)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_a_file_that_says_everything_is_read_without_transformers(name: str, che
 def test_fields_of_odd_kinds_are_one_line(change: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_of("Llama") | change))
     with pytest.raises(InputError) as told:
-        flags_of(ModelConfig.from_directory(tmp_path))
+        blueprint_of(ModelConfig.from_directory(tmp_path))
     assert "\n" not in str(told.value)
 
 
@@ -128,7 +129,7 @@ def test_what_is_said_twice_or_left_out_means_what_it_means_in_transformers(
     whole = ModelConfig.from_dict(given)
     through = ModelConfig.from_dict(theirs | {"model_type": given["model_type"]})
     assert replace(whole, architecture="") == replace(through, architecture="")
-    assert flags_of(whole) == flags_of(through) and whole.fields["rope_parameters"] == theirs["rope_parameters"]
+    assert blueprint_of(whole) == blueprint_of(through) and whole.fields["rope_parameters"] == theirs["rope_parameters"]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_what_is_odd_is_left_to_transformers(family: str, change: dict[str, Any]
 def test_an_architecture_of_an_odd_kind_says_nothing(tmp_path: Path) -> None:
     for given in (5, "LlamaForCausalLM", {}, [], [None]):
         (tmp_path / "config.json").write_text(json.dumps(config_of("Llama") | {"architectures": given}))
-        flags_of(ModelConfig.from_directory(tmp_path))
+        blueprint_of(ModelConfig.from_directory(tmp_path))
 
 
 def test_whatever_a_file_leaves_open_is_transformers_to_say() -> None:

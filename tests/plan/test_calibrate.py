@@ -19,11 +19,11 @@ from weft.simulate.cost import Contention, Costs
 from weft.simulate.run import simulate
 from weft.timeline.timeline import Timeline
 
+OUTLINE = decoder_outline(6)
 SUBJECT = Subject(
-    layers=6, width=1024, logits=16384.0, world=2, length=4096, slots=16, limit=65536,
+    outline=OUTLINE, width=1024, logits=16384.0, world=2, length=4096, slots=16, limit=65536,
     elements={"exact": 4.0, "bf16": 2.0},
 )  # fmt: skip
-OUTLINE = decoder_outline(6)
 
 
 def machine(truth: Costs, noise: float = 0.0) -> Probe:
@@ -97,6 +97,6 @@ def test_it_keeps_to_its_time_and_tells_how_far_it_is() -> None:
 
 def test_small_subjects() -> None:
     """A short context, few slots, few layers."""
-    tiny = replace(SUBJECT, layers=1, length=200, slots=1, elements={"exact": 4.0})
+    tiny = replace(SUBJECT, outline=decoder_outline(1), length=200, slots=1, elements={"exact": 4.0})
     found = calibrate(machine(costs()), tiny)
     assert found.ranks[0].body["mlp"].at(100) == pytest.approx(RANK.body["mlp"].at(100), rel=0.1)

@@ -12,12 +12,17 @@ from weft.program.batch import one_prompt
 from weft.program.build import build
 from weft.program.stages import COMPUTE, decoder_outline
 from weft.program.strategy import Strategy
-from weft.simulate.hardware import Group, Shard, catalogue, costs_of, parse_group
+from weft.simulate.hardware import Group, Products, Shard, catalogue, costs_of, parse_group
 from weft.simulate.run import simulate
 from weft.timeline.timeline import Timeline
 
 TABLE = Path(__file__).parent / "data" / "figure_11a_llama70b_tp8.csv"
-SHARD = Shard(hidden=8192, heads=8, kv_heads=1, head=128, width=3584, vocabulary=16032)  # an eighth of Llama 70B
+ATTENTION = Products((8192, 10 * 128), (8 * 128, 8192), 2.0 * 10 * 128)
+MLP = Products((8192, 2 * 3584), (3584, 8192), 3.0 * 3584)
+SHARD = Shard(  # an eighth of Llama 70B
+    hidden=8192, layer=(("attention", ATTENTION), ("mlp", MLP)), head=("head", Products((8192, 16032))),
+    before=("embed",), scored="attention", queries=8 * 128, keys=128,
+)  # fmt: skip
 
 
 def predicted(group: Group, strategy: str, tokens: int) -> Timeline:

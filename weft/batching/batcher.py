@@ -45,13 +45,14 @@ Move = Copy | Drop
 class Scheduled:
     """A batch, the sequence behind each of its segments, and the token of each of its rows.
 
-    A token below zero is not known yet: -1 - i stands for what the batch before gives its i-th wanted row.
+    `follows`: where tokens are not known yet, for each row the wanted row of the batch before whose token it gets.
     """
 
     batch: Batch
     sequences: tuple[Sequence, ...]
     tokens: tuple[int, ...]
     growing: tuple[bool, ...]  # which of them get a token: all but those that go on in another batch
+    follows: tuple[int, ...] = ()
 
     @property
     def parts(self) -> Iterator[tuple[Sequence, Segment, bool]]:
@@ -187,9 +188,8 @@ class Batcher:
         segments = tuple(Segment(old.sequence, old.end, 1, prompt=old.prompt) for old in scheduled.batch.segments)
         for segment in segments:
             self._filled[segment.sequence] = max(self._filled[segment.sequence], segment.end)
-        rows = accumulate(old.wanted for old in scheduled.batch.segments)
-        tokens = tuple(-row for row in rows)
-        return self._counted(Scheduled(Batch(segments), scheduled.sequences, tokens, scheduled.growing))
+        follows = tuple(rows - 1 for rows in accumulate(old.wanted for old in scheduled.batch.segments))
+        return self._counted(Scheduled(Batch(segments), scheduled.sequences, (), scheduled.growing, follows))
 
     def _counted(self, scheduled: Scheduled) -> Scheduled:
         """Puts the batch on its owners' accounts; a token of an answer counts twice, as it takes a pass of its own."""

@@ -24,7 +24,7 @@ from weft.launch.addresses import is_loopback, resolved
 from weft.launch.joined import JoinedLauncher
 from weft.launch.launcher import TOKEN_VARIABLE
 from weft.llm import LLM
-from weft.model.families import flags_of
+from weft.model.families import blueprint_of
 from weft.text import leave_torch_out
 from weft.workers import Progress
 
@@ -222,7 +222,7 @@ def _launcher(join_address: str | None, ranks: int, local: int) -> JoinedLaunche
 
 def _invite(out: Console, launcher: JoinedLauncher, model: str | None, others: int) -> None:
     """Says what to run on other machines; nobody is invited to what can't run."""
-    flags_of(ModelConfig.from_directory(locate(model)))
+    blueprint_of(ModelConfig.from_directory(locate(model)))
     shown = "…" if os.environ.get(TOKEN_VARIABLE) else launcher.token  # who set it knows it
     named = f" {shlex.quote(model)}" if model is not None else ""
     command = f"{TOKEN_VARIABLE}={shown} weft worker --join {shlex.quote(launcher.address)}{named}"

@@ -181,11 +181,11 @@ class Controller:
 
     def submit(
         self, batch: Batch, tokens: Sequence[int], choices: Sequence[p.Choice], program: Program, wire: str,
-        options: RunOptions = RunOptions(),
+        options: RunOptions = RunOptions(), follows: Sequence[int] = (),
     ) -> Submitted:  # fmt: skip
-        """Has every rank run a program after what it was given before."""
+        """Has every rank run a program after what it was given before. `follows`: see `protocol.Run`."""
         self._number += 1
-        message = self._message(batch, tokens, choices, program, wire, options)
+        message = self._message(batch, tokens, choices, program, wire, options, follows)
         for identity in self._ranks:
             self._send(identity, message)
         return Submitted(self._number, program, options)
@@ -208,7 +208,7 @@ class Controller:
 
     def _message(
         self, batch: Batch, tokens: Sequence[int], choices: Sequence[p.Choice], program: Program, wire: str,
-        options: RunOptions,
+        options: RunOptions, follows: Sequence[int],
     ) -> bytes:  # fmt: skip
         number, known = self._numbered(program.form)
         segments = [(s.sequence, s.start, s.length, s.wanted, s.prompt) for s in batch.segments]
@@ -216,6 +216,7 @@ class Controller:
             p.Run(
                 self._number, number, None if known else program.form, list(program.offsets), segments, list(tokens),
                 list(choices), wire, options.scope, options.timeline, options.checksums, options.logits,
+                list(follows),
             )
         )  # fmt: skip
 

@@ -111,8 +111,8 @@ class Choice(msgspec.Struct, frozen=True, omit_defaults=True):
 class Run(msgspec.Struct, tag=True, frozen=True):
     """Run a program: a form, which is given the first time that its number is used, with a batch's offsets.
 
-    A token below zero, -1 - i, is what was chosen for the i-th wanted row of the run before (with one rank only: else
-    one rank knows it, and the others don't).
+    `follows` stands in place of tokens that are not known yet: for each row, the wanted row of the run before whose
+    choice it gets.
     """
 
     number: int
@@ -127,6 +127,7 @@ class Run(msgspec.Struct, tag=True, frozen=True):
     spans: bool = False
     checksums: bool = False
     logits: bool = False
+    follows: list[int] = []
 
 
 class Chosen(msgspec.Struct, frozen=True):

@@ -41,7 +41,7 @@ from weft.launch.launcher import LEASE_VARIABLE, MODEL_VARIABLE, PLACE_VARIABLE,
 from weft.launch.sockets import worker_socket
 from weft.model.checkpoint import Checkpoint
 from weft.model.decoder import Decoder
-from weft.model.families import flags_of
+from weft.model.families import blueprint_of
 from weft.model.kernels import packed_weights_work
 from weft.model.rope import Rope
 from weft.model.shares import shard_bytes, shares_of
@@ -51,7 +51,7 @@ from weft.parallel.codec import codec_named
 from weft.parallel.group import Group, host_store, join_store
 from weft.parallel.pulse import Pulse
 from weft.program.batch import Batch, Segment
-from weft.program.stages import COMPUTE, decoder_outline
+from weft.program.stages import COMPUTE
 from weft.program.steps import Form, Program
 
 
@@ -146,24 +146,27 @@ class Worker:
     def _load(self, m: p.Load) -> None:
         assert self.group is not None
         self.model = None
-        shares = shares_of(m.config, m.shares)
+        blueprint = blueprint_of(m.config)
+        shares = shares_of(blueprint, m.shares)
         share, dtype = shares[self.rank], getattr(torch, m.dtype)
-        flags = flags_of(m.config)
         give_back_freed_memory()
         with Peak() as peak:
             weights = load(
-                Checkpoint(_directory(m.directory)), m.config, flags, share, device=m.device, dtype=dtype,
+                Checkpoint(_directory(m.directory)), blueprint, share, device=m.device, dtype=dtype,
                 exact_rows=m.exact_rows, progress=lambda done, total: self.say(p.Loading(done, total)),
             )  # fmt: skip
         kv_heads = len(share.kv_heads)
         slabs = Slabs(m.slots, m.config.layers, kv_heads, m.length, m.config.head_dim, dtype, m.device)
-        decoder = Decoder(m.config, flags, share, weights, Rope(m.config, m.device), m.exact_rows)
-        vocabulary = [len(each.vocabulary) for each in shares]
-        executor = Executor(decoder, decoder_outline(m.config.layers), self.group, self.lanes, vocabulary)
+        decoder = Decoder(m.config, blueprint, share, weights, Rope(m.config, m.device), m.exact_rows)
+        vocabulary = [len(each.ranges["vocabulary"]) for each in shares]
+        executor = Executor(decoder, blueprint.outline, self.group, self.lanes, vocabulary)
         self.model = _Loaded(decoder, slabs, executor, {}, vocabulary)
         keep_freed_memory()
         gc.freeze()  # what is loaded stays: collections need not look at it again
-        size, packed = shard_bytes(m.config, share, dtype.itemsize), packed_weights_work() and dtype is torch.float32
+        size, packed = (
+            shard_bytes(blueprint, share, lambda _: dtype.itemsize),
+            packed_weights_work() and dtype is torch.float32,
+        )
         self.say(p.Loaded(size, peak.taken, slabs.bytes_per_token, free_memory(), packed))
 
     @torch.inference_mode()
@@ -173,7 +176,7 @@ class Worker:
         if m.form is not None:
             model.forms[m.form_number] = m.form
         batch = Batch(tuple(Segment(*values) for values in m.segments))
-        tokens = [token if token >= 0 else self.chosen[-1 - token].token for token in m.tokens]
+        tokens = [self.chosen[row].token for row in m.follows] or m.tokens
         sent, processor, begin = self.group.bytes_sent, time.process_time(), time.perf_counter()
         forward = model.decoder.begin(batch, tokens, model.slabs)
         program, codec = Program(model.forms[m.form_number], tuple(m.offsets)), codec_named(m.wire)

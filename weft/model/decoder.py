@@ -16,7 +16,7 @@ D head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -26,11 +26,11 @@ from torch import Tensor
 from weft.cache.slabs import Slabs
 from weft.config import ModelConfig
 from weft.model.attention import attend
-from weft.model.families import Flags
+from weft.model.blueprint import Blueprint
 from weft.model.kernels import Linear, rotate, swiglu, unit_rows
 from weft.model.rope import Rope
 from weft.model.shares import HeadRun, Share
-from weft.model.weights import AttentionWeights, MlpWeights, Weights
+from weft.model.weights import StageWeights, Weights
 from weft.program.batch import Batch, Rows
 from weft.program.strategy import GRANULE
 
@@ -67,21 +67,16 @@ class Decoder:
     """A rank's weights with all that is needed to apply them: `stages` by part and layer, as programs name them."""
 
     def __init__(
-        self, config: ModelConfig, flags: Flags, share: Share, weights: Weights, rope: Rope, exact_rows: bool = False
-    ) -> None:
-        self.width, self.embedding, self.rope = config.hidden, weights.embedding, rope
+        self, config: ModelConfig, blueprint: Blueprint, share: Share, weights: Weights, rope: Rope,
+        exact_rows: bool = False,
+    ) -> None:  # fmt: skip
+        self.width, self.embedding, self.rope = blueprint.hidden, weights.embedding, rope
         epsilon, head_epsilon = (
             torch.tensor(math.sqrt(width * config.norm_epsilon), device=self.embedding.device)
-            for width in (config.hidden, config.head_dim)
+            for width in (blueprint.hidden, config.head_dim)
         )
-        self.stages: dict[tuple[str, int | None], StageFunctions] = {("embed", None): Embed(weights.embedding)}
-        for layer, window in enumerate(flags.windows):
-            heads = len(share.heads), len(share.kv_heads), config.head_dim
-            shape = AttentionShape(*heads, share.runs, window, head_epsilon)
-            attention, mlp = weights.attention[layer], weights.mlp[layer]
-            self.stages["attention", layer] = Attention(layer, attention, shape, epsilon, exact_rows)
-            self.stages["mlp", layer] = Mlp(mlp, epsilon, exact_rows)
-        self.stages["head", None] = Head(weights.head, weights.scale, epsilon, exact_rows)
+        made = Making(blueprint, share, weights, epsilon, head_epsilon, exact_rows)
+        self.stages = {(s.part, s.layer): FUNCTIONS[s.part](made, s.layer) for s in blueprint.outline.stages}
 
     def begin(self, batch: Batch, tokens: Sequence[int], slabs: Slabs) -> Forward:
         """One forward pass of `tokens` (one id a row of the batch) over the key/value memory in `slabs`."""
@@ -197,7 +192,7 @@ class Attention(Adds):
     """One layer's attention, for this rank's heads."""
 
     layer: int
-    weights: AttentionWeights
+    weights: StageWeights
     shape: AttentionShape
     epsilon: Tensor
     exact_rows: bool
@@ -221,8 +216,8 @@ class Attention(Adds):
 
     def _project(self, forward: Forward, input_TM: Tensor, rows: Rows) -> Tensor:
         """This rank's query, key and value heads, in this order, turned by position: [T, H + 2G, D]."""
-        shape, scales = self.shape, self.weights.qk_norm
-        heads = self.weights.qkv(input_TM).view(input_TM.shape[0], -1, shape.width)
+        shape, scales = self.shape, self.weights.scales
+        heads = self.weights.first(input_TM).view(input_TM.shape[0], -1, shape.width)
         turned = heads[:, : shape.queries + shape.groups]
         if scales is not None:
             turned.copy_(unit_rows(turned, shape.epsilon, self.exact_rows).mul_(scales))
@@ -257,14 +252,14 @@ class Attention(Adds):
 
     def tail(self, forward: Forward, extent: Extent, features: RowWise) -> Tensor:
         """The output projection: this rank's partial [L, M]."""
-        return self.weights.output(features.of(extent.leaves))
+        return self.weights.last(features.of(extent.leaves))
 
 
 @dataclass(frozen=True, slots=True)
 class Mlp(Adds):
     """One layer's MLP, for this rank's part of its width."""
 
-    weights: MlpWeights
+    weights: StageWeights
     epsilon: Tensor
     exact_rows: bool
 
@@ -274,11 +269,11 @@ class Mlp(Adds):
 
     def body(self, forward: Forward, extent: Extent, input_TM: Tensor) -> RowWise:
         """The gated activation [L, width of this rank]."""
-        return RowWise(extent.leaves, swiglu(self.weights.gate_up(input_TM), self.exact_rows))
+        return RowWise(extent.leaves, swiglu(self.weights.first(input_TM), self.exact_rows))
 
     def tail(self, forward: Forward, extent: Extent, features: RowWise) -> Tensor:
         """The down projection: this rank's partial [L, M]."""
-        return self.weights.down(features.of(extent.leaves))
+        return self.weights.last(features.of(extent.leaves))
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,3 +296,36 @@ class Head(Adds):
     def tail(self, forward: Forward, extent: Extent, features: Tensor) -> Tensor:
         """Logits of this rank's vocabulary [L, vocabulary of this rank], float32."""
         return self.projection(features).float()
+
+
+class Making(NamedTuple):
+    """What stages are made of. `epsilon`, `head_epsilon`: of norms of the whole width, and of a head's."""
+
+    blueprint: Blueprint
+    share: Share
+    weights: Weights
+    epsilon: Tensor
+    head_epsilon: Tensor
+    exact_rows: bool
+
+
+def _attention(made: Making, layer: int | None) -> Attention:
+    assert layer is not None, "attention is a layer's"
+    share, width = made.share, made.blueprint.axis("heads").width
+    heads = len(share.heads), len(share.kv_heads), width
+    shape = AttentionShape(*heads, share.runs, made.blueprint.windows[layer], made.head_epsilon)
+    return Attention(layer, made.weights.stages["attention", layer], shape, made.epsilon, made.exact_rows)
+
+
+def _mlp(made: Making, layer: int | None) -> Mlp:
+    assert layer is not None, "an MLP is a layer's"
+    return Mlp(made.weights.stages["mlp", layer], made.epsilon, made.exact_rows)
+
+
+# How a rank's stages are made, by their part.
+FUNCTIONS: dict[str, Callable[[Making, int | None], StageFunctions]] = {
+    "embed": lambda made, _: Embed(made.weights.embedding),
+    "attention": _attention,
+    "mlp": _mlp,
+    "head": lambda made, _: Head(made.weights.head, made.weights.scale, made.epsilon, made.exact_rows),
+}

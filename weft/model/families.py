@@ -1,21 +1,65 @@
-"""The families that weft runs: one row each. No torch; knows configurations only.
+"""The families that weft runs: one row each, and what each consists of. No torch; knows configurations only.
 
 A flag is True, False, or the name of the field of `config.json` that says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from weft.config import ModelConfig
 from weft.errors import InputError
+from weft.model.blueprint import Axis, Blueprint, Matrix, StageParts
+from weft.program.stages import Kind, Stage
 
 Flag = bool | str
 
 
 @dataclass(frozen=True)
+class Flags:
+    """A family's row with every flag looked up in one model's configuration."""
+
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windowed: bool
+
+
+def decoder(config: ModelConfig, flags: Flags) -> Blueprint:
+    """A pre-norm decoder with rotary positions and a gated MLP."""
+    hidden = config.hidden
+    heads = Axis("heads", config.heads, config.head_dim, unit=config.heads // config.kv_heads)
+    kv_heads = Axis("kv_heads", config.kv_heads, config.head_dim, of="heads")
+    width, vocabulary = Axis("width", config.intermediate, unit=16), Axis("vocabulary", config.vocabulary, unit=16)
+    scales = (("self_attn.q_norm", heads), ("self_attn.k_norm", kv_heads))
+    attention = StageParts(
+        Stage("attention", Kind.REDUCE, ordered=True), "input_layernorm",
+        (
+            Matrix("self_attn.q_proj", heads, hidden, flags.qkv_bias, paired=True),
+            Matrix("self_attn.k_proj", kv_heads, hidden, flags.qkv_bias, paired=True),
+            Matrix("self_attn.v_proj", kv_heads, hidden, flags.qkv_bias),
+        ),
+        Matrix("self_attn.o_proj", hidden, heads, flags.output_bias),
+        scales if flags.qk_norm else (), remembers=kv_heads, traffic=2.0,
+    )  # fmt: skip
+    mlp = StageParts(
+        Stage("mlp", Kind.REDUCE), "post_attention_layernorm",
+        tuple(Matrix(f"mlp.{part}_proj", width, hidden, flags.mlp_bias) for part in ("gate", "up")),
+        Matrix("mlp.down_proj", hidden, width, flags.mlp_bias), traffic=1.5,
+    )  # fmt: skip
+    return Blueprint(
+        hidden, (heads, kv_heads, width, vocabulary), (StageParts(Stage("embed", None)),), (attention, mlp),
+        (StageParts(Stage("head", Kind.GATHER), "model.norm"),), config.layers,
+        Matrix("model.embed_tokens", config.vocabulary, hidden), Matrix("lm_head", vocabulary, hidden),
+        config.tied_embeddings, _windows(config) if flags.windowed else (None,) * config.layers,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Family:
-    """What sets one family apart from a plain pre-norm Llama."""
+    """What sets one family apart from a plain pre-norm Llama. `declare`: all that it consists of."""
 
     architecture: str
     qkv_bias: Flag = False
@@ -23,6 +67,7 @@ class Family:
     mlp_bias: Flag = False
     qk_norm: Flag = False
     windowed: Flag = False  # attention to the last `sliding_window` positions only
+    declare: Callable[[ModelConfig, Flags], Blueprint] = decoder
 
 
 FAMILIES: dict[str, Family] = {
@@ -41,22 +86,8 @@ SILU = ("silu", "swish")  # two names for one thing
 ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
-@dataclass(frozen=True)
-class Flags:
-    """A family's row with every flag looked up in one model's configuration.
-
-    `windows`: for each layer, how many positions a token attends to (its own included), or None for all.
-    """
-
-    qkv_bias: bool
-    output_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    windows: tuple[int | None, ...]
-
-
-def flags_of(config: ModelConfig) -> Flags:
-    """Looks up the model's family. Raises `InputError`, saying what is known, for anything weft can't run."""
+def blueprint_of(config: ModelConfig) -> Blueprint:
+    """What the model consists of. Raises `InputError`, saying what is known, for anything weft can't run."""
     family = FAMILIES.get(config.model_type)
     # As in transformers the type counts, not what of it was saved, as long as the checkpoint has no code of its own.
     if family is None or (config.fields.get("auto_map") and config.architecture not in ("", family.architecture)):
@@ -75,10 +106,8 @@ def flags_of(config: ModelConfig) -> Flags:
     def on(flag: Flag) -> bool:
         return bool(config.fields.get(flag)) if isinstance(flag, str) else flag
 
-    return Flags(
-        on(family.qkv_bias), on(family.output_bias), on(family.mlp_bias), on(family.qk_norm),
-        _windows(config) if on(family.windowed) else (None,) * config.layers,
-    )  # fmt: skip
+    row = (family.qkv_bias, family.output_bias, family.mlp_bias, family.qk_norm, family.windowed)
+    return family.declare(config, Flags(*map(on, row)))
 
 
 def _windows(config: ModelConfig) -> tuple[int | None, ...]:

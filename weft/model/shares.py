@@ -6,12 +6,12 @@ doesn't divide the heads or exceeds them, and a fast machine may take more than 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
 
-from weft.config import ModelConfig
+from weft.model.blueprint import Axis, Blueprint, Matrix, size
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,31 @@ class HeadRun:
 
 @dataclass(frozen=True)
 class Share:
-    """One rank's part, as half-open ranges of the whole model's query heads, MLP width and vocabulary."""
+    """One rank's part: of each axis that is divided, by its name, a half-open range of the whole model's pieces."""
 
     rank: int
-    heads: range
-    width: range
-    vocabulary: range
+    ranges: dict[str, range]
     kv_group: int  # query heads that share one key/value head, in the whole model
 
-    @cached_property
+    def of(self, axis: Axis) -> range:
+        """Pieces of an axis. One that follows another has those that the other's pieces use: a piece on a border is
+        held by both ranks."""
+        return self.ranges[axis.name]
+
+    def numbers(self, matrix: Matrix) -> int:
+        """Of a matrix, on this rank."""
+        outputs, inputs = (size(side, lambda axis: len(self.of(axis))) for side in (matrix.outputs, matrix.inputs))
+        return outputs * inputs
+
+    @property
+    def heads(self) -> range:
+        """Query heads."""
+        return self.ranges["heads"]
+
+    @property
     def kv_heads(self) -> range:
-        """Key/value heads that this rank's query heads use; a head on a border is held by both ranks."""
-        if not self.heads:
-            return range(0)
-        return range(self.heads.start // self.kv_group, (self.heads.stop - 1) // self.kv_group + 1)
+        """Key/value heads that the query heads use."""
+        return self.ranges["kv_heads"]
 
     @cached_property
     def runs(self) -> tuple[HeadRun, ...]:
@@ -57,23 +68,34 @@ class Share:
         return self.rank == 0
 
 
-def shares_of(config: ModelConfig, shares: Sequence[float]) -> tuple[Share, ...]:
+def shares_of(blueprint: Blueprint, shares: Sequence[float]) -> tuple[Share, ...]:
     """Every rank's part of a model, in proportion to `shares`."""
-    heads = _ranges(config.heads, shares, _unit(config.heads, shares, config.heads // config.kv_heads))
-    width = _ranges(config.intermediate, shares, _unit(config.intermediate, shares, 16))
-    vocabulary = _ranges(config.vocabulary, shares, _unit(config.vocabulary, shares, 16))
-    group = config.heads // config.kv_heads
-    parts = zip(heads, width, vocabulary, strict=True)
-    return tuple(Share(rank, *part, kv_group=group) for rank, part in enumerate(parts))
+    divided: dict[str, list[range]] = {}
+    for axis in blueprint.axes:
+        if axis.of:
+            group = blueprint.axis(axis.of).count // axis.count
+            divided[axis.name] = [_used(pieces, group) for pieces in divided[axis.of]]
+        else:
+            divided[axis.name] = _ranges(axis.count, shares, _unit(axis.count, shares, axis.unit))
+    group = blueprint.axis("heads").count // blueprint.axis("kv_heads").count
+    return tuple(
+        Share(rank, {name: ranges[rank] for name, ranges in divided.items()}, group) for rank in range(len(shares))
+    )
 
 
-def shard_bytes(config: ModelConfig, share: Share, itemsize: int) -> int:
-    """Bytes that `share` of the weights takes in memory, embedding included."""
-    heads, kv = len(share.heads), len(share.kv_heads)
-    attention = config.hidden * config.head_dim * 2 * (heads + kv)
-    layers = config.layers * (attention + 3 * config.hidden * len(share.width))
-    head = 0 if config.tied_embeddings else len(share.vocabulary) * config.hidden
-    return itemsize * (layers + config.vocabulary * config.hidden + head)
+def _used(pieces: range, group: int) -> range:
+    return range(pieces.start // group, (pieces.stop - 1) // group + 1) if pieces else range(0)
+
+
+def shard_bytes(blueprint: Blueprint, share: Share, number_bytes: Callable[[Matrix], float]) -> int:
+    """Bytes that `share` of the weights takes, embedding included. `number_bytes`: of one number of a matrix."""
+    return int(sum(times * share.numbers(matrix) * number_bytes(matrix) for matrix, times in blueprint.held))
+
+
+def remembered(blueprint: Blueprint, share: Share) -> int:
+    """Numbers of keys and values that a token leaves on a rank, in all layers."""
+    axes = [parts.remembers for parts in blueprint.layer if parts.remembers]
+    return blueprint.layers * sum(2 * len(share.of(axis)) * axis.width for axis in axes)
 
 
 def _unit(total: int, shares: Sequence[float], wanted: int) -> int:

@@ -11,14 +11,14 @@ from functools import cached_property
 
 from weft.config import ModelConfig, positive
 from weft.errors import InputError
-from weft.model.families import flags_of
-from weft.model.shares import Share, shard_bytes, shares_of
+from weft.model.blueprint import Axis, Blueprint, StageParts, size
+from weft.model.families import blueprint_of
+from weft.model.shares import Share, remembered, shard_bytes, shares_of
 from weft.plan.planner import Plan, Planner
 from weft.program.batch import Batch, Segment
-from weft.program.stages import decoder_outline
 from weft.program.strategy import Strategy
 from weft.simulate.cost import Costs
-from weft.simulate.hardware import WIRES, Device, Group, Shard, costs_of
+from weft.simulate.hardware import WIRES, Device, Group, Products, Shard, costs_of
 from weft.timeline.timeline import Timeline
 
 GIB = 2**30
@@ -100,14 +100,19 @@ class Outlook:
         self.shares = question.shares or planned_shares(group)
         if len(self.shares) != group.world:
             raise InputError(f"--shares gives {len(self.shares)} numbers for {group.world} devices; give one each")
-        self.parts = shares_of(model, self.shares)
-        empty = [part.rank for part in self.parts if not part.heads and not part.width]
+        self.blueprint = blueprint_of(model)
+        self.parts = shares_of(self.blueprint, self.shares)
+        empty = [
+            part.rank for part in self.parts if not any(part.numbers(m) for p in self.blueprint.layer for m in p.first)
+        ]
         if empty:
             raise InputError(
                 f"--hardware {group.text!r}: rank {empty[0]} would hold nothing of a model with {model.heads} heads "
                 f"and an MLP of {model.intermediate}; use fewer devices"
             )
-        self.memory = {tokens: memory_of(model, group, self.parts, question, tokens) for tokens in question.tokens}
+        self.memory = {
+            tokens: memory_of(self.blueprint, group, self.parts, question, tokens) for tokens in question.tokens
+        }
         for tokens, memory in self.memory.items():
             if memory.needed > memory.usable:
                 raise InputError(_missing(model, group, question, tokens, memory))
@@ -118,18 +123,11 @@ class Outlook:
         return self._costs(self.group)
 
     def _costs(self, group: Group) -> Costs:
-        windows = set(flags_of(self.model).windows)
-        window = windows.pop() if len(windows) == 1 else None
-        shards = [
-            Shard(self.model.hidden, len(p.heads), len(p.kv_heads), self.model.head_dim, len(p.width),
-                  len(p.vocabulary), window)
-            for p in self.parts
-        ]  # fmt: skip
-        return costs_of(group, shards, self.question.wires)
+        return costs_of(group, [shard_of(self.blueprint, part) for part in self.parts], self.question.wires)
 
     def planner(self, overlap: str, wire: str, costs: Costs | None = None) -> Planner:
         """A planner on these costs."""
-        return Planner(decoder_outline(self.model.layers), overlap, wire, costs=costs or self.costs)
+        return Planner(self.blueprint.outline, overlap, wire, costs=costs or self.costs)
 
     def batch(self, tokens: int) -> Batch:
         """The prompts of one pass."""
@@ -200,15 +198,38 @@ def planned_shares(group: Group) -> tuple[float, ...]:
     return tuple(speed / max(speeds) for speed in speeds)
 
 
-def memory_of(model: ModelConfig, group: Group, parts: Sequence[Share], asked: Question, tokens: int) -> Memory:
+def shard_of(blueprint: Blueprint, share: Share) -> Shard:
+    """A rank's part of a model as hardware sees it."""
+
+    def numbers(side: Axis | int) -> int:
+        return size(side, lambda axis: len(share.of(axis)))
+
+    def products(parts: StageParts) -> Products:
+        outputs = sum(numbers(matrix.outputs) for matrix in parts.first)
+        last = (numbers(parts.last.inputs), numbers(parts.last.outputs)) if parts.last else (0, 0)
+        return Products((blueprint.hidden, outputs), last, parts.traffic * outputs)
+
+    scored = next(parts for parts in blueprint.layer if parts.remembers)
+    assert scored.remembers and scored.last, "what remembers rows has heads"
+    return Shard(
+        blueprint.hidden, tuple((parts.stage.part, products(parts)) for parts in blueprint.layer),
+        (blueprint.after[-1].stage.part, Products((blueprint.hidden, numbers(blueprint.head.outputs)))),
+        tuple(parts.stage.part for parts in blueprint.before), scored.stage.part, numbers(scored.last.inputs),
+        numbers(scored.remembers), blueprint.window,
+    )  # fmt: skip
+
+
+def memory_of(blueprint: Blueprint, group: Group, parts: Sequence[Share], asked: Question, tokens: int) -> Memory:
     """Of the rank with the least room left."""
     found = []
     for part, device in zip(parts, group.devices, strict=True):
-        size, sequences = device.itemsize, max(asked.prompts, asked.decoding)
-        keys = 2 * model.layers * len(part.kv_heads) * model.head_dim * size * (tokens + 1) * sequences
-        row = 4 * model.hidden + 3 * len(part.width) + (len(part.heads) + 2 * len(part.kv_heads)) * model.head_dim
-        working = row * size * tokens * asked.prompts
-        found.append(Memory(shard_bytes(model, part, size), keys, working, int(USABLE * device.memory * GIB)))
+        itemsize, sequences = device.itemsize, max(asked.prompts, asked.decoding)
+        keys = remembered(blueprint, part) * itemsize * (tokens + 1) * sequences
+        stages = (p.first[1] + p.last[0] for _, p in shard_of(blueprint, part).layer)
+        row = 4 * blueprint.hidden + max(stages)  # each row is in one stage at a time
+        working = row * itemsize * tokens * asked.prompts
+        weights = shard_bytes(blueprint, part, lambda _: itemsize)  # noqa: B023 (used at once)
+        found.append(Memory(weights, keys, working, int(USABLE * device.memory * GIB)))
     return min(found, key=lambda memory: memory.usable - memory.needed)
 
 
@@ -239,7 +260,8 @@ def _would_fit(model: ModelConfig, group: Group, asked: Question, tokens: int) -
 
 def _fits(model: ModelConfig, group: Group, asked: Question, tokens: int, devices: tuple[Device, ...]) -> bool:
     other = replace(group, devices=devices)
-    memory = memory_of(model, other, shares_of(model, [1.0] * len(devices)), asked, tokens)
+    blueprint = blueprint_of(model)
+    memory = memory_of(blueprint, other, shares_of(blueprint, [1.0] * len(devices)), asked, tokens)
     return memory.needed <= memory.usable
 
 

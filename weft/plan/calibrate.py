@@ -14,7 +14,6 @@ from itertools import pairwise
 from weft.plan.readings import Run, Sample, Samples, Subject, read
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.build import build
-from weft.program.stages import decoder_outline
 from weft.program.steps import Program
 from weft.program.strategy import Strategy
 from weft.simulate.cost import Costs
@@ -57,7 +56,7 @@ def _extent(probe: Probe, subject: Subject) -> tuple[int, int]:
     run = _run(subject, "scout", rows, 2)
     for _ in range(2):  # the first one warms up
         sample = probe(run.batch, run.program, run.wire, run.scope)
-    a_row = sample.seconds / rows / min(2, subject.layers)
+    a_row = sample.seconds / rows / min(2, subject.outline.layers)
     affordable = [
         (most, deep)
         for extents, seconds in ((EXTENTS, BUDGET / SEVERAL), (STOPGAPS, 0.8 * BUDGET))
@@ -100,6 +99,8 @@ def _run(
 ) -> Run:  # fmt: skip
     """A program of a model that ends after its first layers."""
     batch = batch or one_prompt(rows)
-    outline = replace(decoder_outline(min(subject.layers, layers)), narrows=False)  # each layer is to take alike
+    outline = replace(
+        subject.outline.of(min(subject.outline.layers, layers)), narrows=False
+    )  # layers are to take alike
     program = build(Strategy.parse(strategy), outline, batch, subject.granule)
     return Run(name, rows, batch, program, wire or subject.first_wire, scope)

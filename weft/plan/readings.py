@@ -13,13 +13,12 @@ from statistics import fmean
 from typing import NamedTuple
 
 from weft.program.batch import Batch
-from weft.program.stages import COMPUTE, NETWORK, Kind
+from weft.program.stages import COMPUTE, NETWORK, Kind, Outline
 from weft.program.steps import Program
 from weft.simulate.cost import ComputeCosts, Contention, Costs, Table, WireCosts
 from weft.simulate.run import simulate
 from weft.timeline.timeline import Timeline, median
 
-PARTS = ("attention", "mlp")
 KERNEL = 1.2  # interrupts of the network's are on no process's account: measured, docs/log.md
 LEAST_LOST = 0.25  # of a collective's processor seconds: what is lost at least, whatever noise says
 LARGEST_BURST = 1e6  # bytes: more than token buckets and buffers take
@@ -53,7 +52,7 @@ class Subject:
     a sum takes one hop. `elements`: bytes of a number, by wire. `logits`: bytes that a rank tells the others of a
     wanted row. `granule`: of cuts, see `strategy.place`."""
 
-    layers: int
+    outline: Outline
     width: int
     logits: float
     world: int
@@ -63,6 +62,16 @@ class Subject:
     elements: dict[str, float]
     window: int | None = None
     granule: int = 1
+
+    @property
+    def scored(self) -> str:
+        """The part that looks at earlier rows."""
+        return next(stage.part for stage in self.outline.layer if stage.ordered)
+
+    @property
+    def head(self) -> str:
+        """The part that ends in logits."""
+        return self.outline.after[-1].part
 
     @property
     def first_wire(self) -> str:
@@ -116,16 +125,18 @@ class _Rank:
     def costs(self) -> ComputeCosts:
         past, one = self._past()
         present = self._present(past)
-        body, tail = {"embed": self._serial("embed"), "head": self._head()}, {"embed": NOTHING, "head": NOTHING}
-        for part in PARTS:
+        subject = self.samples.subject
+        body = {stage.part: self._serial(stage.part) for stage in subject.outline.before} | {subject.head: self._head()}
+        tail = dict.fromkeys(body, NOTHING)
+        for part in (stage.part for stage in subject.outline.layer):
             whole = self._serial(part)
-            if part == "attention":
+            if part == subject.scored:
                 scores = (present.at(n) * n * n if n > 1 else one for n in whole.sizes)
                 whole = _less(whole, scores)
             tail[part] = self._tail(part)
             body[part] = _less(_straight(whole), map(tail[part].at, whole.sizes))
-        window = self.samples.subject.window
-        return ComputeCosts(body, tail, self._enter(), present, past, one, self._begin(), window)
+        begin = self._begin()
+        return ComputeCosts(body, tail, self._enter(), present, past, one, begin, subject.window, subject.scored)
 
     def _seconds(self, name: str, rows: int, part: str, kind: Kind = Kind.COMPUTE) -> float:
         """A step of this part, in the mean over layers and rounds: a rank that shares its core computes in turns."""
@@ -142,11 +153,11 @@ class _Rank:
 
     def _head(self) -> Table:
         """Against wanted rows: one, and as many as there were short prompts."""
-        one = median(self._seconds("serial", n, "head") for n in self.samples.sizes)
+        one = median(self._seconds("serial", n, self.samples.subject.head) for n in self.samples.sizes)
         several = self.samples.named("parted")
         if not several:
             return Table((1.0,), (one,))
-        more = self._seconds("parted", several[0].rows, "head")
+        more = self._seconds("parted", several[0].rows, self.samples.subject.head)
         return Table((1.0, float(len(several[0].batch.segments))), (one, max(one, more)))
 
     def _past(self) -> tuple[float, float]:
@@ -155,8 +166,9 @@ class _Rank:
             return 0.0, 0.0
         earlier = self.samples.named("past")[0].batch.segments[0].start
         seen = min(earlier, self.samples.subject.window or earlier)
+        scored = self.samples.subject.scored
         extra = [
-            max(0.0, self._seconds("past", n, "attention") - self._seconds("serial", n, "attention")) / seen
+            max(0.0, self._seconds("past", n, scored) - self._seconds("serial", n, scored)) / seen
             for n in (self.most, 1)
         ]
         return extra[0] / self.most, extra[1]
@@ -168,7 +180,8 @@ class _Rank:
         """
         each = past
         if parted := self.samples.named("parted"):
-            lone, short = (self._seconds(name, self.most, "attention") for name in ("serial", "parted"))
+            scored = self.samples.subject.scored
+            lone, short = (self._seconds(name, self.most, scored) for name in ("serial", "parted"))
             each = (lone - short) / self.most**2 + past / len(parted[0].batch.segments)
         return Table((0.0, 512.0, 1e6), (past, max(0.3 * past, each), max(0.3 * past, each)))
 
@@ -179,7 +192,8 @@ class _Rank:
 
     def _enter(self) -> Table:
         runs, world = self.samples.named("scattered"), self.samples.subject.world
-        seconds = tuple(self._seconds("scattered", run.rows, "mlp", Kind.ENTER) for run in runs)
+        part = self.samples.subject.outline.layer[-1].part
+        seconds = tuple(self._seconds("scattered", run.rows, part, Kind.ENTER) for run in runs)
         return _rising(Table((0.0, *(run.rows / world for run in runs)), (0.0, *seconds)))
 
     def _begin(self) -> Table:

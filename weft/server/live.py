@@ -22,7 +22,7 @@ def live(service: Service, name: str, known: int = -1) -> dict[str, Any]:
     engine, drawn = service.loaded_engine, service.live.drawn
     if engine is None:
         return state
-    engine.timeline_wanted = True
+    service.live.wanted = True
     counts = engine.batcher.counts
     state |= {
         "restarts": engine.workers.restarts.total, "ranks": engine.config.ranks, "slots": engine.config.max_sequences,

@@ -52,6 +52,7 @@ class Live:
     first: deque[float] = field(default_factory=lambda: deque(maxlen=50))  # seconds to the first token
     drawn: Turn | None = None  # the last batch that was recorded, with its timeline
     number: int = 0  # how many were recorded
+    wanted: bool = False  # somebody looks, so that the next batch is to be recorded
 
     def rate(self, over: float = 10.0) -> float:
         """Tokens a second, of the last seconds. For any thread, as is `to_first`."""
@@ -253,8 +254,9 @@ class Service:
         self._deliver(engine, grown)
 
     def _step(self, engine: Engine) -> list[Sequence]:
-        before = engine.last_turn
-        grown = engine.step()
+        before, wanted = engine.last_turn, self.live.wanted
+        self.live.wanted = False
+        grown = engine.step(timeline=wanted)
         if engine.last_turn is not before and engine.last_turn is not None:
             self.metrics.turn(engine.last_turn)
             if engine.last_turn.result.timeline is not None:

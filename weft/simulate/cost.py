@@ -67,7 +67,8 @@ class Table:
 class ComputeCosts:
     """One rank's computation, in seconds.
 
-    `body`, `tail`: of a stage, by its part (attention, mlp, embed, head), against rows; attention's without its scores.
+    `body`, `tail`: of a stage, by its part, against rows; that of `scored`, which looks at earlier rows, without its
+    scores.
     `enter`: the norm, against rows, where a step of its own takes it. Scores of n new tokens of one sequence over p
     earlier ones: `present` against n, divided by n² (it is the kernel's business how much of the square it skips), and
     `past` for each of the n * p pairs. `one`: for each key that a single new token sees. `window`: positions that a
@@ -82,6 +83,7 @@ class ComputeCosts:
     one: float
     begin: Table
     window: int | None = None
+    scored: str = "attention"
 
     @cached_property
     def whole(self) -> dict[str, Table]:
@@ -125,7 +127,7 @@ class ComputeCosts:
             {part: Table.slowest([rank.tail[part] for rank in ranks]) for part in first.tail},
             Table.slowest([rank.enter for rank in ranks]), Table.slowest([rank.present for rank in ranks]),
             max(rank.past for rank in ranks), max(rank.one for rank in ranks),
-            Table.slowest([rank.begin for rank in ranks]), first.window,
+            Table.slowest([rank.begin for rank in ranks]), first.window, first.scored,
         )  # fmt: skip
 
 
@@ -229,7 +231,7 @@ class Costs:
             return rank.enter.at(count / self.world)
         if kind is Kind.TAIL:
             return rank.tail[part].at(count) if count else 0.0
-        if part == "attention":  # stores what all rows leave behind
+        if part == rank.scored:  # stores what all rows leave behind
             seconds = rank.body[part].at(rows[1] - rows[0]) + rank.scores(batch, rows, wanted)
             seconds += rank.tail[part].at(count) if count and kind is Kind.COMPUTE else 0.0
             count = rows[1] - rows[0]

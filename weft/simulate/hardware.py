@@ -196,15 +196,29 @@ def _known(name: str, names: Any, option: str, more: str = "") -> str:
 
 
 @dataclass(frozen=True)
+class Products:
+    """A stage's matrix products on one rank, by their inputs and outputs: up to the last projection, and that one.
+
+    `moved`: numbers of a row that are read and written beside them.
+    """
+
+    first: tuple[int, int] = (0, 0)
+    last: tuple[int, int] = (0, 0)
+    moved: float = 0.0
+
+
+@dataclass(frozen=True)
 class Shard:
-    """One rank's part of a layer, in numbers: query and key/value heads of `head` width, MLP width, vocabulary."""
+    """One rank's part of a model: products by part of a layer (`layer`) and of the output head. `scored`: the part that
+    looks at earlier rows; `queries`, `keys`: numbers of its query heads and of its key/value heads in a row."""
 
     hidden: int
-    heads: int
-    kv_heads: int
-    head: int
-    width: int
-    vocabulary: int
+    layer: tuple[tuple[str, Products], ...]
+    head: tuple[str, Products]
+    before: tuple[str, ...]
+    scored: str
+    queries: int
+    keys: int
     window: int | None = None
 
 
@@ -227,23 +241,17 @@ def _rank(group: Group, device: Device, shard: Shard) -> ComputeCosts:
         device.bandwidth * 1e9 * group.source.assumption(device, "memory_efficiency"),
         group.source.assumption(device, "step"), device.itemsize,
     )  # fmt: skip
-    hidden, queries = shard.hidden, shard.heads * shard.head
-    projected = queries + 2 * shard.kv_heads * shard.head
-    norm = 4 * hidden  # numbers read and written: input, residual, both again
-    pair = 4 * queries / roof.flops
+    norm = 4 * shard.hidden  # numbers read and written: input, residual, both again
+    pair = 4 * shard.queries / roof.flops
+    (name, head), nothing = shard.head, Table((1.0,), (0.0,))
+    body = dict.fromkeys(shard.before, roof.moved(2 * shard.hidden)) | {name: roof.product(*head.first, norm, 1.0)}
+    tail = dict.fromkeys(body, nothing)
+    for part, products in shard.layer:
+        body[part] = roof.product(*products.first, norm + products.moved, 0.7)
+        tail[part] = roof.product(*products.last, 0, 0.3)
     return ComputeCosts(
-        body={
-            "attention": roof.product(hidden, projected, norm + 2 * projected, 0.7),
-            "mlp": roof.product(hidden, 2 * shard.width, norm + 3 * shard.width, 0.7),
-            "embed": roof.moved(2 * hidden), "head": roof.product(hidden, shard.vocabulary, norm, 1.0),
-        },
-        tail={
-            "attention": roof.product(queries, hidden, 0, 0.3), "mlp": roof.product(shard.width, hidden, 0, 0.3),
-            "embed": Table((1.0,), (0.0,)), "head": Table((1.0,), (0.0,)),
-        },
-        enter=roof.moved(norm, 0.0), present=Table.line(pair / 2, 0.0), past=pair,
-        one=2 * shard.kv_heads * shard.head * roof.itemsize / roof.bandwidth, begin=Table((1.0,), (0.0,)),
-        window=shard.window,
+        body=body, tail=tail, enter=roof.moved(norm, 0.0), present=Table.line(pair / 2, 0.0), past=pair,
+        one=2 * shard.keys * roof.itemsize / roof.bandwidth, begin=nothing, window=shard.window, scored=shard.scored,
     )  # fmt: skip
 
 
@@ -256,7 +264,7 @@ class _Roof:
     step: float
     itemsize: int
 
-    def product(self, inputs: int, outputs: int, moved: int, part: float) -> Table:
+    def product(self, inputs: int, outputs: int, moved: float, part: float) -> Table:
         """A product with a weight of this size, and `moved` numbers of a row beside it. `part`: of the step's seconds.
 
         A few rows take as long as reading the weight, many as long as their operations.
