@@ -56,7 +56,7 @@ def test_a_shaped_pair_is_as_fast_as_said_and_bytes_agree(packaged) -> None:
         on_device = launcher.sent()[0] - before
         counted = measured.bytes_on_wire * 3 * 3  # a warm-up and two rounds of serial, iso and network alone
         assert on_device == pytest.approx(counted, rel=0.03)
-        assert measured.bytes_on_wire >= 12 * 512 * 256 * 4
+        assert measured.bytes_on_wire >= 10 * 512 * 256 * 4  # of the last layer, the wanted row alone
         by_line_rate = measured.bytes_on_wire * 8 / 40e6
         assert by_line_rate * 0.9 < measured.network_alone < by_line_rate * 1.5
     assert ours() == []
