@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 
 from weft.config import ModelConfig, available_cores, processor_name
+from weft.model.families import blueprint_of
+from weft.model.shares import shares_of
 from weft.timeline.timeline import median
 
 COPIED = 64 << 20  # bytes: more than caches hold
@@ -68,10 +70,15 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def prefill_flops(model: ModelConfig, tokens: int) -> float:
-    """Floating-point operations of all ranks' matrix products for a prompt; attention's own products not counted."""
-    heads = 2 * model.heads + 2 * model.kv_heads
-    layer = model.hidden * (heads * model.head_dim + 3 * model.intermediate)
-    return 2.0 * tokens * model.layers * layer
+    """Floating-point operations of all ranks' matrix products for a prompt; attention's own products not counted.
+
+    Of the last layer only keys and values (with the queries beside them) are needed of all rows.
+    """
+    blueprint = blueprint_of(model)
+    [share] = shares_of(blueprint, (1.0,))
+    layer = sum(share.numbers(matrix) for parts in blueprint.layer for matrix in parts.matrices)
+    stored = sum(share.numbers(matrix) for parts in blueprint.layer if parts.remembers for matrix in parts.first)
+    return 2.0 * tokens * max(0, (model.layers - 1) * layer + stored)
 
 
 def cores_of(ranks: int, threads: int) -> tuple[int, ...]:

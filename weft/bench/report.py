@@ -89,7 +89,7 @@ def report(machine: Mapping[str, Any], model: Mapping[str, Any], points: Sequenc
         body.append("<p><strong>Interrupted: these are the points and rounds until then.</strong></p>")
     body.append(f"<p>{escape(conclusion(points))}</p>")
     body += [saving_plot(group) for group in groups(points)]
-    body.append(f"{ZOOM}{legend_line()}")
+    body.append(f"{ZOOM}{legend_line([line for point in points for line in timelines(point)])}")
     body += [_section(point, machine, is_open=point is most_to_hide(points)) for point in points]
     return document("weft bench", "".join(body))
 

@@ -13,6 +13,7 @@ from weft.outlook.figures import GIB, Forecast, Memory, Offer, Outlook
 from weft.simulate.hardware import Catalogue
 from weft.timeline.figure import INK, figure, name
 from weft.timeline.page import ZOOM, document, legend_line, panels
+from weft.timeline.timeline import Timeline
 
 COLUMNS = ("tokens", "wire", "overlap", "predicted ms", "saved", "possible", "bound ms", "decode ms", "plan")
 OFFERED = ("hardware", "first token s", "an hour", "per 1M prompt tokens", "per 1M generated", "by", "in time")
@@ -123,15 +124,21 @@ def page(model: ModelConfig, outlooks: Sequence[Outlook], ranked: Sequence[Offer
     body = [f"<h1>weft plan</h1><p>{escape(facts)}</p><p>{escape(ASSUMING)}</p>"]
     if ranked:
         body.append("<h2>Cheapest for a token of the prompt</h2>" + _table(OFFERED, [offered(one) for one in ranked]))
-    body.append(f"{ZOOM}{legend_line()}")
-    body += [_section(outlook) for outlook in outlooks]
+    drawn = [_timelines(outlook) for outlook in outlooks]
+    body.append(f"{ZOOM}{legend_line([timeline for each in drawn for timeline in each])}")
+    body += [_section(outlook, each) for outlook, each in zip(outlooks, drawn, strict=True)]
     return document("weft plan", "".join(body))
 
 
-def _section(outlook: Outlook) -> str:
+def _timelines(outlook: Outlook) -> list[Timeline]:
+    """Serial's and the best strategy's, for the longest prompt."""
     tokens, wires = max(outlook.question.tokens), outlook.question.wires
     best = min((f for f in outlook.forecasts if f.tokens == tokens and f.wire == wires[0]), key=lambda f: f.seconds)
-    shown = [outlook.timeline(tokens, overlap, wires[0]) for overlap in dict.fromkeys(("serial", best.overlap))]
+    return [outlook.timeline(tokens, overlap, wires[0]) for overlap in dict.fromkeys(("serial", best.overlap))]
+
+
+def _section(outlook: Outlook, shown: Sequence[Timeline]) -> str:
+    tokens = max(outlook.question.tokens)
     plots = [_by_tokens(outlook)] if len(outlook.question.tokens) > 1 else []
     plots += [_by_rate(outlook, tokens)] if outlook.group.world > 1 else []
     lines = "".join(f"<p>{escape(remark)}</p>" for remark in remarks(outlook))

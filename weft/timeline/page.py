@@ -58,7 +58,7 @@ ZOOM = '<label>zoom <input id="zoom" type="range" min="1" max="20" step="0.5" va
 
 def page(timelines: Sequence[Timeline], title: str = "weft timeline") -> str:
     """One page with all of them, on one scale."""
-    return document(title, f"<h1>{escape(title)}</h1>{ZOOM}{panels(timelines)}{legend_line()}")
+    return document(title, f"<h1>{escape(title)}</h1>{ZOOM}{panels(timelines)}{legend_line(timelines)}")
 
 
 def panels(timelines: Sequence[Timeline]) -> str:
@@ -78,9 +78,9 @@ def document(title: str, body: str) -> str:
     )
 
 
-def legend_line() -> str:
+def legend_line(timelines: Sequence[Timeline]) -> str:
     """What the colours mean."""
-    return f'<svg width="100%" height="16" style="margin-top:12px">{legend()}</svg>'
+    return f'<svg width="100%" height="16" style="margin-top:12px">{legend(timelines)}</svg>'
 
 
 def _panel(timeline: Timeline, scale: float) -> str:

@@ -14,17 +14,19 @@ from weft.program.stages import COMPUTE
 from weft.timeline.timeline import Event, Timeline, Wait
 
 LANE, GAP, TOP, AXIS = 22, 10, 4, 20  # heights in pixels
+PARTS = 4  # of a layer that have colours of their own
 LABELS = 120  # width of the lanes' names
 WIDTH = 1200
 
 STYLE = """
-.weft{--ink:#1f2933;--paper:#fff;--faint:#9aa5b1;--lane:#eef1f4;--attention:#2f7fd6;--mlp:#e8a33d;--other:#8f6bc9;
+.weft{--ink:#1f2933;--paper:#fff;--faint:#9aa5b1;--lane:#eef1f4;--part0:#2f7fd6;--part1:#e8a33d;--part2:#4f9d69;--part3:#b5523b;--other:#8f6bc9;
 --wait:#d64545;font:13px system-ui,sans-serif;color:var(--ink)}
 @media (prefers-color-scheme:dark){.weft{--ink:#e4e7eb;--paper:#11151a;--faint:#7b8794;--lane:#222a33;
---attention:#5aa2ee;--mlp:#f0b95b;--other:#b295e6;--wait:#ff7b72}}
+--part0:#5aa2ee;--part1:#f0b95b;--part2:#79c795;--part3:#e08a72;--other:#b295e6;--wait:#ff7b72}}
 .weft text{fill:var(--ink)} .weft .faint{fill:var(--faint);font-size:11px}
 .weft .title{font-weight:600;font-size:14px} .weft .lane{fill:var(--lane)} .weft .tick{stroke:var(--lane)}
-.weft .step{stroke:var(--paper);stroke-width:.5} .weft .attention{fill:var(--attention)} .weft .mlp{fill:var(--mlp)}
+.weft .step{stroke:var(--paper);stroke-width:.5} .weft .part0{fill:var(--part0)} .weft .part1{fill:var(--part1)}
+.weft .part2{fill:var(--part2)} .weft .part3{fill:var(--part3)}
 .weft .other{fill:var(--other)} .weft .network{opacity:.75}
 .weft .wait{fill:var(--wait);fill-opacity:.55} .weft .idle{fill:none} .weft .same{stroke:var(--ink);stroke-width:2}
 """
@@ -42,7 +44,7 @@ def svg(timelines: Sequence[Timeline]) -> str:
         inner = "".join(panel(timeline, scale))
         parts.append(f'<svg x="{LABELS}" y="{y + 40}" width="{WIDTH - LABELS - 24}" height="{height}">{inner}</svg>')
         y += 40 + height + 12
-    parts.append(f'<g transform="translate({LABELS} {y})">{legend()}</g>')
+    parts.append(f'<g transform="translate({LABELS} {y})">{legend(timelines)}</g>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="weft" viewBox="0 0 {WIDTH} {y + 24}" width="{WIDTH}">'
         f'<style>{STYLE}</style><rect width="100%" height="100%" fill="var(--paper)"/>{"".join(parts)}</svg>\n'
@@ -72,21 +74,25 @@ def lane_names(timeline: Timeline) -> Iterator[tuple[str, int]]:
 
 def panel(timeline: Timeline, scale: float) -> Iterator[str]:
     """The lanes of every rank and the axis below; `scale` is how many seconds the whole width stands for."""
-    tops = dict(lane_names(timeline))
+    tops, colours = dict(lane_names(timeline)), _colours(timeline)
     yield from _axis(scale, panel_height(timeline))
     for rank in timeline.ranks:
         for lane in timeline.lanes:
             y = tops[f"rank {rank} {lane}"]
             yield f'<rect class="lane" x="0" y="{y}" width="{_percent(timeline.seconds, scale)}" height="{LANE}"/>'
             for event in timeline.lane(rank, lane):
-                yield _step(event, timeline.begin, scale, y)
+                yield _step(event, timeline.begin, scale, y, colours[event.stage.rpartition(".")[2]])
         for wait in timeline.waits(rank):
             yield _wait(wait, rank, timeline.begin, scale, tops[f"rank {rank} {COMPUTE}"])
 
 
-def _step(event: Event, begin: float, scale: float, y: int) -> str:
-    part = event.stage.rpartition(".")[2]
-    colour = part if part in ("attention", "mlp") else "other"
+def _colours(timeline: Timeline) -> dict[str, str]:
+    """The class of each part of the model."""
+    parts = enumerate(timeline.parts.items())
+    return {part: f"part{number % PARTS}" if layered else "other" for number, (part, layered) in parts}
+
+
+def _step(event: Event, begin: float, scale: float, y: int, colour: str) -> str:
     tip = f"rank {event.rank}: {event.kind} {event.stage} {event.rows}\n{_span(event.start - begin, event.seconds)}"
     return (
         f'<rect class="step {colour} {event.lane}" data-key="{event.stage} {event.rows}" '
@@ -127,12 +133,17 @@ def _percent(seconds: float, scale: float) -> str:
     return f"{100 * seconds / scale:.4f}%"
 
 
-def legend() -> str:
-    entries = (("attention", "attention"), ("mlp", "mlp"), ("other", "embed, head"),
-               ("wait", "computes nothing while something travels: exposed"), ("lane", "idle"))  # fmt: skip
-    x, parts = 0, []
+def legend(timelines: Sequence[Timeline]) -> str:
+    """What the colours mean, in all of these."""
+    colours = {part: colour for timeline in timelines for part, colour in _colours(timeline).items()}
+    named: dict[str, list[str]] = {}
+    for part, colour in sorted(colours.items(), key=lambda entry: entry[1] == "other"):
+        named.setdefault(colour, []).append(part)
+    entries = [(colour, ", ".join(parts)) for colour, parts in named.items()]
+    entries += [("wait", "computes nothing while something travels: exposed"), ("lane", "idle")]
+    x, drawn = 0, []
     for colour, text in entries:
-        parts.append(f'<rect class="{colour}" x="{x}" y="0" width="14" height="12"/>')
-        parts.append(f'<text x="{x + 20}" y="11">{text}</text>')
+        drawn.append(f'<rect class="{colour}" x="{x}" y="0" width="14" height="12"/>')
+        drawn.append(f'<text x="{x + 20}" y="11">{escape(text)}</text>')
         x += 44 + 7 * len(text)
-    return "".join(parts)
+    return "".join(drawn)

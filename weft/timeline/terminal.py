@@ -10,39 +10,52 @@ from rich.text import Text
 
 from weft.timeline.timeline import Event, Timeline
 
-# One letter and colour a part, so that a drawing without colours reads too.
-STYLES = {"attention": ("A", "cyan"), "mlp": ("M", "yellow"), "embed": ("E", "magenta"), "head": ("H", "magenta")}
+LAYER, OTHER = ("cyan", "yellow", "green", "blue"), "magenta"  # colours of a layer's parts, in order, and of others
 IDLE = "·"
+
+
+def _styles(timeline: Timeline) -> dict[str, tuple[str, str]]:
+    """One letter and colour a part, so that a drawing without colours reads too."""
+    styles: dict[str, tuple[str, str]] = {}
+    for number, (part, layered) in enumerate(timeline.parts.items()):
+        taken = {letter for letter, _ in styles.values()}
+        letter = next((each for each in part.upper() if each not in taken), "?")
+        styles[part] = letter, LAYER[number % len(LAYER)] if layered else OTHER
+    return styles
 
 
 def terminal(timeline: Timeline, width: int = 100) -> RenderableType:
     """A row for each lane of a rank; a column is the part of the model that fills most of its time."""
     begin = timeline.begin
     scale = timeline.seconds / width if timeline.events else 1.0
-    lines = [_axis(timeline.seconds, width)]
+    lines, styles = [_axis(timeline.seconds, width)], _styles(timeline)
     for rank in timeline.ranks:
         for lane in timeline.lanes:
-            lines.append(_row(timeline.lane(rank, lane), f"rank {rank} {lane:<8}", begin, scale, width))
-    lines.append(_legend(timeline))
+            lines.append(_row(timeline.lane(rank, lane), f"rank {rank} {lane:<8}", begin, scale, width, styles))
+    lines.append(_legend(timeline, styles))
     return Group(*lines)
 
 
-def _row(events: list[Event], label: str, begin: float, scale: float, width: int) -> Text:
+def _row(
+    events: list[Event], label: str, begin: float, scale: float, width: int, styles: dict[str, tuple[str, str]]
+) -> Text:  # fmt: skip
     row = Text(f"{label} ", style="bold")
     for column in range(width):
         left = begin + column * scale
-        letter, colour = _fills_most(events, left, left + scale)
+        part = _fills_most(events, left, left + scale)
+        letter, colour = styles[part] if part else (IDLE, "dim")
         row.append(letter, style=colour)
     return row
 
 
-def _fills_most(events: list[Event], left: float, right: float) -> tuple[str, str]:
+def _fills_most(events: list[Event], left: float, right: float) -> str | None:
+    """The part that fills most of a time, if the lane is busy for half of it."""
     shown = {event: min(event.stop, right) - max(event.start, left) for event in events}
     best = max(shown, key=lambda event: shown[event], default=None)
     busy = sum(seconds for seconds in shown.values() if seconds > 0)
     if best is None or busy < (right - left) / 2:
-        return IDLE, "dim"
-    return STYLES.get(best.stage.rpartition(".")[2], ("?", "white"))
+        return None
+    return best.stage.rpartition(".")[2]
 
 
 def _axis(seconds: float, width: int) -> Text:
@@ -50,9 +63,9 @@ def _axis(seconds: float, width: int) -> Text:
     return Text(f"{label}0{'─' * (width - len(end) - 2)} {end}", style="dim")
 
 
-def _legend(timeline: Timeline) -> Text:
+def _legend(timeline: Timeline, styles: dict[str, tuple[str, str]]) -> Text:
     text = Text(" " * 16)
-    for part, (letter, colour) in STYLES.items():
+    for part, (letter, colour) in styles.items():
         text.append(f"{letter} {part}  ", style=colour)
     text.append(f"{IDLE} idle\n", style="dim")
     heading = f"{timeline.source}: {timeline.title}: " if timeline.title else f"{timeline.source}: "

@@ -55,6 +55,13 @@ class Timeline:
         return tuple(dict.fromkeys((COMPUTE, NETWORK, *sorted({event.lane for event in self.events}))))
 
     @cached_property
+    def parts(self) -> dict[str, bool]:
+        """The parts of the model that steps are of, those of its layers first, and whether it is one of those."""
+        split = (event.stage.rpartition(".") for event in self.events)
+        found = dict.fromkeys((part, bool(layer)) for layer, _, part in split)
+        return dict(sorted(found, key=lambda entry: not entry[1]))
+
+    @cached_property
     def begin(self) -> float:
         """When the first event starts."""
         return min((event.start for event in self.events), default=0.0)
