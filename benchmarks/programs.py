@@ -26,27 +26,31 @@ from weft import LLM, SamplingParams
 from weft.config import ModelConfig
 from weft.execute import protocol as p
 from weft.execute.controller import RunOptions
+from weft.model.blueprint import Blueprint
 from weft.model.families import blueprint_of
 from weft.model.shares import shares_of
 from weft.outlook.figures import shard_of
 from weft.plan.planner import Planner
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.build import build
-from weft.program.stages import decoder_outline
 from weft.program.steps import Program
 from weft.program.strategy import Strategy
-from weft.simulate.hardware import costs_of, parse_group
+from weft.simulate.hardware import costs_of, parse_hardware
 
 LAYERS = (8, 80)
 FORMS = ("serial", "iso:4", "iso:4+ahead", "iso:4+rs")
 
 
+def blueprint() -> Blueprint:
+    """A model's, of which the number of layers is changed."""
+    return blueprint_of(ModelConfig.from_directory(random_llama("483m")))
+
+
 def planning(layers: int) -> list[float]:
     """Milliseconds for each of many prompts of different lengths, at the start of which nothing is known of them."""
-    blueprint = blueprint_of(ModelConfig.from_directory(random_llama("483m")))
-    shards = [shard_of(blueprint, share) for share in shares_of(blueprint, (1.0, 1.0))]
-    costs = costs_of(parse_group("2x rtx4090"), shards, ("exact",))
-    planner = Planner(decoder_outline(layers), "auto", "exact", costs=costs)
+    shards = [shard_of(blueprint(), share) for share in shares_of(blueprint(), (1.0, 1.0))]
+    costs = costs_of(parse_hardware("2x rtx4090"), shards, ("exact",))
+    planner = Planner(blueprint().outline.of(layers), "auto", "exact", costs=costs)
     planner.plan(one_prompt(499))
     taken = []
     for tokens in range(500, 1500, 5):
@@ -60,7 +64,7 @@ def starting(layers: int, strategy: str) -> float:
     """Milliseconds until a worker can run a form that it hasn't seen; the best of many."""
     from weft.execute.executor import prepare
 
-    outline, batch = decoder_outline(layers), one_prompt(1024)
+    outline, batch = blueprint().outline.of(layers), one_prompt(1024)
     program = build(Strategy.parse(strategy), outline, batch)
     message = p.encode(p.Run(1, 0, program.form, list(program.offsets), [], [], [], "exact"))
     best = float("inf")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 TORCH_FREE = (
@@ -58,3 +59,37 @@ def test_the_engine_and_the_attention_agree_on_the_granule() -> None:
     from weft.model import attention
 
     assert calibration.GRANULE == attention.GRANULE
+
+
+def package() -> Iterator[tuple[Path, ast.Module]]:
+    for path in Path("weft").rglob("*.py"):
+        yield path, ast.parse(path.read_text())
+
+
+def test_one_word_one_class() -> None:
+    names = [
+        node.name.lstrip("_") for _, tree in package() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+    ]
+    assert not {name for name in names if names.count(name) > 1}
+
+
+def test_what_is_read_stays_short() -> None:
+    """Functions on a screen, files in one sitting, the engine as its own summary."""
+    lengths = []
+    for path, tree in package():
+        lines = len(path.read_text().splitlines())
+        assert lines <= (250 if path == Path("weft/engine.py") else 400), f"{path}: {lines} lines"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                lengths.append(node.end_lineno - node.lineno + 1)
+                assert lengths[-1] <= 60, f"{path}: {node.name} has {lengths[-1]} lines"
+    lengths.sort()
+    assert lengths[len(lengths) // 2] <= 6 and lengths[len(lengths) * 9 // 10] <= 15
+
+
+def test_only_the_model_names_its_parts() -> None:
+    """Other rooms take stages and matrices from the blueprint."""
+    for path, tree in package():
+        words = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+        assert path.parts[1] == "model" or not {"attention", "mlp"} & {w for w in words if isinstance(w, str)}, path

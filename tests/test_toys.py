@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.outlines import decoder_outline
 from tests.ranks import Ranks
 from tests.simulate.costs import costs
 from tests.tiny import Checkpoints, prompt_of
@@ -23,7 +24,7 @@ from weft.program.batch import Batch, Rows, one_prompt
 from weft.program.build import build
 from weft.program.check import check
 from weft.program.fold import Issue, folded
-from weft.program.stages import Kind, Outline, Stage, decoder_outline
+from weft.program.stages import Kind, Outline, Stage
 from weft.program.steps import Program
 from weft.program.strategy import Strategy
 from weft.program.text import parse, write

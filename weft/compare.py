@@ -85,7 +85,7 @@ class Measured:
 TOLERANCE = 0.02
 
 
-class _Run(NamedTuple):
+class _Measurement(NamedTuple):
     """One run, and the bytes that each rank's device sent for it, where that is known."""
 
     result: RunResult
@@ -111,7 +111,7 @@ class Comparing:
         self._planners = {variant: engine.planner.like(*variant) for variant in both}
         self._alone = [(Variant("serial", wire), "network") for wire in wires] + [(both[0], "compute")]
         self._plan()
-        self._best: dict[Variant, _Run] = {}  # of the rounds that count
+        self._best: dict[Variant, _Measurement] = {}  # of the rounds that count
         self._started = 0
         self.rounds: list[Round] = []
 
@@ -144,17 +144,17 @@ class Comparing:
             self._planners[variant].observe(self._plans[variant], self._batch, result.compute, result.network)
         self._plan()
 
-    def _run(self, variant: Variant, part: str) -> _Run:
+    def _run(self, variant: Variant, part: str) -> _Measurement:
         before = self._sent() if self._sent else None
         result = self._engine.probe(self._batch, self._tokens, self._plans[variant], RunOptions(part, timeline=True))
         device = [b - a for a, b in zip(before, self._sent(), strict=True)] if self._sent and before else None
-        return _Run(result, device)
+        return _Measurement(result, device)
 
     def result(self) -> list[Measured]:
         """What the rounds came to so far (at least one), in the order of the variants, each wire's serial first."""
         return [self._measured(variant, self._best[variant]) for variant in self._plans]
 
-    def _measured(self, variant: Variant, fastest: _Run) -> Measured:
+    def _measured(self, variant: Variant, fastest: _Measurement) -> Measured:
         rounds, wire, best, device = self.rounds, variant.wire, fastest.result, fastest.device
         savings = [1 - r.seconds[variant] / r.serial(wire) for r in rounds]
         efficiencies = [overlap_efficiency(r.serial(wire), r.seconds[variant], r.bound(wire)) for r in rounds]

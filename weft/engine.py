@@ -15,9 +15,10 @@ from collections.abc import Sequence as ReadOnly
 from contextlib import suppress
 from pathlib import Path
 
-from weft.batching.batcher import Batcher, Scheduled
+from weft.batching.batcher import Batcher
 from weft.batching.params import SamplingParams
 from weft.batching.request import Request, Sequence
+from weft.batching.scheduled import Scheduled
 from weft.calibration import granule_of
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, WorkerFailed, WorkerLost, in_a_line

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from weft.admission import demand_memory, memory_tokens
-from weft.batching.batcher import Copy, Move
+from weft.batching.scheduled import CopyPrefix, Move
 from weft.calibration import key_of, measured
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import GivenUp, Interrupted, WorkerFailed, WorkerLost, told
@@ -107,7 +107,7 @@ class Workers:
         for move in moves:
             if not self.up:
                 continue
-            if isinstance(move, Copy):
+            if isinstance(move, CopyPrefix):
                 self.controller.copy(*move)
             else:
                 self.controller.release([move.slot])

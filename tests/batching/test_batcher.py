@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.batching.batcher import AGE_SECONDS, Batcher, Copy, Drop, Scheduled
+from weft.batching.batcher import AGE_SECONDS, Batcher
 from weft.batching.params import SamplingParams
 from weft.batching.request import Request, Sequence
+from weft.batching.scheduled import CopyPrefix, Drop, Scheduled
 
 
 def request(length: int, limit: int = 4, n: int = 1, first: int = 0, **more: object) -> Request:
@@ -183,14 +184,14 @@ class TestReuse:
         finish(batcher, first.sequences)
         batcher.add(Request((*range(100), 7, 7), SamplingParams(), 4))
         assert shape(batcher.next(500)) == [(100, 2)]
-        assert batcher.moves() == [Copy(0, 1, 100)] and 0 in batcher.prefixes
+        assert batcher.moves() == [CopyPrefix(0, 1, 100)] and 0 in batcher.prefixes
 
     def test_the_last_token_is_computed_in_any_case(self) -> None:
         first = request(40)
         batcher = batcher_of(first, prefixes=4)
         commit(batcher, batcher.next(100))
         batcher.add(request(40))
-        assert shape(batcher.next(100)) == [(40, 1), (39, 1)] and batcher.moves() == [Copy(0, 1, 39)]
+        assert shape(batcher.next(100)) == [(40, 1), (39, 1)] and batcher.moves() == [CopyPrefix(0, 1, 39)]
 
     def test_completions_of_one_prompt_wait_for_its_first(self) -> None:
         batcher = batcher_of(request(60, n=3), prefixes=4)
@@ -198,7 +199,7 @@ class TestReuse:
         assert shape(scheduled) == [(0, 60)]
         commit(batcher, scheduled)
         assert shape(batcher.next(500)) == [(60, 1), (59, 1), (59, 1)]
-        assert batcher.moves() == [Copy(0, 1, 59), Copy(0, 2, 59)]
+        assert batcher.moves() == [CopyPrefix(0, 1, 59), CopyPrefix(0, 2, 59)]
 
     def test_on_the_granule_and_never_all_but_one(self) -> None:
         first = request(100)
@@ -282,7 +283,7 @@ def bits(batcher: Batcher, sequence: Sequence, position: int) -> Kept:
 def run(batcher: Batcher, scheduled: Scheduled, slots: list[list[Kept]]) -> None:
     """What workers and engine do with a batch: memory must hold each sequence's own tokens up to where it goes on."""
     for move in batcher.moves():
-        if isinstance(move, Copy):
+        if isinstance(move, CopyPrefix):
             assert len(slots[move.source]) >= move.length, "what is copied is not there"
             slots[move.target] = slots[move.source][: move.length]
         else:

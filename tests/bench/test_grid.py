@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from weft.bench.grid import Bench, Grid, Link
+from weft.bench.grid import Bench, Grid, LinkSpeed
 from weft.config import ModelConfig, available_cores
 from weft.errors import InputError
 
 
 def grid(**changes: object) -> Grid:
-    given = {"tokens": (64,), "ranks": (2,), "links": (Link("none"),), "overlaps": ("iso:2",), "wires": ("exact",)}
+    given = {"tokens": (64,), "ranks": (2,), "links": (LinkSpeed("none"),), "overlaps": ("iso:2",), "wires": ("exact",)}
     return Grid(**{**given, "threads": 1, "rounds": 2, **changes})  # type: ignore[arg-type]
 
 
@@ -21,14 +21,14 @@ def grid(**changes: object) -> Grid:
     [("none", None, False), ("500mbit", None, True), ("2x", 2.0, True), ("0.25x", 0.25, True), (".5x", 0.5, True)],
 )
 def test_links(text: str, times: float | None, shaped: bool) -> None:
-    link = Link.parse(text)
+    link = LinkSpeed.parse(text)
     assert (link.times, link.shaped) == (times, shaped)
 
 
 @pytest.mark.parametrize("text", ["", "0x", "x", "fast", "-1x", "500", "0mbit"])
 def test_what_is_no_link(text: str) -> None:
     with pytest.raises(InputError, match="is not a speed; write it like 500mbit"):
-        Link.parse(text)
+        LinkSpeed.parse(text)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from itertools import takewhile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.cache.prefixes import Found, Prefixes, packed, shared
+from weft.cache.prefixes import Prefix, Prefixes, packed, shared
 
 TOKENS = st.lists(st.integers(0, 3), max_size=40)
 
@@ -22,7 +22,7 @@ def test_shared_is_the_common_beginning(common: list[int], one: list[int], other
 def test_the_longest_is_found_and_counts_as_used() -> None:
     prefixes = Prefixes(2)
     assert prefixes.keep(0, packed([1, 2, 3, 4])) == [] and prefixes.keep(1, packed([1, 2, 9])) == []
-    assert prefixes.longest(packed([1, 2, 3, 7, 7])) == Found(0, 3)
+    assert prefixes.longest(packed([1, 2, 3, 7, 7])) == Prefix(0, 3)
     assert prefixes.longest(packed([5, 2, 3])) is None
     assert prefixes.keep(2, packed([8, 8])) == [1], "the least recently used goes"
     prefixes.check_integrity()

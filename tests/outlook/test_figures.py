@@ -12,7 +12,7 @@ from weft.config import ModelConfig
 from weft.errors import InputError
 from weft.outlook.figures import Outlook, Question, offers, planned_shares
 from weft.outlook.report import as_json, page, remarks
-from weft.simulate.hardware import parse_group
+from weft.simulate.hardware import parse_hardware
 
 LLAMA_8B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
@@ -28,7 +28,7 @@ def model() -> ModelConfig:
 
 
 def test_forecasts_hang_together(model: ModelConfig) -> None:
-    outlook = Outlook(model, parse_group("4x rtx3090"), ASKED)
+    outlook = Outlook(model, parse_hardware("4x rtx3090"), ASKED)
     assert len(outlook.forecasts) == 2 * 2 * 3
     for forecast in outlook.forecasts:
         assert forecast.bound <= forecast.seconds * 1.0001 and forecast.bound <= forecast.serial
@@ -45,14 +45,14 @@ def test_more_and_faster_hardware_is_faster(model: ModelConfig) -> None:
     asked = Question((4096,), ("auto",), ("exact",))
 
     def seconds(text: str, link: str | None = None) -> float:
-        return Outlook(model, parse_group(text, link), asked).forecasts[-1].seconds
+        return Outlook(model, parse_hardware(text, link), asked).forecasts[-1].seconds
 
     assert seconds("4x h100") < seconds("2x h100") < seconds("1x h100")
     assert seconds("4x rtx4090", "pcie4-x16-p2p") < seconds("4x rtx4090", "pcie3-x8") < seconds("4x rtx4090", "1gbit")
 
 
 def test_where_overlap_stops_paying(model: ModelConfig) -> None:
-    outlook = Outlook(model, parse_group("2x rtx4090"), Question((4096,), ("auto",), ("exact",)))
+    outlook = Outlook(model, parse_hardware("2x rtx4090"), Question((4096,), ("auto",), ("exact",)))
     until = outlook.pays_until(4096, "exact")
     assert until is not None
     rate = outlook.group.link.reached
@@ -62,16 +62,16 @@ def test_where_overlap_stops_paying(model: ModelConfig) -> None:
 
 def test_memory_says_what_is_missing_and_what_would_fit(model: ModelConfig) -> None:
     with pytest.raises(InputError) as caught:
-        Outlook(model, parse_group("1x rtx3090"), Question((32768,), ("auto",), ("exact",), prompts=4))
+        Outlook(model, parse_hardware("1x rtx3090"), Question((32768,), ("auto",), ("exact",), prompts=4))
     text = str(caught.value)
     assert "1x rtx3090 doesn't hold this model" in text and "GiB are missing" in text
     assert "what would fit: 3x rtx3090; 1x " in text
-    outlook = Outlook(model, parse_group("3x rtx3090"), Question((32768,), ("auto",), ("exact",), prompts=4))
+    outlook = Outlook(model, parse_hardware("3x rtx3090"), Question((32768,), ("auto",), ("exact",), prompts=4))
     assert outlook.memory[32768].needed < outlook.memory[32768].usable
 
 
 def test_unequal_devices_get_unequal_shares(model: ModelConfig) -> None:
-    group = parse_group("1x h100 + 1x a100", "nvlink3")
+    group = parse_hardware("1x h100 + 1x a100", "nvlink3")
     assert planned_shares(group) == pytest.approx((1.0, 312 / 989.4))
     asked = Question((4096,), ("auto",), ("exact",))
     planned = Outlook(model, group, asked).forecasts[-1].seconds
@@ -90,7 +90,7 @@ def test_unequal_devices_get_unequal_shares(model: ModelConfig) -> None:
 )
 def test_bad_questions(model: ModelConfig, hardware: str, asked: Question, said: str) -> None:
     with pytest.raises(InputError) as caught:
-        _ = Outlook(model, parse_group(hardware), asked).forecasts
+        _ = Outlook(model, parse_hardware(hardware), asked).forecasts
     assert said in str(caught.value)
 
 
@@ -99,12 +99,12 @@ def test_impossible_splits() -> None:
         LLAMA_8B | {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 4}
     )
     with pytest.raises(InputError, match="would hold nothing of a model with 4 heads and an MLP of 4; use fewer"):
-        Outlook(small, parse_group("16x h100"), Question((64,), ("auto",), ("exact",)))
+        Outlook(small, parse_hardware("16x h100"), Question((64,), ("auto",), ("exact",)))
 
 
 def test_offers(model: ModelConfig) -> None:
     asked = Question((8192,), ("auto",), ("exact",))
-    outlooks = [Outlook(model, parse_group(text), asked) for text in ("4x rtx4090", "1x h100", "8x h100")]
+    outlooks = [Outlook(model, parse_hardware(text), asked) for text in ("4x rtx4090", "1x h100", "8x h100")]
     prices = {"rtx4090": 0.4, "h100": 2.5}
     ranked = offers(outlooks, prices, None)
     assert [o.per_million_prompt for o in ranked] == sorted(o.per_million_prompt for o in ranked)
@@ -116,7 +116,7 @@ def test_offers(model: ModelConfig) -> None:
 
 
 def test_json_and_remarks(model: ModelConfig) -> None:
-    outlook = Outlook(model, parse_group("2x rtx4090"), ASKED)
+    outlook = Outlook(model, parse_hardware("2x rtx4090"), ASKED)
     data = json.loads(as_json(model, [outlook], []))
     assert data["predicted"] is True and len(data["groups"][0]["forecasts"]) == 12
     assert data["groups"][0]["forecasts"][0].keys() >= {
@@ -135,7 +135,7 @@ def test_json_and_remarks(model: ModelConfig) -> None:
 @needs_browser
 def test_the_page(model: ModelConfig, tmp_path: Path) -> None:
     path = tmp_path / "plan.html"
-    outlooks = [Outlook(model, parse_group(text), ASKED) for text in ("4x rtx4090", "2x h100")]
+    outlooks = [Outlook(model, parse_hardware(text), ASKED) for text in ("4x rtx4090", "2x h100")]
     path.write_text(page(model, outlooks, offers(outlooks, {"rtx4090": 0.4, "h100": 2.5}, 1.0)))
     with opened(path) as (shown, complaints, requests):
         assert shown.locator("section").count() == 2 * 3  # each with two timelines

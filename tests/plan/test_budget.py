@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from tests.outlines import decoder_outline
 from tests.simulate.costs import costs
 from weft.plan.budget import AT_LEAST, FIRST, SIZES, Budget
 from weft.plan.planner import Planner
 from weft.program.batch import Batch, Segment, one_prompt
-from weft.program.stages import decoder_outline
 
 
 def decoding(count: int, start: int = 100) -> list[Segment]:

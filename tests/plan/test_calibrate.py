@@ -8,12 +8,13 @@ from random import Random
 
 import pytest
 
+from tests.outlines import decoder_outline
 from tests.simulate.costs import RANK, costs
 from weft.plan.calibrate import BUDGET, Probe, calibrate
 from weft.plan.planner import Planner
 from weft.plan.readings import KERNEL, Sample, Subject
 from weft.program.batch import Batch, Segment, one_prompt
-from weft.program.stages import COMPUTE, NETWORK, decoder_outline
+from weft.program.stages import COMPUTE, NETWORK
 from weft.program.steps import Program
 from weft.simulate.cost import Contention, Costs
 from weft.simulate.run import simulate

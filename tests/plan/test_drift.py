@@ -7,10 +7,10 @@ from random import Random
 
 import pytest
 
+from tests.outlines import decoder_outline
 from tests.simulate.costs import costs
 from weft.plan.planner import Planner
 from weft.program.batch import Batch, Segment, one_prompt
-from weft.program.stages import decoder_outline
 from weft.simulate.cost import Costs
 
 OUTLINE = decoder_outline(8)

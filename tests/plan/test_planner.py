@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.outlines import decoder_outline
 from weft.errors import InputError
 from weft.plan.planner import Planner
 from weft.program.batch import Batch, Segment, one_prompt
-from weft.program.stages import decoder_outline
 
 
 def test_describes_itself() -> None:

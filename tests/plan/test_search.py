@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 
+from tests.outlines import decoder_outline
 from tests.simulate.costs import RANK, costs
 from weft.plan.planner import Planner
 from weft.plan.search import Search
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.build import build
-from weft.program.stages import COMPUTE, decoder_outline
+from weft.program.stages import COMPUTE
 from weft.program.strategy import Strategy, place
 from weft.simulate.cost import Contention, Costs, Table
 from weft.simulate.run import simulate

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from tests.outlines import decoder_outline
 from weft.program.batch import Batch, Rows, Segment, one_prompt
 from weft.program.build import build, issued, numbered
 from weft.program.check import check
 from weft.program.fold import Issue, folded
-from weft.program.stages import Kind, Outline, Stage, decoder_outline
+from weft.program.stages import Kind, Outline, Stage
 from weft.program.steps import Program
 from weft.program.strategy import Strategy, place
 from weft.program.text import parse, write, write_expanded

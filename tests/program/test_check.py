@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.execute.programs import SEGMENTS, lagging, legal_programs
+from tests.outlines import decoder_outline
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.build import build
 from weft.program.check import check
-from weft.program.stages import decoder_outline
 from weft.program.steps import Block, Form, Program, ProgramError
 from weft.program.strategy import Strategy
 from weft.program.text import parse, write

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 
 from tests.execute.programs import lagging, legal_programs
+from tests.outlines import decoder_outline
 from weft.program.batch import Batch, Rows, Segment, one_prompt
 from weft.program.build import build
-from weft.program.stages import COMPUTE, NETWORK, Kind, decoder_outline
+from weft.program.stages import COMPUTE, NETWORK, Kind
 from weft.program.steps import Program, ProgramError, Step
 from weft.program.strategy import Strategy
 from weft.program.text import parse, write, write_expanded

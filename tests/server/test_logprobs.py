@@ -13,7 +13,7 @@ import pytest
 from benchmarks.fuzz.models import KINDS, Reference, save
 from tests.server.running import Running, running
 from weft.execute.protocol import Chosen
-from weft.server.answers import Chat, Form, Usage
+from weft.server.answers import AnswerForm, Chat, Usage
 from weft.server.ticket import Piece, Token
 
 PROMPT = "a the é\n"
@@ -176,6 +176,6 @@ def test_numbers_that_json_does_not_have(http: httpx2.Client) -> None:
 def test_a_token_that_cannot_come_has_a_number_all_the_same() -> None:
     """-9999, as vLLM writes minus infinity."""
     never = Chosen(3, float("-inf"), 5, [(4, -0.5), (3, float("-inf"))])
-    for form in (Form, Chat):
+    for form in (AnswerForm, Chat):
         made = form("m", str, lambda token: b"", logprobs=True).whole([Piece(0, "", [Token(never, 0)])], Usage())
         assert b"-9999.0" in made and json.loads(made)

@@ -24,7 +24,7 @@ RANK = ComputeCosts(
         "mlp": table((1, 0.7), (16, 1.3), (64, 2.6), (128, 4.9)), "embed": NOTHING, "head": NOTHING,
     },
     enter=table((0, 0), (128, 0.2)), present=Table.line(1.2e-8, 0.0), past=2.2e-8, one=3e-7,
-    begin=Table.line(2e-4, 0.0),
+    begin=Table.line(2e-4, 0.0), scored="attention",
 )  # fmt: skip
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.outlines import decoder_outline
 from weft.errors import InputError
 from weft.program.batch import one_prompt
 from weft.program.build import build
-from weft.program.stages import COMPUTE, decoder_outline
+from weft.program.stages import COMPUTE
 from weft.program.strategy import Strategy
-from weft.simulate.hardware import Group, Products, Shard, catalogue, costs_of, parse_group
+from weft.simulate.hardware import Hardware, Products, Shard, catalogue, costs_of, parse_hardware
 from weft.simulate.run import simulate
 from weft.timeline.timeline import Timeline
 
@@ -25,7 +26,7 @@ SHARD = Shard(  # an eighth of Llama 70B
 )  # fmt: skip
 
 
-def predicted(group: Group, strategy: str, tokens: int) -> Timeline:
+def predicted(group: Hardware, strategy: str, tokens: int) -> Timeline:
     batch = one_prompt(tokens)
     program = build(Strategy.parse(strategy), decoder_outline(80), batch)
     return simulate(program, batch, costs_of(group, [SHARD] * group.world, ["exact"]), "exact")
@@ -46,8 +47,8 @@ def published() -> list[tuple[int, float, float, float]]:
 def test_h100_table(row: tuple[int, float, float, float]) -> None:
     """One set of constants for all rows: baselines within 15%, savings within 4 percentage points."""
     tokens, baseline, no_collectives, overlapped = row
-    serial = predicted(parse_group("8x h100", "nvlink4-multimem"), "serial", tokens)
-    cut = predicted(parse_group("8x h100", "nvlink4-fused"), "iso:2", tokens)
+    serial = predicted(parse_hardware("8x h100", "nvlink4-multimem"), "serial", tokens)
+    cut = predicted(parse_hardware("8x h100", "nvlink4-fused"), "iso:2", tokens)
     assert serial.seconds == pytest.approx(baseline, rel=0.15)
     assert serial.busy(0, COMPUTE) == pytest.approx(no_collectives, rel=0.15)
     assert 1 - cut.seconds / serial.seconds == pytest.approx(1 - overlapped / baseline, abs=0.04)
@@ -70,11 +71,11 @@ def test_every_entry_is_sound() -> None:
 
 
 def test_groups() -> None:
-    assert parse_group("4x rtx4090").world == 4 and parse_group("4X RTX4090").link_name == "pcie4-x16"
-    mixed = parse_group("1x l4 + 2x a10g", "10gbit")
+    assert parse_hardware("4x rtx4090").world == 4 and parse_hardware("4X RTX4090").link_name == "pcie4-x16"
+    mixed = parse_hardware("1x l4 + 2x a10g", "10gbit")
     assert [device.name for device in mixed.devices] == ["L4", "A10G", "A10G"]
     assert mixed.link.rate == 1.25
-    assert parse_group("rtx3090").world == 1
+    assert parse_hardware("rtx3090").world == 1
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_groups() -> None:
 )
 def test_what_is_not_there(text: str, link: str | None, said: str) -> None:
     with pytest.raises(InputError) as caught:
-        parse_group(text, link)
+        parse_hardware(text, link)
     assert said in str(caught.value)
 
 
@@ -114,7 +115,7 @@ source = "iperf"
 def test_own_entries(tmp_path: Path) -> None:
     path = tmp_path / "own.toml"
     path.write_text(OWN)
-    group = parse_group("2x shed", None, path)
+    group = parse_hardware("2x shed", None, path)
     assert group.link_name == "dirt-road" and group.devices[0].itemsize == 4
     for old, new, said in (
         ("tflops = 0.4", "tflops = -1", "must be above 0"),
@@ -126,17 +127,17 @@ def test_own_entries(tmp_path: Path) -> None:
         bad = tmp_path / f"bad{len(said)}.toml"
         bad.write_text(OWN.replace(old, new))
         with pytest.raises(InputError, match=r"--catalogue") as caught:
-            parse_group("2x shed", None, bad)
+            parse_hardware("2x shed", None, bad)
         assert said in str(caught.value)
     with pytest.raises(InputError, match="can't be read"):
-        parse_group("l4", None, tmp_path / "nothing.toml")
+        parse_hardware("l4", None, tmp_path / "nothing.toml")
 
 
 def test_more_ranks_and_slower_links_cost_what_they_should() -> None:
     """Two ranks swap; more go two hops, of a part each; half the rate is twice the time."""
 
     def large(text: str, link: str) -> float:
-        group = parse_group(text, link)
+        group = parse_hardware(text, link)
         return costs_of(group, [SHARD] * group.world, ["exact"]).wires["exact"].large.at(8e6)
 
     assert large("2x h100", "10gbit") == pytest.approx(large("2x h100", "20gbit") * 2, rel=0.02)

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.execute.programs import SEGMENTS, legal_programs
+from tests.outlines import decoder_outline
 from tests.simulate.costs import RANK, costs
 from weft.program.batch import Batch, one_prompt
 from weft.program.build import build
 from weft.program.check import check
-from weft.program.stages import COMPUTE, NETWORK, Kind, decoder_outline
+from weft.program.stages import COMPUTE, NETWORK, Kind
 from weft.program.steps import Form, Program
 from weft.program.strategy import Strategy
 from weft.program.text import write

@@ -8,12 +8,11 @@ kept prefixes go first; then the least urgent running sequence waits again, and 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
 from weft.batching.request import Request, Sequence
-from weft.cache.prefixes import Found, Prefixes, packed, shared
+from weft.batching.scheduled import CopyPrefix, Counts, Drop, Move, Scheduled
+from weft.cache.prefixes import Prefix, Prefixes, packed, shared
 from weft.program.batch import Batch, Segment
 
 AGE_SECONDS = 10.0  # of waiting make up for one step of priority, and for any share that others have not had
@@ -22,52 +21,6 @@ WORTH_WAITING = 32  # tokens that another sequence is computing just now, beyond
 LITTLE = 0.25  # of a shared beginning may be lost behind it by going on in place: a copy costs a page fault every 4 KiB
 FEW = 16  # rows that a batch may score in any case
 HEADROOM = 16  # tokens that every running sequence should still find memory for when one more starts
-
-
-class Copy(NamedTuple):
-    """The first `length` positions of one slot go to another."""
-
-    source: int
-    target: int
-    length: int
-
-
-class Drop(NamedTuple):
-    """A slot's memory is given back."""
-
-    slot: int
-
-
-Move = Copy | Drop
-
-
-@dataclass(frozen=True)
-class Scheduled:
-    """A batch, the sequence behind each of its segments, and the token of each of its rows.
-
-    `follows`: where tokens are not known yet, for each row the wanted row of the batch before whose token it gets.
-    """
-
-    batch: Batch
-    sequences: tuple[Sequence, ...]
-    tokens: tuple[int, ...]
-    growing: tuple[bool, ...]  # which of them get a token: all but those that go on in another batch
-    follows: tuple[int, ...] = ()
-
-    @property
-    def parts(self) -> Iterator[tuple[Sequence, Segment, bool]]:
-        """Each sequence with its segment, and whether it gets a token."""
-        return zip(self.sequences, self.batch.segments, self.growing, strict=True)
-
-
-@dataclass
-class Counts:
-    """What happened so far: tokens of prompts that were looked up among the prefixes, and those that were there;
-    sequences that had to wait again."""
-
-    looked_up: int = 0
-    reused: int = 0
-    preempted: int = 0
 
 
 class Batcher:
@@ -277,13 +230,13 @@ class Batcher:
             if not self._may_start():
                 return
 
-    def _fits(self, sequence: Sequence, found: Found | None) -> bool:
+    def _fits(self, sequence: Sequence, found: Prefix | None) -> bool:
         """True if all of it fits beside what runs, once kept prefixes have gone."""
         promised = sum(len(s.tokens) + HEADROOM for s in self.running) + len(sequence.tokens) + HEADROOM
         source = found.slot if found is not None and found.slot in self.prefixes else None
         return promised + (self._filled[source] if source is not None else 0) <= self.memory
 
-    def _found(self, sequence: Sequence) -> Found | None:
+    def _found(self, sequence: Sequence) -> Prefix | None:
         """Where the longest known beginning of its tokens is."""
         if not self.prefixes.limit or sequence.scored:
             return None
@@ -293,10 +246,10 @@ class Batcher:
         for other in self.running:
             assert other.slot is not None
             if other.tokens[0] == sequence.tokens[0] and self._stretch(other) == self._stretch(sequence):
-                found.append(Found(other.slot, min(other.computed, shared(other.request.packed, tokens))))
-        slot, length = max(found, key=lambda f: f.length, default=Found(0, 0))
+                found.append(Prefix(other.slot, min(other.computed, shared(other.request.packed, tokens))))
+        slot, length = max(found, key=lambda f: f.length, default=Prefix(0, 0))
         length = self._usable(length, sequence)
-        return Found(slot, length) if length >= LEAST_SHARED else None
+        return Prefix(slot, length) if length >= LEAST_SHARED else None
 
     def _usable(self, length: int, sequence: Sequence) -> int:
         """How much of a shared beginning can be reused: the last token is computed in any case."""
@@ -328,7 +281,7 @@ class Batcher:
             most = min(most, len(sequence.request.prompt))
         return min(most, sequence.computed)
 
-    def _start(self, sequence: Sequence, found: Found | None) -> None:
+    def _start(self, sequence: Sequence, found: Prefix | None) -> None:
         """Gives a waiting sequence a slot, with what is known of its beginning in it."""
         length = found.length if found is not None else 0
         in_place = found is not None and found.slot in self.prefixes
@@ -338,7 +291,7 @@ class Batcher:
         else:
             slot = self._free.pop()
             if found is not None:
-                self._moves.append(Copy(found.slot, slot, length))
+                self._moves.append(CopyPrefix(found.slot, slot, length))
         self._filled[slot] = max(self._filled[slot], length)
         self.waiting.remove(sequence)
         self.running.append(sequence)

@@ -33,14 +33,14 @@ FIRST_GUESS = 400e6  # bits a second, where the search for balance starts
 
 
 @dataclass(frozen=True)
-class Link:
+class LinkSpeed:
     """A speed as the user wrote it: "none", a rate, or a multiple of balance (`times`)."""
 
     text: str
     times: float | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Link:
+    def parse(cls, text: str) -> LinkSpeed:
         """Reads "none", "500mbit" or "0.5x". Raises `InputError`."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)x", text)
         if match and float(match[1]) > 0:
@@ -60,7 +60,7 @@ class Grid:
 
     tokens: tuple[int, ...]
     ranks: tuple[int, ...]
-    links: tuple[Link, ...]
+    links: tuple[LinkSpeed, ...]
     overlaps: tuple[str, ...]
     wires: tuple[str, ...]
     prompts: int = 1
@@ -167,8 +167,8 @@ class Bench:
                     for link in self._links(ranks):
                         self._point(engine, launcher, batch, ids, link, balance)
 
-    def _links(self, ranks: int) -> Sequence[Link]:
-        return self.grid.links if ranks > 1 else (Link("none"),)
+    def _links(self, ranks: int) -> Sequence[LinkSpeed]:
+        return self.grid.links if ranks > 1 else (LinkSpeed("none"),)
 
     @contextmanager
     def _started(self, ranks: int) -> Iterator[tuple[Engine, NamespaceLauncher | None]]:
@@ -203,7 +203,7 @@ class Bench:
         return balance_rate(engine, launcher, batch, ids, self.grid.wires[0])
 
     def _point(
-        self, engine: Engine, launcher: NamespaceLauncher | None, batch: Batch, ids: list[int], link: Link,
+        self, engine: Engine, launcher: NamespaceLauncher | None, batch: Batch, ids: list[int], link: LinkSpeed,
         balance: float | None,
     ) -> None:  # fmt: skip
         grid, ranks = self.grid, engine.config.ranks

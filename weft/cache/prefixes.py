@@ -14,7 +14,7 @@ from typing import NamedTuple
 _WIDTH = array("I").itemsize
 
 
-class Found(NamedTuple):
+class Prefix(NamedTuple):
     """The first `length` tokens are in `slot`."""
 
     slot: int
@@ -60,12 +60,12 @@ class Prefixes:
         """Tokens that a kept slot holds."""
         return len(self._kept[slot]) // _WIDTH
 
-    def longest(self, tokens: bytes, stretch: int = 0) -> Found | None:
+    def longest(self, tokens: bytes, stretch: int = 0) -> Prefix | None:
         """The kept slot that shares the longest beginning with these tokens; it counts as used now."""
-        best: Found | None = None
+        best: Prefix | None = None
         for slot, kept in self._alike(stretch):
             if kept[:_WIDTH] == tokens[:_WIDTH] and (length := shared(kept, tokens)) > (best.length if best else 0):
-                best = Found(slot, length)
+                best = Prefix(slot, length)
         if best is not None:
             self._kept.move_to_end(best.slot)
         return best

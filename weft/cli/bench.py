@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from weft.bench.grid import Bench, Grid, Link, Point
+from weft.bench.grid import Bench, Grid, LinkSpeed, Point
 from weft.bench.machine import describe
 from weft.bench.plot import groups, saving_plot
 from weft.bench.report import COLUMNS, as_json, bounds, cells, conclusion, heading, most_to_hide, report, timelines
@@ -74,7 +74,7 @@ def bench(
     config = ModelConfig.from_directory(directory)
     grid = Grid(
         tokens=numbers(tokens, "--tokens"), ranks=numbers(tp, "--tp"),
-        links=tuple(Link.parse(one) for one in words(link, "--link")), overlaps=words(overlap, "--overlap"),
+        links=tuple(LinkSpeed.parse(one) for one in words(link, "--link")), overlaps=words(overlap, "--overlap"),
         wires=words(wire, "--wire"), prompts=prompts, mixed=mixed, rounds=rounds, threads=threads,
         shares=relative_shares(shares),
     )  # fmt: skip

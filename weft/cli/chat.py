@@ -48,7 +48,7 @@ Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Ended:
+class AnswerEnd:
     """An answer's end: how many tokens it has, and why it ended."""
 
     tokens: int
@@ -56,9 +56,9 @@ class Ended:
 
 
 class Partner(Protocol):
-    """Who answers. Pieces of text, and `Ended` last; raises `InputError` for what the user can change."""
+    """Who answers. Pieces of text, and `AnswerEnd` last; raises `InputError` for what the user can change."""
 
-    def answer(self, messages: Messages) -> Iterator[str | Ended]:
+    def answer(self, messages: Messages) -> Iterator[str | AnswerEnd]:
         """To the last of the messages."""
         ...
 
@@ -71,7 +71,7 @@ class Local:
         if llm.engine.tokenizer is None or not llm.engine.tokenizer.has_template:
             raise InputError(f"{llm.engine.directory} has no chat template; use weft generate")
 
-    def answer(self, messages: Messages) -> Iterator[str | Ended]:
+    def answer(self, messages: Messages) -> Iterator[str | AnswerEnd]:
         """By the checkpoint's own template."""
         assert self.llm.engine.tokenizer is not None
         prompt = self.llm.engine.tokenizer.chat(messages)
@@ -79,7 +79,7 @@ class Local:
             if isinstance(piece, RequestOutput):
                 if piece.error is not None:
                     raise InputError(piece.error)
-                yield Ended(len(piece.outputs[0].token_ids), piece.outputs[0].finish_reason)
+                yield AnswerEnd(len(piece.outputs[0].token_ids), piece.outputs[0].finish_reason)
             else:
                 yield piece
 
@@ -94,7 +94,7 @@ class Remote:
             raise InputError(f"{http.base_url} serves no model")
         self.model = listed[0]["id"]
 
-    def answer(self, messages: Messages) -> Iterator[str | Ended]:
+    def answer(self, messages: Messages) -> Iterator[str | AnswerEnd]:
         """As the server streams it."""
         import httpx2
 
@@ -115,7 +115,7 @@ class Remote:
                             yield text
         except httpx2.TransportError as error:
             raise InputError(f"the server's answer ended early ({error}); try again") from None
-        yield Ended(tokens, reason)
+        yield AnswerEnd(tokens, reason)
 
     def _sent(self, send: Any) -> httpx2.Response:
         import httpx2
@@ -251,7 +251,7 @@ class Conversation:
         first: float | None = None
         try:
             for piece in self.partner.answer(system + self.messages):
-                if isinstance(piece, Ended):
+                if isinstance(piece, AnswerEnd):
                     note = _timing(piece, begin, first)
                     continue
                 first = first or time.perf_counter()
@@ -268,7 +268,7 @@ class Conversation:
         self.console.print(note, style="dim")
 
 
-def _timing(ended: Ended, begin: float, first: float | None) -> str:
+def _timing(ended: AnswerEnd, begin: float, first: float | None) -> str:
     if first is None:
         return "the answer is empty"
     rest = time.perf_counter() - first

@@ -29,7 +29,7 @@ from weft.outlook.report import (
     page,
     remarks,
 )  # fmt: skip
-from weft.simulate.hardware import catalogue, parse_group
+from weft.simulate.hardware import catalogue, parse_hardware
 from weft.text import leave_torch_out
 from weft.timeline.files import demand_writable, write
 
@@ -88,7 +88,7 @@ def plan(
     question = Question(
         lengths, words(overlap, "--overlap"), words(wire, "--wire"), prompts, decoding, relative_shares(shares)
     )
-    outlooks = [Outlook(config, parse_group(one, link, own), question) for one in hardware]
+    outlooks = [Outlook(config, parse_hardware(one, link, own), question) for one in hardware]
     ranked = offers(outlooks, prices, ttft) if prices else []
     if html is not None:
         write(html, page(config, outlooks, ranked))

@@ -55,7 +55,7 @@ class Result:
     checksums: list[int]
 
 
-class _Round(NamedTuple):
+class _PreparedBlock(NamedTuple):
     """A block's steps, each with the place of its stage in the first round, by how much that grows with each round, and
     whether it is urgent in a round that another one follows and in the last one."""
 
@@ -66,7 +66,7 @@ class _Round(NamedTuple):
 class _Prepared(NamedTuple):
     """A form as the executor walks it. `narrow_from`: the place of the stage that wanted rows leave alone."""
 
-    rounds: tuple[_Round, ...]
+    rounds: tuple[_PreparedBlock, ...]
     narrow_from: int
 
 
@@ -77,7 +77,7 @@ def prepare(outline: Outline, form: Form) -> _Prepared:
     for block, (between, last) in zip(form.blocks, form.urgent, strict=True):
         places = [outline.place(step.part, step.layer) for step in block.steps]
         grows = [0 if step.layer is None else block.layers * len(outline.layer) for step in block.steps]
-        rounds.append(_Round(block.rounds, tuple(zip(block.steps, places, grows, between, last, strict=True))))  # type: ignore[arg-type]
+        rounds.append(_PreparedBlock(block.rounds, tuple(zip(block.steps, places, grows, between, last, strict=True))))  # type: ignore[arg-type]
     computed = (Kind.COMPUTE, Kind.BODY)
     narrow = (place for each in rounds for step, place, *_ in each.steps if step.wanted and step.kind in computed)
     return _Prepared(tuple(rounds), min(narrow))

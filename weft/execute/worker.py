@@ -56,7 +56,7 @@ from weft.program.steps import Form, Program
 
 
 @dataclass
-class _Loaded:
+class _Model:
     """A model that this rank can run."""
 
     decoder: Decoder
@@ -75,7 +75,7 @@ class Worker:
         self.rank = self.world = 0
         self.store: Any = None
         self.group: Group | None = None
-        self.model: _Loaded | None = None
+        self.model: _Model | None = None
         self.chosen: list[p.Chosen] = []  # by the last run
 
     def say(self, message: p.ToEngine) -> None:
@@ -117,7 +117,7 @@ class Worker:
                 self._loaded.slabs.copy(message.source, message.target, message.length)
 
     @property
-    def _loaded(self) -> _Loaded:
+    def _loaded(self) -> _Model:
         assert self.model is not None, "the engine runs nothing before it has loaded a model"
         return self.model
 
@@ -160,7 +160,7 @@ class Worker:
         decoder = Decoder(m.config, blueprint, share, weights, Rope(m.config, m.device), m.exact_rows)
         vocabulary = [len(each.ranges["vocabulary"]) for each in shares]
         executor = Executor(decoder, blueprint.outline, self.group, self.lanes, vocabulary)
-        self.model = _Loaded(decoder, slabs, executor, {}, vocabulary)
+        self.model = _Model(decoder, slabs, executor, {}, vocabulary)
         keep_freed_memory()
         gc.freeze()  # what is loaded stays: collections need not look at it again
         size, packed = (

@@ -1,6 +1,6 @@
 """Workers on other machines: there `weft worker` waits, starts a worker when it is told to, and says when that ended.
 
-    machine -> hub   Here (every second), Ended
+    machine -> hub   Here (every second), WorkerEnded
     hub -> machine   Known (to every Here), Begin, End
 
 The hub is the engine's side. What the workers then say to the engine is none of this room's business. Knows processes
@@ -40,7 +40,7 @@ class Here(msgspec.Struct, tag=True, frozen=True):
     version: int = 0
 
 
-class Ended(msgspec.Struct, tag=True, frozen=True):
+class WorkerEnded(msgspec.Struct, tag=True, frozen=True):
     """The machine's worker of group `number` has ended, or can't go on; `crashed`: by its own fault."""
 
     reason: str
@@ -70,7 +70,7 @@ VERSION = 2
 SOON = 30.0  # seconds: whoever was in a group that ended sooner comes after others in the next one
 
 _encode = msgspec.msgpack.Encoder().encode
-_to_hub = msgspec.msgpack.Decoder(Here | Ended).decode
+_to_hub = msgspec.msgpack.Decoder(Here | WorkerEnded).decode
 _to_machine = msgspec.msgpack.Decoder(Known | Begin | End).decode
 
 
@@ -91,13 +91,13 @@ class Placed(LocalLauncher):
 
 
 @dataclass
-class _Machine:
+class _RemoteMachine:
     """One that has joined."""
 
     identity: bytes
     here: Here
     heard: float
-    ended: Ended | None = None  # what it said of its worker's end
+    ended: WorkerEnded | None = None  # what it said of its worker's end
     failed: int = 0  # groups with it that ended soon
 
 
@@ -120,8 +120,8 @@ class JoinedLauncher:
         self._children = Placed(self.host)
         self._context: zmq.Context[Any] = zmq.Context()
         self._hub = engine_socket(self._context, self.token)
-        self._machines: dict[bytes, _Machine] = {}
-        self._used: list[_Machine] = []
+        self._machines: dict[bytes, _RemoteMachine] = {}
+        self._used: list[_RemoteMachine] = []
         self._number, self._begun = 0, 0.0  # of the group, and when it was started
         self._strangers: set[bytes] = set()  # who speaks another version
         self.meanwhile: Callable[[], None] = lambda: None
@@ -156,7 +156,7 @@ class JoinedLauncher:
             machine.ended = None
             self._say(machine, Begin(address, token, threads, place, self._number))
 
-    def _awaited(self, count: int) -> list[_Machine]:
+    def _awaited(self, count: int) -> list[_RemoteMachine]:
         """So many machines that have given a sign of life from now on: one that is gone may look alive for a while."""
         self._listen(0)  # what was said before is no sign of life now
         begin, said = time.monotonic(), 0
@@ -171,7 +171,7 @@ class JoinedLauncher:
             self._listen(LOOK_MILLISECONDS)
         return sorted(there, key=lambda machine: machine.failed)[:count]
 
-    def _there(self, since: float) -> list[_Machine]:
+    def _there(self, since: float) -> list[_RemoteMachine]:
         """Machines that were heard since then (seconds, monotonic), in the order of their coming."""
         self._listen(0)
         now = time.monotonic()
@@ -193,13 +193,13 @@ class JoinedLauncher:
                     )
                 self._strangers.add(identity)
             elif isinstance(message, Here):
-                known = self._machines.setdefault(identity, _Machine(identity, message, 0.0))
+                known = self._machines.setdefault(identity, _RemoteMachine(identity, message, 0.0))
                 known.heard = time.monotonic()
                 self._say(known, Known())
             elif identity in self._machines and message.number == self._number:  # else of a group that is over
                 self._machines[identity].ended = message
 
-    def _say(self, machine: _Machine, message: Known | Begin | End) -> None:
+    def _say(self, machine: _RemoteMachine, message: Known | Begin | End) -> None:
         with suppress(zmq.ZMQError):  # gone: its silence says so
             self._hub.send_multipart([machine.identity, _encode(message)])
 
@@ -278,7 +278,7 @@ class Machine:
                 self._look()
         finally:
             self._children.stop()
-            self._say(Ended("weft worker was ended there", self._number))
+            self._say(WorkerEnded("weft worker was ended there", self._number))
             self._socket.close(500)  # milliseconds for the last words
             self._context.term()
 
@@ -309,7 +309,7 @@ class Machine:
             try:
                 self._children.start(1, message.threads, message.address, message.token)
             except OSError as error:  # no memory for one more process, say: that may pass
-                self._say(Ended(f"no worker could be started there ({error.strerror or error})", message.number))
+                self._say(WorkerEnded(f"no worker could be started there ({error.strerror or error})", message.number))
         else:
             self._told("the worker has ended, as it was told to; waiting for work")
 
@@ -318,7 +318,7 @@ class Machine:
         if lines := self._children.dead():
             crashed, words = self._children.crashed(), self._children.last_words()
             self._children.stop()
-            self._say(Ended("; ".join(lines), self._number, crashed))
+            self._say(WorkerEnded("; ".join(lines), self._number, crashed))
             self._told("; ".join(lines + words))
         if self._known is not None and time.monotonic() - self._known > SILENT:
             self._known = None
@@ -326,7 +326,7 @@ class Machine:
                 self._children.stop()
             self._told(f"{self._hub} has gone silent; waiting for it to come back")
 
-    def _say(self, message: Here | Ended) -> None:
+    def _say(self, message: Here | WorkerEnded) -> None:
         with suppress(zmq.ZMQError):
             self._socket.send(_encode(message), zmq.NOBLOCK)
 

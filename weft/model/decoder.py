@@ -90,7 +90,7 @@ class Decoder:
         return self.embedding.new_empty(rows, self.width)
 
 
-class Piece(NamedTuple):
+class SequenceRows(NamedTuple):
     """Tokens of one sequence: its slot, the first one's position, how many of them, the last ones, are wanted, and
     whether they are decoded."""
 
@@ -108,15 +108,15 @@ class Forward:
     tokens: Tensor  # [all rows]
     angles: Tensor  # [all rows, 1, D/2], complex
     slabs: Slabs
-    _pieces: dict[Rows, list[tuple[slice, Piece]]] = field(default_factory=dict)
+    _pieces: dict[Rows, list[tuple[slice, SequenceRows]]] = field(default_factory=dict)
 
-    def pieces(self, rows: Rows) -> list[tuple[slice, Piece]]:
+    def pieces(self, rows: Rows) -> list[tuple[slice, SequenceRows]]:
         """The sequences that have tokens in `rows`, and where in `rows`."""
         if rows not in self._pieces:  # every layer asks for the same few rows
             self._pieces[rows] = [
                 (
                     slice(part.start - rows.start, part.stop - rows.start),
-                    Piece(
+                    SequenceRows(
                         segment.sequence, segment.end - (span.stop - part.start), self.batch.wanted(part).length,
                         segment.decoding,
                     ),
@@ -224,7 +224,7 @@ class Attention(Adds):
         rotate(turned, forward.angles[rows.start : rows.stop], self.exact_rows)
         return heads
 
-    def _attend(self, slabs: Slabs, heads_TnD: Tensor, piece: Piece, last: int) -> Tensor:
+    def _attend(self, slabs: Slabs, heads_TnD: Tensor, piece: SequenceRows, last: int) -> Tensor:
         """The last ones of some tokens of one sequence: [last, H * D]."""
         shape, count = self.shape, heads_TnD.shape[0]
         slabs.write(piece.slot, self.layer, piece.start, heads_TnD[:, shape.queries :])

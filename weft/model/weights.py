@@ -55,7 +55,7 @@ def load(
 
     Raises `InputError` for missing, unreadable or misshapen tensors.
     """
-    reader = _Reader(checkpoint, blueprint, share, device, dtype, exact_rows)
+    reader = _ShardReader(checkpoint, blueprint, share, device, dtype, exact_rows)
     stages: dict[tuple[str, int], StageWeights] = {}
     for layer in range(blueprint.layers):
         for parts in blueprint.layer:
@@ -79,7 +79,7 @@ def _pairs(heads: Tensor) -> Tensor:
     return halves.transpose(1, 2).reshape(count, width, *heads.shape[2:])
 
 
-class _Reader:
+class _ShardReader:
     def __init__(
         self, checkpoint: Checkpoint, blueprint: Blueprint, share: Share, device: str, dtype: torch.dtype,
         exact_rows: bool,

@@ -18,7 +18,7 @@ from weft.plan.planner import Plan, Planner
 from weft.program.batch import Batch, Segment
 from weft.program.strategy import Strategy
 from weft.simulate.cost import Costs
-from weft.simulate.hardware import WIRES, Device, Group, Products, Shard, costs_of
+from weft.simulate.hardware import WIRES, Device, Hardware, Products, Shard, costs_of
 from weft.timeline.timeline import Timeline
 
 GIB = 2**30
@@ -94,7 +94,7 @@ class Memory:
 class Outlook:
     """One model on one group. Raises `InputError` if it doesn't fit, saying what is missing and what would do."""
 
-    def __init__(self, model: ModelConfig, group: Group, question: Question) -> None:
+    def __init__(self, model: ModelConfig, group: Hardware, question: Question) -> None:
         question.demand(model)
         self.model, self.group, self.question = model, group, question
         self.shares = question.shares or planned_shares(group)
@@ -122,7 +122,7 @@ class Outlook:
         """Of the group."""
         return self._costs(self.group)
 
-    def _costs(self, group: Group) -> Costs:
+    def _costs(self, group: Hardware) -> Costs:
         return costs_of(group, [shard_of(self.blueprint, part) for part in self.parts], self.question.wires)
 
     def planner(self, overlap: str, wire: str, costs: Costs | None = None) -> Planner:
@@ -192,7 +192,7 @@ class Outlook:
         return last
 
 
-def planned_shares(group: Group) -> tuple[float, ...]:
+def planned_shares(group: Hardware) -> tuple[float, ...]:
     """In proportion to the devices' speed in large products, of which a prompt mostly consists."""
     speeds = [1 / group.seconds_of(1e12, rank) for rank in range(group.world)]
     return tuple(speed / max(speeds) for speed in speeds)
@@ -219,7 +219,7 @@ def shard_of(blueprint: Blueprint, share: Share) -> Shard:
     )  # fmt: skip
 
 
-def memory_of(blueprint: Blueprint, group: Group, parts: Sequence[Share], asked: Question, tokens: int) -> Memory:
+def memory_of(blueprint: Blueprint, group: Hardware, parts: Sequence[Share], asked: Question, tokens: int) -> Memory:
     """Of the rank with the least room left."""
     found = []
     for part, device in zip(parts, group.devices, strict=True):
@@ -233,7 +233,7 @@ def memory_of(blueprint: Blueprint, group: Group, parts: Sequence[Share], asked:
     return min(found, key=lambda memory: memory.usable - memory.needed)
 
 
-def _missing(model: ModelConfig, group: Group, asked: Question, tokens: int, memory: Memory) -> str:
+def _missing(model: ModelConfig, group: Hardware, asked: Question, tokens: int, memory: Memory) -> str:
     text = (
         f"{group.text} doesn't hold this model with {tokens} tokens: the fullest device needs "
         f"{memory.needed / GIB:.1f} GiB and {memory.usable / GIB:.1f} are usable, so "
@@ -242,7 +242,7 @@ def _missing(model: ModelConfig, group: Group, asked: Question, tokens: int, mem
     return text + ("; ".join(_would_fit(model, group, asked, tokens)) or "nothing in the catalogue; use fewer tokens")
 
 
-def _would_fit(model: ModelConfig, group: Group, asked: Question, tokens: int) -> list[str]:
+def _would_fit(model: ModelConfig, group: Hardware, asked: Question, tokens: int) -> list[str]:
     """More of the first device, or as many of the smallest other one that does."""
     device = group.devices[0]
     name = next(name for name, known in group.source.device.items() if known == device)
@@ -258,7 +258,7 @@ def _would_fit(model: ModelConfig, group: Group, asked: Question, tokens: int) -
     return found
 
 
-def _fits(model: ModelConfig, group: Group, asked: Question, tokens: int, devices: tuple[Device, ...]) -> bool:
+def _fits(model: ModelConfig, group: Hardware, asked: Question, tokens: int, devices: tuple[Device, ...]) -> bool:
     other = replace(group, devices=devices)
     blueprint = blueprint_of(model)
     memory = memory_of(blueprint, other, shares_of(blueprint, [1.0] * len(devices)), asked, tokens)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 
-from weft.plan.readings import Run, Sample, Samples, Subject, read
+from weft.plan.readings import Sample, Samples, Subject, Trial, read
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.build import build
 from weft.program.steps import Program
@@ -67,7 +67,7 @@ def _extent(probe: Probe, subject: Subject) -> tuple[int, int]:
     return min(most, subject.length), deep
 
 
-def _runs(subject: Subject, most: int, deep: int) -> Iterator[Run]:
+def _runs(subject: Subject, most: int, deep: int) -> Iterator[Trial]:
     """One round. Runs whose difference matters stand side by side."""
     sizes = sorted({n for n in (1, 16, 64, 128, most // 2, most) if n <= most})
     for n in sizes:
@@ -96,11 +96,11 @@ def _runs(subject: Subject, most: int, deep: int) -> Iterator[Run]:
 def _run(
     subject: Subject, name: str, rows: int, layers: int, strategy: str = "serial", *, batch: Batch | None = None,
     wire: str | None = None, scope: str = "both",
-) -> Run:  # fmt: skip
+) -> Trial:  # fmt: skip
     """A program of a model that ends after its first layers."""
     batch = batch or one_prompt(rows)
     outline = replace(
         subject.outline.of(min(subject.outline.layers, layers)), narrows=False
     )  # layers are to take alike
     program = build(Strategy.parse(strategy), outline, batch, subject.granule)
-    return Run(name, rows, batch, program, wire or subject.first_wire, scope)
+    return Trial(name, rows, batch, program, wire or subject.first_wire, scope)

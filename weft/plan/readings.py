@@ -35,7 +35,7 @@ class Sample(NamedTuple):
     timeline: Timeline
 
 
-class Run(NamedTuple):
+class Trial(NamedTuple):
     """One thing to run in every round, and what it is for."""
 
     name: str
@@ -84,10 +84,10 @@ class Samples:
     """What every run took, round by round."""
 
     subject: Subject
-    runs: tuple[Run, ...]
+    runs: tuple[Trial, ...]
     _taken: dict[tuple[str, int, str], list[Sample]] = field(default_factory=dict)
 
-    def add(self, run: Run, sample: Sample) -> None:
+    def add(self, run: Trial, sample: Sample) -> None:
         """One more round's."""
         self._taken.setdefault((run.name, run.rows, run.wire), []).append(sample)
 
@@ -96,7 +96,7 @@ class Samples:
         taken = self._taken.get((name, rows, wire or self.subject.first_wire), [])
         return taken[1:] if len(taken) > 2 else taken
 
-    def named(self, name: str) -> list[Run]:
+    def named(self, name: str) -> list[Trial]:
         """The runs of a name on the first wire, by rows."""
         first = self.subject.first_wire
         return sorted((run for run in self.runs if run.name == name and run.wire == first), key=lambda run: run.rows)
@@ -295,7 +295,7 @@ class _Network:
             lost += median(_computing(cut) - _computing(alone) for cut, alone in pairs)
         return min(max(lost / expected, LEAST_LOST), 1.0) if expected > 0 else 0.0
 
-    def _turn(self, costs: Costs, run: Run) -> float:
+    def _turn(self, costs: Costs, run: Trial) -> float:
         """Seconds that a sum takes longer while something computes than it is predicted to without that."""
         expected = fmean(_collectives(simulate(run.program, run.batch, costs, run.wire)))
         return median(fmean(_collectives(sample.timeline)) for sample in self.samples.of("cut", run.rows)) - expected

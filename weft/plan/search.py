@@ -40,7 +40,7 @@ class Estimate(NamedTuple):
     network: float
 
 
-class Found(NamedTuple):
+class Judged(NamedTuple):
     """A strategy, and what it and serial are predicted to take."""
 
     strategy: Strategy
@@ -48,7 +48,7 @@ class Found(NamedTuple):
     serial: Estimate
 
 
-class _Pass(NamedTuple):
+class _LaidPass(NamedTuple):
     """A pass that was laid out; its first step follows `begin` seconds after it begins."""
 
     begin: float
@@ -74,15 +74,15 @@ class Search:
         """What a pass with these cuts takes. Raises KeyError for a wire without costs."""
         return self.laid_out(batch, cuts, costs, wire, {}).estimate
 
-    def judge(self, strategy: Strategy, batch: Batch, costs: Costs, wire: str) -> Found:
+    def judge(self, strategy: Strategy, batch: Batch, costs: Costs, wire: str) -> Judged:
         """What a strategy takes. Raises `InputError` if its cuts don't fit the batch."""
         cuts = place(strategy, batch, self.granule)
         serial = self.estimate(batch, Cuts(), costs, wire)
-        return Found(strategy, serial if cuts == Cuts() else self.estimate(batch, cuts, costs, wire), serial)
+        return Judged(strategy, serial if cuts == Cuts() else self.estimate(batch, cuts, costs, wire), serial)
 
     def laid_out(
         self, batch: Batch, cuts: Cuts, costs: Costs, wire: str, known: _Known, limit: float = INFINITE
-    ) -> _Pass:  # fmt: skip
+    ) -> _LaidPass:  # fmt: skip
         """The pass; `known`: what steps take that were in earlier candidates. Raises `_TooLong` where its lanes alone
         take longer than `limit`."""
         program, way, pace = weave(self.outline, batch.tokens, cuts), costs.wires[wire], costs.pace
@@ -97,9 +97,9 @@ class Search:
         if structure.bound(each) - between.credit > limit:
             raise _TooLongError
         laid = lay_out(structure, each, between, ROUNDS)
-        return _Pass(pace.begin.at(batch.tokens), laid)
+        return _LaidPass(pace.begin.at(batch.tokens), laid)
 
-    def best(self, batch: Batch, costs: Costs, wire: str) -> Found:
+    def best(self, batch: Batch, costs: Costs, wire: str) -> Judged:
         """The strategy that is predicted to be fastest; serial where little is gained."""
         return _Searching(self, batch, costs, wire).best()
 
@@ -113,7 +113,7 @@ class _Tried(NamedTuple):
 
     seconds: float
     strategy: Strategy
-    laid: _Pass
+    laid: _LaidPass
 
 
 class _Searching:
@@ -125,7 +125,7 @@ class _Searching:
         self.known: _Known = {}
         self.fewest = INFINITE  # seconds so far
 
-    def best(self) -> Found:
+    def best(self) -> Judged:
         serial = self._judge(Strategy(), Cuts())
         alone = serial.laid.estimate
         found = serial
@@ -139,7 +139,7 @@ class _Searching:
                 if tried.seconds + self._risk(cuts) < (1 - WORTH) * serial.seconds
             ]
             found = min(safe)[2] if safe else serial
-        return Found(found.strategy, found.laid.estimate, alone)
+        return Judged(found.strategy, found.laid.estimate, alone)
 
     def _risk(self, cuts: Cuts) -> float:
         """Seconds that a plan may take longer than predicted for the collectives that it has more than serial."""

@@ -42,7 +42,7 @@ def plain(issues: Sequence[Issue]) -> Program:
     return Program(_form(inside, None, 0), offsets)
 
 
-class _Found(NamedTuple):
+class _Repeated(NamedTuple):
     """Steps from `start` on that repeat: `length` of them, `rounds` times, each time `layers` layers on."""
 
     start: int
@@ -67,7 +67,7 @@ def folded(outline: Outline, issue: Callable[[Outline], Sequence[Issue]]) -> For
     return _form(issues, _repeated(issues, outline.layers), 0)
 
 
-def _form(issues: Sequence[Issue], found: _Found | None, missing: int) -> Form:
+def _form(issues: Sequence[Issue], found: _Repeated | None, missing: int) -> Form:
     """With the repeated rounds as a block, and as many more of them as `missing` layers want."""
     whole = max(each.rows.length for each in issues)
     spans = sorted({each.rows for each in issues}, key=lambda rows: (rows.length == whole, rows))
@@ -92,7 +92,7 @@ def _form(issues: Sequence[Issue], found: _Found | None, missing: int) -> Form:
     return Form(tuple(block for block in blocks if block.steps), chunks)
 
 
-def _repeated(issues: Sequence[Issue], layers: int) -> _Found | None:
+def _repeated(issues: Sequence[Issue], layers: int) -> _Repeated | None:
     """The longest run of rounds, begun where a layer begins if it can be."""
     for each in range(1, min(MOST_ALTERNATING, layers // 2) + 1):
         length = _length(issues, layers // 2, each)
@@ -106,8 +106,8 @@ def _repeated(issues: Sequence[Issue], layers: int) -> _Found | None:
         for later in range(length):
             begin, fewer = issues[start + later], (run - later) // length + 1
             if (begin.kind, begin.part, begin.rows) == (first.kind, first.part, first.rows) and fewer >= 2:
-                return _Found(start + later, length, fewer, each)
-        return _Found(start, length, rounds, each)
+                return _Repeated(start + later, length, fewer, each)
+        return _Repeated(start, length, rounds, each)
     return None
 
 

@@ -132,9 +132,3 @@ class Outline:
     def of(self, layers: int) -> Outline:
         """The same model with another number of layers."""
         return replace(self, layers=layers)
-
-
-def decoder_outline(layers: int) -> Outline:
-    """A decoder-only transformer: embed, attention and mlp of each layer, head."""
-    layer = Stage("attention", Kind.REDUCE, ordered=True), Stage("mlp", Kind.REDUCE)
-    return Outline((Stage("embed", None),), layer, (Stage("head", Kind.GATHER),), layers)

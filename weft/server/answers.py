@@ -39,7 +39,7 @@ class Usage:
 
 
 @dataclass
-class Form:
+class AnswerForm:
     """Completions' form; `Chat` is the other one. `text_of`, `bytes_of`: a token's, for log-probabilities."""
 
     model: str
@@ -115,7 +115,7 @@ class Form:
 
 
 @dataclass
-class Chat(Form):
+class Chat(AnswerForm):
     """Chats' form."""
 
     prefix = "chatcmpl"

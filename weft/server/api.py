@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from weft.batching.params import SamplingParams
 from weft.execute.protocol import Chosen
 from weft.grammar import Grammar
-from weft.server.answers import Chat, Form, Json, Usage
+from weft.server.answers import AnswerForm, Chat, Json, Usage
 from weft.server.beside import Beside
 from weft.server.guard import OWNER
 from weft.server.live import live
@@ -140,7 +140,7 @@ def _asks(body: type[Body]) -> dict[str, Any]:
 
 
 def _answers(routes: APIRouter, api: Api) -> None:
-    async def answered(request: Request, form: type[Form]) -> Response:
+    async def answered(request: Request, form: type[AnswerForm]) -> Response:
         arrived = time.monotonic()
         asked = await api.read(request)
         assert isinstance(asked, Asked)
@@ -151,7 +151,7 @@ def _answers(routes: APIRouter, api: Api) -> None:
     @routes.post("/v1/completions", tags=["openai"], **_asks(CompletionRequest))
     async def completions(request: Request) -> Response:
         """Continues prompts."""
-        return await answered(request, Form)
+        return await answered(request, AnswerForm)
 
     @routes.post("/v1/chat/completions", tags=["openai"], **_asks(ChatRequest))
     async def chat(request: Request) -> Response:
@@ -247,7 +247,7 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
 
 
 async def _answer(
-    api: Api, asked: Asked, params: SamplingParams, wishes: Wishes, grammar: Grammar | None, form: type[Form]
+    api: Api, asked: Asked, params: SamplingParams, wishes: Wishes, grammar: Grammar | None, form: type[AnswerForm]
 ) -> Response:
     """Queues all prompts, then answers as they were asked for; whoever goes away frees their slots."""
     prompts = [unpacked(prompt.tokens) for prompt in asked.prompts]
@@ -276,7 +276,7 @@ class _Answer:
     api: Api
     tickets: list[Ticket]
     n: int
-    form: Form
+    form: AnswerForm
     echoes: list[Echo] | None
     counting: bool = False  # tokens so far, with every piece
 

@@ -83,7 +83,7 @@ class ComputeCosts:
     one: float
     begin: Table
     window: int | None = None
-    scored: str = "attention"
+    scored: str = ""
 
     @cached_property
     def whole(self) -> dict[str, Table]:

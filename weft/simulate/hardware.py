@@ -136,7 +136,7 @@ def catalogue(own: Path | None = None) -> Catalogue:
 
 
 @dataclass(frozen=True)
-class Group:
+class Hardware:
     """Ranks, one device each, and what joins them."""
 
     text: str
@@ -156,7 +156,7 @@ class Group:
         return flops / (device.tflops * 1e12 * self.source.assumption(device, "efficiency"))
 
 
-def parse_group(text: str, link: str | None = None, own: Path | None = None) -> Group:
+def parse_hardware(text: str, link: str | None = None, own: Path | None = None) -> Hardware:
     """Reads "4x rtx4090" or "1x rtx4090 + 2x rtx3090", and a link by name or speed ("10gbit").
 
     Raises `InputError` with the nearest names for what is not in the catalogue.
@@ -172,7 +172,7 @@ def parse_group(text: str, link: str | None = None, own: Path | None = None) -> 
             raise InputError(f"--hardware {text!r}: give 1 to 256 devices")
         devices += [known.device[_known(match[3], known.device, "--hardware")]] * count
     name = link or devices[0].link
-    return Group(text, tuple(devices), name, _link(name, len(devices), known), known)
+    return Hardware(text, tuple(devices), name, _link(name, len(devices), known), known)
 
 
 def _link(name: str, ranks: int, known: Catalogue) -> Link:
@@ -222,7 +222,7 @@ class Shard:
     window: int | None = None
 
 
-def costs_of(group: Group, shards: Sequence[Shard], wires: Sequence[str]) -> Costs:
+def costs_of(group: Hardware, shards: Sequence[Shard], wires: Sequence[str]) -> Costs:
     """What steps cost on this hardware. Wires are those of WIRES."""
     itemsize = group.devices[0].itemsize
     ranks = tuple(_rank(group, device, shard) for device, shard in zip(group.devices, shards, strict=True))
@@ -235,7 +235,7 @@ def costs_of(group: Group, shards: Sequence[Shard], wires: Sequence[str]) -> Cos
     )  # fmt: skip
 
 
-def _rank(group: Group, device: Device, shard: Shard) -> ComputeCosts:
+def _rank(group: Hardware, device: Device, shard: Shard) -> ComputeCosts:
     roof = _Roof(
         device.tflops * 1e12 * group.source.assumption(device, "efficiency"),
         device.bandwidth * 1e9 * group.source.assumption(device, "memory_efficiency"),
@@ -286,7 +286,7 @@ class _Roof:
         return Table.line(self.step * part, numbers * self.itemsize / self.bandwidth)
 
 
-def _wire(group: Group, element: float) -> WireCosts:
+def _wire(group: Hardware, element: float) -> WireCosts:
     link, world = group.link, group.world
     if link.bytes:
         sums, hops = (
