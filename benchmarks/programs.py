@@ -5,8 +5,8 @@
 Planning: a batch whose shape was not seen, on costs of a link at balance, where the search has most to do. A form's
 start: what a worker does with one that it hasn't seen, from the message to the first step. Memory: private memory of
 the engine and its workers after each third of so many batches of mixed lengths, of a random model of 32 layers on two
-ranks, with `auto`; the first third warms up. The engine's own part of a step: its processor time over the batches of
-one request that decodes, on two ranks.
+ranks, with `auto`; the first third warms up. The engine's own part of a step, of one request that decodes on two ranks:
+what a step takes beyond the slowest rank's program and choice of tokens, in the median; and the engine's processor time.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ def starting(layers: int, strategy: str) -> float:
     return best * 1e3
 
 
-def traffic(batches: int) -> tuple[list[dict[str, float]], float]:
-    """MiB of each process after each third of the batches, and milliseconds of the engine's own part of a step."""
+def traffic(batches: int) -> tuple[list[dict[str, float]], float, float]:
+    """MiB of each process after each third of the batches; milliseconds of the engine's own part of a step, and those of
+    its processor."""
     random, memory = Random(0), []
     with LLM(random_llama("deep"), tensor_parallel_size=2, num_threads=1, max_model_len=1024) as llm:
         engine = llm.engine
@@ -89,11 +90,15 @@ def traffic(batches: int) -> tuple[list[dict[str, float]], float]:
             engine.probe(batch, tokens, engine.planner.plan(batch), RunOptions())
             if (number + 1) % (batches // 3) == 0:
                 memory.append(_memory())
-        steps = SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True)
-        before = time.process_time()
-        llm.generate([{"prompt_token_ids": [5] * 10}], steps)
-        own = (time.process_time() - before) / 300 * 1e3
-    return memory, own
+        own, begin = [], time.process_time()
+        request = engine.add([5] * 10, SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True))
+        while not engine.batcher.idle:
+            engine.step()
+            turn = engine.last_turn
+            assert turn is not None
+            own.append((turn.wall - turn.run) * 1e3)
+        processor = (time.process_time() - begin) / request.sequences[0].produced * 1e3
+    return memory, median(own), processor
 
 
 def _memory() -> dict[str, float]:
@@ -115,11 +120,13 @@ def main() -> None:
     found["starting"] = {f"{form}, {layers} layers": starting(layers, form) for form in FORMS for layers in LAYERS}
     for what, ms in found["starting"].items():
         print(f"a form's start on a worker, {what}: {ms:.3f} ms (limit 0.2)")
-    found["memory"], found["own"] = traffic(given.batches)
+    found["memory"], found["own"], found["processor"] = traffic(given.batches)
     for name, begin in found["memory"][0].items():
         ends = ", ".join(f"{after[name]:.1f}" for after in found["memory"])
         print(f"{name}: {ends} MiB; grows by {found['memory'][-1][name] - begin:+.1f} (limit 2)")
-    print(f"the engine's own part of a step: {found['own']:.3f} ms (limit 0.3)")
+    print(
+        f"the engine's own part of a step: {found['own']:.3f} ms (limit 0.3); its processor: {found['processor']:.3f} ms"
+    )
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
 

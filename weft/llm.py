@@ -11,13 +11,9 @@ from typing import Any, Literal, TypedDict, TypeGuard
 from weft.batching.params import SamplingParams, shown, token_ids
 from weft.batching.request import Request
 from weft.completion import Completion
-from weft.config import EngineConfig, ModelConfig
-from weft.engine import Engine
 from weft.errors import InputError
-from weft.hub import locate
 from weft.launch.launcher import Launcher
-from weft.program.strategy import AUTO
-from weft.text import generation_defaults
+from weft.opening import default_params, open_engine
 from weft.workers import Progress
 
 
@@ -76,29 +72,6 @@ class RequestOutput:
     error: str | None = None
 
 
-def default_params(directory: Path, **changes: Any) -> SamplingParams:
-    """What a checkpoint's `generation_config.json` proposes, with these changes."""
-    usable, _ = _proposed(directory)
-    return SamplingParams(**{**usable, **changes})
-
-
-def _proposed(directory: Path) -> tuple[dict[str, Any], list[str]]:
-    """A checkpoint's proposals, and a line for each that can't be used."""
-    proposed, _ = generation_defaults(directory)  # what is wrong with the file, the engine says
-    usable: dict[str, Any] = {}
-    lines = []
-    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-        if (value := proposed.get(name)) is None:
-            continue
-        try:
-            usable[name] = getattr(SamplingParams(**{name: value}), name)
-        except InputError as error:
-            lines.append(f"generation_config.json: {error}; left out")
-    if proposed.get("do_sample") is False:
-        usable["temperature"] = 0.0
-    return usable, lines
-
-
 def _one(prompts: Prompt | Sequence[Prompt]) -> TypeGuard[Prompt]:
     return isinstance(prompts, str | dict)
 
@@ -125,20 +98,12 @@ class LLM:
         enable_prefix_caching: bool = True, token_interval: float | None = None,
         launcher: Launcher | None = None, progress: Progress | None = None, recalibrate: bool = False,
     ) -> None:  # fmt: skip
-        directory = locate(model)
-        model_config = ModelConfig.from_directory(directory)
-        config = EngineConfig.resolve(
-            model_config, ranks=tensor_parallel_size, overlap=overlap,
-            shares=tuple(shares) if shares and not isinstance(shares, str) else None,
-            wire=wire, reproducible=reproducible, threads=num_threads, dtype=dtype, max_length=max_model_len,
-            max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens,
-            cores=tuple(cores) if cores else None, prefixes=max_num_seqs if enable_prefix_caching else 0,
-            token_interval=token_interval,
+        self.engine = open_engine(
+            model, ranks=tensor_parallel_size, overlap=overlap, wire=wire, shares=shares, reproducible=reproducible,
+            threads=num_threads, dtype=dtype, max_length=max_model_len, max_sequences=max_num_seqs,
+            max_batch_tokens=max_num_batched_tokens, cores=cores, prefixes=enable_prefix_caching,
+            token_interval=token_interval, launcher=launcher, progress=progress, recalibrate=recalibrate,
         )  # fmt: skip
-        self.engine = Engine(
-            directory, config, model_config, launcher, progress, recalibrate, share_by_speed=shares == AUTO
-        )
-        self.engine.notices += _proposed(directory)[1]
 
     def __enter__(self) -> LLM:
         return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ from weft.engine import Engine
 from weft.errors import InputError
 from weft.execute.controller import RunOptions
 from weft.launch.namespaces import NamespaceLauncher, parse_link
-from weft.llm import LLM
+from weft.opening import open_engine
 from weft.plan.calibrate import MOST
 from weft.program.batch import Batch, Segment
 from weft.program.strategy import AUTO, Strategy, canonical
@@ -177,12 +177,13 @@ class Bench:
         self.watch(self._done, self._all, f"starting {ranks} rank{'s' if ranks > 1 else ''}")
         launcher = NamespaceLauncher() if grid.shaped and ranks > 1 else None
         length = min(self.model.max_length, max(grid.tokens) + MOST)
-        with LLM(
-            self.directory, tensor_parallel_size=ranks, num_threads=threads, launcher=launcher, shares=grid.shares,
-            cores=cores_of(ranks, threads) if launcher else None, max_model_len=length, overlap="serial",
-            max_num_seqs=max(grid.prompts, FEW_SLOTS), enable_prefix_caching=False,
-        ) as llm:  # fmt: skip
-            yield llm.engine, launcher
+        engine = open_engine(
+            self.directory, ranks=ranks, threads=threads, launcher=launcher, shares=grid.shares,
+            cores=cores_of(ranks, threads) if launcher else None, max_length=length, overlap="serial",
+            max_sequences=max(grid.prompts, FEW_SLOTS), prefixes=False,
+        )  # fmt: skip
+        with closing(engine):
+            yield engine, launcher
 
     def _batch(self, tokens: int) -> tuple[Batch, list[int]]:
         """As many prompts as asked for, with random ids; of like lengths, or of any if mixed ones were asked for."""

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress as Bar
 
+from weft.about import About
 from weft.cli.options import DTYPE, MODEL, OVERLAP, RECALIBRATE, REPRODUCIBLE, SHARES, THREADS, TP, WIRE, shares_or_auto
 from weft.cli.terminal import bar, warn_of_shared_cores
 from weft.config import ModelConfig
@@ -23,8 +24,8 @@ from weft.hub import locate
 from weft.launch.addresses import is_loopback, resolved
 from weft.launch.joined import JoinedLauncher
 from weft.launch.launcher import TOKEN_VARIABLE
-from weft.llm import LLM
 from weft.model.families import blueprint_of
+from weft.opening import open_engine
 from weft.text import leave_torch_out
 from weft.workers import Progress
 
@@ -124,17 +125,16 @@ def serve_command(
         def make(tell: Progress) -> Engine:
             if launcher is not None:
                 _invite(out, launcher, model, tp - local_ranks)
-            return LLM(
-                model, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=shares_or_auto(shares),
-                reproducible=reproducible, num_threads=threads, recalibrate=recalibrate, max_model_len=max_model_len,
-                max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, launcher=launcher,
-                dtype=dtype, enable_prefix_caching=prefix_caching, token_interval=token_interval,
-                progress=_both(tell, showing),
-            ).engine  # fmt: skip
+            return open_engine(
+                model, ranks=tp, overlap=overlap, wire=wire, shares=shares_or_auto(shares), reproducible=reproducible,
+                threads=threads, recalibrate=recalibrate, max_length=max_model_len, max_sequences=max_num_seqs,
+                max_batch_tokens=max_num_batched_tokens, launcher=launcher, dtype=dtype, prefixes=prefix_caching,
+                token_interval=token_interval, progress=_both(tell, showing),
+            )  # fmt: skip
 
         def ready() -> None:
             showing.stop()
-            _welcome(out, service.engine, name, f"[{host}]" if ":" in host else host, listening.getsockname()[1])
+            _welcome(out, service.about, name, f"[{host}]" if ":" in host else host, listening.getsockname()[1])
 
         service = _service(make, max_waiting, launcher, out, name)
         settings = Settings(name, keys, is_loopback(host), max_body_bytes, client_timeout, request_timeout, origins)
@@ -176,11 +176,11 @@ def _demand_guarded(host: str, allowed: bool) -> None:
         )
 
 
-def _welcome(out: Console, engine: Engine, name: str, host: str, port: int) -> None:
+def _welcome(out: Console, about: About, name: str, host: str, port: int) -> None:
     """What is served, and where."""
-    for notice in engine.notices:
+    for notice in about.notices:
         out.print(notice, style="dim")
-    ranks, url = engine.config.ranks, f"http://{host}:{port}"
+    ranks, url = about.ranks, f"http://{host}:{port}"
     out.print(
         f"[bold]{name}[/] on {ranks} rank{'s' if ranks > 1 else ''}: {url}/v1 for OpenAI's clients, {url}/ for a page",
         soft_wrap=True,

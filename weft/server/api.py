@@ -81,12 +81,12 @@ class Api:
 
     def text_of(self, token: int) -> str:
         """One token's; without a tokenizer its number."""
-        tokenizer = self.service.engine.tokenizer
+        tokenizer = self.service.tokenizer
         return tokenizer.spelling.text_of(token) if tokenizer else f"token_id:{token}"
 
     def bytes_of(self, token: int) -> bytes:
         """The same in bytes."""
-        tokenizer = self.service.engine.tokenizer
+        tokenizer = self.service.tokenizer
         return tokenizer.spelling.bytes_of(token) if tokenizer else b""
 
     async def read(self, request: Request) -> Asked | Answered:
@@ -211,7 +211,7 @@ def _operation(routes: APIRouter, api: Api) -> None:
     @routes.get("/metrics", tags=["operation"])
     async def metrics() -> Response:
         """For Prometheus."""
-        content = api.service.metrics.text(api.service.loaded_engine)
+        content = api.service.metrics.text(api.service.figures)
         return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @routes.get("/live", response_class=JSONResponse, tags=["operation"])
@@ -225,13 +225,13 @@ def _operation(routes: APIRouter, api: Api) -> None:
 
 
 def _model(api: Api) -> Json:
-    loaded = api.service.engine
+    about = api.service.about
     return {
         "id": api.name,
         "object": "model",
         "created": 0,
         "owned_by": "weft",
-        "max_model_len": loaded.config.max_length,
+        "max_model_len": about.max_length,
     }
 
 

@@ -26,7 +26,7 @@ import msgspec
 
 from weft.errors import Busy, Unavailable
 from weft.execute.process import free_memory
-from weft.llm import default_params
+from weft.opening import default_params
 from weft.server.child import SCHEMA, WIDTH, Job, Reply, Told, framed
 from weft.server.reading import Answered, Asked, Facts, Reader, parsed, takes_long
 from weft.server.refused import Refused
@@ -56,16 +56,16 @@ class Beside:
     @cached_property
     def facts(self) -> Facts:
         """Of the model. Raises `Unavailable` until it is loaded."""
-        engine = self.service.engine
-        proposed, ends = default_params(engine.directory), tuple(sorted(engine.requests.end_ids))
+        about = self.service.about
+        proposed = default_params(about.directory)
         return Facts(
-            str(engine.directory), self.name, engine.model.vocabulary, engine.config.max_length, ends,
+            str(about.directory), self.name, about.vocabulary, about.max_length, about.end_ids,
             {field.name: getattr(proposed, field.name) for field in fields(proposed)},
         )  # fmt: skip
 
     @cached_property
     def _here(self) -> Reader:
-        return Reader(self.facts, self.service.engine.tokenizer)
+        return Reader(self.facts, self.service.tokenizer)
 
     def at_once(self, path: str, body: bytes) -> Asked | Answered | None:
         """What a small body asks for; None for one that may take long. Raises what it is refused for."""

@@ -19,15 +19,13 @@ def live(service: Service, name: str, known: int = -1) -> dict[str, Any]:
         "running": service.running, "waiting": service.waiting, "tokens_per_second": service.live.rate(),
         "time_to_first_token": service.live.to_first(), "time": time.time(),
     }  # fmt: skip
-    engine, drawn = service.loaded_engine, service.live.drawn
-    if engine is None:
+    figures, drawn = service.figures, service.live.drawn
+    if figures is None:
         return state
     service.live.wanted = True
-    counts = engine.batcher.counts
     state |= {
-        "restarts": engine.workers.restarts.total, "ranks": engine.config.ranks, "slots": engine.config.max_sequences,
-        "memory": engine.batcher.used / max(1, engine.batcher.memory),
-        "reused": counts.reused / counts.looked_up if counts.looked_up else 0.0,
+        "restarts": figures.restarts, "ranks": figures.ranks, "slots": figures.slots, "memory": figures.memory,
+        "reused": figures.reused / figures.looked_up if figures.looked_up else 0.0,
     }  # fmt: skip
     if drawn is not None and drawn.result.timeline is not None:
         batch = drawn.scheduled.batch

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from weft.engine import Engine
+from weft.about import Figures
 from weft.turn import Turn
 
 FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -72,16 +72,15 @@ class Metrics:
             self._possible += min(result.compute, result.network)
             self._efficiency.labels(self._name).set(self._hidden / self._possible)
 
-    def look(self, engine: Engine) -> None:
+    def look(self, figures: Figures) -> None:
         """What the engine itself keeps count of."""
-        batcher, counts = engine.batcher, engine.batcher.counts
-        self._running.labels(self._name).set(len(batcher.running))
-        self._waiting.labels(self._name).set(len(batcher.waiting))
-        self._memory.labels(self._name).set(batcher.used / max(1, batcher.memory))
-        self._up_to(self._queries, counts.looked_up)
-        self._up_to(self._hits, counts.reused)
-        self._up_to(self._preempted, counts.preempted)
-        self._up_to(self._restarts, engine.workers.restarts.total)
+        self._running.labels(self._name).set(figures.running)
+        self._waiting.labels(self._name).set(figures.waiting)
+        self._memory.labels(self._name).set(figures.memory)
+        self._up_to(self._queries, figures.looked_up)
+        self._up_to(self._hits, figures.reused)
+        self._up_to(self._preempted, figures.preempted)
+        self._up_to(self._restarts, figures.restarts)
 
     def first_token(self, seconds: float, prompt: int) -> None:
         """Of one request, whose prompt of so many tokens is computed then."""
@@ -101,10 +100,10 @@ class Metrics:
         self._over.labels(self._name, reason).inc()
         self._whole.labels(self._name).observe(seconds)
 
-    def text(self, engine: Engine | None) -> bytes:
+    def text(self, figures: Figures | None) -> bytes:
         """In Prometheus's exposition format."""
-        if engine is not None:
-            self.look(engine)
+        if figures is not None:
+            self.look(figures)
         return generate_latest(self.registry)
 
     def _add(self, counter: Counter, amount: float) -> None:

@@ -18,6 +18,7 @@ from enum import StrEnum
 from functools import partial
 from queue import Empty, SimpleQueue
 
+from weft.about import About, Figures
 from weft.batching.params import SamplingParams
 from weft.batching.request import Request, Sequence
 from weft.engine import Engine
@@ -25,6 +26,7 @@ from weft.errors import Busy, InputError, Interrupted, RequestFailed, Unavailabl
 from weft.grammar import Grammar
 from weft.server.metrics import Metrics
 from weft.server.ticket import Piece, Prefill, Ticket, Wishes
+from weft.text import Tokenizer
 from weft.timeline.timeline import median
 from weft.turn import Turn
 from weft.workers import Progress
@@ -117,19 +119,29 @@ class Service:
         return self._engine
 
     @property
-    def loaded_engine(self) -> Engine | None:
-        """The engine if there is one, in whatever state."""
-        return self._engine
+    def about(self) -> About:
+        """What is served. Raises `Unavailable` while it is not there."""
+        return About.of(self.engine)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's, if it has one. Raises `Unavailable` while the model is not there."""
+        return self.engine.tokenizer
+
+    @property
+    def figures(self) -> Figures | None:
+        """How the engine stands, if there is one, in whatever state."""
+        return Figures.of(self._engine) if self._engine is not None else None
 
     @property
     def waiting(self) -> int:
         """Completions that wait for a slot."""
-        return self._submitted + (len(self._engine.batcher.waiting) if self._engine is not None else 0)
+        return self._submitted + (self.figures.waiting if self.figures else 0)
 
     @property
     def running(self) -> int:
         """Completions that have one."""
-        return len(self._engine.batcher.running) if self._engine is not None else 0
+        return self.figures.running if self.figures else 0
 
     def compiled(self, schema: str) -> bool:
         """Whether a schema's grammar is there already."""

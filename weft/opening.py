@@ -1,0 +1,68 @@
+"""From what a user chose to a running engine: finds the model, resolves the options, starts the workers.
+
+Knows options and checkpoints; knows nothing of prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from weft.batching.params import SamplingParams
+from weft.config import EngineConfig, ModelConfig
+from weft.engine import Engine
+from weft.errors import InputError
+from weft.hub import locate
+from weft.launch.launcher import Launcher
+from weft.program.strategy import AUTO
+from weft.text import generation_defaults
+from weft.workers import Progress
+
+
+def open_engine(
+    model: str | Path | None = None, *, ranks: int = 1, overlap: str = AUTO, wire: str = "exact",
+    shares: Sequence[float] | Literal["auto"] | None = None, reproducible: bool = False, threads: int | None = None,
+    dtype: str = "float32", max_length: int | None = None, max_sequences: int = 16, max_batch_tokens: int = 8192,
+    cores: Sequence[int] | None = None, prefixes: bool = True, token_interval: float | None = None,
+    launcher: Launcher | None = None, progress: Progress | None = None, recalibrate: bool = False,
+) -> Engine:  # fmt: skip
+    """The engine of a directory, a hub id, or the model in the package; options as `LLM` has them.
+
+    Raises `InputError` for whatever the caller can change.
+    """
+    directory = locate(model)
+    model_config = ModelConfig.from_directory(directory)
+    config = EngineConfig.resolve(
+        model_config, ranks=ranks, overlap=overlap,
+        shares=tuple(shares) if shares and not isinstance(shares, str) else None,
+        wire=wire, reproducible=reproducible, threads=threads, dtype=dtype, max_length=max_length,
+        max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, cores=tuple(cores) if cores else None,
+        prefixes=max_sequences if prefixes else 0, token_interval=token_interval,
+    )  # fmt: skip
+    engine = Engine(directory, config, model_config, launcher, progress, recalibrate, share_by_speed=shares == AUTO)
+    engine.notices += _proposed(directory)[1]
+    return engine
+
+
+def default_params(directory: Path, **changes: Any) -> SamplingParams:
+    """What a checkpoint's `generation_config.json` proposes, with these changes."""
+    usable, _ = _proposed(directory)
+    return SamplingParams(**{**usable, **changes})
+
+
+def _proposed(directory: Path) -> tuple[dict[str, Any], list[str]]:
+    """A checkpoint's proposals, and a line for each that can't be used."""
+    proposed, _ = generation_defaults(directory)  # what is wrong with the file, the engine says
+    usable: dict[str, Any] = {}
+    lines = []
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        if (value := proposed.get(name)) is None:
+            continue
+        try:
+            usable[name] = getattr(SamplingParams(**{name: value}), name)
+        except InputError as error:
+            lines.append(f"generation_config.json: {error}; left out")
+    if proposed.get("do_sample") is False:
+        usable["temperature"] = 0.0
+    return usable, lines
