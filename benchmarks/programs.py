@@ -5,8 +5,9 @@
 Planning: a batch whose shape was not seen, on costs of a link at balance, where the search has most to do. A form's
 start: what a worker does with one that it hasn't seen, from the message to the first step. Memory: private memory of
 the engine and its workers after each third of so many batches of mixed lengths, of a random model of 32 layers on two
-ranks, with `auto`; the first third warms up. The engine's own part of a step, of one request that decodes on two ranks:
-what a step takes beyond the slowest rank's program and choice of tokens, in the median; and the engine's processor time.
+ranks, with `auto`; the first third warms up. The engine's own part of a step, of one request that decodes on two
+ranks: what a step takes beyond the slowest rank's program and choice of tokens, in the median; and the engine's
+processor time.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ def starting(layers: int, strategy: str) -> float:
 
 
 def traffic(batches: int) -> tuple[list[dict[str, float]], float, float]:
-    """MiB of each process after each third of the batches; milliseconds of the engine's own part of a step, and those of
-    its processor."""
+    """MiB of each process after each third of the batches; milliseconds of the engine's own part of a step, and of its
+    processor."""
     random, memory = Random(0), []
     with LLM(random_llama("deep"), tensor_parallel_size=2, num_threads=1, max_model_len=1024) as llm:
         engine = llm.engine
@@ -124,9 +125,8 @@ def main() -> None:
     for name, begin in found["memory"][0].items():
         ends = ", ".join(f"{after[name]:.1f}" for after in found["memory"])
         print(f"{name}: {ends} MiB; grows by {found['memory'][-1][name] - begin:+.1f} (limit 2)")
-    print(
-        f"the engine's own part of a step: {found['own']:.3f} ms (limit 0.3); its processor: {found['processor']:.3f} ms"
-    )
+    own, processor = found["own"], found["processor"]
+    print(f"the engine's own part of a step: {own:.3f} ms (limit 0.3); of its processor {processor:.3f} ms")
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -1,0 +1,89 @@
+"""This checkout against another one, measurement by measurement in turns.
+
+    python benchmarks/against.py /path/to/the/other/checkout [--rounds 5] [--json FILE]
+
+Each checkout has its own .venv. Every round starts a fresh process of each for every measurement, the other one first;
+the table has medians of rounds and the median of the rounds' ratios (below 1: this one takes less). Random models are
+those of models.py. Stop everything else first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+from models import random_llama
+
+HERE = Path(__file__).parent.parent
+MEASURE = """
+import json, statistics, sys, time
+from weft import LLM, SamplingParams
+model, ranks, overlap, what, tokens = json.loads(sys.argv[1])
+prompt = {"prompt_token_ids": [(7 * i) % 1000 + 5 for i in range(tokens)]}
+answer = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
+one = SamplingParams(temperature=0.0, max_tokens=1)
+drawn = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=100, ignore_eos=True, seed=1)
+with LLM(model, tensor_parallel_size=ranks, num_threads=1, overlap=overlap, enable_prefix_caching=False) as llm:
+    work = {
+        "prefill": lambda: llm.generate([prompt], one), "decode": lambda: llm.generate([prompt], answer),
+        "drawn": lambda: llm.generate([prompt], drawn), "batch": lambda: llm.generate([prompt] * 16, answer),
+    }[what]
+    taken = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - begin)
+print(min(taken[1:]))
+"""
+# What is measured: model (None: the packaged one), ranks, strategy, what, tokens of the prompt.
+CASES: dict[str, tuple[str | None, int, str, str, int]] = {
+    "prefill of 1000, one rank": (None, 1, "serial", "prefill", 1000),
+    "prefill of 1000, two ranks, serial": (None, 2, "serial", "prefill", 1000),
+    "prefill of 1000, two ranks, iso:2": (None, 2, "iso:2", "prefill", 1000),
+    "prefill of 512, h1024, two ranks, auto": ("h1024", 2, "auto", "prefill", 512),
+    "100 tokens, one rank": (None, 1, "serial", "decode", 10),
+    "100 tokens, two ranks": (None, 2, "serial", "decode", 10),
+    "100 tokens, two ranks, auto": (None, 2, "auto", "decode", 10),
+    "100 tokens drawn, two ranks, 32000 logits": ("483m", 2, "serial", "drawn", 10),
+    "16 x 100 tokens, one rank": (None, 1, "serial", "batch", 10),
+    "16 x 100 tokens, two ranks": (None, 2, "serial", "batch", 10),
+}
+
+
+def seconds(checkout: Path, case: tuple[str | None, int, str, str, int]) -> float:
+    """Of one case in one checkout: the best of three after one that warms up."""
+    name, *rest = case
+    given = json.dumps([str(random_llama(name)) if name else None, *rest])
+    command = [str(checkout / ".venv/bin/python"), "-c", MEASURE, given]
+    run = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=600, check=False)
+    if run.returncode:
+        raise SystemExit(f"{checkout}: {run.stderr[-2000:]}")
+    return float(run.stdout.split()[-1])
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("other", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="every round's seconds")
+    given = parser.parse_args()
+    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in CASES}
+    for number in range(given.rounds):
+        for name, case in CASES.items():
+            rounds[name].append((seconds(given.other, case), seconds(HERE, case)))
+            print(f"round {number + 1}: {name}: {rounds[name][-1]}", file=sys.stderr)
+    print("| | before, ms | now, ms | ratio |\n|---|---|---|---|")
+    for name, pairs in rounds.items():
+        before, now = (median(pair[side] for pair in pairs) * 1e3 for side in (0, 1))
+        print(f"| {name} | {before:.0f} | {now:.0f} | {median(b / a for a, b in pairs):.2f} |")
+    if given.json:
+        given.json.write_text(json.dumps(rounds, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
