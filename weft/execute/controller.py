@@ -99,6 +99,7 @@ class Controller:
         self._hosts: dict[bytes, str] = {}  # where they are
         self._forms: OrderedDict[Form, int] = OrderedDict()  # those that the workers know
         self._number = 0
+        self._done: dict[int, dict[bytes, p.Done]] = {}  # what ranks said, by the number of the run
         self._looked = 0.0  # when the processes were looked at
         self._loaded = False
 
@@ -153,6 +154,7 @@ class Controller:
     def _load(self, directory: Path, model: ModelConfig, progress: Callable[[float], None]) -> list[p.Loaded]:
         config = self.config
         self._forms.clear()
+        self._done.clear()
         for identity in self._ranks:
             self._send(
                 identity,
@@ -192,11 +194,11 @@ class Controller:
 
     def collect(self, submitted: Submitted) -> RunResult:
         """Waits for what was submitted; results of earlier submissions that nobody collected are dropped."""
-        done: dict[bytes, p.Done] = {}
-        while len(done) < len(self._ranks):
+        while len(self._done.get(submitted.number, ())) < len(self._ranks):
             identity, answer = self._receive(p.Done)
-            if answer.number == submitted.number:
-                done[identity] = answer
+            self._done.setdefault(answer.number, {})[identity] = answer  # one rank may be a batch ahead of another
+        done = self._done[submitted.number]
+        self._done = {number: each for number, each in self._done.items() if number > submitted.number}
         answers = [done[identity] for identity in self._ranks]
         return RunResult(
             answers[0].chosen, max(a.seconds for a in answers), max(a.sampling for a in answers),
