@@ -75,7 +75,8 @@ class _Drawn:
     def _add(self, kind: Kind, place: int, rows: Rows, *after: int) -> int:
         stage, travels = self.stages[place], kind.lane == "network"
         leaves = place - 1 if kind in (Kind.ENTER, Kind.ALL_GATHER) else place
-        lane, wire = (self.draw(st.sampled_from(each)) if travels else "" for each in (LANES, WIRES))
+        lane = self.draw(st.sampled_from(LANES)) if travels else ""
+        wire = self.draw(st.sampled_from(WIRES)) if travels and kind is not Kind.GATHER else ""
         algorithm = self.draw(st.sampled_from(ALGORITHMS)) if kind is Kind.REDUCE else ""
         issue = Issue(kind, stage.part, stage.layer, rows, after, leaves >= self.narrow, lane, wire, algorithm)
         self.issues.append(issue)

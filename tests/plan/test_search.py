@@ -16,7 +16,7 @@ from weft.program.build import build
 from weft.program.stages import COMPUTE
 from weft.program.strategy import Strategy, place
 from weft.simulate.cost import Contention, Costs, Table
-from weft.simulate.run import simulate
+from weft.simulate.run import Structure, simulate
 
 OUTLINE = decoder_outline(24)
 MIXED = Batch((Segment(0, 0, 300), Segment(1, 0, 900), Segment(2, 0, 100)))
@@ -52,6 +52,22 @@ def test_never_worse_than_what_it_could_have_taken(name: str, times: float, gran
         # What is left on the table: a gain too small to be worth a risk, or worth more steps.
         assert plan.predicted.seconds <= 1.045 * other.seconds, fixed
     assert plan.predicted.seconds <= plan.predicted.serial
+
+
+@pytest.mark.parametrize("burst", [0.0, 5e5, 1e6])
+@pytest.mark.parametrize(("times", "fixed"), [(0.5, 3e-3), (0.8, 6e-3), (1.0, 6e-3), (1.0, 3e-4)])
+@pytest.mark.parametrize("tokens", [128, 256, 1024])
+def test_what_is_not_laid_out_would_not_have_been_chosen(
+    burst: float, times: float, fixed: float, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on links that save up, where the fixed part of each sum is time to do so."""
+    base = costs(times, contention=Contention(burst=burst))
+    way = base.wires["exact"]
+    slow = replace(way, small=Table.line(fixed, way.per_byte), large=Table.line(fixed, way.per_byte))
+    known, search = replace(base, wires={"exact": slow}), Search(OUTLINE)
+    pruned = search.best(one_prompt(tokens), known, "exact")
+    monkeypatch.setattr(Structure, "bound", lambda structure, costs, credit: 0.0)
+    assert pruned.lanes.seconds <= 1.01 * search.best(one_prompt(tokens), known, "exact").lanes.seconds
 
 
 def test_serial_where_nothing_is_gained() -> None:

@@ -166,7 +166,11 @@ def test_what_is_folded_is_what_would_be_written_out(strategy: str, layers: int,
 
     def issue(short: Outline) -> list[Issue]:
         plain = issued(short, numbered(70, place(Strategy.parse(strategy), batch))[0])
-        odd = [each._replace(wire="bf16") if (each.layer or 0) % alternating == 1 else each for each in plain]
+        travels = (Kind.REDUCE, Kind.REDUCE_SCATTER, Kind.ALL_GATHER)
+        odd = [
+            each._replace(wire="bf16") if each.kind in travels and (each.layer or 0) % alternating == 1 else each
+            for each in plain
+        ]
         return odd if alternating == 2 else plain
 
     whole = issue(outline)

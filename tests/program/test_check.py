@@ -63,6 +63,14 @@ def test_a_good_program_passes() -> None:
             "from L0.mlp on, all",
         ),
         ("reduce   L0.mlp        4:8", "reduce   L0.mlp        4:8  on compute", "collectives on another"),
+        (
+            "reduce   L0.mlp        4:8",
+            "reduce   L0.mlp        4:8  as int3",
+            "wires are exact, bf16",
+        ),
+        ("reduce   L0.mlp        4:8", "reduce   L0.mlp        4:8  by magic", "travels in a way that is not known"),
+        ("gather   head          0:8", "gather   head          0:8  as bf16", "a wire is a sum's or an all_gather's"),
+        ("compute  L0.mlp        4:8", "compute  L0.mlp        4:8  by one-shot", "an algorithm a reduce's"),
     ],
 )
 def test_each_rule(old: str, new: str, complaint: str) -> None:

@@ -9,6 +9,7 @@ from tests.execute.programs import lagging, legal_programs
 from tests.outlines import decoder_outline
 from weft.program.batch import Batch, Rows, Segment, one_prompt
 from weft.program.build import build
+from weft.program.check import check
 from weft.program.stages import COMPUTE, NETWORK, Kind
 from weft.program.steps import Program, ProgramError, Step
 from weft.program.strategy import Strategy
@@ -104,6 +105,18 @@ def urgent(program: Program) -> set[str]:
         for flag in (*(between * (block.rounds - 1)), *last)
     ]
     return {step.name for step, flag in zip(program, flags, strict=True) if flag}
+
+
+@pytest.mark.parametrize("text", ["", "5x", "compute embed 1:4"])
+def test_what_has_no_steps_or_not_all_rows_is_refused(text: str) -> None:
+    with pytest.raises(ProgramError, match="no steps, or its rows"):
+        check(parse(text), decoder_outline(2), one_prompt(4))
+
+
+def test_chunks_beyond_the_offsets_are_refused() -> None:
+    program = build(Strategy.parse("iso:2"), decoder_outline(2), one_prompt(64))
+    with pytest.raises(ProgramError, match="between offsets that the program doesn't have"):
+        check(Program(program.form, (0, 64)), decoder_outline(2), one_prompt(64))
 
 
 def test_more_chunks_than_letters() -> None:

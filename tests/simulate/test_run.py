@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.execute.programs import SEGMENTS, legal_programs
 from tests.outlines import decoder_outline
 from tests.simulate.costs import RANK, costs
+from weft.plan.search import ROUNDS
 from weft.program.batch import Batch, one_prompt
 from weft.program.build import build
 from weft.program.check import check
@@ -132,6 +133,8 @@ def test_rounds_that_repeat_take_what_they_would_take_laid_out(
     each = steps_take(structure, program, batch, known, "exact", known.pace)
     between = coupling(known, known.wires["exact"], program.form.lanes)
     all_of_it, some = lay_out(structure, each, between), lay_out(structure, each, between, most=layers)
+    few = lay_out(structure, each, between, most=ROUNDS)
+    assert few.seconds == pytest.approx(all_of_it.seconds, rel=0.05)  # where they take long to repeat
     assert some.seconds == pytest.approx(all_of_it.seconds, rel=1e-9)
     assert some.busy == pytest.approx(all_of_it.busy, rel=2e-3)  # beside a block's end, turns are other ones
 

@@ -24,7 +24,7 @@ import math
 import random
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -213,6 +213,25 @@ class _Changed:
         return likeliest(self.with_banned[None], self._part.first)[0].tolist()
 
 
+class _Kept:
+    """The probabilities [W] of a slice that are left, made when a number of them is said: a rank that fails at it is
+    heard by all. What lies between what is said is decided from what was heard alone, alike on all ranks."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make = make
+
+    @cached_property
+    def values(self) -> Tensor:
+        """Padded to whole blocks."""
+        made = self._make()
+        del self._make  # with what it was made from
+        return pad(made, (0, -made.shape[0] % BLOCK))
+
+    def then(self, change: Callable[[Tensor], Tensor]) -> _Kept:
+        """Fewer of them."""
+        return _Kept(lambda: change(self.values))
+
+
 def _draw(logits_W: Tensor, choice: Choice, part: Slice, top: float) -> Generator[Ask, Told, int]:
     """Temperature, then min-p, top-k and top-p, then as many uniform numbers as it takes.
 
@@ -221,29 +240,36 @@ def _draw(logits_W: Tensor, choice: Choice, part: Slice, top: float) -> Generato
     What is accepted is distributed as a draw from top-p's tokens alone: each draw is from more tokens than those,
     never from fewer. Of equally likely tokens the one with the lower id comes first.
     """
-    kept_W = torch.exp((logits_W - top) / choice.temperature)  # the likeliest has 1
-    if choice.min_p > 0:
-        kept_W = torch.where(kept_W >= choice.min_p, kept_W, 0)
+    kept = _Kept(lambda: _weights(logits_W, choice, top))
     if 0 < choice.top_k < part.size:
-        kept_W = yield from _largest(kept_W, choice.top_k, part)
-    kept_W = pad(kept_W, (0, -kept_W.shape[0] % BLOCK))
+        kept = yield from _largest(kept, choice.top_k, part)
     # A hash, not a generator's state: nothing has to be remembered between tokens.
     uniform = random.Random(f"{choice.seed}/{choice.index}").random
-    told = yield Ask(1, lambda: [_mass(kept_W)])
+    told = yield Ask(1, partial(_said_mass, kept))
     masses = [said[0] for said in told]
     wanted = choice.top_p * sum(masses)
     while True:
         owner, place = _owner(masses, uniform() * sum(masses))
-        told = yield Ask(2, lambda kept=kept_W, place=place: _drawn(kept, place, part.first))  # type: ignore[misc]
+        told = yield Ask(2, partial(_drawn, kept, place, part.first))
         token, weight = int(told[owner][0]), told[owner][1]
         if choice.top_p == 1:
             return token
-        before_W = _before(kept_W, token - part.first, weight)
-        told = yield Ask(1, lambda before=before_W: [_mass(before)])  # type: ignore[misc]
+        before = kept.then(partial(_before, place=token - part.first, weight=weight))
+        told = yield Ask(1, partial(_said_mass, before))
         masses = [said[0] for said in told]
         if sum(masses) < wanted or sum(masses) == 0:  # the likeliest one: also where top_p next to nothing leaves none
             return token
-        kept_W = before_W
+        kept = before
+
+
+def _weights(logits_W: Tensor, choice: Choice, top: float) -> Tensor:
+    """What probabilities are in proportion to; the likeliest token has 1."""
+    weights = torch.exp((logits_W - top) / choice.temperature)
+    return torch.where(weights >= choice.min_p, weights, 0) if choice.min_p > 0 else weights
+
+
+def _said_mass(kept: _Kept) -> list[float]:
+    return [_mass(kept.values)]
 
 
 def _mass(kept_W: Tensor) -> float:
@@ -260,8 +286,9 @@ def _owner(masses: Sequence[float], place: float) -> tuple[int, float]:
     raise AssertionError("a mass is above zero: the likeliest token's")
 
 
-def _drawn(kept_W: Tensor, place: float, first: int) -> tuple[float, float]:
+def _drawn(kept: _Kept, place: float, first: int) -> tuple[float, float]:
     """The token at which this much of the slice's mass ends, and its probability; of a slice without any, nothing."""
+    kept_W = kept.values
     heights = kept_W.view(-1, BLOCK).sum(dim=1).double().cumsum(0)
     if not len(heights) or not float(heights[-1]):
         return 0.0, 0.0
@@ -283,39 +310,38 @@ def _before(kept_W: Tensor, place: int, weight: float) -> Tensor:
     return torch.where(likelier, kept_W, 0)
 
 
-def _largest(kept_W: Tensor, count: int, part: Slice) -> Generator[Ask, Told, Tensor]:
-    """The `count` likeliest of all slices; 0 for the rest."""
-    least = yield from (_least_of_few(kept_W, count) if count <= DIRECT else _least_of_many(kept_W, count))
-    above = kept_W > least
-    equal = (kept_W == least).nonzero()[:, 0]
-    told = yield Ask(2, lambda: [float(above.sum()), float(len(equal))])
+def _largest(kept: _Kept, count: int, part: Slice) -> Generator[Ask, Told, _Kept]:
+    """The `count` likeliest of all slices."""
+    least = yield from (_least_of_few(kept, count) if count <= DIRECT else _least_of_many(kept, count))
+    told = yield Ask(2, lambda: [float((kept.values > least).sum()), float((kept.values == least).sum())])
     # Of equally likely ones those with the lowest ids: what is left for this slice after those before it.
     left = count - sum(int(said[0]) for said in told) - sum(int(said[1]) for said in told[: part.rank])
-    above[equal[: max(0, left)]] = True
+    return kept.then(partial(_not_below, least=least, equal=max(0, left)))
+
+
+def _not_below(kept_W: Tensor, least: float, equal: int) -> Tensor:
+    """What is above a probability, and the first ones that are equal to it; 0 for the rest."""
+    above = kept_W > least
+    above[(kept_W == least).nonzero()[:equal, 0]] = True
     return torch.where(above, kept_W, 0)
 
 
-def _least_of_few(kept_W: Tensor, count: int) -> Generator[Ask, Told, float]:
+def _least_of_few(kept: _Kept, count: int) -> Generator[Ask, Told, float]:
     """The smallest probability of the `count` largest."""
 
     def largest() -> list[float]:
-        values: list[float] = kept_W.topk(min(count, kept_W.shape[0])).values.tolist()
+        values: list[float] = kept.values.topk(min(count, kept.values.shape[0])).values.tolist()
         return values + [0.0] * (count - len(values))
 
     told = yield Ask(count, largest)
     return sorted((value for said in told for value in said), reverse=True)[count - 1]
 
 
-def _least_of_many(kept_W: Tensor, count: int) -> Generator[Ask, Told, float]:
+def _least_of_many(kept: _Kept, count: int) -> Generator[Ask, Told, float]:
     """The same, byte by byte: the bits of numbers that are not below zero come in the order of the numbers."""
-    bits, found, left = kept_W.view(torch.int32), 0, count
+    found, left = 0, count
     for shift in (24, 16, 8, 0):
-
-        def histogram(shift: int = shift, found: int = found) -> list[float]:
-            matching = bits if shift == 24 else bits[bits >> (shift + 8) == found]
-            return torch.bincount((matching >> shift) & 255, minlength=256).tolist()
-
-        told = yield Ask(256, histogram)
+        told = yield Ask(256, partial(_histogram, kept, shift, found))
         for byte in range(255, -1, -1):
             there = sum(int(said[byte]) for said in told)
             if left <= there:
@@ -323,6 +349,14 @@ def _least_of_many(kept_W: Tensor, count: int) -> Generator[Ask, Told, float]:
             left -= there
         found = found << 8 | byte
     return float(np.int32(found).view(np.float32))
+
+
+def _histogram(kept: _Kept, shift: int, found: int) -> list[float]:
+    """How often each byte comes next, where those before it are these."""
+    bits = kept.values.view(torch.int32)
+    matching = bits if shift == 24 else bits[bits >> (shift + 8) == found]
+    counts: list[float] = torch.bincount((matching >> shift) & 255, minlength=256).tolist()
+    return counts
 
 
 def _scored(raw_W: Tensor, count: int, part: Slice, token: int, highest: float) -> Generator[Ask, Told, Chosen]:

@@ -43,8 +43,9 @@ class Prediction:
 
     @property
     def bound(self) -> float:
-        """What no schedule goes below."""
-        return bound(self.compute_alone, self.network_alone)
+        """What no schedule goes below: serial's longest lane alone, or this plan's, whose sums may travel otherwise."""
+        own = max(self.lanes.compute, self.lanes.network)
+        return min(own, bound(self.compute_alone, self.network_alone))
 
     def describe(self) -> str:
         """One line."""

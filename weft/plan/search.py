@@ -1,7 +1,7 @@
 """Searches the cuts of a batch: how many, where, for which stages, with tiles or scattered sums.
 
 A candidate is judged by the simulator, which lays out repeated layers only until they repeat. Knows batches, cuts and
-costs; knows nothing of how costs were measured. About 0.05 ms a candidate.
+costs; knows nothing of how costs were measured. About 0.13 ms a candidate, of which a dozen are judged.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 from weft.program.batch import Batch, Rows
 from weft.program.build import weave
-from weft.program.stages import Outline
+from weft.program.stages import Kind, Outline
 from weft.program.strategy import Cuts, Strategy, on_granule, place
 from weft.simulate.cost import Costs
 from weft.simulate.run import LaidOut, Taken, Work, coupling, lay_out, structure_of, taken
 
 ROUNDS = 3  # that are laid out at most: two nearly always suffice
-TRIALS = 18  # candidates that are judged at most: keeps a plan under 2 ms
+TRIALS = 12  # candidates that are judged at most: keeps a plan under 2 ms
 LEAST_ROWS = 32  # of a chunk: below, costs are mostly waits for turns of the processor
 WORTH = 0.025  # of serial's time: a smaller gain than this is not worth the risk that costs are a little wrong
 UNSURE = 0.5  # of what a collective takes beside its bytes: the least certain of all costs
@@ -94,7 +94,7 @@ class Search:
                 known[key] = taken(work, key[1], batch, costs, wire, pace)
             each.append(known[key])
         between = coupling(costs, way, program.form.lanes)
-        if structure.bound(each) - between.credit > limit:
+        if structure.bound(each, between.credit) > limit:
             raise _TooLongError
         laid = lay_out(structure, each, between, ROUNDS)
         return _LaidPass(pace.begin.at(batch.tokens), laid)
@@ -143,9 +143,11 @@ class _Searching:
 
     def _risk(self, cuts: Cuts) -> float:
         """Seconds that a plan may take longer than predicted for the collectives that it has more than serial."""
-        a_layer = (len(cuts.ordered) + len(cuts.others) + 2) * cuts.tiles * (2 if cuts.scattered else 1)
+        layer = [stage for stage in self.search.outline.layer if stage.collective is Kind.REDUCE]
+        sums = sum(len(cuts.ordered if stage.ordered else cuts.others) + 1 for stage in layer)
+        a_layer = sums * cuts.tiles * (2 if cuts.scattered else 1)
         fixed = self.costs.wires[self.wire].small.at(0.0) + self.costs.contention.fixed
-        return UNSURE * (a_layer - 2) * self.search.outline.layers * fixed
+        return UNSURE * (a_layer - len(layer)) * self.search.outline.layers * fixed
 
     def _try(self, strategy: Strategy) -> float:
         """Seconds of a strategy; of one that has been tried, or that can't be afforded any more, no new ones."""
@@ -190,7 +192,7 @@ class _Searching:
             return 3 if self._leads(_even(3), _even(2)) else 2
         best = 4
         for chunks in (6, 8, 12):
-            if self._try(_even(chunks)) > (1 - SIMPLER) * self._try(_even(best)):
+            if not self._try(_even(chunks)) < (1 - SIMPLER) * self._try(_even(best)):
                 break
             best = chunks
         return best

@@ -22,6 +22,7 @@ from weft.program.batch import Batch, Rows, Segment
 from weft.program.stages import ALGORITHMS, COLLECTIVES, COMPUTE, Kind, Outline, Stage
 from weft.program.steps import Block, Form, Issued, Program, ProgramError
 
+ROWS_TRAVEL = COLLECTIVES - {Kind.GATHER}
 PROVEN = 256  # of which it is remembered
 
 _Arrival = tuple[Rows, str, int]  # rows that a collective brings, its lane, its place on that lane
@@ -52,6 +53,13 @@ class _Progress:
 
 def check(program: Program, outline: Outline, batch: Batch) -> None:
     """Raises `ProgramError`, naming the step, if the program must not run for this batch."""
+    offsets, chunks = program.offsets, program.form.chunks
+    if not program.form.blocks or list(offsets) != sorted({0, *offsets}):
+        raise ProgramError("the program has no steps, or its rows don't begin with the batch's first")
+    if any(not 0 <= first < last < len(offsets) for first, last in chunks) or any(
+        step.chunk not in range(len(chunks)) for block in program.form.blocks for step in block.steps
+    ):
+        raise ProgramError("a chunk lies between offsets that the program doesn't have")
     if program.offsets[0] == 0 and program.offsets[-1] == batch.tokens:
         ends = [span.stop for span in batch.spans]
         number = {offset: place for place, offset in enumerate(sorted({*program.offsets, *ends}))}
@@ -179,11 +187,18 @@ class _Checker:
             raise ProgramError(f"{step.name!r}: waits for a step that is issued later, or before the first one")
         if (step.lane == COMPUTE) == (step.kind in COLLECTIVES):
             raise ProgramError(f"{step.name!r}: computation runs on the compute lane, and collectives on another")
-        if step.step.wire not in ("", *WIRES) or step.step.algorithm not in ("", *ALGORITHMS):
-            known = f"wires are {', '.join(WIRES)}; algorithms {', '.join(ALGORITHMS)}"
-            raise ProgramError(f"{step.name!r}: travels in a way that is not known; {known}")
+        self._demand_way(step)
         if place < self.first:
             raise ProgramError(f"{step.name!r}: some of these rows were done before")
+
+    def _demand_way(self, step: Issued) -> None:
+        """How it travels is known, and said only of what travels so."""
+        wire, algorithm = step.step.wire, step.step.algorithm
+        if wire not in ("", *WIRES) or algorithm not in ("", *ALGORITHMS):
+            known = f"wires are {', '.join(WIRES)}; algorithms {', '.join(ALGORITHMS)}"
+            raise ProgramError(f"{step.name!r}: travels in a way that is not known; {known}")
+        if (wire and step.kind not in ROWS_TRAVEL) or (algorithm and step.kind is not Kind.REDUCE):
+            raise ProgramError(f"{step.name!r}: a wire is a sum's or an all_gather's, an algorithm a reduce's")
 
     def _step(self, step: Issued) -> None:
         place = self._place(step)

@@ -266,13 +266,13 @@ class Service:
         self._deliver(engine, grown)
 
     def _step(self, engine: Engine) -> list[Sequence]:
-        before, wanted = engine.last_turn, self.live.wanted
-        self.live.wanted = False
-        grown = engine.step(timeline=wanted)
+        before = engine.last_turn
+        grown = engine.step(timeline=self.live.wanted)
         if engine.last_turn is not before and engine.last_turn is not None:
             self.metrics.turn(engine.last_turn)
             if engine.last_turn.result.timeline is not None:
                 self.live.drawn, self.live.number = engine.last_turn, self.live.number + 1
+                self.live.wanted = False
         return grown
 
     def _lost(self, error: Exception) -> None:

@@ -76,12 +76,14 @@ class Structure:
                 counted.setdefault(work, [lane, 0])[1] += block.rounds
         return [(lane, count) for _, (lane, count) in sorted(counted.items())]
 
-    def bound(self, costs: Sequence[Taken]) -> float:
-        """Seconds of the longest lane alone, which no order of steps goes below, but for what a link saves up."""
-        total = [0.0] * len(self.form.lanes)
+    def bound(self, costs: Sequence[Taken], credit: float) -> float:
+        """Seconds of the longest lane alone, which no order of steps goes below. Of what is on the wire a link may have
+        saved up `credit`; what collectives take beside it, it can't save."""
+        beside, wire = [0.0] * len(self.form.lanes), [-credit] * len(self.form.lanes)
         for (lane, count), cost in zip(self.counts, costs, strict=True):
-            total[lane] += count * cost.seconds
-        return max(total)
+            beside[lane] += count * (cost.seconds - cost.wire)
+            wire[lane] += count * cost.wire
+        return max(max(each, other) for each, other in zip(beside, wire, strict=True))
 
     @property
     def steps(self) -> Iterator[_Step]:
@@ -287,6 +289,16 @@ class _Clock:
         ]
         return under_way, queued, saved
 
+    def busy(self, steps: Sequence[_Step], costs: Sequence[Taken]) -> list[float]:
+        """Seconds that each lane works on the round that was issued last. What has not ended counts as in the round
+        before, or by itself."""
+        total, first = [0.0] * len(self.left), len(self.stops) - len(steps)
+        for number, (work, lane, _) in enumerate(steps, start=first):
+            ended = number if self.stops[number] >= 0 else number - len(steps)
+            known = ended >= 0 and self.stops[ended] >= 0
+            total[lane] += self.stops[ended] - self.starts[ended] if known else costs[work].seconds
+        return total
+
     def skip(self, seconds: float) -> None:
         """As if rounds that take so long had gone by."""
         self.now += seconds
@@ -299,8 +311,9 @@ class _Clock:
 def lay_out(structure: Structure, costs: Sequence[Taken], between: Coupling, most: int | None = None) -> LaidOut:
     """When each step starts and stops, where `costs` has what each of the structure's works takes.
 
-    With `most`, rounds are laid out only until one leaves all lanes as the one before it did, and at most so many: each
-    further one takes as long as the last one did, but, where queues still grow, no less than its lanes are busy.
+    With `most`, rounds are laid out only until one leaves all lanes as the one before it did, which is exact, and at
+    most so many: then each further one takes as long as the last one did, but, where queues grow, no less than its
+    lanes are busy, which is nearly so.
     """
     clock = _Clock(len(structure.form.lanes), between)
     laid: list[int] = []
@@ -310,7 +323,7 @@ def lay_out(structure: Structure, costs: Sequence[Taken], between: Coupling, mos
             if most is not None and number:
                 period, state = clock.now - begin, clock.state()
                 if state == before or number >= most:
-                    period = period if state == before else max(period, _longest(steps, costs, structure.form.lanes))
+                    period = period if state == before else max(period, *clock.busy(steps, costs))
                     clock.skip((block.rounds - number) * period)
                     break
                 before = state
@@ -320,14 +333,6 @@ def lay_out(structure: Structure, costs: Sequence[Taken], between: Coupling, mos
         laid.append(number)
     clock.finish()
     return LaidOut(structure, clock.starts, clock.stops, tuple(laid))
-
-
-def _longest(steps: Sequence[_Step], costs: Sequence[Taken], lanes: Sequence[str]) -> float:
-    """Seconds of the longest lane alone, in one round."""
-    total = [0.0] * len(lanes)
-    for work, lane, _ in steps:
-        total[lane] += costs[work].seconds
-    return max(total)
 
 
 def simulate(program: Program, batch: Batch, costs: Costs, wire: str, title: str = "") -> Timeline:
