@@ -2,9 +2,9 @@
 
     python benchmarks/against.py /path/to/the/other/checkout [--rounds 5] [--json FILE]
 
-Each checkout has its own .venv. Every round starts a fresh process of each for every measurement, the other one first;
-the table has medians of rounds and the median of the rounds' ratios (below 1: this one takes less). Random models are
-those of models.py. Stop everything else first.
+Each checkout has its own .venv. Every round starts a fresh process of each for every measurement, in every second round
+the other way round; the table has medians of rounds and the median of the rounds' ratios (below 1: this one takes less).
+Random models are those of models.py. Stop everything else first.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def main() -> None:
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in CASES}
     for number in range(given.rounds):
         for name, case in CASES.items():
-            rounds[name].append((seconds(given.other, case), seconds(HERE, case)))
+            sides = (given.other, HERE) if number % 2 == 0 else (HERE, given.other)  # drift has both signs
+            taken = {checkout: seconds(checkout, case) for checkout in sides}
+            rounds[name].append((taken[given.other], taken[HERE]))
             print(f"round {number + 1}: {name}: {rounds[name][-1]}", file=sys.stderr)
     print("| | before, ms | now, ms | ratio |\n|---|---|---|---|")
     for name, pairs in rounds.items():
