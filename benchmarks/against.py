@@ -3,8 +3,8 @@
     python benchmarks/against.py /path/to/the/other/checkout [--rounds 5] [--json FILE]
 
 Each checkout has its own .venv. Every round starts a fresh process of each for every measurement, in every second round
-the other way round; the table has medians of rounds and the median of the rounds' ratios (below 1: this one takes less).
-Random models are those of models.py. Stop everything else first.
+the other way round; the table has medians of rounds and the median of the rounds' ratios (below 1: this one takes
+less). Random models are those of models.py. Stop everything else first.
 """
 
 from __future__ import annotations
