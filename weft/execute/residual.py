@@ -76,6 +76,8 @@ class Residual:
 
         They have arrived: a legal program's step waits for the collectives of its rows.
         """
+        if not self._sums:
+            return
         sums, self._sums = self._sums, []
         for each in sorted(sums, key=lambda each: each.place) if self._lagging else sums:
             mine = self.forward.batch.wanted(rows) if each.narrow and not self.all_wanted else rows

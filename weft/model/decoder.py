@@ -209,9 +209,12 @@ class Attention(Adds):
         pieces = forward.pieces(extent.rows)
         few = extent.leaves.length < extent.rows.length
         values = [
-            self._attend(forward.slabs, heads_TnD[here], piece, piece.wanted if few else here.stop - here.start)
+            self._attend(
+                forward.slabs, heads_TnD[here] if len(pieces) > 1 else heads_TnD, piece,
+                piece.wanted if few else here.stop - here.start,
+            )
             for here, piece in pieces
-        ]
+        ]  # fmt: skip
         return RowWise(extent.leaves, values[0] if len(values) == 1 else torch.cat(values))
 
     def _project(self, forward: Forward, input_TM: Tensor, rows: Rows) -> Tensor:
@@ -248,7 +251,7 @@ class Attention(Adds):
             for run in shape.runs
         ]
         attended = each[0] if len(each) == 1 else torch.cat(each, dim=1)
-        return attended[attended.shape[0] - last :]
+        return attended if attended.shape[0] == last else attended[attended.shape[0] - last :]
 
     def tail(self, forward: Forward, extent: Extent, features: RowWise) -> Tensor:
         """The output projection: this rank's partial [L, M]."""
