@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.outlines import decoder_outline
+from tests.outlines import changed, decoder_outline
 from tests.ranks import Ranks
 from tests.simulate.costs import costs
 from tests.tiny import Checkpoints, prompt_of
@@ -148,11 +148,7 @@ def test_a_strategy(checkpoints: Checkpoints) -> None:
 def test_a_lane(checkpoints: Checkpoints) -> None:
     ranks, tokens, batch = Ranks(checkpoints.directory("llama"), (1.0, 1.0, 1.0)), prompt_of(80), one_prompt(80)
     plain = ranks.plan(batch, "iso:2")
-    blocks = tuple(
-        replace(b, steps=tuple(s._replace(on="wifi") if s.kind is Kind.REDUCE and s.chunk else s for s in b.steps))
-        for b in plain.form.blocks
-    )
-    program = Program(replace(plain.form, blocks=blocks), plain.offsets)
+    program = changed(plain, lambda step: step._replace(on="wifi") if step.kind is Kind.REDUCE and step.chunk else step)
     check(program, ranks.outline, batch)
     assert parse(write(program)) == program and "on wifi" in write(program)
     timeline = simulate(program, batch, costs(), "exact")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.execute.programs import SEGMENTS, TOKENS, legal_programs
+from tests.outlines import changed
 from tests.ranks import Ranks
 from tests.tiny import MODELS, Checkpoints, prompt_of
 from weft.execute.executor import Scope
@@ -21,7 +21,6 @@ from weft.model.decoder import Extent
 from weft.program.batch import Batch, Rows, Segment, one_prompt
 from weft.program.check import check
 from weft.program.stages import Kind
-from weft.program.steps import Form, Program
 
 STRATEGIES = ("serial", "iso:2", "iso@5,300", "iso:2/4", "tiles:4", "requests", "iso:2+rs", "iso:3+tiles:2",
               "iso:3+ahead")  # fmt: skip
@@ -121,19 +120,9 @@ def test_stages_read_what_the_outline_says(split, lags: tuple[int, int]) -> None
 def test_some_sums_may_travel_in_fewer_bytes_than_others(split) -> None:
     ranks, tokens, batch = split("llama", (1.0, 1.0)), prompt_of(200), one_prompt(200)
     exact = ranks.plan(batch, "iso:2")
-    mixed = Program(
-        Form(
-            tuple(
-                replace(block, steps=tuple(
-                    step._replace(wire="bf16") if step.kind is Kind.REDUCE and step.part == "mlp" else step
-                    for step in block.steps
-                ))
-                for block in exact.form.blocks
-            ),
-            exact.form.chunks,
-        ),
-        exact.offsets,
-    )  # fmt: skip
+    mixed = changed(
+        exact, lambda step: step._replace(wire="bf16") if (step.kind, step.part) == (Kind.REDUCE, "mlp") else step
+    )
     check(mixed, ranks.outline, batch)
     group, sent, logits = ranks.parts[0][1].group, [], []
     for program, wire in ((exact, "exact"), (mixed, "exact"), (exact, "bf16")):

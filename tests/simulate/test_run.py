@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.execute.programs import SEGMENTS, legal_programs
-from tests.outlines import decoder_outline
+from tests.outlines import changed, decoder_outline
 from tests.simulate.costs import RANK, costs
 from weft.plan.search import ROUNDS
 from weft.program.batch import Batch, one_prompt
 from weft.program.build import build
 from weft.program.check import check
 from weft.program.stages import COMPUTE, NETWORK, Kind
-from weft.program.steps import Form, Program
+from weft.program.steps import Program
 from weft.program.strategy import Strategy
 from weft.program.text import write
 from weft.simulate.cost import Contention, Costs
@@ -153,19 +153,8 @@ def test_two_lanes_over_one_link_share_it_and_over_two_they_don_t() -> None:
     """A toy lane: attention's sums on a network of their own."""
     batch, outline = one_prompt(512), decoder_outline(8)
     plain = build(Strategy.parse("iso:4"), outline, batch)
-    both = Program(
-        Form(
-            tuple(
-                replace(block, steps=tuple(
-                    step._replace(on="network2") if step.kind is Kind.REDUCE and step.part == "attention" else step
-                    for step in block.steps
-                ))
-                for block in plain.form.blocks
-            ),
-            plain.form.chunks,
-        ),
-        plain.offsets,
-    )  # fmt: skip
+    sums = Kind.REDUCE, "attention"
+    both = changed(plain, lambda step: step._replace(on="network2") if (step.kind, step.part) == sums else step)
     check(both, outline, batch)
     known = costs(0.25)
     free = replace(known, between={"network network2": Contention(), "network2 network": Contention()})

@@ -28,7 +28,7 @@ from weft.program.batch import Rows
 from weft.program.stages import COLLECTIVES, COMPUTE, Kind, Outline
 from weft.program.steps import Form, Program, Step
 
-FORMS = 64  # of which it is remembered where only wanted rows go on
+FORMS = 64  # that are kept as the walk wants them
 
 
 class Scope(StrEnum):

@@ -6,6 +6,7 @@ the wanted ones counted from 0. Knows stages and rows; knows nothing of lanes or
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -35,9 +36,13 @@ class Residual:
         self.all_wanted = len(batch.wanted_rows) == batch.tokens
         self.hidden = decoder.empty_hidden(batch.tokens)
         self.kept = self.hidden if self.all_wanted else decoder.empty_hidden(len(batch.wanted_rows))
-        self._picked = torch.tensor(batch.wanted_rows, dtype=torch.long, device=self.hidden.device)
-        self._lagging = any(stage.lag for stage in outline.layer)
+        self._lagging = outline.lags
         self._sums: list[_Sum] = []
+
+    @cached_property
+    def _wanted(self) -> Tensor:
+        """Places of the wanted rows."""
+        return torch.tensor(self.forward.batch.wanted_rows, dtype=torch.long, device=self.hidden.device)
 
     def leaving(self, place: int, rows: Rows) -> Rows:
         """What of some rows of the batch leaves a stage."""
@@ -69,7 +74,7 @@ class Residual:
     def pick(self, values: Tensor, rows: Rows) -> Tensor:
         """The wanted ones of some rows of the batch."""
         leaves = self.forward.batch.wanted(rows)
-        return values[self._picked[leaves.start : leaves.stop] - rows.start]
+        return values[self._wanted[leaves.start : leaves.stop] - rows.start]
 
     def _absorb(self, rows: Rows, until: int, narrow: bool) -> None:
         """Adds all contributions of the stages up to `until` to some rows of the batch.

@@ -163,10 +163,8 @@ class Worker:
         self.model = _Model(decoder, slabs, executor, {}, vocabulary)
         keep_freed_memory()
         gc.freeze()  # what is loaded stays: collections need not look at it again
-        size, packed = (
-            shard_bytes(blueprint, share, lambda _: dtype.itemsize),
-            packed_weights_work() and dtype is torch.float32,
-        )
+        size = shard_bytes(blueprint, share, lambda _: dtype.itemsize)
+        packed = packed_weights_work() and dtype is torch.float32
         self.say(p.Loaded(size, peak.taken, slabs.bytes_per_token, free_memory(), packed))
 
     @torch.inference_mode()
@@ -188,28 +186,16 @@ class Worker:
             self.chosen = sample(result.logits, m.choices, model.executor.part, result.told, exchange)
         sampling = time.perf_counter() - begin
         if result.logits is not None and m.logits:
-            logits = gathered(self.group, result.logits, model.vocabulary)
+            logits = _whole_rows(self.group, result.logits, model.vocabulary)
         spans = result.spans if m.spans else []
         sent = self.group.bytes_sent - sent
         compute = result.busy[COMPUTE]
         lanes = compute, sum(result.busy.values()) - compute
-        self.say(
-            p.Done(
-                m.number,
-                seconds,
-                sampling,
-                processor,
-                lanes,
-                sent,
-                self.chosen if self.rank == 0 else [],
-                spans,
-                result.checksums,
-                logits,
-            )
-        )
+        chosen = self.chosen if self.rank == 0 else []  # all have the same
+        self.say(p.Done(m.number, seconds, sampling, processor, lanes, sent, chosen, spans, result.checksums, logits))
 
 
-def gathered(group: Group, logits: Tensor, vocabulary: list[int]) -> bytes:
+def _whole_rows(group: Group, logits: Tensor, vocabulary: list[int]) -> bytes:
     """Whole rows of logits, on rank 0."""
     whole = gather_columns(group, logits, vocabulary)
     return whole.numpy().tobytes() if whole is not None else b""

@@ -277,7 +277,7 @@ class _Checker:
             raise ProgramError(f"{step.name!r}: this stage ends in {stage.collective or 'no collective'}")
         if step.kind is Kind.GATHER:
             return
-        if scatters and any(each.lag for each in self.outline.layer):
+        if scatters and self.outline.lags:
             raise ProgramError(f"{step.name!r}: a stage of this model goes without the last sum; it needs reduce")
         if scatters and self.narrow < len(self.outline.stages) - 1:
             raise ProgramError(f"{step.name!r}: wanted rows go on alone, but each rank has its part of all rows only")

@@ -85,8 +85,8 @@ class Outline:
 
     def __post_init__(self) -> None:
         several = self.of(2) if self.layers > 2 else self
-        inputs = [several.input_until(place) for place in range(len(several.stages))]
-        assert inputs == sorted(inputs), "a stage reads all that the stages before it read"
+        inputs = several._inputs
+        assert list(inputs) == sorted(inputs), "a stage reads all that the stages before it read"
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -110,16 +110,24 @@ class Outline:
         return place + len(self.layer) * (layer if layer is not None else (self.layers - 1) * behind)
 
     def input_until(self, place: int) -> int:
-        """The place of the last stage whose contribution the stage at `place` reads; -1 for the first stage.
+        """The place of the last stage whose contribution the stage at `place` reads; -1 for the first stage."""
+        return self._inputs[place]
 
-        Nothing goes without what stands before the layers.
-        """
-        return max(place - 1 - self.stages[place].lag, min(place, len(self.before)) - 1)
+    @cached_property
+    def _inputs(self) -> tuple[int, ...]:
+        """Nothing goes without what stands before the layers."""
+        first = len(self.before)
+        return tuple(max(place - 1 - s.lag, min(place, first) - 1) for place, s in enumerate(self.stages))
+
+    @cached_property
+    def lags(self) -> bool:
+        """Some stage goes without a sum before it."""
+        return any(stage.lag for stage in self.layer)
 
     @cached_property
     def readers(self) -> tuple[int | None, ...]:
         """For each stage the place of the first one that reads its contribution."""
-        inputs = [self.input_until(place) for place in range(len(self.stages))]
+        inputs = self._inputs
         later = ((place, range(place + 1, len(inputs))) for place in range(len(inputs)))
         return tuple(next((reader for reader in readers if inputs[reader] >= place), None) for place, readers in later)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from weft.program.batch import Batch, Rows
-from weft.program.stages import COMPUTE, NETWORK, Kind
+from weft.program.stages import COMPUTE, Kind
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Costs:
     def contention_of(self, one: str, other: str) -> Contention:
         """What `other` does to `one`. Without a measurement every lane treats computation as the network does, and two
         that communicate share one link."""
-        usual = self.contention if one == COMPUTE else SHARED if other != NETWORK or one != other else Contention()
+        usual = self.contention if one == COMPUTE else SHARED
         return self.between.get(f"{one} {other}", usual)
 
     @cached_property
