@@ -1,6 +1,6 @@
 """This checkout against another one, measurement by measurement in turns.
 
-    python benchmarks/against.py /path/to/the/other/checkout [--rounds 5] [--json FILE]
+    python benchmarks/against.py /path/to/the/other/checkout [--rounds 5] [--only "one rank"] [--json FILE]
 
 Each checkout has its own .venv. Every round starts a fresh process of each for every measurement, in every second round
 the other way round; the table has medians of rounds and the median of the rounds' ratios (below 1: this one takes
@@ -70,11 +70,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="the cases whose names hold this")
     parser.add_argument("--json", type=Path, help="every round's seconds")
     given = parser.parse_args()
-    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in CASES}
+    cases = {name: case for name, case in CASES.items() if given.only in name}
+    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for number in range(given.rounds):
-        for name, case in CASES.items():
+        for name, case in cases.items():
             sides = (given.other, HERE) if number % 2 == 0 else (HERE, given.other)  # drift has both signs
             taken = {checkout: seconds(checkout, case) for checkout in sides}
             rounds[name].append((taken[given.other], taken[HERE]))

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -55,32 +55,39 @@ class Result:
     checksums: list[int]
 
 
-class _PreparedBlock(NamedTuple):
-    """A block's steps, each with the place of its stage in the first round, by how much that grows with each round, and
-    whether it is urgent in a round that another one follows and in the last one."""
+class _PreparedStep(NamedTuple):
+    """A step of a block's first round. `place`: of its stage in that round; `grows`: by how much with each round.
+    `urgent`: in a round that another one follows, and in the last one."""
 
-    rounds: int
-    steps: tuple[tuple[Step, int, int, bool, bool], ...]
+    step: Step
+    place: int
+    grows: int
+    urgent: tuple[bool, bool]
 
 
 class _Prepared(NamedTuple):
-    """A form as the executor walks it. `narrow_from`: the place of the stage that wanted rows leave alone."""
+    """A form as the executor walks it: how often each block's steps come. `narrow_from`: the place of the stage that
+    wanted rows leave alone."""
 
-    rounds: tuple[_PreparedBlock, ...]
+    blocks: tuple[tuple[int, tuple[_PreparedStep, ...]], ...]
     narrow_from: int
 
 
 @lru_cache(maxsize=FORMS)
 def prepare(outline: Outline, form: Form) -> _Prepared:
     """Reads a form for a model."""
-    rounds = []
-    for block, (between, last) in zip(form.blocks, form.urgent, strict=True):
-        places = [outline.place(step.part, step.layer) for step in block.steps]
-        grows = [0 if step.layer is None else block.layers * len(outline.layer) for step in block.steps]
-        rounds.append(_PreparedBlock(block.rounds, tuple(zip(block.steps, places, grows, between, last, strict=True))))  # type: ignore[arg-type]
+    blocks = []
+    for block, awaited in zip(form.blocks, form.urgent, strict=True):
+        grows = block.layers * len(outline.layer)
+        steps = []
+        for step, *urgent in zip(block.steps, *awaited, strict=True):
+            place = outline.place(step.part, step.layer)
+            assert place is not None, "a stage that this model hasn't: the program was not checked"
+            steps.append(_PreparedStep(step, place, 0 if step.layer is None else grows, (urgent[0], urgent[1])))
+        blocks.append((block.rounds, tuple(steps)))
     computed = (Kind.COMPUTE, Kind.BODY)
-    narrow = (place for each in rounds for step, place, *_ in each.steps if step.wanted and step.kind in computed)
-    return _Prepared(tuple(rounds), min(narrow))
+    narrow = (each.place for _, steps in blocks for each in steps if each.step.wanted and each.step.kind in computed)
+    return _Prepared(tuple(blocks), min(narrow))
 
 
 class _Now(NamedTuple):
@@ -90,7 +97,7 @@ class _Now(NamedTuple):
     step: Step
     place: int
     stage: StageFunctions
-    rows: Rows
+    extent: Extent
 
 
 class _Bodies:
@@ -202,42 +209,39 @@ class _Pass:
 
     def _steps(self) -> Iterator[tuple[_Now, bool]]:
         """All of them, with whether one is urgent."""
-        number, rows, stages = 0, self.program.rows, self.stages
-        for each in self.prepared.rounds:
-            for round_ in range(each.rounds):
-                followed = round_ < each.rounds - 1
-                for step, first, grows, between, last in each.steps:
+        number, stages = 0, self.stages
+        extents = [(Extent(rows, rows), Extent(rows, self.residual.wanted(rows))) for rows in self.program.rows]
+        for rounds, steps in self.prepared.blocks:
+            for round_ in range(rounds):
+                last = round_ == rounds - 1
+                for step, first, grows, urgent in steps:
                     place = first + round_ * grows
-                    urgent = between if followed else last
-                    yield _Now(number, step, place, stages[place], rows[step.chunk]), urgent
+                    yield _Now(number, step, place, stages[place], extents[step.chunk][step.wanted]), urgent[last]
                     number += 1
 
     def _compute(self, now: _Now) -> None:
-        number, step, place, stage, rows = now
+        number, step, place, stage, extent = now
         for distance in step.after:
             if (waited := self.pending.get(number - distance)) is not None:
                 waited.wait()
-        extent = Extent(rows, self.residual.leaving(place - 1 if step.kind is Kind.ENTER else place, rows))
-        if not extent.leaves.length and (step.kind is Kind.TAIL or not self.outline.stages[place].ordered):
+        kind = step.kind
+        if not extent.leaves.length and (kind is Kind.TAIL or not self.outline.stages[place].ordered):
             return  # nobody wants what would leave, and nothing is remembered here
         begin = time.perf_counter()
-        match step.kind:
-            case Kind.ENTER:
-                self._enter(extent, place, stage)
-            case Kind.TAIL:
-                self._leave(extent, place, stage, self.bodies.take(stage, extent.leaves))
-            case _:
-                features = stage.body(self.forward, extent, self._input(extent, place, stage))
-                if step.kind is Kind.BODY:
-                    self.bodies.put(stage, extent.leaves, features)
-                else:
-                    self._leave(extent, place, stage, features)
-        self._ended(now, begin)
+        if kind is Kind.COMPUTE:
+            self._leave(extent, place, stage, stage.body(self.forward, extent, self._input(extent, place, stage)))
+        elif kind is Kind.BODY:
+            self.bodies.put(stage, extent.leaves, stage.body(self.forward, extent, self._input(extent, place, stage)))
+        elif kind is Kind.TAIL:
+            self._leave(extent, place, stage, self.bodies.take(stage, extent.leaves))
+        else:
+            self._enter(extent, place, stage)
+        self._ended(number, COMPUTE, begin)
 
-    def _ended(self, now: _Now, begin: float) -> None:
+    def _ended(self, number: int, lane: str, begin: float) -> None:
         end = time.perf_counter()
-        self.spans[now.number] = (begin, end)
-        self.busy[now.step.lane] += end - begin
+        self.spans[number] = begin, end
+        self.busy[lane] += end - begin
 
     def _input(self, extent: Extent, place: int, stage: StageFunctions) -> Tensor:
         """A stage's input: brought by an all_gather, or entered here."""
@@ -258,34 +262,35 @@ class _Pass:
         """A partial for the collective that follows; that of a stage without one is the sum already."""
         if not extent.leaves.length:
             return
-        partial = stage.tail(self.forward, extent, features)
+        left = stage.tail(self.forward, extent, features)
         if self.outline.stages[place].collective is None:
-            self.residual.put(place, stage, extent.leaves, partial)
+            self.residual.put(place, stage, extent, left)
         else:
-            self.partials.put(stage, extent.leaves, partial)
+            self.partials.put(stage, extent.leaves, left)
 
     def _collective(self, now: _Now, urgent: bool) -> None:
-        number, step, place, stage, rows = now
-        rows = rows if step.kind is Kind.ALL_GATHER else self.residual.leaving(place, rows)
+        number, step, place, stage, extent = now
+        kind, rows = step.kind, extent.leaves
         if not rows.length:
             return
         if self.scope is Scope.NETWORK:
-            tensor = self._stand_in(step.kind, rows)
+            tensor = self._stand_in(kind, rows)
         else:  # all of it is this rank's partial, or the rows that it entered
-            tensor = (self.inputs if step.kind is Kind.ALL_GATHER else self.partials).take(stage, rows)
-        if step.kind is Kind.REDUCE:
-            self.residual.put(place, stage, rows, tensor)
-        elif step.kind is Kind.REDUCE_SCATTER:
+            tensor = (self.inputs if kind is Kind.ALL_GATHER else self.partials).take(stage, rows)
+        if kind is Kind.REDUCE:
+            self.residual.put(place, stage, extent, tensor)
+        elif kind is Kind.REDUCE_SCATTER:
             mine = shard(self.group, rows.length)
-            self.residual.put(place, stage, Rows(rows.start + mine.start, rows.start + mine.stop), tensor[mine])
-        elif step.kind is Kind.ALL_GATHER:
+            part = Rows(rows.start + mine.start, rows.start + mine.stop)
+            self.residual.put(place, stage, Extent(part, part), tensor[mine])
+        elif kind is Kind.ALL_GATHER:
             self.inputs.put(stage, rows, tensor)
-        if step.kind is Kind.GATHER and (self.group.world == 1 or self.scope is not Scope.COMPUTE):
+        elif self.group.world == 1 or self.scope is not Scope.COMPUTE:
             self.logits = tensor
         if self.group.world == 1:  # nothing travels: a partial is the sum already
-            self.told = [likeliest(tensor, 0)] if step.kind is Kind.GATHER else []
+            self.told = [likeliest(tensor, 0)] if kind is Kind.GATHER else []
         elif self.scope is not Scope.COMPUTE:
-            self.pending[number] = self.lanes.submit(step.lane, lambda: self._communicate(now, tensor), urgent)
+            self.pending[number] = self.lanes.submit(step.lane, partial(self._communicate, now, tensor), urgent)
 
     def _communicate(self, now: _Now, tensor: Tensor) -> None:
         """On its lane. What arrives replaces what is sent, in its own buffer."""
@@ -302,7 +307,7 @@ class _Pass:
                 all_gather(group, codec, tensor)
         if self.checksums is not None and step.kind in (Kind.REDUCE, Kind.ALL_GATHER):  # what all ranks hold alike
             self.checksums[now.number] = zlib.crc32(tensor.view(torch.uint8).numpy().tobytes())
-        self._ended(now, begin)
+        self._ended(now.number, step.lane, begin)
 
     def _stand_in(self, kind: Kind, rows: Rows) -> Tensor:
         """Memory of a partial's size, where nothing was computed."""

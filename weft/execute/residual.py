@@ -18,11 +18,11 @@ from weft.program.stages import Outline
 
 
 class _Sum(NamedTuple):
-    """A contribution to some rows. `narrow`: they are counted among the wanted ones."""
+    """A contribution to the rows that leave a stage. `narrow`: they are counted among the wanted ones."""
 
     place: int
     stage: StageFunctions
-    rows: Rows
+    extent: Extent
     total: Tensor
     narrow: bool
 
@@ -31,11 +31,12 @@ class Residual:
     """`narrow_from`: the place of the stage that wanted rows leave alone."""
 
     def __init__(self, decoder: Decoder, outline: Outline, narrow_from: int, forward: Forward) -> None:
-        self.outline, self.forward, self._narrow_from = outline, forward, narrow_from
-        batch = forward.batch
-        self.all_wanted = len(batch.wanted_rows) == batch.tokens
-        self.hidden = decoder.empty_hidden(batch.tokens)
-        self.kept = self.hidden if self.all_wanted else decoder.empty_hidden(len(batch.wanted_rows))
+        self.outline, self.forward = outline, forward
+        self._rows, self._kept = forward.batch.tokens, len(forward.batch.wanted_rows)
+        self._some = self._kept < self._rows
+        self._narrow_from = narrow_from if self._some else len(outline.stages)  # where all are wanted, all go on
+        self.hidden = decoder.empty_hidden(self._rows)
+        self.kept = decoder.empty_hidden(self._kept) if self._some else self.hidden
         self._lagging = outline.lags
         self._sums: list[_Sum] = []
 
@@ -44,29 +45,27 @@ class Residual:
         """Places of the wanted rows."""
         return torch.tensor(self.forward.batch.wanted_rows, dtype=torch.long, device=self.hidden.device)
 
-    def leaving(self, place: int, rows: Rows) -> Rows:
-        """What of some rows of the batch leaves a stage."""
-        narrow = place >= self._narrow_from and not self.all_wanted
-        return self.forward.batch.wanted(rows) if narrow else rows
+    def wanted(self, rows: Rows) -> Rows:
+        """What goes on of some rows of the batch where only wanted ones do."""
+        return self.forward.batch.wanted(rows) if self._some else rows
 
-    def put(self, place: int, stage: StageFunctions, rows: Rows, total: Tensor) -> None:
+    def put(self, place: int, stage: StageFunctions, extent: Extent, total: Tensor) -> None:
         """A stage's contribution to what leaves it: there, or there once a later step may read it."""
-        self._sums.append(_Sum(place, stage, rows, total, place >= self._narrow_from))
+        self._sums.append(_Sum(place, stage, extent, total, place >= self._narrow_from))
 
     def stream(self, place: int, rows: Rows) -> Tensor:
         """What a stage reads of some rows of the batch, with all that has come to them."""
         narrow = place > self._narrow_from
         self._absorb(rows, self.outline.input_until(place), narrow)
-        where = self.leaving(place - 1, rows) if narrow else rows
-        return (self.kept if narrow else self.hidden)[where.start : where.stop]
+        return self._view(self.wanted(rows) if narrow else rows, narrow)
 
     def read(self, place: int, rows: Rows) -> Tensor:
         """The same; and where wanted rows go on alone from this stage on, they are taken out. All rows are left to a
         stage that remembers them."""
         stream = self.stream(place, rows)
-        if place != self._narrow_from or self.all_wanted:
+        if place != self._narrow_from:
             return stream
-        leaves = self.leaving(place, rows)
+        leaves = self.wanted(rows)
         taken = self.pick(stream, rows)
         self.kept[leaves.start : leaves.stop] = taken
         return stream if self.outline.stages[place].ordered else taken
@@ -81,29 +80,37 @@ class Residual:
 
         They have arrived: a legal program's step waits for the collectives of its rows.
         """
-        if not self._sums:
-            return
         sums, self._sums = self._sums, []
-        for each in sorted(sums, key=lambda each: each.place) if self._lagging else sums:
-            mine = self.forward.batch.wanted(rows) if each.narrow and not self.all_wanted else rows
-            if each.place > until or not each.rows.intersects(mine):
+        if self._lagging:
+            sums.sort(key=lambda each: each.place)
+        for each in sums:
+            mine = self.wanted(rows) if each.narrow else rows
+            if each.place > until or not each.extent.leaves.intersects(mine):
                 self._sums.append(each)
             elif self._lagging:
-                self._absorb_part(each, mine.clip(each.rows), narrow)
+                self._absorb_part(each, mine.clip(each.extent.leaves), narrow)
             else:  # no reader of other rows goes without it: all at once
-                self._add(each, each.rows, each.total)
+                self._add(each)
 
     def _absorb_part(self, each: _Sum, rows: Rows, narrow: bool) -> None:
         """Some rows of a contribution; the others are left to later readers."""
-        begin, end = each.rows
+        begin, end = each.extent.leaves
         for left in (Rows(begin, rows.start), Rows(rows.stop, end)):
             if left.length:
-                self._sums.append(each._replace(rows=left, total=each.total[left.start - begin : left.stop - begin]))
+                rest = each.total[left.start - begin : left.stop - begin]
+                self._sums.append(each._replace(extent=Extent(left, left), total=rest))
         total = each.total[rows.start - begin : rows.stop - begin]
-        if narrow and not each.narrow and not self.all_wanted:  # it came to all rows, and only these go on
-            each, total, rows = each._replace(narrow=True), self.pick(total, rows), self.forward.batch.wanted(rows)
-        self._add(each, rows, total)
+        if narrow and not each.narrow:  # it came to all rows, and only these go on
+            leaves = self.wanted(rows)
+            self._add(each._replace(extent=Extent(rows, leaves), total=self.pick(total, rows), narrow=True))
+        else:
+            self._add(each._replace(extent=Extent(rows, rows), total=total))
 
-    def _add(self, each: _Sum, rows: Rows, total: Tensor) -> None:
-        stream = self.kept if each.narrow else self.hidden
-        each.stage.absorb(self.forward, Extent(rows, rows), stream[rows.start : rows.stop], total)
+    def _add(self, each: _Sum) -> None:
+        stream = self._view(each.extent.leaves, each.narrow)
+        each.stage.absorb(self.forward, each.extent, stream, each.total)
+
+    def _view(self, rows: Rows, narrow: bool) -> Tensor:
+        """Rows of one of the two streams; all of them, as when decoding, without a view being made."""
+        stream, count = (self.kept, self._kept) if narrow else (self.hidden, self._rows)
+        return stream if rows.stop - rows.start == count else stream[rows.start : rows.stop]

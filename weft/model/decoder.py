@@ -208,14 +208,11 @@ class Attention(Adds):
         heads_TnD = self._project(forward, input_TM, extent.rows)
         pieces = forward.pieces(extent.rows)
         few = extent.leaves.length < extent.rows.length
-        values = [
-            self._attend(
-                forward.slabs, heads_TnD[here] if len(pieces) > 1 else heads_TnD, piece,
-                piece.wanted if few else here.stop - here.start,
-            )
-            for here, piece in pieces
-        ]  # fmt: skip
-        return RowWise(extent.leaves, values[0] if len(values) == 1 else torch.cat(values))
+        if len(pieces) == 1:
+            values = self._attend(forward.slabs, heads_TnD, pieces[0][1], few)
+        else:
+            values = torch.cat([self._attend(forward.slabs, heads_TnD[here], piece, few) for here, piece in pieces])
+        return RowWise(extent.leaves, values)
 
     def _project(self, forward: Forward, input_TM: Tensor, rows: Rows) -> Tensor:
         """This rank's query, key and value heads, in this order, turned by position: [T, H + 2G, D]."""
@@ -227,31 +224,27 @@ class Attention(Adds):
         rotate(turned, forward.angles[rows.start : rows.stop], self.exact_rows)
         return heads
 
-    def _attend(self, slabs: Slabs, heads_TnD: Tensor, piece: SequenceRows, last: int) -> Tensor:
-        """The last ones of some tokens of one sequence: [last, H * D]."""
+    def _attend(self, slabs: Slabs, heads_TnD: Tensor, piece: SequenceRows, few: bool) -> Tensor:
+        """Some tokens of one sequence, or a few, the last ones that are wanted: [all or those, H * D]."""
         shape, count = self.shape, heads_TnD.shape[0]
+        last = piece.wanted if few else count
         slabs.write(piece.slot, self.layer, piece.start, heads_TnD[:, shape.queries :])
         if not last:
             return heads_TnD.new_empty(0, shape.queries * shape.width)
-        # Bits that don't depend on the batch are those of whole blocks.
-        skipped = (piece.start + count - last) // GRANULE * GRANULE - piece.start if self.exact_rows else count - last
-        skipped = max(0, skipped) if last < count else 0
-        start, query_HnD = piece.start + skipped, heads_TnD[skipped:, : shape.queries].transpose(0, 1)
+        start, query_nHD = piece.start, heads_TnD[:, : shape.queries]
+        if last < count:  # bits that don't depend on the batch are those of whole blocks
+            first = start + count - last
+            first = max(start, first // GRANULE * GRANULE) if self.exact_rows else first
+            start, query_nHD = first, query_nHD[first - start :]
+        query_HnD = query_nHD.transpose(0, 1)
         keys, values = slabs.read(piece.slot, self.layer)
-        each = [
-            attend(
-                query_HnD[run.query],
-                keys[run.key],
-                values[run.key],
-                start,
-                shape.window,
-                self.exact_rows,
-                piece.decoding,
-            )
-            for run in shape.runs
-        ]
-        attended = each[0] if len(each) == 1 else torch.cat(each, dim=1)
-        return attended if attended.shape[0] == last else attended[attended.shape[0] - last :]
+        how = start, shape.window, self.exact_rows, piece.decoding
+        if len(shape.runs) == 1:  # mostly; all heads without three views for every token that decodes
+            attended = attend(query_HnD, keys, values, *how)
+        else:
+            each = [attend(query_HnD[run.query], keys[run.key], values[run.key], *how) for run in shape.runs]
+            attended = torch.cat(each, dim=1)
+        return attended if last == count else attended[attended.shape[0] - last :]
 
     def tail(self, forward: Forward, extent: Extent, features: RowWise) -> Tensor:
         """The output projection: this rank's partial [L, M]."""
