@@ -12,8 +12,9 @@ from functools import partial
 import pytest
 import torch
 
+from weft.execute.draws import Slice
 from weft.execute.protocol import Choice, Chosen
-from weft.execute.sampler import Slice, likeliest, sample
+from weft.execute.sampler import likeliest, sample
 
 WISHES = [
     {}, {"top_k": 3}, {"top_k": 7, "top_p": 0.6}, {"top_p": 0.3}, {"top_p": 0.9, "min_p": 0.02}, {"top_p": 1e-9},
@@ -220,16 +221,17 @@ def test_what_ranks_tell_each_other_of_152_000_logits() -> None:
 
 @pytest.mark.parametrize(
     ("helper", "wishes"),
-    [("_drawn", {}), ("_weights", {}), ("_before", {"top_p": 0.5}), ("_not_below", {"top_k": 5}),
-     ("_histogram", {"top_k": 100}), ("_mass", {"top_p": 0.1}), ("_not_below", {"top_k": 500, "top_p": 0.9})],
+    [("_drawn", {}), ("_sums", {}), ("_true_places", {"min_p": 0.1}), ("_likelier", {"top_p": 0.5}),
+     ("_not_below", {"top_k": 5}), ("_histogram", {"top_k": 100}), ("_sums", {"top_p": 0.1}),
+     ("_true_places", {"top_k": 70}), ("_not_below", {"top_k": 500, "top_p": 0.9})],
 )  # fmt: skip
 def test_a_rank_that_fails_at_its_part_ends_the_row_on_all(
     helper: str, wishes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever it fails: else ranks would hear each other's numbers as answers to other questions."""
-    from weft.execute import sampler
+    from weft.execute import draws
 
-    work, choices = getattr(sampler, helper), [Choice(), Choice(temperature=1.0, **wishes), Choice(temperature=1.0)]
+    work, choices = getattr(draws, helper), [Choice(), Choice(temperature=1.0, **wishes), Choice(temperature=1.0)]
 
     def failing(*given: object, **named: object) -> object:
         if threading.current_thread().name.endswith("_1") and failing.left:  # type: ignore[attr-defined]
@@ -238,7 +240,7 @@ def test_a_rank_that_fails_at_its_part_ends_the_row_on_all(
         return work(*given, **named)
 
     failing.left = 1  # type: ignore[attr-defined]
-    monkeypatch.setattr(sampler, helper, failing)
+    monkeypatch.setattr(draws, helper, failing)
     chosen = Talked((650, 650)).sample(shaped("flat").expand(3, -1), choices)
     assert sum("a rank failed at its part" in each.error for each in chosen) == 1 and not chosen[0].error
 

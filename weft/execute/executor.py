@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from weft.execute.draws import Slice
 from weft.execute.lanes import Lanes, Pending
 from weft.execute.residual import Residual
-from weft.execute.sampler import Slice, likeliest
+from weft.execute.sampler import likeliest
 from weft.model.decoder import Decoder, Extent, Forward, StageFunctions
 from weft.parallel.allreduce import all_gather, all_reduce, reduce_scatter, shard, swap
 from weft.parallel.codec import Codec, codec_named

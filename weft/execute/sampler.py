@@ -7,7 +7,7 @@ others.
     greedy                  one round: each slice's likeliest token
     temperature             two more: each slice's mass, then the token, from the slice that has it
     top-p                   for each draw that is refused, two more; about one and a half draws where rows are peaked
-    top-k                   two more for up to DIRECT, else five: histograms of a probability's bytes, 8 KiB a row
+    top-k                   two more for up to 64, else five: histograms of a probability's bytes, 8 KiB a row
     penalties, grammars     one more; each slice has its own part of them
     log-probabilities       two more
 
@@ -21,48 +21,18 @@ Shapes: V vocabulary, W a slice of it.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import NamedTuple
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from weft.execute.draws import Ask, Slice, Told, draw
 from weft.execute.protocol import Choice, Chosen
 
-Told = list[list[float]]  # of each rank, in rank order, the numbers that it said
 Exchange = Callable[[Tensor], Sequence[Tensor]]  # float64 numbers of this rank -> those of all
-
-BLOCK = 512  # tokens whose probabilities are summed by themselves: in the same order however many threads there are
-DIRECT = 64  # of top-k: so many probabilities of each slice travel as they are
-
-
-class Ask(NamedTuple):
-    """What a talk wants to know of every rank: `length` numbers. Said by all, whatever `numbers` comes to on one."""
-
-    length: int
-    numbers: Callable[[], Sequence[float]]
-
-
 Talk = Generator[Ask, Told, Chosen]
-
-
-@dataclass(frozen=True)
-class Slice:
-    """What `rank` has of a vocabulary of `size` tokens: `width` of them, from token `first` on."""
-
-    rank: int
-    first: int
-    width: int
-    size: int
-
-    def here(self, tokens: Sequence[int]) -> list[int]:
-        """Places in the slice of those tokens that are in it."""
-        return [token - self.first for token in tokens if 0 <= token - self.first < self.width]
 
 
 def likeliest(logits: Tensor, first: int) -> Tensor:
@@ -149,7 +119,7 @@ def _talk(raw_W: Tensor, choice: Choice, part: Slice, token: int, highest: float
     if choice.given is not None:
         token = choice.given
     elif choice.temperature > 0:
-        token = yield from _draw(logits, choice, part, top)
+        token = yield from draw(logits, choice, part, top)
     if choice.logprobs is None:
         return Chosen(token)
     return (yield from _scored(raw_W, choice.logprobs, part, token, highest))
@@ -212,152 +182,6 @@ class _Changed:
     def best_banned(self) -> list[float]:
         """The same with the banned tokens."""
         return likeliest(self.with_banned[None], self._part.first)[0].tolist()
-
-
-class _Kept:
-    """The probabilities [W] of a slice that are left, made when a number of them is said: a rank that fails at it is
-    heard by all. What lies between what is said is decided from what was heard alone, alike on all ranks."""
-
-    def __init__(self, make: Callable[[], Tensor]) -> None:
-        self._make = make
-
-    @cached_property
-    def values(self) -> Tensor:
-        """Padded to whole blocks."""
-        made = self._make()
-        del self._make  # with what it was made from
-        return pad(made, (0, -made.shape[0] % BLOCK))
-
-    def then(self, change: Callable[[Tensor], Tensor]) -> _Kept:
-        """Fewer of them."""
-        return _Kept(lambda: change(self.values))
-
-
-def _draw(logits_W: Tensor, choice: Choice, part: Slice, top: float) -> Generator[Ask, Told, int]:
-    """Temperature, then min-p, top-k and top-p, then as many uniform numbers as it takes.
-
-    Nothing is sorted. A token is drawn from all that min-p and top-k leave; if the likelier ones have the wanted mass
-    without it, it is not one of top-p's, nor is any that is less likely, and the next draw is from those before it.
-    What is accepted is distributed as a draw from top-p's tokens alone: each draw is from more tokens than those,
-    never from fewer. Of equally likely tokens the one with the lower id comes first.
-    """
-    kept = _Kept(lambda: _weights(logits_W, choice, top))
-    if 0 < choice.top_k < part.size:
-        kept = yield from _largest(kept, choice.top_k, part)
-    # A hash, not a generator's state: nothing has to be remembered between tokens.
-    uniform = random.Random(f"{choice.seed}/{choice.index}").random
-    told = yield Ask(1, partial(_said_mass, kept))
-    masses = [said[0] for said in told]
-    wanted = choice.top_p * sum(masses)
-    while True:
-        owner, place = _owner(masses, uniform() * sum(masses))
-        told = yield Ask(2, partial(_drawn, kept, place, part.first))
-        token, weight = int(told[owner][0]), told[owner][1]
-        if choice.top_p == 1:
-            return token
-        before = kept.then(partial(_before, place=token - part.first, weight=weight))
-        told = yield Ask(1, partial(_said_mass, before))
-        masses = [said[0] for said in told]
-        if sum(masses) < wanted or sum(masses) == 0:  # the likeliest one: also where top_p next to nothing leaves none
-            return token
-        kept = before
-
-
-def _weights(logits_W: Tensor, choice: Choice, top: float) -> Tensor:
-    """What probabilities are in proportion to; the likeliest token has 1."""
-    weights = torch.exp((logits_W - top) / choice.temperature)
-    return torch.where(weights >= choice.min_p, weights, 0) if choice.min_p > 0 else weights
-
-
-def _said_mass(kept: _Kept) -> list[float]:
-    return [_mass(kept.values)]
-
-
-def _mass(kept_W: Tensor) -> float:
-    return float(kept_W.view(-1, BLOCK).sum(dim=1).double().sum())
-
-
-def _owner(masses: Sequence[float], place: float) -> tuple[int, float]:
-    """The rank in whose slice this much of the mass ends, and how much of it is that slice's."""
-    last = max(rank for rank, mass in enumerate(masses) if mass > 0)
-    for rank, mass in enumerate(masses):
-        if place < mass or rank == last:
-            return rank, min(place, mass)
-        place -= mass
-    raise AssertionError("a mass is above zero: the likeliest token's")
-
-
-def _drawn(kept: _Kept, place: float, first: int) -> tuple[float, float]:
-    """The token at which this much of the slice's mass ends, and its probability; of a slice without any, nothing."""
-    kept_W = kept.values
-    heights = kept_W.view(-1, BLOCK).sum(dim=1).double().cumsum(0)
-    if not len(heights) or not float(heights[-1]):
-        return 0.0, 0.0
-    block = min(int(torch.searchsorted(heights, place, right=True)), len(heights) - 1)
-    within = kept_W[block * BLOCK : (block + 1) * BLOCK].double().cumsum(0)
-    place -= float(heights[block - 1]) if block else 0.0
-    token = block * BLOCK + min(int(torch.searchsorted(within, place, right=True)), BLOCK - 1)
-    if not kept_W[token] > 0:  # rounding led beyond the block's last one
-        token = int(kept_W[: token + 1].nonzero()[-1])
-    return float(token + first), float(kept_W[token])
-
-
-def _before(kept_W: Tensor, place: int, weight: float) -> Tensor:
-    """What is likelier than the token at a place, counted from the slice's first one, or as likely with a lower id; 0
-    for the rest."""
-    likelier = kept_W > weight
-    ahead = min(max(place, 0), kept_W.shape[0])
-    likelier[:ahead] |= kept_W[:ahead] == weight
-    return torch.where(likelier, kept_W, 0)
-
-
-def _largest(kept: _Kept, count: int, part: Slice) -> Generator[Ask, Told, _Kept]:
-    """The `count` likeliest of all slices."""
-    least = yield from (_least_of_few(kept, count) if count <= DIRECT else _least_of_many(kept, count))
-    told = yield Ask(2, lambda: [float((kept.values > least).sum()), float((kept.values == least).sum())])
-    # Of equally likely ones those with the lowest ids: what is left for this slice after those before it.
-    left = count - sum(int(said[0]) for said in told) - sum(int(said[1]) for said in told[: part.rank])
-    return kept.then(partial(_not_below, least=least, equal=max(0, left)))
-
-
-def _not_below(kept_W: Tensor, least: float, equal: int) -> Tensor:
-    """What is above a probability, and the first ones that are equal to it; 0 for the rest."""
-    above = kept_W > least
-    above[(kept_W == least).nonzero()[:equal, 0]] = True
-    return torch.where(above, kept_W, 0)
-
-
-def _least_of_few(kept: _Kept, count: int) -> Generator[Ask, Told, float]:
-    """The smallest probability of the `count` largest."""
-
-    def largest() -> list[float]:
-        values: list[float] = kept.values.topk(min(count, kept.values.shape[0])).values.tolist()
-        return values + [0.0] * (count - len(values))
-
-    told = yield Ask(count, largest)
-    return sorted((value for said in told for value in said), reverse=True)[count - 1]
-
-
-def _least_of_many(kept: _Kept, count: int) -> Generator[Ask, Told, float]:
-    """The same, byte by byte: the bits of numbers that are not below zero come in the order of the numbers."""
-    found, left = 0, count
-    for shift in (24, 16, 8, 0):
-        told = yield Ask(256, partial(_histogram, kept, shift, found))
-        for byte in range(255, -1, -1):
-            there = sum(int(said[byte]) for said in told)
-            if left <= there:
-                break
-            left -= there
-        found = found << 8 | byte
-    return float(np.int32(found).view(np.float32))
-
-
-def _histogram(kept: _Kept, shift: int, found: int) -> list[float]:
-    """How often each byte comes next, where those before it are these."""
-    bits = kept.values.view(torch.int32)
-    matching = bits if shift == 24 else bits[bits >> (shift + 8) == found]
-    counts: list[float] = torch.bincount((matching >> shift) & 255, minlength=256).tolist()
-    return counts
 
 
 def _scored(raw_W: Tensor, count: int, part: Slice, token: int, highest: float) -> Generator[Ask, Told, Chosen]:
