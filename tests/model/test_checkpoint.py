@@ -17,6 +17,8 @@ from weft.model.families import blueprint_of
 from weft.model.shares import shares_of
 from weft.model.weights import load
 
+MAPS = Path("/proc/self/maps")
+
 NAME = "model.layers.0.mlp.down_proj.weight"
 
 
@@ -152,3 +154,14 @@ def test_a_norm_is_folded_before_anything_is_rounded(checkpoints: Checkpoints, n
             left, right = (getattr(each, "weight", each) for each in (one, other))
             assert (left is None and right is None) or torch.equal(left.to(torch.bfloat16), right)
     assert torch.equal(exact.scale.to(torch.bfloat16), rounded.scale)
+
+
+@pytest.mark.skipif(not MAPS.is_file(), reason="needs Linux's list of mapped files")
+@pytest.mark.parametrize("name", ["llama", "llama-biased-tied", "qwen2", "qwen3"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_is_loaded_keeps_no_file_mapped(checkpoints: Checkpoints, name: str, ranks: int) -> None:
+    """A mapped file's pages count as the process's memory, those of packed matrices a second time."""
+    directory = checkpoints.directory(name)
+    blueprint = blueprint_of(ModelConfig.from_directory(directory))
+    weights = load(Checkpoint(directory), blueprint, shares_of(blueprint, [1.0] * ranks)[0])
+    assert weights.stages and str(directory) not in MAPS.read_text()

@@ -69,7 +69,7 @@ class Checkpoint:
         return name.removeprefix(PREFIX) if self._bare else name
 
     def read(self, name: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
-        """A copy of a tensor, or of these rows or columns of it, in the stored dtype."""
+        """A tensor, or these rows or columns of it, in the stored dtype; it may be a view of the mapped file."""
         path, stored = self._place(name), self._stored(name)
         if self._open is None or self._open[0] != path:
             self._open = (path, _opened(path))

@@ -102,7 +102,11 @@ class _ShardReader:
     def whole(self, name: str, matrix: Matrix) -> Tensor:
         """A matrix that every rank has."""
         self._demand(name + ".weight", *self._sides(matrix))
-        return self.checkpoint.read(name + ".weight").to(self.device, self.dtype)
+        return self._own(self.checkpoint.read(name + ".weight"))
+
+    def _own(self, read: Tensor) -> Tensor:
+        """In memory of its own: one view of the mapped file would keep all of it mapped."""
+        return read.to(self.device, self.dtype, copy=True)
 
     def scale(self, name: str, width: int) -> Tensor:
         """A norm's weight times sqrt(width), in float32: what is left of the norm after `kernels.unit_rows`."""
@@ -139,12 +143,12 @@ class _ShardReader:
         assert isinstance(axis, Axis), "a stage's last projection is divided by columns"
         outputs, inputs = self._sides(matrix)
         self._demand(name + ".weight", outputs, inputs)
-        weight = self.checkpoint.read(name + ".weight", columns=self._mine(axis)).to(self.device, self.dtype)
+        weight = self._own(self.checkpoint.read(name + ".weight", columns=self._mine(axis)))
         bias = None
         if matrix.biased:
             self._demand(name + ".bias", outputs)
             # The sum over ranks would count a bias once a rank: one rank adds it.
-            bias = self.checkpoint.read(name + ".bias").to(self.device, self.dtype) if self.share.leads else None
+            bias = self._own(self.checkpoint.read(name + ".bias")) if self.share.leads else None
         return self._linear(weight.contiguous(), bias)
 
     def _scales(self, prefix: str, parts: StageParts) -> Tensor | None:
@@ -173,7 +177,7 @@ class _ShardReader:
         weight = embedding[rows.start : rows.stop]
         if not self.blueprint.tied or name in self.checkpoint:
             self._demand(name, *self._sides(matrix))
-            own = self.checkpoint.read(name, rows=rows).to(self.device, self.dtype)
+            own = self._own(self.checkpoint.read(name, rows=rows))
             weight = weight if self.blueprint.tied and torch.equal(own, weight) else own
         return Linear(weight, exact_rows=self.exact_rows, packed=False)
 
