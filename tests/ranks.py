@@ -51,27 +51,29 @@ class Threads:
 
 
 class Ranks:
-    """A model split over some ranks."""
+    """A model split over some ranks; with `times`, so many groups of such ranks, the last of which has the vocabulary:
+    what a program with steps for some ranks goes through."""
 
     def __init__(
         self, directory: Path, shares: Sequence[float], exact_rows: bool = False, slots: int = 4,
-        lags: Sequence[int] = (0, 0),
+        lags: Sequence[int] = (0, 0), times: int = 1,
     ) -> None:  # fmt: skip
         torch.set_num_threads(1)
         self.config = ModelConfig.from_directory(directory)
         self.blueprint = blueprint_of(self.config)
         self.outline = lagging(self.blueprint.outline, *lags) if any(lags) else self.blueprint.outline
         self.shares = shares_of(self.blueprint, shares)
-        self.threads = Threads(len(shares))
+        self.world = world = len(shares) * times
+        self.widths = [0] * (world - len(shares)) + [len(share.ranges["vocabulary"]) for share in self.shares]
+        self.threads = Threads(world)
         store = dist.HashStore()
 
         def rank(r: int) -> tuple[Decoder, Executor, Slabs]:
-            share = self.shares[r]
+            share = self.shares[r % len(shares)]
             weights = load(Checkpoint(directory), self.blueprint, share, exact_rows=exact_rows)
             decoder = Decoder(self.config, self.blueprint, share, weights, Rope(self.config), exact_rows)
-            group = Group(r, len(shares), store if len(shares) > 1 else None)
-            vocabulary = [len(each.ranges["vocabulary"]) for each in self.shares]
-            executor = Executor(decoder, self.outline, group, ThreadLanes(torch.no_grad), vocabulary)
+            group = Group(r, world, store if world > 1 else None)
+            executor = Executor(decoder, self.outline, group, ThreadLanes(torch.no_grad), self.widths)
             heads = len(share.kv_heads)
             slabs = Slabs(slots, self.config.layers, heads, self.config.max_length, self.config.head_dim)
             return decoder, executor, slabs
@@ -81,7 +83,7 @@ class Ranks:
     def plan(self, batch: Batch, strategy: str, granule: int = 1) -> Program:
         """The checked program of a strategy."""
         program = build(Strategy.parse(strategy), self.outline, batch, granule)
-        check(program, self.outline, batch)
+        check(program, self.outline, batch, self.world)
         return program
 
     def run(
@@ -97,12 +99,13 @@ class Ranks:
             result = executor.run(chosen, forward, codec_named(wire), scope, checksums=True)
             if result.logits is None:
                 return result
-            widths = [len(share.ranges["vocabulary"]) for share in self.shares]
-            return replace(result, logits=gather_columns(executor.group, result.logits, widths))
+            return replace(result, logits=gather_columns(executor.group, result.logits, self.widths))
 
         results = self.threads.each(rank)
+        seen: dict[int, int] = {}
         for result in results:
-            assert result.checksums == results[0].checksums, "ranks differ after a collective"
+            for number, checksum in result.checksums.items():
+                assert seen.setdefault(number, checksum) == checksum, "ranks differ after a collective"
         return results
 
     def logits(self, prompts: Sequence[Sequence[int]], program: Program | str, wire: str = "exact") -> Any:

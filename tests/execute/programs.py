@@ -1,8 +1,9 @@
 """Random legal programs: any cuts, any tiles, any order of issue that the rules allow, sums whole or scattered, on any
-lane, by any algorithm, of all rows or of the wanted ones at the end."""
+lane, by any algorithm, of all rows or of the wanted ones at the end, on all ranks or on one group after the other."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from hypothesis import strategies as st
@@ -18,19 +19,22 @@ LANES, WIRES, ALGORITHMS = ("", "", "network2"), ("", "exact"), ("", "", "one-sh
 
 
 @st.composite
-def legal_programs(draw: st.DrawFn, outline: Outline) -> Program:
-    """Draws chunks for every stage, then issues whatever may come next in any order."""
-    return _Drawn(draw, outline).program()
+def legal_programs(draw: st.DrawFn, outline: Outline, groups: Sequence[tuple[int, ...]] = ((),)) -> Program:
+    """Draws chunks for every stage, then issues whatever may come next in any order. Several `groups` of ranks have
+    some of the stages each, in this order."""
+    return _Drawn(draw, outline, groups).program()
 
 
 class _Drawn:
     """Stages by their places. `spread`: the pieces that each rank has its part of, in the stages from `scatters_from`
-    on. `narrow`: the stage from which on only wanted rows leave."""
+    on. `narrow`: the stage from which on only wanted rows leave. `firsts`: of each group of ranks but the first one,
+    the stage that it begins with."""
 
-    def __init__(self, draw: st.DrawFn, outline: Outline) -> None:
-        self.draw, self.outline, self.stages = draw, outline, outline.stages
+    def __init__(self, draw: st.DrawFn, outline: Outline, groups: Sequence[tuple[int, ...]]) -> None:
+        self.draw, self.outline, self.stages, self.groups = draw, outline, outline.stages, groups
+        self.firsts = self._firsts()
         reducing = [place for place, stage in enumerate(self.stages) if stage.collective is Kind.REDUCE]
-        lagging = any(stage.lag for stage in self.stages)
+        lagging = any(stage.lag for stage in self.stages) or len(groups) > 1
         never = [len(self.stages)] * 2
         self.scatters_from = draw(st.sampled_from(never if lagging else reducing + never))
         scatters = self.scatters_from < len(self.stages)
@@ -47,6 +51,14 @@ class _Drawn:
         self.issuable: list[tuple[Kind, int, Rows]] = []  # tails, collectives and enters
         self.there: list[list[int]] = [[] for _ in self.stages]  # steps that bring a stage's contribution
 
+    def _firsts(self) -> list[int]:
+        places, few = range(1, len(self.stages)), len(self.groups) - 1
+        return sorted(self.draw(st.sets(st.sampled_from(places), min_size=few, max_size=few))) if few else []
+
+    def _ranks(self, place: int) -> tuple[int, ...]:
+        """Those that have a stage."""
+        return self.groups[sum(first <= place for first in self.firsts)]
+
     def program(self) -> Program:
         while any(self.todo) or self.issuable:
             ready = [(Kind.COMPUTE, place, rows) for place in range(len(self.stages)) for rows in self._ready(place)]
@@ -62,6 +74,11 @@ class _Drawn:
         elif kind is Kind.TAIL:
             self._add(kind, place, rows)
             self._collectives(place, rows)
+        elif kind is Kind.SEND:
+            brought = [index for index in self.there[place] if self.issues[index].rows.intersects(rows)]
+            for index in brought:
+                self.there[place].remove(index)
+            self.there[place].append(self._add(kind, place, rows, *brought))
         elif kind is Kind.ENTER:
             scattered = next(
                 index for index, issue in enumerate(self.issues)
@@ -78,7 +95,11 @@ class _Drawn:
         lane = self.draw(st.sampled_from(LANES)) if travels else ""
         wire = self.draw(st.sampled_from(WIRES)) if travels and kind is not Kind.GATHER else ""
         algorithm = self.draw(st.sampled_from(ALGORITHMS)) if kind is Kind.REDUCE else ""
-        issue = Issue(kind, stage.part, stage.layer, rows, after, leaves >= self.narrow, lane, wire, algorithm)
+        ranks, to = self._ranks(place), self._ranks(place + 1) if kind is Kind.SEND else ()
+        issue = Issue(
+            kind, stage.part, stage.layer, rows, after, leaves >= self.narrow, lane, wire, algorithm,
+            () if kind is Kind.GATHER else ranks, to,
+        )  # fmt: skip
         self.issues.append(issue)
         return len(self.issues) - 1
 
@@ -94,13 +115,17 @@ class _Drawn:
             self._add(Kind.BODY, place, rows, *after)
             self.issuable += [(Kind.TAIL, place, tile) for tile in self._pieces(place, rows, 3)]
             return
-        self._add(Kind.COMPUTE, place, rows, *after)
+        index = self._add(Kind.COMPUTE, place, rows, *after)
         self._collectives(place, rows)
+        if self.stages[place].collective is None and place + 1 in self.firsts:
+            self.there[place].append(index)
+            self.issuable.append((Kind.SEND, place, rows))
 
     def _brings(self, place: int) -> list[int]:
         """Steps that bring what a stage reads: what came before these was awaited by the stages that left it."""
         until = self.outline.input_until(place)
-        return [index for before in (until - 1, until) if before >= 0 for index in self.there[before]]
+        mine = [before for before in (until - 1, until) if before >= 0 and self._ranks(before) == self._ranks(place)]
+        return [index for before in {*mine, until} if before >= 0 for index in self.there[before]]
 
     def _collectives(self, place: int, rows: Rows) -> None:
         """What may travel once a partial of these rows is there."""
@@ -118,6 +143,8 @@ class _Drawn:
             self.issuable.append((Kind.ENTER, place + 1, rows))
         else:
             self.there[place - 1 if kind is Kind.ALL_GATHER else place].append(index)
+        if kind is Kind.REDUCE and place + 1 in self.firsts:
+            self.issuable.append((Kind.SEND, place, rows))
 
     def _scatters(self, place: int) -> bool:
         return place >= self.scatters_from
@@ -153,9 +180,11 @@ class _Drawn:
         return not unread and all(self._came(before, rows) for before in range(until + 1))
 
     def _came(self, place: int, rows: Rows) -> bool:
-        if self.stages[place].collective is None:
+        sends = place + 1 in self.firsts
+        if self.stages[place].collective is None and not sends:
             return not any(left.intersects(rows) for left in self.todo[place])
-        return sum(self.issues[index].rows.clip(rows).length for index in self.there[place]) == rows.length
+        there = [self.issues[index] for index in self.there[place]]
+        return sum(each.rows.clip(rows).length for each in there if each.to or not sends) == rows.length
 
 
 def lagging(outline: Outline, *lags: int) -> Outline:

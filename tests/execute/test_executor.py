@@ -21,6 +21,7 @@ from weft.model.decoder import Extent
 from weft.program.batch import Batch, Rows, Segment, one_prompt
 from weft.program.check import check
 from weft.program.stages import Kind
+from weft.program.text import parse, write
 
 STRATEGIES = ("serial", "iso:2", "iso@5,300", "iso:2/4", "tiles:4", "requests", "iso:2+rs", "iso:3+tiles:2",
               "iso:3+ahead")  # fmt: skip
@@ -40,10 +41,11 @@ def split(checkpoints: Checkpoints) -> Iterator[object]:
     """Models split over ranks, kept for the tests of one model."""
     kept: dict[object, Ranks] = {}
 
-    def get(name: str, shares: tuple[float, ...], exact_rows: bool = False, lags: tuple[int, ...] = (0, 0)) -> Ranks:
-        key = (name, shares, exact_rows, lags)
+    def get(name: str, shares: tuple[float, ...], exact_rows: bool = False, lags: tuple[int, ...] = (0, 0),
+            times: int = 1) -> Ranks:  # fmt: skip
+        key = (name, shares, exact_rows, lags, times)
         if key not in kept:
-            kept[key] = Ranks(checkpoints.directory(name), shares, exact_rows, lags=lags)
+            kept[key] = Ranks(checkpoints.directory(name), shares, exact_rows, lags=lags, times=times)
         return kept[key]
 
     yield get
@@ -95,6 +97,24 @@ def test_any_legal_program_equals_serial(split, world: int, lags: tuple[int, int
     expected = ranks.run(batch, tokens, "serial")[0].logits
     actual = ranks.run(batch, tokens, program)[0].logits
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("shares", "times"), [((1.0,), 2), ((1.0,), 3), ((1.0, 1.0), 2)])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_steps_may_be_for_some_ranks(split, shares: tuple[float, ...], times: int, data: st.DataObject) -> None:
+    """Groups of ranks that have some of the stages each, and hand rows on to the next one, equal one rank."""
+    ranks, one = split("qwen3", shares, times=times), split("qwen3", (1.0,))
+    groups = [tuple(range(n * len(shares), (n + 1) * len(shares))) for n in range(times)]
+    program = data.draw(legal_programs(ranks.outline, groups))
+    tokens, batch = prompt_of(TOKENS), Batch(SEGMENTS)
+    check(program, ranks.outline, batch, ranks.world)
+    assert parse(write(program)) == program
+    expected = one.run(batch, tokens, "serial")[0].logits
+    results = ranks.run(batch, tokens, program)
+    assert (results[0].logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    likeliest = torch.stack(results[0].told)[:, :, 0].max(dim=0).values
+    assert all(torch.equal(torch.stack(r.told)[:, :, 0].max(dim=0).values, likeliest) for r in results)
 
 
 @pytest.mark.parametrize("lags", [(0, 0), (0, 1), (1, 1)])

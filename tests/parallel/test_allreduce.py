@@ -86,11 +86,11 @@ def test_halves_of_a_sum(world, rows: int) -> None:
     whole = threads.each(lambda rank: two_shot(groups[rank], codec, parts[rank].clone()))
     mine = threads.each(lambda rank: reduce_scatter(groups[rank], codec, parts[rank].clone()))
     for group, part in zip(groups, mine, strict=True):
-        assert torch.equal(part, whole[0][shard(group, rows)])
+        assert torch.equal(part, whole[0][shard(group.rank, group.world, rows)])
 
     def gather(rank: int) -> torch.Tensor:
         rows_of_all = torch.full_like(parts[rank], float("nan"))
-        rows_of_all[shard(groups[rank], rows)] = mine[rank]
+        rows_of_all[shard(rank, len(groups), rows)] = mine[rank]
         return all_gather(groups[rank], codec, rows_of_all)
 
     assert all(torch.equal(gathered, whole[0]) for gathered in threads.each(gather))
@@ -121,7 +121,7 @@ def test_one_rank_sums_nothing() -> None:
     group, part = Group(0, 1, None), torch.randn(3, 4)
     assert all_reduce(group, codec_named("exact"), part) is part
     assert torch.equal(reduce_scatter(group, codec_named("exact"), part), part)
-    assert all_gather(group, codec_named("exact"), part) is part and shard(group, 3) == slice(0, 3)
+    assert all_gather(group, codec_named("exact"), part) is part and shard(0, 1, 3) == slice(0, 3)
     assert gather_columns(group, part, [4]) is part and group.bytes_sent == 0
 
 

@@ -101,7 +101,7 @@ def test_which_collectives_are_awaited_next(layers: int) -> None:
 def urgent(program: Program) -> set[str]:
     flags = [
         flag
-        for block, (between, last) in zip(program.form.blocks, program.form.urgent, strict=True)
+        for block, (between, last) in zip(program.form.blocks, program.form.urgent(0), strict=True)
         for flag in (*(between * (block.rounds - 1)), *last)
     ]
     return {step.name for step, flag in zip(program, flags, strict=True) if flag}

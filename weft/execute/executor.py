@@ -22,7 +22,7 @@ from weft.execute.lanes import Lanes, Pending
 from weft.execute.residual import Residual
 from weft.execute.sampler import likeliest
 from weft.model.decoder import Decoder, Extent, Forward, StageFunctions
-from weft.parallel.allreduce import all_gather, all_reduce, reduce_scatter, shard, swap
+from weft.parallel.allreduce import all_gather, all_reduce, hand_over, reduce_scatter, shard, swap
 from weft.parallel.codec import Codec, codec_named
 from weft.parallel.group import Group
 from weft.program.batch import Rows
@@ -46,20 +46,21 @@ class Result:
 
     `logits` [wanted rows, this rank's vocabulary]; `told`: of each rank, `sampler.likeliest` of its logits. `spans`:
     start and end of every step, in seconds of this machine's monotonic clock. `busy`: seconds of each lane.
-    `checksums`: one per collective, equal on all ranks.
+    `checksums`: by number, of the steps after which all their ranks hold the same, if asked for.
     """
 
     logits: Tensor | None
     told: list[Tensor]
     spans: list[tuple[float, float]]
     busy: dict[str, float]
-    checksums: list[int]
+    checksums: dict[int, int]
 
 
 class _PreparedStep(NamedTuple):
-    """A step of a block's first round. `place`: of its stage in that round; `grows`: by how much with each round.
-    `urgent`: in a round that another one follows, and in the last one."""
+    """One of this rank's steps in a block's first round, the block's step number `at`. `place`: of its stage in that
+    round; `grows`: by how much with each round. `urgent`: in a round that another one follows, and in the last one."""
 
+    at: int
     step: Step
     place: int
     grows: int
@@ -67,28 +68,30 @@ class _PreparedStep(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """A form as the executor walks it: how often each block's steps come. `narrow_from`: the place of the stage that
-    wanted rows leave alone."""
+    """A form as a rank's executor walks it: of each block how often its steps come, and all ranks' number of them.
+    `narrow_from`: the place of the stage that wanted rows leave alone."""
 
-    blocks: tuple[tuple[int, tuple[_PreparedStep, ...]], ...]
+    blocks: tuple[tuple[int, int, tuple[_PreparedStep, ...]], ...]
     narrow_from: int
 
 
 @lru_cache(maxsize=FORMS)
-def prepare(outline: Outline, form: Form) -> _Prepared:
-    """Reads a form for a model."""
-    blocks = []
-    for block, awaited in zip(form.blocks, form.urgent, strict=True):
+def prepare(outline: Outline, form: Form, rank: int) -> _Prepared:
+    """Reads a form for a model and a rank."""
+    blocks, narrow = [], len(outline.stages)
+    for block, (between, last) in zip(form.blocks, form.urgent(rank), strict=True):
         grows = block.layers * len(outline.layer)
         steps = []
-        for step, *urgent in zip(block.steps, *awaited, strict=True):
+        for at, (step, *urgent) in enumerate(zip(block.steps, between, last, strict=True)):
             place = outline.place(step.part, step.layer)
             assert place is not None, "a stage that this model hasn't: the program was not checked"
-            steps.append(_PreparedStep(step, place, 0 if step.layer is None else grows, (urgent[0], urgent[1])))
-        blocks.append((block.rounds, tuple(steps)))
-    computed = (Kind.COMPUTE, Kind.BODY)
-    narrow = (each.place for _, steps in blocks for each in steps if each.step.wanted and each.step.kind in computed)
-    return _Prepared(tuple(blocks), min(narrow))
+            if step.wanted and step.kind in (Kind.COMPUTE, Kind.BODY):
+                narrow = min(narrow, place)
+            if step.concerns(rank):
+                grown = 0 if step.layer is None else grows
+                steps.append(_PreparedStep(at, step, place, grown, (urgent[0], urgent[1])))
+        blocks.append((block.rounds, len(block.steps), tuple(steps)))
+    return _Prepared(tuple(blocks), narrow)
 
 
 class _Now(NamedTuple):
@@ -165,6 +168,15 @@ class Executor:
         rank = group.rank
         self.part = Slice(rank, sum(vocabulary[:rank]), vocabulary[rank], sum(vocabulary))
 
+    def groups(self, form: Form) -> dict[tuple[str, tuple[int, ...]], Group]:
+        """For each lane that communicates, and the ranks that do it there: all (), or some. Every rank asks for those
+        that it is in, in the same order."""
+        if not form.ranks:
+            return {(lane, ()): self.group.on(lane) for lane in form.lanes if lane != COMPUTE}
+        steps = [step for block in form.blocks for step in block.steps if step.concerns(self.group.rank)]
+        travel = dict.fromkeys((s.lane, () if s.to else s.ranks) for s in steps if s.kind in COLLECTIVES)
+        return {lane_and_ranks: self.group.on(*lane_and_ranks) for lane_and_ranks in travel}
+
     def run(
         self, program: Program, forward: Forward, codec: Codec, scope: Scope = Scope.BOTH, checksums: bool = False
     ) -> Result:  # fmt: skip
@@ -180,12 +192,13 @@ class _Pass:
     ) -> None:
         self.outline, self.stages, self.lanes = owner.outline, owner.stages, owner.lanes
         self.group, self.part = owner.group, owner.part
-        self.groups = {lane: owner.group.on(lane) for lane in program.form.lanes if lane != COMPUTE}
+        self.groups = owner.groups(program.form)
         self.program, self.forward, self.codec, self.scope = program, forward, codec, scope
-        self.prepared = prepare(owner.outline, program.form)
+        self.prepared = prepare(owner.outline, program.form, owner.group.rank)
         self.spans = [(0.0, 0.0)] * len(program)
         self.busy = dict.fromkeys(program.form.lanes, 0.0)
-        self.checksums: dict[int, int] | None = {} if checksums else None
+        self.checksums: dict[int, int] = {}
+        self.checks = checksums
         self.pending: dict[int, Pending] = {}
         self.residual = Residual(owner.decoder, owner.outline, self.prepared.narrow_from, forward)
         self.inputs, self.bodies, self.partials = _Tensors(), _Bodies(), _Tensors()
@@ -198,33 +211,40 @@ class _Pass:
             self.residual.kept.zero_()
         try:
             for now, urgent in self._steps():
-                if now.step.kind in COLLECTIVES:
+                if now.step.to:
+                    self._send(now, urgent)
+                elif now.step.kind in COLLECTIVES:
                     self._collective(now, urgent)
                 elif self.scope is not Scope.NETWORK:
                     self._compute(now)
         finally:
             for waiting in self.pending.values():
                 waiting.wait()
-        checksums = [self.checksums[index] for index in sorted(self.checksums)] if self.checksums else []
-        return Result(self.logits, self.told, self.spans, self.busy, checksums)
+        return Result(self.logits, self.told, self.spans, self.busy, self.checksums)
 
     def _steps(self) -> Iterator[tuple[_Now, bool]]:
         """All of them, with whether one is urgent."""
         number, stages = 0, self.stages
         extents = [(Extent(rows, rows), Extent(rows, self.residual.wanted(rows))) for rows in self.program.rows]
-        for rounds, steps in self.prepared.blocks:
+        for rounds, length, steps in self.prepared.blocks:
             for round_ in range(rounds):
                 last = round_ == rounds - 1
-                for step, first, grows, urgent in steps:
+                for at, step, first, grows, urgent in steps:
                     place = first + round_ * grows
-                    yield _Now(number, step, place, stages[place], extents[step.chunk][step.wanted]), urgent[last]
-                    number += 1
+                    now = _Now(number + at, step, place, stages[place], extents[step.chunk][step.wanted])
+                    yield now, urgent[last]
+                number += length
 
-    def _compute(self, now: _Now) -> None:
-        number, step, place, stage, extent = now
+    def _wait(self, number: int, step: Step) -> None:
+        """For what must have ended before a step."""
         for distance in step.after:
             if (waited := self.pending.get(number - distance)) is not None:
                 waited.wait()
+
+    def _compute(self, now: _Now) -> None:
+        number, step, place, stage, extent = now
+        if self.pending:
+            self._wait(number, step)
         kind = step.kind
         if not extent.leaves.length and (kind is Kind.TAIL or not self.outline.stages[place].ordered):
             return  # nobody wants what would leave, and nothing is remembered here
@@ -236,7 +256,7 @@ class _Pass:
         elif kind is Kind.TAIL:
             self._leave(extent, place, stage, self.bodies.take(stage, extent.leaves))
         else:
-            self._enter(extent, place, stage)
+            self._enter(step, extent, place, stage)
         self._ended(number, COMPUTE, begin)
 
     def _ended(self, number: int, lane: str, begin: float) -> None:
@@ -251,9 +271,9 @@ class _Pass:
         gathered = self.inputs.take(stage, extent.rows)
         return gathered if extent.leaves == extent.rows else self.residual.pick(gathered, extent.rows)
 
-    def _enter(self, extent: Extent, place: int, stage: StageFunctions) -> None:
+    def _enter(self, step: Step, extent: Extent, place: int, stage: StageFunctions) -> None:
         """This rank's part of the rows; the all_gather that follows fills in the rest, in the same memory."""
-        hidden, mine = self.residual.stream(place, extent.rows), shard(self.group, extent.rows.length)
+        hidden, mine = self.residual.stream(place, extent.rows), self._shard(step, extent.rows)
         # Alone, the compute lane gets numbers of the usual size for the others' part: some are slow to compute with.
         whole = torch.empty_like(hidden) if self.scope is Scope.BOTH else hidden.clone()
         whole[mine] = stage.enter(self.forward, extent, hidden[mine])
@@ -271,33 +291,55 @@ class _Pass:
 
     def _collective(self, now: _Now, urgent: bool) -> None:
         number, step, place, stage, extent = now
-        kind, rows = step.kind, extent.leaves
+        kind, rows, world = step.kind, extent.leaves, len(step.ranks) or self.group.world
         if not rows.length:
             return
-        if self.scope is Scope.NETWORK:
-            tensor = self._stand_in(kind, rows)
+        if self.scope is Scope.NETWORK or (kind is Kind.GATHER and not self.partials.has(stage, rows)):
+            tensor = self._stand_in(kind, rows)  # of logits none, where this rank has no part of the vocabulary
         else:  # all of it is this rank's partial, or the rows that it entered
             tensor = (self.inputs if kind is Kind.ALL_GATHER else self.partials).take(stage, rows)
         if kind is Kind.REDUCE:
             self.residual.put(place, stage, extent, tensor)
         elif kind is Kind.REDUCE_SCATTER:
-            mine = shard(self.group, rows.length)
+            mine = self._shard(step, rows)
             part = Rows(rows.start + mine.start, rows.start + mine.stop)
             self.residual.put(place, stage, Extent(part, part), tensor[mine])
         elif kind is Kind.ALL_GATHER:
             self.inputs.put(stage, rows, tensor)
-        elif self.group.world == 1 or self.scope is not Scope.COMPUTE:
+        elif world == 1 or self.scope is not Scope.COMPUTE:
             self.logits = tensor
-        if self.group.world == 1:  # nothing travels: a partial is the sum already
-            self.told = [likeliest(tensor, 0)] if kind is Kind.GATHER else []
+        if world == 1:  # nothing travels: a partial is the sum already
+            if kind is Kind.GATHER:
+                self.told = [likeliest(tensor, 0)]
         elif self.scope is not Scope.COMPUTE:
             self.pending[number] = self.lanes.submit(step.lane, partial(self._communicate, now, tensor), urgent)
+
+    def _send(self, now: _Now, urgent: bool) -> None:
+        """To ranks that go on with these rows, or from those that had them: the residual stream itself, which nobody
+        touches on a rank that has sent it, nor on one that receives it before it is there."""
+        number, step, place, _, extent = now
+        self._wait(number, step)
+        sends = self.group.rank in step.ranks and self.scope is not Scope.NETWORK
+        tensor = self.residual.stream(place + 1, extent.rows) if sends else self.residual.left_by(place, extent)
+        if self.scope is Scope.COMPUTE:
+            if not sends:
+                tensor.fill_(1.0)  # of the usual size
+        elif extent.leaves.length:
+            self.pending[number] = self.lanes.submit(step.lane, partial(self._communicate, now, tensor), urgent)
+
+    def _shard(self, step: Step, rows: Rows) -> slice:
+        """This rank's part of rows that are divided over the step's ranks."""
+        ranks = step.ranks or range(self.group.world)
+        return shard(ranks.index(self.group.rank), len(ranks), rows.length)
 
     def _communicate(self, now: _Now, tensor: Tensor) -> None:
         """On its lane. What arrives replaces what is sent, in its own buffer."""
         begin, step = time.perf_counter(), now.step
-        group, codec = self.groups[step.lane], codec_named(step.wire) if step.wire else self.codec
+        group = self.groups[step.lane, () if step.to else step.ranks]
+        codec = codec_named(step.wire) if step.wire else self.codec
         match step.kind:
+            case Kind.SEND:
+                hand_over(group, codec, tensor, step.ranks, step.to)
             case Kind.GATHER:
                 self.told = swap(group, likeliest(tensor, self.part.first))
             case Kind.REDUCE:
@@ -306,7 +348,7 @@ class _Pass:
                 reduce_scatter(group, codec, tensor)
             case Kind.ALL_GATHER:
                 all_gather(group, codec, tensor)
-        if self.checksums is not None and step.kind in (Kind.REDUCE, Kind.ALL_GATHER):  # what all ranks hold alike
+        if self.checks and step.kind in (Kind.REDUCE, Kind.ALL_GATHER):  # what all ranks hold alike
             self.checksums[now.number] = zlib.crc32(tensor.view(torch.uint8).numpy().tobytes())
         self._ended(now.number, step.lane, begin)
 

@@ -11,7 +11,7 @@ import msgspec
 from weft.config import ModelConfig
 from weft.program.steps import Form
 
-VERSION = 6
+VERSION = 7
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):

@@ -59,6 +59,10 @@ class Residual:
         self._absorb(rows, self.outline.input_until(place), narrow)
         return self._view(self.wanted(rows) if narrow else rows, narrow)
 
+    def left_by(self, place: int, extent: Extent) -> Tensor:
+        """Where what a stage and those before it left of some rows is, or comes to from other ranks."""
+        return self._view(extent.leaves, place >= self._narrow_from)
+
     def read(self, place: int, rows: Rows) -> Tensor:
         """The same; and where wanted rows go on alone from this stage on, they are taken out. All rows are left to a
         stage that remembers them."""

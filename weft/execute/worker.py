@@ -192,7 +192,8 @@ class Worker:
         compute = result.busy[COMPUTE]
         lanes = compute, sum(result.busy.values()) - compute
         chosen = self.chosen if self.rank == 0 else []  # all have the same
-        self.say(p.Done(m.number, seconds, sampling, processor, lanes, sent, chosen, spans, result.checksums, logits))
+        checksums = [checksum for _, checksum in sorted(result.checksums.items())]
+        self.say(p.Done(m.number, seconds, sampling, processor, lanes, sent, chosen, spans, checksums, logits))
 
 
 def _whole_rows(group: Group, logits: Tensor, vocabulary: list[int]) -> bytes:

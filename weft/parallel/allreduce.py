@@ -1,4 +1,4 @@
-"""Sums over ranks, in rank order, for any codec.
+"""Sums over ranks, in rank order, for any codec, and what ranks hand to others.
 
 two-shot (large)  encode, exchange shards, decode and sum, encode, exchange sums, decode: bandwidth-optimal
 one-shot (small)  encode, gather everything everywhere, decode and sum: one hop
@@ -14,6 +14,8 @@ Shapes: T rows, M width, N ranks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -64,11 +66,11 @@ def two_shot(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
     return all_gather(group, codec, partial_TM)
 
 
-def shard(group: Group, rows: int) -> slice:
-    """This rank's part of so many rows: the first ranks take one more where they don't divide."""
-    size, larger = divmod(rows, group.world)
-    start = group.rank * size + min(group.rank, larger)
-    return slice(start, start + size + (group.rank < larger))
+def shard(rank: int, world: int, rows: int) -> slice:
+    """A rank's part of so many rows: the first ranks take one more where they don't divide."""
+    size, larger = divmod(rows, world)
+    start = rank * size + min(rank, larger)
+    return slice(start, start + size + (rank < larger))
 
 
 def reduce_scatter(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
@@ -117,6 +119,19 @@ def all_gather(group: Group, codec: Codec, rows_TM: Tensor) -> Tensor:
         codec.decode(received[peer], shards[peer])
     wait_all(sending)
     return rows_TM
+
+
+def hand_over(group: Group, codec: Codec, rows_TM: Tensor, senders: Sequence[int], receivers: Sequence[int]) -> None:
+    """The senders' rows, alike on all of them, come to the receivers, into `rows_TM` there; each receiver has one
+    sender, and each sender every so manieth receiver."""
+    if group.rank in senders:
+        encoded = codec.encode(rows_TM)
+        mine = receivers[senders.index(group.rank) :: len(senders)]
+        wait_all([group.send(encoded, peer) for peer in mine])
+        return
+    received = codec.landing(rows_TM)
+    group.receive(received, senders[receivers.index(group.rank) % len(senders)]).wait()
+    codec.decode(received, rows_TM)
 
 
 def swap(group: Group, numbers: Tensor) -> list[Tensor]:

@@ -46,13 +46,14 @@ def _link(rank: int) -> Iterator[None]:
 class Group:
     """`rank` of `world`; use from one thread at a time, in the same order on every rank.
 
-    Lanes that communicate at once have groups of their own: `lane` is this one's, `on` gives those of others.
+    Lanes that communicate at once have groups of their own: `lane` is this one's, `on` gives those of others, and those
+    of some of the ranks.
     """
 
     def __init__(self, rank: int, world: int, store: Any | None, lane: str = NETWORK) -> None:
         self.rank, self.world, self.lane, self._store = rank, world, lane, store
         self._sent = 0
-        self._others: dict[str, Group] = {}
+        self._others: dict[tuple[str, tuple[int, ...]], Group] = {}
         # One for messages to higher ranks, one for those to lower ones. A connection of gloo has one lock for both
         # ways, and its receiving thread spins while a send holds it: on a rank's only core that took turns of 3 ms.
         # torch has no types for its process groups: Any here, checked by the tests.
@@ -65,13 +66,16 @@ class Group:
                     for way in ("up", "down")
                 ]
 
-    def on(self, lane: str) -> Group:
-        """The same ranks on another lane. All of them ask for it, in the same order."""
-        if lane == self.lane:
+    def on(self, lane: str, ranks: tuple[int, ...] = ()) -> Group:
+        """These ranks on a lane, counted from 0; without any, all. Each of them asks for it, all in the same order."""
+        if lane == self.lane and not ranks:
             return self
-        if lane not in self._others:
-            self._others[lane] = Group(self.rank, self.world, self._store, lane)
-        return self._others[lane]
+        if (lane, ranks) not in self._others:
+            some, store = ranks or tuple(range(self.world)), self._store
+            if ranks and store is not None:
+                store = dist.PrefixStore(f"ranks {ranks}", store)  # type: ignore[attr-defined]
+            self._others[lane, ranks] = Group(some.index(self.rank), len(some), store, lane)
+        return self._others[lane, ranks]
 
     @property
     def bytes_sent(self) -> int:

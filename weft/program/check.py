@@ -2,57 +2,34 @@
 
 Knows stages, rows and lanes. A program passes if every row goes through every stage once, nothing is read before
 it is there, and chunks of one sequence keep their order in stages that are ordered. Of rounds that repeat, as many are
-looked at as it takes until one leaves everything as the one before it did: the rest of them are then proven too.
+looked at as it takes until one leaves everything as the one before it did: the rest of them are then proven too. Where
+steps are for some ranks only, this is proven of each rank's own steps, and of all together what divided.py says.
 
-No wait is for ever: edges lead back, and each lane runs in issue order on all ranks, so the first step that has not
-ended can always go on.
+No wait is for ever: edges lead back, to steps of the same ranks, and each lane runs in issue order on all of them, so
+the first step that has not ended can always go on. As that order is one for all ranks, so is that of their exchanges.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 from weft.config import WIRES
 from weft.program.batch import Batch, Rows, Segment
+from weft.program.divided import demand_ranks, demand_whole, representatives
+from weft.program.progress import Arrival, Progress, covered, once
 from weft.program.stages import ALGORITHMS, COLLECTIVES, COMPUTE, Kind, Outline, Stage
 from weft.program.steps import Block, Form, Issued, Program, ProgramError
 
 ROWS_TRAVEL = COLLECTIVES - {Kind.GATHER}
 PROVEN = 256  # of which it is remembered
 
-_Arrival = tuple[Rows, str, int]  # rows that a collective brings, its lane, its place on that lane
 
-
-@dataclass
-class _Progress:
-    """What has been issued of one stage so far."""
-
-    entered: list[Rows] = field(default_factory=list)  # each rank its part
-    gathered: list[_Arrival] = field(default_factory=list)  # input
-    started: list[Rows] = field(default_factory=list)  # by compute or body
-    bodies: list[Rows] = field(default_factory=list)
-    partials: list[Rows] = field(default_factory=list)  # by compute or tail
-    collected: list[_Arrival] = field(default_factory=list)
-
-    def since(self, places: dict[str, int]) -> Any:
-        """All of it, with places on lanes counted from these."""
-        arrivals = ([(rows, lane, place - places[lane]) for rows, lane, place in each]
-                    for each in (self.gathered, self.collected))  # fmt: skip
-        return self.entered[:], self.started[:], self.bodies[:], self.partials[:], *arrivals
-
-    def moved(self, places: dict[str, int]) -> None:
-        """So many places on each lane later."""
-        for each in (self.gathered, self.collected):
-            each[:] = [(rows, lane, place + places[lane]) for rows, lane, place in each]
-
-
-def check(program: Program, outline: Outline, batch: Batch) -> None:
-    """Raises `ProgramError`, naming the step, if the program must not run for this batch."""
+def check(program: Program, outline: Outline, batch: Batch, world: int = 1) -> None:
+    """Raises `ProgramError`, naming the step, if the program must not run for this batch on `world` ranks."""
     offsets, chunks = program.offsets, program.form.chunks
     if not program.form.blocks or list(offsets) != sorted({0, *offsets}):
         raise ProgramError("the program has no steps, or its rows don't begin with the batch's first")
@@ -64,36 +41,55 @@ def check(program: Program, outline: Outline, batch: Batch) -> None:
         ends = [span.stop for span in batch.spans]
         number = {offset: place for place, offset in enumerate(sorted({*program.offsets, *ends}))}
         with suppress(ProgramError):  # the same is said again below, with the batch's rows
-            _prove(program.form, outline, *(tuple([number[at] for at in each]) for each in (program.offsets, ends)))
+            numbered = (tuple([number[at] for at in each]) for each in (program.offsets, ends))
+            _prove(program.form, outline, *numbered, world)
             return
-    _Checker(program, outline, batch).run()
+    _demand_legal(program, outline, batch, world)
 
 
 @lru_cache(maxsize=PROVEN)
-def _prove(form: Form, outline: Outline, offsets: tuple[int, ...], ends: tuple[int, ...]) -> None:
+def _prove(form: Form, outline: Outline, offsets: tuple[int, ...], ends: tuple[int, ...], world: int) -> None:
     """Legality depends on the order of offsets and sequences' ends alone, so that it is proven once for all batches in
     which they come in the same order. Raises `ProgramError`."""
     segments = tuple(Segment(slot, 0, stop - start) for slot, (start, stop) in enumerate(pairwise((0, *ends))))
-    _Checker(Program(form, offsets), outline, Batch(segments)).run()
+    _demand_legal(Program(form, offsets), outline, Batch(segments), world)
+
+
+def _demand_legal(program: Program, outline: Outline, batch: Batch, world: int) -> None:
+    """On all ranks; those that run the same steps are alike."""
+    demand_ranks(program.form, world)
+    if not program.form.ranks:
+        _Checker(program, outline, batch, 0).run()
+        return
+    for rank in representatives(program.form, world):
+        try:
+            _Checker(program, outline, batch, rank).run()
+        except ProgramError as error:
+            raise ProgramError(f"on rank {rank}: {error}") from None
+    demand_whole(program, outline, Rows(0, batch.tokens), world)
 
 
 class _Checker:
-    """`first`: the first stage of which something is still to come; those before it are complete, and forgotten.
+    """The steps of one rank.
+
+    `first`: the first stage of which something is still to come; those before it are complete, and forgotten.
 
     `places`: how many steps each lane has. `network`: of each collective its lane and place, by its place in issue
     order. `arrived`: on each lane, the place up to which the compute lane knows that all has ended: lanes run in order,
-    so one number says that. `spread`: rows whose residual stream each rank has its part of only.
+    so one number says that. `spread`: rows whose residual stream each rank has its part of only. `gone`: rows with
+    which other ranks go on.
     """
 
-    def __init__(self, program: Program, outline: Outline, batch: Batch) -> None:
-        self.program, self.outline, self.batch = program, outline, batch
+    def __init__(self, program: Program, outline: Outline, batch: Batch, rank: int) -> None:
+        self.program, self.outline, self.batch, self.rank = program, outline, batch, rank
         self.whole = Rows(0, batch.tokens)
         self.first = self.index = 0
-        self.progress: dict[int, _Progress] = {}
+        self.progress: dict[int, Progress] = {}
         self.places = dict.fromkeys(program.form.lanes, 0)
         self.arrived = dict.fromkeys(program.form.lanes, -1)
         self.network: dict[int, tuple[str, int]] = {}
         self.spread: list[Rows] = []
+        self.gone: list[Rows] = []
         self.narrow = self._narrow()
 
     def _narrow(self) -> int:
@@ -133,7 +129,7 @@ class _Checker:
         for block in self.program.form.blocks:
             self._block(block)
         for place in range(self.first, len(self.outline.stages)):
-            if not self._complete(place):
+            if not self._complete(place) and not (self.program.form.ranks and self._complete_here(place)):
                 name = self.outline.stages[place].name
                 raise ProgramError(f"{name}: not all of the rows {self.whole} go through it")
 
@@ -143,7 +139,8 @@ class _Checker:
         for number in range(block.rounds):
             for step in block.steps:
                 layer = None if step.layer is None else step.layer + number * block.layers
-                self._step(Issued(self.index, step, layer, self._rows(step.chunk)))
+                if step.concerns(self.rank):
+                    self._step(Issued(self.index, step, layer, self._rows(step.chunk)))
                 self.index += 1
             if before == (now := self._state(block, number)):
                 taken = {lane: place - places[lane] for lane, place in self.places.items()}
@@ -161,7 +158,7 @@ class _Checker:
             for lane, place in (self.network.get(self.index - back, ("", 0)) for back in range(1, block.reach + 1))
             if lane
         ]
-        return self.first - passed, known, arrived, edges, self.spread[:]
+        return self.first - passed, known, arrived, edges, self.spread[:], self.gone[:]
 
     def _skip(self, block: Block, rounds: int, taken: dict[str, int]) -> None:
         """As if so many more rounds had been issued, with the steps that one takes on each lane."""
@@ -204,13 +201,17 @@ class _Checker:
         place = self._place(step)
         stage = self.outline.stages[place]
         self._demand_sound(step, place, stage)
-        if step.kind in COLLECTIVES:
+        if step.kind in COLLECTIVES and step.kind is not Kind.SEND:
             self._collective(step, place, stage)
             return
         for edge in step.after:
             lane, at = self.network.get(edge, (COMPUTE, -1))
             self.arrived[lane] = max(self.arrived[lane], at)
+        if any(rows.intersects(step.rows) for rows in self.gone):
+            raise ProgramError(f"{step.name!r}: other ranks go on with some of these rows since a send")
         match step.kind:
+            case Kind.SEND:
+                self._send(step, place)
             case Kind.ENTER:
                 self._enter(step, place)
             case Kind.TAIL:
@@ -218,12 +219,12 @@ class _Checker:
             case _:
                 self._compute(step, place, stage)
 
-    def _of(self, place: int) -> _Progress:
-        return self.progress.setdefault(place, _Progress())
+    def _of(self, place: int) -> Progress:
+        return self.progress.setdefault(place, Progress())
 
     def _compute(self, step: Issued, place: int, stage: Stage) -> None:
         progress = self._of(place)
-        _once(progress.started, step)
+        once(progress.started, step)
         if step.kind is Kind.BODY and stage.collective is not Kind.REDUCE:
             raise ProgramError(f"{step.name!r}: only a stage that ends in a reduce has a tail")
         if progress.entered or any(rows.intersects(step.rows) for rows in self.spread):
@@ -232,7 +233,7 @@ class _Checker:
             self._sums_arrived(step, place)
         self._read_by_those_before(step, place)
         if stage.ordered:
-            self._keeps_order(step, progress.started)
+            self._keeps_order(step, progress)
         progress.started.append(step.rows)
         (progress.bodies if step.kind is Kind.BODY else progress.partials).append(step.rows)
         self._forget()
@@ -241,12 +242,12 @@ class _Checker:
         progress = self._of(place)
         if not any(body.contains(step.rows) for body in progress.bodies):
             raise ProgramError(f"{step.name!r}: no body of these rows was issued before")
-        _once(progress.partials, step)
+        once(progress.partials, step)
         progress.partials.append(step.rows)
 
     def _enter(self, step: Issued, place: int) -> None:
         progress = self._of(place)
-        _once(progress.entered, step)
+        once(progress.entered, step)
         if progress.started and not progress.gathered:
             raise ProgramError(f"{step.name!r}: {step.stage} was computed without an all_gather before")
         if step.rows not in self.spread:
@@ -254,20 +255,44 @@ class _Checker:
         self._sums_arrived(step, place)
         progress.entered.append(step.rows)
 
-    def _collective(self, step: Issued, place: int, stage: Stage) -> None:
-        progress, at = self._of(place), self.places[step.lane]
+    def _send(self, step: Issued, place: int) -> None:
+        """The rank that sends has all that came to these rows; to one that receives, it comes from all those stages."""
+        if self.outline.lags or place + 1 >= len(self.outline.stages):
+            raise ProgramError(f"{step.name!r}: no stage reads all that came to these rows up to here, and goes on")
+        if any(rows.intersects(step.rows) for rows in self.spread):
+            raise ProgramError(f"{step.name!r}: since a reduce_scatter, each rank has its part of these rows only")
+        at = self._number(step)
+        if self.rank in step.step.ranks:
+            self._sums_arrived(step, place + 1)
+            self.gone.append(step.rows)
+            return
+        for before in range(self.first, place + 1):
+            progress = self._of(before)
+            once(progress.started, step)
+            progress.receive(step.rows, step.lane, at)
+        self._forget()
+
+    def _number(self, step: Issued) -> int:
+        """The place of a collective on its lane."""
+        at = self.places[step.lane]
         self.network[step.number] = step.lane, at
         self.places[step.lane] += 1
+        return at
+
+    def _collective(self, step: Issued, place: int, stage: Stage) -> None:
+        progress, at = self._of(place), self._number(step)
+        if step.kind is Kind.GATHER and self.program.form.ranks and not progress.started:
+            return  # this rank has no part of the vocabulary, and is told
         if step.kind is Kind.ALL_GATHER:
             if step.rows not in progress.entered:
                 raise ProgramError(f"{step.name!r}: no enter of just these rows was issued before")
-            _once([rows for rows, _, _ in progress.gathered], step)
+            once([rows for rows, _, _ in progress.gathered], step)
             progress.gathered.append((step.rows, step.lane, at))
             return
         self._may_end_in(step, stage)
         if not any(partial.contains(step.rows) for partial in progress.partials):
             raise ProgramError(f"{step.name!r}: no single partial holds these rows yet")
-        _once([rows for rows, _, _ in progress.collected], step)
+        once([rows for rows, _, _ in progress.collected], step)
         progress.collected.append((step.rows, step.lane, at))
 
     def _may_end_in(self, step: Issued, stage: Stage) -> None:
@@ -290,7 +315,7 @@ class _Checker:
     def _sums_arrived(self, step: Issued, place: int) -> None:
         for before in range(self.first, self.outline.input_until(place) + 1):
             there = self._left_by(before)
-            if _covered(there, step.rows) < step.rows.length:
+            if covered(there, step.rows) < step.rows.length:
                 name = self.outline.stages[before].name
                 raise ProgramError(f"{step.name!r}: not after everything that {name} leaves in its rows")
 
@@ -301,7 +326,7 @@ class _Checker:
         for before in range(self.first, place):
             read = self._of(before).started
             changes = self.outline.input_until(before) < until or before == self.narrow
-            if changes and _covered(read, step.rows) < step.rows.length:
+            if changes and covered(read, step.rows) < step.rows.length:
                 name = self.outline.stages[before].name
                 raise ProgramError(
                     f"{step.name!r}: {name} has not read all of these rows yet, and this would change them"
@@ -310,31 +335,42 @@ class _Checker:
     def _left_by(self, place: int) -> list[Rows]:
         """Rows whose contribution by a stage is known to be there."""
         progress = self._of(place)
-        return progress.partials if self.outline.stages[place].collective is None else self._there(progress.collected)
+        alone = progress.partials if self.outline.stages[place].collective is None else []
+        return [*alone, *self._there(progress.collected)]
 
-    def _there(self, arrivals: list[_Arrival]) -> list[Rows]:
+    def _there(self, arrivals: list[Arrival]) -> list[Rows]:
         return [rows for rows, lane, at in arrivals if at <= self.arrived[lane]]
 
-    def _input_gathered(self, step: Issued, progress: _Progress) -> None:
-        if _covered(self._there(progress.gathered), step.rows) < step.rows.length:
+    def _input_gathered(self, step: Issued, progress: Progress) -> None:
+        if covered(self._there(progress.gathered), step.rows) < step.rows.length:
             raise ProgramError(f"{step.name!r}: not after an all_gather of everything in its rows")
 
-    def _keeps_order(self, step: Issued, started: list[Rows]) -> None:
+    def _keeps_order(self, step: Issued, progress: Progress) -> None:
+        started = [rows for rows in progress.started if rows not in progress.received]  # what others store is not here
         for _, span, rows in self.batch.within(step.rows):
             earlier = Rows(span.start, rows.start)
-            if _covered(started, earlier) < earlier.length:
+            if covered(started, earlier) < earlier.length:
                 raise ProgramError(f"{step.name!r}: earlier rows of the same sequence ({earlier}) come later")
 
     def _complete(self, place: int) -> bool:
-        progress, stage = self._of(place), self.outline.stages[place]
-        done = [rows for rows, _, _ in progress.collected] if stage.collective else progress.partials
-        return _covered(done, self.whole) == self.whole.length
+        return covered(self._done(place), self.whole) == self.whole.length
+
+    def _complete_here(self, place: int) -> bool:
+        """What this rank has begun of it has ended."""
+        done = self._done(place)
+        return all(covered(done, rows) == rows.length for rows in self._of(place).started)
+
+    def _done(self, place: int) -> list[Rows]:
+        """Rows that have gone through a stage."""
+        progress = self._of(place)
+        alone = progress.partials if self.outline.stages[place].collective is None else []
+        return [*alone, *(rows for rows, _, _ in progress.collected)]
 
     def _forget(self) -> None:
         """Stages that are complete, and whose contribution all rows of a later one have read."""
         while (reader := self.outline.readers[self.first]) is not None:
             read = self.progress[reader].started if reader in self.progress else []
-            if not self._complete(self.first) or _covered(read, self.whole) < self.whole.length:
+            if not self._complete(self.first) or covered(read, self.whole) < self.whole.length:
                 return
             self.progress.pop(self.first)
             self.first += 1
@@ -343,13 +379,3 @@ class _Checker:
 def _enters(step: Issued) -> bool:
     """It is about what the stage before left."""
     return step.kind in (Kind.ENTER, Kind.ALL_GATHER)
-
-
-def _once(done: list[Rows], step: Issued) -> None:
-    if any(rows.intersects(step.rows) for rows in done):
-        raise ProgramError(f"{step.name!r}: some of these rows were done before")
-
-
-def _covered(pieces: list[Rows], rows: Rows) -> int:
-    """How many of `rows` are in one of the (disjoint) pieces."""
-    return sum(piece.clip(rows).length for piece in pieces)

@@ -32,6 +32,8 @@ class Issue(NamedTuple):
     on: str = ""
     wire: str = ""
     algorithm: str = ""
+    ranks: tuple[int, ...] = ()
+    to: tuple[int, ...] = ()
 
 
 def plain(issues: Sequence[Issue]) -> Program:

@@ -27,6 +27,7 @@ class Kind(StrEnum):
     REDUCE_SCATTER = "reduce_scatter"  # the same, but each rank gets its part of the rows only
     ALL_GATHER = "all_gather"  # collects everywhere what `enter` left on each rank: a stage's input
     GATHER = "gather"  # tells all ranks the likeliest tokens of each one's slice of the logits
+    SEND = "send"  # what a stage and all before it left goes from the ranks that have it to others, which go on with it
 
     @property
     def lane(self) -> str:
@@ -34,7 +35,7 @@ class Kind(StrEnum):
         return NETWORK if self in COLLECTIVES else COMPUTE
 
 
-COLLECTIVES = frozenset({Kind.REDUCE, Kind.REDUCE_SCATTER, Kind.ALL_GATHER, Kind.GATHER})
+COLLECTIVES = frozenset({Kind.REDUCE, Kind.REDUCE_SCATTER, Kind.ALL_GATHER, Kind.GATHER, Kind.SEND})
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Programs: the whole description of a forward pass, the same for every rank.
+"""Programs: the whole description of a forward pass, one for all ranks; a rank runs the steps that concern it.
 
 Layers repeat, so a program's form is a few blocks of steps, each with how often it repeats; and chunks have numbers,
 so a form is the same for all batches that are cut alike. The batch brings the offsets between which its chunks lie.
@@ -28,7 +28,8 @@ class Step(NamedTuple):
 
     `layer`: in the block's first round; None for a stage outside the layers. `chunk`: its number in the form. `after`:
     how many steps earlier, in issue order, those were issued that must have ended. `wanted`: it is about the wanted
-    ones of its rows only. `on`: its lane, `wire` and `algorithm`: how it travels; empty for the usual.
+    ones of its rows only. `on`: its lane, `wire` and `algorithm`: how it travels; empty for the usual. `ranks`: which
+    ones it concerns, rising; empty for all. `to`: of a send, those that receive.
     """
 
     kind: Kind
@@ -40,11 +41,17 @@ class Step(NamedTuple):
     on: str = ""
     wire: str = ""
     algorithm: str = ""
+    ranks: tuple[int, ...] = ()
+    to: tuple[int, ...] = ()
 
     @property
     def lane(self) -> str:
         """What it occupies while it runs."""
         return self.on or self.kind.lane
+
+    def concerns(self, rank: int) -> bool:
+        """It is one of this rank's steps."""
+        return not self.ranks or rank in self.ranks or rank in self.to
 
     def later(self, layers: int) -> Step:
         """The same, so many layers on."""
@@ -93,25 +100,31 @@ class Form:
         return tuple(dict.fromkeys([COMPUTE, *used]))
 
     @cached_property
-    def urgent(self) -> tuple[tuple[tuple[bool, ...], tuple[bool, ...]], ...]:
+    def ranks(self) -> frozenset[int]:
+        """Those that steps name; none where all steps are for all ranks."""
+        steps = [step for block in self.blocks for step in block.steps]
+        return frozenset(rank for step in steps for rank in (*step.ranks, *step.to))
+
+    def urgent(self, rank: int) -> tuple[tuple[tuple[bool, ...], tuple[bool, ...]], ...]:
         """For each block, and each of its steps in a round that another one follows and in the last round: whether it
-        is a collective for which the very next computation waits, or that no computation follows."""
-        found: list[tuple[tuple[bool, ...], tuple[bool, ...]]] = []
+        is a collective for which this rank's very next computation waits, or that no computation follows."""
+        blocks: list[tuple[tuple[bool, ...], tuple[bool, ...]]] = []
         following: tuple[Step, ...] = ()
         for block in reversed(self.blocks):
-            found.append((_awaited(block.steps, block.steps), _awaited(block.steps, following)))
+            blocks.append((_awaited(block.steps, block.steps, rank), _awaited(block.steps, following, rank)))
             following = (*block.steps, *following)
-        return tuple(reversed(found))
+        return tuple(reversed(blocks))
 
 
-def _awaited(steps: tuple[Step, ...], following: tuple[Step, ...]) -> tuple[bool, ...]:
+def _awaited(steps: tuple[Step, ...], following: tuple[Step, ...], rank: int) -> tuple[bool, ...]:
     """For each of the steps; `following` are those that come after them."""
-    both, computes, found = (*steps, *following), -1, []
+    both, waits, awaited = (*steps, *following), -1, []
     for place in range(len(both) - 1, -1, -1):
-        collective = both[place].kind in COLLECTIVES
-        found.append(collective and (computes < 0 or computes - place in both[computes].after))
-        computes = computes if collective else place
-    return tuple(found[: len(following) - 1 if following else None : -1])
+        step = both[place]
+        awaited.append(step.kind in COLLECTIVES and (waits < 0 or waits - place in both[waits].after))
+        if step.concerns(rank) and (step.kind not in COLLECTIVES or step.kind is Kind.SEND):
+            waits = place
+    return tuple(awaited[: len(following) - 1 if following else None : -1])
 
 
 class Issued(NamedTuple):

@@ -17,7 +17,8 @@
 
 What stands below `78x` is its first round; each further round is one layer on (`39x by 2 layers`: two). Rows may stand
 in place of a chunk's letters. After them a step may say `wanted` (the wanted ones of its rows only), `on` a lane, `as`
-a wire, `by` an algorithm, and `after` which steps; a step is named by its kind, stage and chunk.
+a wire, `by` an algorithm, `for` which ranks (`0-3` or `0,2`) and, of a send, `to` which, and `after` which steps. A
+step is named by its kind, stage and chunk.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from weft.program.steps import Block, Form, Program, ProgramError, Step
 
 ALL = "all"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-OPTIONS = {"on": "on", "as": "wire", "by": "algorithm"}
+OPTIONS = {"on": "on", "as": "wire", "by": "algorithm", "for": "ranks", "to": "to"}
+MOST_RANKS = 4096  # that a step can name
 
 _Name = tuple[Kind, str, int | None, int]  # kind, part, layer, chunk
 
@@ -95,7 +97,31 @@ def _options(step: Step) -> Iterator[str]:
         yield "wanted"
     for word, field in OPTIONS.items():
         if value := getattr(step, field):
-            yield f"{word} {value}"
+            yield f"{word} {value if isinstance(value, str) else _ranges(value)}"
+
+
+def _ranges(ranks: Sequence[int]) -> str:
+    """`0-3` for 0, 1, 2, 3; `0,2` for those two."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    """What `_ranges` wrote."""
+    if not _RANKS.fullmatch(text):
+        raise ProgramError(f"{text!r} are no ranks; some look like '0-3' or '0,2'")
+    pairs = [(int(first), int(last or first)) for first, _, last in (run.partition("-") for run in text.split(","))]
+    if any(last - first >= MOST_RANKS for first, last in pairs):
+        raise ProgramError(f"{text!r} are more than {MOST_RANKS} ranks")
+    ranks = [rank for first, last in pairs for rank in range(first, last + 1)]
+    if not ranks or ranks != sorted(set(ranks)):
+        raise ProgramError(f"the ranks {text!r} don't rise; write each once, as in '0-3' or '0,2'")
+    return tuple(ranks)
 
 
 def parse(text: str) -> Program:
@@ -117,6 +143,7 @@ def parse(text: str) -> Program:
 
 _ROWS = re.compile(r"(\d+):(\d+)")
 _STAGE = re.compile(r"(?:L(\d+)\.)?([^\W\d]\w*)")
+_RANKS = re.compile(r"\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?)*")
 _ROUNDS = re.compile(r"(\d+)x(?:\s+by\s+(\d+)\s+layers?)?")
 
 
@@ -205,7 +232,8 @@ class _Reading:
             if word == "wanted":
                 said[word] = True
             elif word in OPTIONS and words:
-                said[OPTIONS[word]], *words = words
+                value, *words = words
+                said[OPTIONS[word]] = _ranks(value) if OPTIONS[word] in ("ranks", "to") else value
             else:
                 allowed = ", ".join(["wanted", *(f"{name} …" for name in OPTIONS), "after …"])
                 raise ProgramError(f"{word!r} is nothing that a step says; after its chunk may stand: {allowed}")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from weft.program.batch import Batch, Rows
 from weft.program.stages import COLLECTIVES, COMPUTE, Kind
-from weft.program.steps import Block, Form, Program, Step
+from weft.program.steps import Block, Form, Program, ProgramError, Step
 from weft.simulate.cost import ComputeCosts, Costs, WireCosts
 from weft.timeline.timeline import Event, Timeline
 
@@ -95,7 +95,10 @@ class Structure:
 
 @lru_cache(maxsize=512)
 def structure_of(form: Form, fused: bool = False) -> Structure:
-    """Reads a form. `fused`: its sums take the norms that follow them along."""
+    """Reads a form. `fused`: its sums take the norms that follow them along. Raises `ProgramError` for steps that are
+    for some ranks only: each rank would be a clock of its own."""
+    if form.ranks:
+        raise ProgramError("programs with steps for some ranks only can be checked and run, but not predicted yet")
     numbers: dict[tuple[Work, int], int] = {}
     lanes = {lane: number for number, lane in enumerate(form.lanes)}
     blocks: list[tuple[_Step, ...]] = []
