@@ -28,13 +28,13 @@ def end_ids(directory: Path, model: ModelConfig, tokenizer: Tokenizer | None) ->
     proposed, lines = generation_defaults(directory)
     given = proposed.get("eos_token_id", model.fields.get("eos_token_id"))
     listed = [*(given if isinstance(given, list) else [given]), *(tokenizer.end_ids if tokenizer else ())]
-    known = range(model.vocabulary)
-    there = {repr(token): token for token in listed if type(token) is int and token in known}
+    vocabulary = range(model.vocabulary)
+    there = {repr(token): token for token in listed if type(token) is int and token in vocabulary}
     missing = dict.fromkeys(repr(token) for token in listed if token is not None and repr(token) not in there)
     where = "(of generation_config.json, config.json or the tokenizer)"
     if missing:
         lines.append(
-            f"end token {', '.join(missing)} {where} is not in the vocabulary, 0 to {len(known) - 1}; left out"
+            f"end token {', '.join(missing)} {where} is not in the vocabulary, 0 to {len(vocabulary) - 1}; left out"
         )
     return frozenset(there.values()), lines
 
@@ -46,15 +46,15 @@ def limit_of(
 
     Raises `InputError` for ids that don't exist, and for prompts and wishes that leave nothing to do.
     """
-    known, own = range(vocabulary), (*(params.stop_token_ids or ()), *(params.logit_bias or ()))
+    tokens, own = range(vocabulary), (*(params.stop_token_ids or ()), *(params.logit_bias or ()))
     if not prompt:
         raise InputError("the prompt is empty; give at least one token")
     if len(prompt) >= length:  # first: what is far too long is not looked through
         raise InputError(
             f"the prompt has {len(prompt)} tokens and the context holds {length}, the answer included; shorten it"
         )
-    if min(prompt) < 0 or max(prompt) >= vocabulary or any(token not in known for token in own):
-        outside = next(token for token in (*prompt, *own) if token not in known)
+    if min(prompt) < 0 or max(prompt) >= vocabulary or any(token not in tokens for token in own):
+        outside = next(token for token in (*prompt, *own) if token not in tokens)
         raise InputError(f"token id {shown(outside)} is not in the vocabulary, 0 to {vocabulary - 1}")
     if params.min_tokens and len({*ends, *(params.stop_token_ids or ())}) >= vocabulary:
         raise InputError("every token ends the answer, so min_tokens leaves none to choose; leave it out")

@@ -158,7 +158,7 @@ class Comparing:
         rounds, wire, best, device = self.rounds, variant.wire, fastest.result, fastest.device
         savings = [1 - r.seconds[variant] / r.serial(wire) for r in rounds]
         efficiencies = [overlap_efficiency(r.serial(wire), r.seconds[variant], r.bound(wire)) for r in rounds]
-        known = [value for value in efficiencies if value is not None]
+        measured = [value for value in efficiencies if value is not None]
         most = max(range(len(best.bytes_sent)), key=lambda rank: best.bytes_sent[rank])
         assert best.timeline is not None
         plan, planner, title = self._plans[variant], self._planners[variant], f"{variant.overlap}, wire {wire}"
@@ -170,7 +170,7 @@ class Comparing:
             serial_median=median(r.serial(wire) for r in rounds), saving=median(savings),
             saving_range=(min(savings), max(savings)),
             saving_bound=median(1 - r.bound(wire) / r.serial(wire) for r in rounds),
-            overlap_efficiency=median(known) if known else None,
+            overlap_efficiency=median(measured) if measured else None,
             exposed=median(r.seconds[variant] - r.compute_alone for r in rounds),
             bytes_on_wire=best.bytes_sent[most], bytes_on_device=device[most] if device is not None else None,
             predicted=plan.predicted.seconds if plan.predicted else None,

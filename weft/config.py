@@ -134,8 +134,8 @@ def _plain_windows(fields: dict[str, Any]) -> bool:
         kind in ("full_attention", "sliding_attention") for kind in kinds
     )  # fmt: skip
     window = fields.get("sliding_window", "missing")
-    known = window is None or (type(window) is int and window > 0)
-    return bool(known and (each or (kinds is None and fields["model_type"] == "mistral")))
+    plain = window is None or (type(window) is int and window > 0)
+    return bool(plain and (each or (kinds is None and fields["model_type"] == "mistral")))
 
 
 def _plain_ends(fields: dict[str, Any]) -> bool:

@@ -67,8 +67,8 @@ class Spelling:
         if piece is None:
             return b""
         if self._byte_level:
-            known = all(character in BYTES for character in piece)
-            return bytes(BYTES[character] for character in piece) if known else piece.encode()
+            spelled = all(character in BYTES for character in piece)
+            return bytes(BYTES[character] for character in piece) if spelled else piece.encode()
         byte = self.byte_of(token)
         return bytes([byte]) if byte is not None else self.between(token, token).encode()
 

@@ -129,10 +129,10 @@ class StopText:
 
     def grow(self, more: str) -> None:
         """Appends; cuts the text at the earliest stop text that `more` completes."""
-        found = self._found(more)
+        tokens = self._found(more)
         self.text += more
-        if found is not None:
-            at, self.stopped = found
+        if tokens is not None:
+            at, self.stopped = tokens
             self.text = self.text[: at + (len(self.stopped) if self._keep_stop else 0)]
 
     def go_on(self, ahead: str = "") -> None:

@@ -220,20 +220,20 @@ class Batcher:
         if not self._may_start():
             return
         for sequence in sorted((s for s in self.waiting if not s.alone), key=lambda s: self.urgency(s, now)):
-            found = self._found(sequence)
-            if self._being_computed(sequence) >= (found.length if found else 0) + WORTH_WAITING:
+            prefix = self._found(sequence)
+            if self._being_computed(sequence) >= (prefix.length if prefix else 0) + WORTH_WAITING:
                 continue  # until then: the others' turn
-            if self.running and not self._fits(sequence, found):
+            if self.running and not self._fits(sequence, prefix):
                 return
-            self._start(sequence, found)
+            self._start(sequence, prefix)
             yield sequence
             if not self._may_start():
                 return
 
-    def _fits(self, sequence: Sequence, found: Prefix | None) -> bool:
+    def _fits(self, sequence: Sequence, prefix: Prefix | None) -> bool:
         """True if all of it fits beside what runs, once kept prefixes have gone."""
         promised = sum(len(s.tokens) + HEADROOM for s in self.running) + len(sequence.tokens) + HEADROOM
-        source = found.slot if found is not None and found.slot in self.prefixes else None
+        source = prefix.slot if prefix is not None and prefix.slot in self.prefixes else None
         return promised + (self._filled[source] if source is not None else 0) <= self.memory
 
     def _found(self, sequence: Sequence) -> Prefix | None:
@@ -242,12 +242,12 @@ class Batcher:
             return None
         tokens = sequence.request.packed if not sequence.produced else packed(sequence.tokens)
         kept = self.prefixes.longest(tokens, self._stretch(sequence))
-        found = [kept] if kept is not None else []
+        prefixes = [kept] if kept is not None else []
         for other in self.running:
             assert other.slot is not None
             if other.tokens[0] == sequence.tokens[0] and self._stretch(other) == self._stretch(sequence):
-                found.append(Prefix(other.slot, min(other.computed, shared(other.request.packed, tokens))))
-        slot, length = max(found, key=lambda f: f.length, default=Prefix(0, 0))
+                prefixes.append(Prefix(other.slot, min(other.computed, shared(other.request.packed, tokens))))
+        slot, length = max(prefixes, key=lambda f: f.length, default=Prefix(0, 0))
         length = self._usable(length, sequence)
         return Prefix(slot, length) if length >= LEAST_SHARED else None
 
@@ -281,17 +281,17 @@ class Batcher:
             most = min(most, len(sequence.request.prompt))
         return min(most, sequence.computed)
 
-    def _start(self, sequence: Sequence, found: Prefix | None) -> None:
+    def _start(self, sequence: Sequence, prefix: Prefix | None) -> None:
         """Gives a waiting sequence a slot, with what is known of its beginning in it."""
-        length = found.length if found is not None else 0
-        in_place = found is not None and found.slot in self.prefixes
-        if found is not None and in_place and self.prefixes.length(found.slot) - length <= LITTLE * length:
-            self.prefixes.take(found.slot)
-            slot = found.slot
+        length = prefix.length if prefix is not None else 0
+        in_place = prefix is not None and prefix.slot in self.prefixes
+        if prefix is not None and in_place and self.prefixes.length(prefix.slot) - length <= LITTLE * length:
+            self.prefixes.take(prefix.slot)
+            slot = prefix.slot
         else:
             slot = self._free.pop()
-            if found is not None:
-                self._moves.append(CopyPrefix(found.slot, slot, length))
+            if prefix is not None:
+                self._moves.append(CopyPrefix(prefix.slot, slot, length))
         self._filled[slot] = max(self._filled[slot], length)
         self.waiting.remove(sequence)
         self.running.append(sequence)

@@ -21,11 +21,11 @@ def megabits(link: str) -> float | None:
 
 def groups(points: Sequence[Point]) -> list[list[Point]]:
     """Points that differ in their link only, slowest first; those without at least two speeds are left out."""
-    found: dict[tuple[int, int], list[Point]] = {}
+    by_group: dict[tuple[int, int], list[Point]] = {}
     for point in points:
         if megabits(point.link) is not None:
-            found.setdefault((point.tp, point.tokens), []).append(point)
-    return [sorted(group, key=lambda p: megabits(p.link) or 0.0) for group in found.values() if len(group) > 1]
+            by_group.setdefault((point.tp, point.tokens), []).append(point)
+    return [sorted(group, key=lambda p: megabits(p.link) or 0.0) for group in by_group.values() if len(group) > 1]
 
 
 def saving_plot(group: Sequence[Point]) -> str:

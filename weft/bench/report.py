@@ -63,11 +63,13 @@ def bounds(point: Point, machine: Mapping[str, Any]) -> str:
 
 def conclusion(points: Sequence[Point]) -> str:
     """What the whole grid comes to, in a line or two."""
-    known = [p.best.overlap_efficiency for p in points if p.best.overlap_efficiency is not None]
-    if not known:
+    hidden = [p.best.overlap_efficiency for p in points if p.best.overlap_efficiency is not None]
+    if not hidden:
         return "Nothing was communicated, so there was nothing to hide."
-    line = f"Best strategy of each point: overlap efficiency {median(known):.2f} in the median of {_points(len(known))}"
-    line += f" ({min(known):.2f} to {max(known):.2f}), saving up to {max(p.best.saving for p in points):.1%}."
+    line = (
+        f"Best strategy of each point: overlap efficiency {median(hidden):.2f} in the median of {_points(len(hidden))}"
+    )
+    line += f" ({min(hidden):.2f} to {max(hidden):.2f}), saving up to {max(p.best.saving for p in points):.1%}."
     wrong = sum(m.above_ceiling for p in points for m in p.measured)
     if wrong:
         line += (

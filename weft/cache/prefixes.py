@@ -26,10 +26,10 @@ def packed(tokens: Sequence[int]) -> bytes:
     return array("I", tokens).tobytes()
 
 
-def shared(one: bytes, other: bytes) -> int:
+def shared(first: bytes, second: bytes) -> int:
     """How many tokens two packed sequences have in common from their beginning on."""
-    least, most = 0, min(len(one), len(other)) // _WIDTH
-    left, right = memoryview(one), memoryview(other)
+    least, most = 0, min(len(first), len(second)) // _WIDTH
+    left, right = memoryview(first), memoryview(second)
     if left[: most * _WIDTH] == right[: most * _WIDTH]:
         return most
     while most - least > 1:  # `least` tokens agree, `most` don't

@@ -74,7 +74,7 @@ def bench(
     config = ModelConfig.from_directory(directory)
     grid = Grid(
         tokens=numbers(tokens, "--tokens"), ranks=numbers(tp, "--tp"),
-        links=tuple(LinkSpeed.parse(one) for one in words(link, "--link")), overlaps=words(overlap, "--overlap"),
+        links=tuple(LinkSpeed.parse(speed) for speed in words(link, "--link")), overlaps=words(overlap, "--overlap"),
         wires=words(wire, "--wire"), prompts=prompts, mixed=mixed, rounds=rounds, threads=threads,
         shares=relative_shares(shares),
     )  # fmt: skip
@@ -84,7 +84,7 @@ def bench(
         demand_writable(path, option)
     if timeline is not None:
         demand_form(timeline, "--timeline")
-    if plot is not None and (plot.suffix != ".svg" or sum(one.shaped for one in grid.links) < 2):
+    if plot is not None and (plot.suffix != ".svg" or sum(speed.shaped for speed in grid.links) < 2):
         raise InputError(f"--plot {plot}: give a name that ends in .svg, and at least two links with a speed")
     grid.demand(config)
     if grid.shaped:

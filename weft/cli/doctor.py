@@ -43,14 +43,14 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
     """See HELP."""
-    found = findings()
+    checks = findings()
     if as_json:
-        print(json.dumps({"weft": version("weft"), "findings": [asdict(finding) for finding in found]}))
+        print(json.dumps({"weft": version("weft"), "findings": [asdict(finding) for finding in checks]}))
         return
     table = Table(title=f"weft {version('weft')} on this machine", expand=False)
     for column in ("", "what", "found", "what it is for"):
         table.add_column(column)
-    for finding in found:
+    for finding in checks:
         table.add_row("[green]✓[/]" if finding.ok else "[yellow]–[/]", finding.what, finding.value, finding.meaning)
     Console().print(table)
 
@@ -137,18 +137,18 @@ def _calibrations() -> list[Finding]:
     if not kept:
         meaning = "weft measures what steps cost at the first start with several ranks and --overlap auto"
         return [Finding("calibrations", True, "none yet", meaning)]
-    found = []
+    lines = []
     for path, calibration in kept[:SHOWN]:
         if calibration is None:
-            found.append(Finding("calibration", False, path.name, "can't be read; it will be measured again"))
+            lines.append(Finding("calibration", False, path.name, "can't be read; it will be measured again"))
             continue
         key, costs = calibration.key, calibration.costs
         wire = next(iter(costs.wires.values()), None)
         speed = f"; a sum {wire.small.at(0) * 1e3:.2f} ms + {8e-6 / wire.per_byte:,.0f} Mbit/s" if wire else ""
         what = f"{key['model']}, {len(key['ranks'].split(','))} ranks, {key['link']}, {key['device']}"
-        found.append(
+        lines.append(
             Finding("calibration", True, f"{calibration.when[:16]}, {calibration.seconds:.1f} s", what + speed)
         )
     if len(kept) > SHOWN:
-        found.append(Finding("calibrations", True, f"{len(kept) - SHOWN} more", f"in {folder()}"))
-    return found
+        lines.append(Finding("calibrations", True, f"{len(kept) - SHOWN} more", f"in {folder()}"))
+    return lines

@@ -188,8 +188,8 @@ def _as_json(llm: LLM, output: RequestOutput, timing: _Timing, comparison: list[
         "plan": plan.describe(), "predicted": None,
     }  # fmt: skip
     if plan.predicted is not None:
-        known = plan.predicted
-        result["predicted"] = {"seconds": known.seconds, "serial": known.serial, "bound": known.bound}
+        predicted = plan.predicted
+        result["predicted"] = {"seconds": predicted.seconds, "serial": predicted.serial, "bound": predicted.bound}
     if comparison is not None:
         plain = asdict(comparison[-1]) | {"tokens": timing.prompt_tokens, "median": comparison[-1].median}
         result["comparison"] = {name: value for name, value in plain.items() if "timeline" not in name}

@@ -102,15 +102,15 @@ def words(text: str, name: str) -> tuple[str, ...]:
 
     What follows an @ sign, as in iso@300,700, stays together: the entry goes on while numbers follow.
     """
-    found: list[str] = []
+    parts: list[str] = []
     for part in (part.strip() for part in text.split(",")):
-        if found and "@" in found[-1] and part[:1].isdigit():
-            found[-1] += f",{part}"
+        if parts and "@" in parts[-1] and part[:1].isdigit():
+            parts[-1] += f",{part}"
         else:
-            found.append(part)
-    if not all(found):
+            parts.append(part)
+    if not all(parts):
         raise InputError(f"{name} {text!r} has an empty entry; separate entries by single commas")
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(parts))
 
 
 def numbers(text: str, name: str) -> tuple[int, ...]:

@@ -88,7 +88,7 @@ def plan(
     question = Question(
         lengths, words(overlap, "--overlap"), words(wire, "--wire"), prompts, decoding, relative_shares(shares)
     )
-    outlooks = [Outlook(config, parse_hardware(one, link, own), question) for one in hardware]
+    outlooks = [Outlook(config, parse_hardware(name, link, own), question) for name in hardware]
     ranked = offers(outlooks, prices, ttft) if prices else []
     if html is not None:
         write(html, page(config, outlooks, ranked))
@@ -108,12 +108,12 @@ def _prices(text: str | None) -> dict[str, float]:
         return {}
     try:
         pairs = [part.split("=") for part in words(text, "--price")]
-        found = {name: float(value) for name, value in pairs}
+        prices = {name: float(value) for name, value in pairs}
     except ValueError:
         raise InputError(f"--price {text!r} is not a list of prices; write it like rtx4090=0.35,h100=2.5") from None
-    if any(value <= 0 for value in found.values()):
+    if any(value <= 0 for value in prices.values()):
         raise InputError(f"--price {text!r}: every price must be above 0")
-    return found
+    return prices
 
 
 def _show(outlooks: Sequence[Outlook], ranked: Sequence[Offer], ttft: float | None) -> None:
@@ -124,10 +124,10 @@ def _show(outlooks: Sequence[Outlook], ranked: Sequence[Offer], ttft: float | No
             console.print(remark)
     if ranked:
         limit = f", first token within {ttft:g} s" if ttft is not None else ""
-        console.print(_table(f"cheapest for a token of the prompt{limit}", OFFERED, [offered(one) for one in ranked]))
+        console.print(_table(f"cheapest for a token of the prompt{limit}", OFFERED, list(map(offered, ranked))))
         if not ranked[0].in_time:
             console.print(f"none reaches its first token within {ttft:g} s; the fastest: "
-                          f"{min(ranked, key=lambda one: one.first_token).hardware}")  # fmt: skip
+                          f"{min(ranked, key=lambda offer: offer.first_token).hardware}")  # fmt: skip
     console.print(ASSUMING, style="dim")
 
 

@@ -39,5 +39,5 @@ def timeline(
         write(out, timelines_as(out, timelines))
         return
     console = Console(width=width)
-    for one in timelines:
-        console.print(terminal(one, console.width - 18))
+    for each in timelines:
+        console.print(terminal(each, console.width - 18))

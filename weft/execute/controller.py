@@ -212,11 +212,11 @@ class Controller:
         self, batch: Batch, tokens: Sequence[int], choices: Sequence[p.Choice], program: Program, wire: str,
         options: RunOptions, follows: Sequence[int],
     ) -> bytes:  # fmt: skip
-        number, known = self._numbered(program.form)
+        number, sent = self._numbered(program.form)
         segments = [(s.sequence, s.start, s.length, s.wanted, s.prompt) for s in batch.segments]
         return p.encode(
             p.Run(
-                self._number, number, None if known else program.form, list(program.offsets), segments, list(tokens),
+                self._number, number, None if sent else program.form, list(program.offsets), segments, list(tokens),
                 list(choices), wire, options.scope, options.timeline, options.checksums, options.logits,
                 list(follows),
             )
@@ -225,12 +225,12 @@ class Controller:
     def _numbered(self, form: Form) -> tuple[int, bool]:
         """A form's number, and whether the workers know it by that: the number of the one that was not used for longest
         goes to a new one."""
-        known = form in self._forms
-        if not known and len(self._forms) == FORMS:
+        sent = form in self._forms
+        if not sent and len(self._forms) == FORMS:
             self._forms[form] = self._forms.popitem(last=False)[1]
         number = self._forms.setdefault(form, len(self._forms))
         self._forms.move_to_end(form)
-        return number, known
+        return number, sent
 
     def release(self, slots: Sequence[int]) -> None:
         """Tells every rank that these sequences are over."""

@@ -195,21 +195,21 @@ def _least_of_few(kept: _Kept, count: int) -> Generator[Ask, Told, float]:
 
 def _least_of_many(kept: _Kept, count: int) -> Generator[Ask, Told, float]:
     """The same, byte by byte: the bits of numbers that are not below zero come in the order of the numbers."""
-    found, left = 0, count
+    bits, left = 0, count
     for shift in (24, 16, 8, 0):
-        told = yield Ask(256, partial(_histogram, kept, shift, found))
+        told = yield Ask(256, partial(_histogram, kept, shift, bits))
         for byte in range(255, -1, -1):
             there = sum(int(said[byte]) for said in told)
             if left <= there:
                 break
             left -= there
-        found = found << 8 | byte
-    return float(np.int32(found).view(np.float32))
+        bits = bits << 8 | byte
+    return float(np.int32(bits).view(np.float32))
 
 
-def _histogram(kept: _Kept, shift: int, found: int) -> list[float]:
+def _histogram(kept: _Kept, shift: int, above: int) -> list[float]:
     """How often each byte comes next, where those before it are these."""
     bits = kept.values.view(torch.int32)
-    matching = bits if shift == 24 else bits[bits >> (shift + 8) == found]
+    matching = bits if shift == 24 else bits[bits >> (shift + 8) == above]
     counts: list[float] = torch.bincount((matching >> shift) & 255, minlength=256).tolist()
     return counts

@@ -34,8 +34,8 @@ def endpoint(host: str, port: int | str) -> str:
 def resolved(host: str, name: str) -> str:
     """A host's address, IPv4 rather than IPv6. Raises `InputError`."""
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+        addresses = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        *_, address = min(addresses, key=lambda entry: entry[0] != socket.AF_INET)
         # An address of one link only says nothing without its device.
         device = f"%{socket.if_indextoname(int(address[3]))}" if len(address) > 3 and address[3] else ""
     except (OSError, UnicodeError) as error:
@@ -46,7 +46,7 @@ def resolved(host: str, name: str) -> str:
 def interface_of(address: str) -> str:
     """The network device that has this address. Raises `InputError`."""
     devices = psutil.net_if_addrs().items()
-    found = [str(name) for name, entries in devices if any(entry.address == address for entry in entries)]
-    if not found:
+    names = [str(name) for name, entries in devices if any(entry.address == address for entry in entries)]
+    if not names:
         raise InputError(f"no network device of this machine has the address {address}; see the output of: ip address")
-    return found[0]
+    return names[0]

@@ -193,9 +193,9 @@ class JoinedLauncher:
                     )
                 self._strangers.add(identity)
             elif isinstance(message, Here):
-                known = self._machines.setdefault(identity, _RemoteMachine(identity, message, 0.0))
-                known.heard = time.monotonic()
-                self._say(known, Known())
+                machine = self._machines.setdefault(identity, _RemoteMachine(identity, message, 0.0))
+                machine.heard = time.monotonic()
+                self._say(machine, Known())
             elif identity in self._machines and message.number == self._number:  # else of a group that is over
                 self._machines[identity].ended = message
 

@@ -92,8 +92,8 @@ def blueprint_of(config: ModelConfig) -> Blueprint:
     # As in transformers the type counts, not what of it was saved, as long as the checkpoint has no code of its own.
     if family is None or (config.fields.get("auto_map") and config.architecture not in ("", family.architecture)):
         given = config.architecture or config.model_type
-        known = ", ".join(row.architecture for row in FAMILIES.values())
-        raise InputError(f"the architecture {given} ({config.model_type}) is not known; known are {known}")
+        names = ", ".join(row.architecture for row in FAMILIES.values())
+        raise InputError(f"the architecture {given} ({config.model_type}) is not known; known are {names}")
     if config.activation not in SILU:
         raise InputError(f"the activation {config.activation!r} is not known; known is silu")
     if config.fields.get("quantization_config"):

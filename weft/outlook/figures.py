@@ -167,16 +167,21 @@ class Outlook:
 
     def at_rates(self, tokens: int, wire: str, factors: Sequence[float]) -> list[tuple[float, float, float, str]]:
         """For links of other rates: bytes a second, saving of auto, possible saving, strategy."""
-        found = []
+        rates = []
         for factor in factors:
             link = self.group.link.faster(factor)
             plan = self.planner("auto", wire, self._costs(replace(self.group, link=link))).plan(self.batch(tokens))
-            known = plan.predicted
-            assert known is not None
-            found.append(
-                (link.reached, 1 - known.seconds / known.serial, 1 - known.bound / known.serial, str(plan.strategy))
+            predicted = plan.predicted
+            assert predicted is not None
+            rates.append(
+                (
+                    link.reached,
+                    1 - predicted.seconds / predicted.serial,
+                    1 - predicted.bound / predicted.serial,
+                    str(plan.strategy),
+                )
             )
-        return found
+        return rates
 
     def pays_until(self, tokens: int, wire: str) -> float | None:
         """Bytes a second of the fastest link on which overlap still pays; None if it pays on none that was tried."""
@@ -221,7 +226,7 @@ def shard_of(blueprint: Blueprint, share: Share) -> Shard:
 
 def memory_of(blueprint: Blueprint, group: Hardware, parts: Sequence[Share], asked: Question, tokens: int) -> Memory:
     """Of the rank with the least room left."""
-    found = []
+    of_ranks = []
     for part, device in zip(parts, group.devices, strict=True):
         itemsize, sequences = device.itemsize, max(asked.prompts, asked.decoding)
         keys = remembered(blueprint, part) * itemsize * (tokens + 1) * sequences
@@ -229,8 +234,8 @@ def memory_of(blueprint: Blueprint, group: Hardware, parts: Sequence[Share], ask
         row = 4 * blueprint.hidden + max(stages)  # each row is in one stage at a time
         working = row * itemsize * tokens * asked.prompts
         weights = shard_bytes(blueprint, part, lambda _: itemsize)  # noqa: B023 (used at once)
-        found.append(Memory(weights, keys, working, int(USABLE * device.memory * GIB)))
-    return min(found, key=lambda memory: memory.usable - memory.needed)
+        of_ranks.append(Memory(weights, keys, working, int(USABLE * device.memory * GIB)))
+    return min(of_ranks, key=lambda memory: memory.usable - memory.needed)
 
 
 def _missing(model: ModelConfig, group: Hardware, asked: Question, tokens: int, memory: Memory) -> str:
@@ -280,7 +285,7 @@ class Offer:
 
 def offers(outlooks: Sequence[Outlook], prices: dict[str, float], first_token: float | None) -> list[Offer]:
     """All groups, those in time first, the cheapest per token of the prompt first among them."""
-    found = []
+    choices = []
     for outlook in outlooks:
         asked, group = outlook.question, outlook.group
         names = {device: name for name, device in group.source.device.items()}
@@ -290,11 +295,11 @@ def offers(outlooks: Sequence[Outlook], prices: dict[str, float], first_token: f
         price = sum(prices[names[device]] for device in group.devices)
         best = min((f for f in outlook.forecasts if f.tokens == max(asked.tokens)), key=lambda f: f.seconds)
         each = price / 3600 * 1e6
-        found.append(
+        choices.append(
             Offer(
                 group.text, best.seconds, f"{best.overlap}, wire {best.wire}", price,
                 each * best.seconds / (best.tokens * asked.prompts), each * best.decode / asked.decoding,
                 first_token is None or best.seconds <= first_token,
             )
         )  # fmt: skip
-    return sorted(found, key=lambda offer: (not offer.in_time, offer.per_million_prompt))
+    return sorted(choices, key=lambda offer: (not offer.in_time, offer.per_million_prompt))

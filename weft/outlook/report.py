@@ -106,13 +106,13 @@ def _group(outlook: Outlook) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def listing(known: Catalogue) -> list[tuple[str, str, str, str]]:
+def listing(entries: Catalogue) -> list[tuple[str, str, str, str]]:
     """Every device and link: name, what it is, what it can do, source."""
     found = []
-    for key, device in known.device.items():
+    for key, device in entries.device.items():
         able = f"{device.tflops:g} TFLOP/s, {device.memory:g} GiB at {device.bandwidth:g} GB/s, {device.link}"
         found.append((key, device.name, able, device.source))
-    for key, link in known.link.items():
+    for key, link in entries.link.items():
         able = f"{link.rate:g} GB/s, {link.efficiency:.0%} reached, hop {link.hop * 1e6:g} us"
         found.append((key, "link", able, link.source))
     return found
@@ -123,7 +123,7 @@ def page(model: ModelConfig, outlooks: Sequence[Outlook], ranked: Sequence[Offer
     facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in about(model).items())
     body = [f"<h1>weft plan</h1><p>{escape(facts)}</p><p>{escape(ASSUMING)}</p>"]
     if ranked:
-        body.append("<h2>Cheapest for a token of the prompt</h2>" + _table(OFFERED, [offered(one) for one in ranked]))
+        body.append("<h2>Cheapest for a token of the prompt</h2>" + _table(OFFERED, list(map(offered, ranked))))
     drawn = [_timelines(outlook) for outlook in outlooks]
     body.append(f"{ZOOM}{legend_line([timeline for each in drawn for timeline in each])}")
     body += [_section(outlook, each) for outlook, each in zip(outlooks, drawn, strict=True)]

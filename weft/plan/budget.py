@@ -54,11 +54,11 @@ class Budget:
     def rows(self, seconds: float, decoding: Sequence[Segment], most: int) -> int:
         """Rows of a batch that takes `seconds`, the decoding segments included; never fewer than let a prompt go on."""
         if self.planner.costs is None:
-            found = self._by_experience(seconds, len(decoding))
+            rows = self._by_experience(seconds, len(decoding))
         else:
             sampling = median(self._sampling) if self._sampling else 0.0  # plans know nothing of it
-            found = self._by_plans(seconds - min(round(sampling, 3), seconds / 2), decoding)
-        return max(len(decoding) + SIZES[0], min(found, most))
+            rows = self._by_plans(seconds - min(round(sampling, 3), seconds / 2), decoding)
+        return max(len(decoding) + SIZES[0], min(rows, most))
 
     def _by_experience(self, seconds: float, decoding: int) -> int:
         if not self._a_row:

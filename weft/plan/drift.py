@@ -37,14 +37,14 @@ class Drift:
     def observe(self, small: bool, predicted: Estimate, factors: Factors, compute: float, network: float) -> bool:
         """What a batch took against what it was predicted to take under `factors`; True if that changes them."""
         before, lanes = self.factors[small], ((compute, predicted.compute), (network, predicted.network))
-        found, whole = [], predicted.compute + predicted.network
+        ratios, whole = [], predicted.compute + predicted.network
         for seen, then, now, (measured, expected) in zip(self._seen[small], factors, before, lanes, strict=True):
             if min(measured, expected) > 0 and max(measured, expected) > COUNTS * whole:
                 seen.append(measured / expected * then)
-            found.append(median(seen) if len(seen) >= FEWEST else now)
-        if all(abs(new / old - 1) < NOTICED for new, old in zip(found, before, strict=True)):
+            ratios.append(median(seen) if len(seen) >= FEWEST else now)
+        if all(abs(new / old - 1) < NOTICED for new, old in zip(ratios, before, strict=True)):
             return False
-        self.factors[small] = Factors(*found)
+        self.factors[small] = Factors(*ratios)
         self.changes += 1
         return True
 

@@ -52,22 +52,22 @@ def recall(key: dict[str, str]) -> tuple[Calibration | None, str | None]:
     if not path.is_file():
         return None, None
     try:
-        found = read(path)
+        calibration = read(path)
     except ValueError:
         return None, f"the calibration in {path} can't be read: measuring again"
-    if found.key != key:
+    if calibration.key != key:
         return None, f"the calibration in {path} is of something else: measuring again"
-    return found, None
+    return calibration, None
 
 
 def read(path: Path) -> Calibration:
     """One file. Raises ValueError for anything that is no calibration."""
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=Calibration)
+        calibration = msgspec.json.decode(path.read_bytes(), type=Calibration)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ValueError(str(error)) from None
-    demand_sound(found.costs)
-    return found
+    demand_sound(calibration.costs)
+    return calibration
 
 
 def demand_sound(costs: Costs) -> None:

@@ -119,8 +119,8 @@ class Planner:
         """Tells what a batch took, in seconds that its lanes were busy; True if the costs were corrected for it."""
         if plan.predicted is None or self.costs is None:
             return False
-        known = plan.predicted
-        return self.drift.observe(self._small(batch), known.lanes, known.factors, compute, network)
+        predicted = plan.predicted
+        return self.drift.observe(self._small(batch), predicted.lanes, predicted.factors, compute, network)
 
     def predict(self, plan: Plan, batch: Batch, title: str = "") -> Timeline:
         """The timeline that executing the plan would give. There must be costs."""
@@ -166,12 +166,12 @@ class Planner:
         if self.costs is not None and self.wire in self.costs.wires:
             costs = self._costs_for(batch)
             if self.overlap == AUTO:
-                found = self.search.best(batch, costs, self.wire)
+                judged = self.search.best(batch, costs, self.wire)
             else:
-                found = self.search.judge(strategy, batch, costs, self.wire)
-            strategy, factors = found.strategy, self.drift.factors[self._small(batch)]
+                judged = self.search.judge(strategy, batch, costs, self.wire)
+            strategy, factors = judged.strategy, self.drift.factors[self._small(batch)]
             predicted = Prediction(
-                found.lanes, factors, found.serial.seconds, found.serial.compute, found.serial.network
+                judged.lanes, factors, judged.serial.seconds, judged.serial.compute, judged.serial.network
             )
         program = build(strategy, self.outline, batch, self.granule)
         check(program, self.outline, batch)

@@ -234,15 +234,15 @@ class _Network:
         some, many = self._processor(middle), self._processor(most)
         per_byte = max(0.0, many - some) / ((most - middle) * self.row) if most > middle else 0.0
         fixed = max(0.0, some - per_byte * middle * self.row)
-        found = Contention(
+        fitted = Contention(
             small=self._processor(sizes[0]), fixed=fixed, per_byte=per_byte, wake=self._wake(), burst=self.burst
         )
         # Part of that is waiting in a loop for something to do, by which nothing is lost beside a computation.
-        part = self._lost_part(replace(costs, contention=found))
-        found = replace(found, small=part * found.small, fixed=part * found.fixed, per_byte=part * found.per_byte)
-        known = replace(costs, contention=found)
-        turns = [self._turn(known, run) for run in self.samples.named("cut")]
-        return replace(found, turn=max(0.0, median(turns)) if turns else 0.0)
+        part = self._lost_part(replace(costs, contention=fitted))
+        fitted = replace(fitted, small=part * fitted.small, fixed=part * fitted.fixed, per_byte=part * fitted.per_byte)
+        corrected = replace(costs, contention=fitted)
+        turns = [self._turn(corrected, run) for run in self.samples.named("cut")]
+        return replace(fitted, turn=max(0.0, median(turns)) if turns else 0.0)
 
     def _sums(self, name: str, rows: int, wire: str | None = None) -> list[float]:
         """Sums' seconds. Back to back, the first one is left out: it found the link idle."""
@@ -266,13 +266,13 @@ class _Network:
 
     def _fixed(self) -> float:
         """Seconds that every sum takes beside its bytes: of one row, and of a few where their bytes hardly count."""
-        found: list[float] = []
+        seconds: list[float] = []
         for n in (n for n in self.samples.sizes if n <= FEW):
             on_the_wire = self.slope * max(0.0, n * self.row * (self.subject.world - 1) - self.burst)
             sums = self._sums("serial", n)
-            if not found or on_the_wire < 0.3 * fmean(sums):
-                found += [max(s - on_the_wire, 0.1 * s) for s in sums]
-        return fmean(found)
+            if not seconds or on_the_wire < 0.3 * fmean(sums):
+                seconds += [max(s - on_the_wire, 0.1 * s) for s in sums]
+        return fmean(seconds)
 
     def _processor(self, rows: int) -> float:
         """Processor seconds of one sum of so many rows, from runs that do nothing but communicate."""
@@ -303,8 +303,8 @@ class _Network:
     def _wake(self) -> float:
         """Seconds from a collective's end to the start of what waited for it."""
         samples = (sample for n in self.samples.sizes for sample in self.samples.of("serial", n))
-        found = [gap for sample in samples for rank in sample.timeline.ranks for gap in _gaps(sample.timeline, rank)]
-        return median(found) if found else 0.0
+        gaps = [gap for sample in samples for rank in sample.timeline.ranks for gap in _gaps(sample.timeline, rank)]
+        return median(gaps) if gaps else 0.0
 
 
 def _gaps(timeline: Timeline, rank: int) -> Iterator[float]:

@@ -81,7 +81,7 @@ class Search:
         return Judged(strategy, serial if cuts == Cuts() else self.estimate(batch, cuts, costs, wire), serial)
 
     def laid_out(
-        self, batch: Batch, cuts: Cuts, costs: Costs, wire: str, known: _Known, limit: float = INFINITE
+        self, batch: Batch, cuts: Cuts, costs: Costs, wire: str, serial: _Known, limit: float = INFINITE
     ) -> _LaidPass:  # fmt: skip
         """The pass; `known`: what steps take that were in earlier candidates. Raises `_TooLong` where its lanes alone
         take longer than `limit`."""
@@ -90,9 +90,9 @@ class Search:
         each: list[Taken] = []
         for work, chunk in structure.works:
             key = work, program.rows[chunk]
-            if key not in known:
-                known[key] = taken(work, key[1], batch, costs, wire, pace)
-            each.append(known[key])
+            if key not in serial:
+                serial[key] = taken(work, key[1], batch, costs, wire, pace)
+            each.append(serial[key])
         between = coupling(costs, way, program.form.lanes)
         if structure.bound(each, between.credit) > limit:
             raise _TooLongError
@@ -128,7 +128,7 @@ class _Searching:
     def best(self) -> Judged:
         serial = self._judge(Strategy(), Cuts())
         alone = serial.laid.estimate
-        found = serial
+        judged = serial
         if min(alone.compute, alone.network) >= WORTH * serial.seconds and self.batch.tokens >= 2 * LEAST_ROWS:
             for strategy in self._propose():
                 self._try(strategy)
@@ -138,8 +138,8 @@ class _Searching:
                 for number, (cuts, tried) in enumerate(self.tried.items())
                 if tried.seconds + self._risk(cuts) < (1 - WORTH) * serial.seconds
             ]
-            found = min(safe)[2] if safe else serial
-        return Judged(found.strategy, found.laid.estimate, alone)
+            judged = min(safe)[2] if safe else serial
+        return Judged(judged.strategy, judged.laid.estimate, alone)
 
     def _risk(self, cuts: Cuts) -> float:
         """Seconds that a plan may take longer than predicted for the collectives that it has more than serial."""

@@ -151,14 +151,14 @@ class _Checker:
     def _state(self, block: Block, number: int) -> Any:
         """All that later steps depend on, as seen from the end of a round."""
         passed = number * block.layers * len(self.outline.layer)
-        known = {place - passed: progress.since(self.places) for place, progress in self.progress.items()}
+        stages = {place - passed: progress.since(self.places) for place, progress in self.progress.items()}
         arrived = {lane: place - self.places[lane] for lane, place in self.arrived.items()}
         edges = [
             (lane, place - self.places[lane])
             for lane, place in (self.network.get(self.index - back, ("", 0)) for back in range(1, block.reach + 1))
             if lane
         ]
-        return self.first - passed, known, arrived, edges, self.spread[:], self.gone[:]
+        return self.first - passed, stages, arrived, edges, self.spread[:], self.gone[:]
 
     def _skip(self, block: Block, rounds: int, taken: dict[str, int]) -> None:
         """As if so many more rounds had been issued, with the steps that one takes on each lane."""
@@ -192,8 +192,8 @@ class _Checker:
         """How it travels is known, and said only of what travels so."""
         wire, algorithm = step.step.wire, step.step.algorithm
         if wire not in ("", *WIRES) or algorithm not in ("", *ALGORITHMS):
-            known = f"wires are {', '.join(WIRES)}; algorithms {', '.join(ALGORITHMS)}"
-            raise ProgramError(f"{step.name!r}: travels in a way that is not known; {known}")
+            allowed = f"wires are {', '.join(WIRES)}; algorithms {', '.join(ALGORITHMS)}"
+            raise ProgramError(f"{step.name!r}: travels in a way that is not known; {allowed}")
         if (wire and step.kind not in ROWS_TRAVEL) or (algorithm and step.kind is not Kind.REDUCE):
             raise ProgramError(f"{step.name!r}: a wire is a sum's or an all_gather's, an algorithm a reduce's")
 

@@ -58,18 +58,18 @@ def folded(outline: Outline, issue: Callable[[Outline], Sequence[Issue]]) -> For
     layers = FEWEST
     while layers < outline.layers:
         issues = issue(outline.of(layers))
-        found = _repeated(issues, layers)
-        if found is None:
+        repeated = _repeated(issues, layers)
+        if repeated is None:
             layers *= 2
-        elif rest := (outline.layers - layers) % found.layers:
+        elif rest := (outline.layers - layers) % repeated.layers:
             layers += rest
         else:
-            return _form(issues, found, outline.layers - layers)
+            return _form(issues, repeated, outline.layers - layers)
     issues = issue(outline)
     return _form(issues, _repeated(issues, outline.layers), 0)
 
 
-def _form(issues: Sequence[Issue], found: _Repeated | None, missing: int) -> Form:
+def _form(issues: Sequence[Issue], repeated: _Repeated | None, missing: int) -> Form:
     """With the repeated rounds as a block, and as many more of them as `missing` layers want."""
     whole = max(each.rows.length for each in issues)
     spans = sorted({each.rows for each in issues}, key=lambda rows: (rows.length == whole, rows))
@@ -82,9 +82,9 @@ def _form(issues: Sequence[Issue], found: _Repeated | None, missing: int) -> For
         for index, each in enumerate(issues)
     ]  # fmt: skip
     chunks = tuple((rows.start, rows.stop) for rows in spans)
-    if found is None:
+    if repeated is None:
         return Form((Block(tuple(steps)),), chunks)
-    start, length, rounds, layers = found
+    start, length, rounds, layers = repeated
     stop = start + length * rounds
     blocks = [
         Block(tuple(steps[:start])),

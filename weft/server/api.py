@@ -253,9 +253,9 @@ async def _answer(
     prompts = [unpacked(prompt.tokens) for prompt in asked.prompts]
     # Together, so that all are there for the next batch.
     submitting = (api.service.submit(prompt, params, wishes, grammar) for prompt in prompts)
-    found = await asyncio.gather(*submitting, return_exceptions=True)
-    tickets = [ticket for ticket in found if isinstance(ticket, Ticket)]
-    if errors := [error for error in found if isinstance(error, BaseException)]:
+    submitted = await asyncio.gather(*submitting, return_exceptions=True)
+    tickets = [ticket for ticket in submitted if isinstance(ticket, Ticket)]
+    if errors := [error for error in submitted if isinstance(error, BaseException)]:
         _cancel(api, tickets)
         raise errors[0]
     echoes = [Echo(prompt.text, *map(unpacked, (prompt.tokens, prompt.offsets))) for prompt in asked.prompts]

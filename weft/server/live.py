@@ -9,7 +9,7 @@ from weft.server.service import Service
 from weft.timeline.svg import svg
 
 
-def live(service: Service, name: str, known: int = -1) -> dict[str, Any]:
+def live(service: Service, name: str, seen: int = -1) -> dict[str, Any]:
     """State, queues, speeds and the last batch that was recorded; asks for one more to be recorded.
 
     `known`: the number of a batch whose picture need not be sent again.
@@ -33,6 +33,6 @@ def live(service: Service, name: str, known: int = -1) -> dict[str, Any]:
             "tokens": batch.tokens, "sequences": len(batch.segments), "seconds": drawn.run,
             "plan": drawn.plan.describe(), "number": service.live.number,
         }  # fmt: skip
-        if service.live.number != known:
+        if service.live.number != seen:
             state["batch"]["svg"] = svg([drawn.result.timeline])
     return state

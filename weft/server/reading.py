@@ -180,8 +180,8 @@ class Reader:
         if (body.prompt is None) == (body.messages is None):
             raise InputError("give either prompt or messages")
         tokens = self._render(body.messages) if body.messages is not None else self._encode(body.prompt or "")
-        found = {"count": len(tokens), "max_model_len": self.facts.length, "tokens": tokens}
-        return Answered(msgspec.json.encode(found))
+        answer = {"count": len(tokens), "max_model_len": self.facts.length, "tokens": tokens}
+        return Answered(msgspec.json.encode(answer))
 
     def _detokenized(self, body: DetokenizeRequest) -> Answered:
         if body.tokens and max(body.tokens) >= self.facts.vocabulary:

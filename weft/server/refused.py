@@ -27,12 +27,12 @@ def unknown_model(given: str, name: str) -> Refused:
     return Refused(404, f"the model {shown(given)} is not served here; there is {name!r}", code="model_not_found")
 
 
-def misread(found: Sequence[Any], outer: int = 0) -> Refused:
+def misread(errors: Sequence[Any], outer: int = 0) -> Refused:
     """What pydantic found, the first of it; of a union's members rather the one that had the right type.
 
     `outer`: parts of each place that stand for what holds the fields.
     """
-    first = next((each for each in found if not each["type"].endswith("_type")), found[0])
+    first = next((each for each in errors if not each["type"].endswith("_type")), errors[0])
     places = first["loc"][outer:]
     field = next((str(part) for part in places), None)
     place = ".".join(str(part) for part in places if not _names_a_type(part))

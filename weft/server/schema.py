@@ -53,9 +53,9 @@ class Strict(BaseModel):
     def _asked(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        known = {field.alias or name for name, field in cls.model_fields.items()}
+        fields = {field.alias or name for name, field in cls.model_fields.items()}
         asked = {name: value for name, value in given.items() if value is not None}
-        for name in [name for name in asked if name not in known]:
+        for name in [name for name in asked if name not in fields]:
             if not any(_alike(asked[name], value) for value in NEUTRAL.get(name, ())):
                 # The first one alone: of many, each would cost an error of its own. Its name may hold anything.
                 shortened = repr(name[:100])[1:-1]

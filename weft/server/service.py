@@ -200,17 +200,17 @@ class Service:
 
     def check_integrity(self) -> None:
         """Asserts that slots and prefixes are in order, between two batches."""
-        found: SimpleQueue[AssertionError | None] = SimpleQueue()
+        outcome: SimpleQueue[AssertionError | None] = SimpleQueue()
 
         def look() -> None:
             try:
                 self.engine.batcher.check_integrity()
-                found.put(None)
+                outcome.put(None)
             except AssertionError as error:
-                found.put(error)
+                outcome.put(error)
 
         self._commands.put(look)
-        if (error := found.get(timeout=60)) is not None:
+        if (error := outcome.get(timeout=60)) is not None:
             raise error
 
     def _retry_after(self) -> int:

@@ -45,10 +45,10 @@ class Table:
         return cls((0.0, most), (fixed, fixed + per_unit * most))
 
     @classmethod
-    def sum(cls, one: Table, other: Table) -> Table:
+    def sum(cls, left: Table, right: Table) -> Table:
         """Both together; exact, as both are straight between the points of either."""
-        sizes = cls._sizes((one, other))
-        return cls(sizes, tuple(one.at(size) + other.at(size) for size in sizes))
+        sizes = cls._sizes((left, right))
+        return cls(sizes, tuple(left.at(size) + right.at(size) for size in sizes))
 
     @classmethod
     def slowest(cls, tables: Sequence[Table]) -> Table:

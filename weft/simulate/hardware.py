@@ -161,7 +161,7 @@ def parse_hardware(text: str, link: str | None = None, own: Path | None = None) 
 
     Raises `InputError` with the nearest names for what is not in the catalogue.
     """
-    known = catalogue(own)
+    entries = catalogue(own)
     devices: list[Device] = []
     for part in text.split("+"):
         match = re.fullmatch(r"(?:(\d+)\s*[xX]\s+|(\d+)\s*[xX])?\s*([\w.-]+)", part.strip())
@@ -170,17 +170,17 @@ def parse_hardware(text: str, link: str | None = None, own: Path | None = None) 
         count = int(match[1] or match[2] or 1)
         if not 1 <= count <= 256:
             raise InputError(f"--hardware {text!r}: give 1 to 256 devices")
-        devices += [known.device[_known(match[3], known.device, "--hardware")]] * count
+        devices += [entries.device[_known(match[3], entries.device, "--hardware")]] * count
     name = link or devices[0].link
-    return Hardware(text, tuple(devices), name, _link(name, len(devices), known), known)
+    return Hardware(text, tuple(devices), name, _link(name, len(devices), entries), entries)
 
 
-def _link(name: str, ranks: int, known: Catalogue) -> Link:
+def _link(name: str, ranks: int, entries: Catalogue) -> Link:
     speed = re.fullmatch(r"(\d+(?:\.\d+)?)(mbit|gbit)", name)
     if speed and float(speed[1]) > 0:
         rate = float(speed[1]) / (8 if speed[2] == "gbit" else 8000)
-        return Link(rate, known.link["ethernet-10g"].efficiency, known.link["ethernet-10g"].hop, "the user's speed")
-    link = known.link[_known(name, known.link, "--link", " or a speed such as 10gbit")]
+        return Link(rate, entries.link["ethernet-10g"].efficiency, entries.link["ethernet-10g"].hop, "the user's speed")
+    link = entries.link[_known(name, entries.link, "--link", " or a speed such as 10gbit")]
     if link.ranks is not None and link.ranks != ranks:
         raise InputError(f"--link {name} was measured with {link.ranks} ranks, and there are {ranks}; choose another")
     return link

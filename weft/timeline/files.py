@@ -19,8 +19,8 @@ FORMS = {".json": "read back by weft timeline, opened by Perfetto", ".svg": "a p
 def demand_form(path: Path, option: str, forms: Sequence[str] = tuple(FORMS)) -> None:
     """Raises `InputError` unless the file's name ends in one of these forms."""
     if path.suffix not in forms:
-        known = ", ".join(f"{form} ({FORMS[form]})" for form in forms)
-        raise InputError(f"{option} {path}: give a name that ends in one of {known}")
+        names = ", ".join(f"{form} ({FORMS[form]})" for form in forms)
+        raise InputError(f"{option} {path}: give a name that ends in one of {names}")
 
 
 def timelines_as(path: Path, timelines: Sequence[Timeline]) -> str:

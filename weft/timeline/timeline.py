@@ -58,8 +58,8 @@ class Timeline:
     def parts(self) -> dict[str, bool]:
         """The parts of the model that steps are of, those of its layers first, and whether it is one of those."""
         split = (event.stage.rpartition(".") for event in self.events)
-        found = dict.fromkeys((part, bool(layer)) for layer, _, part in split)
-        return dict(sorted(found, key=lambda entry: not entry[1]))
+        names = dict.fromkeys((part, bool(layer)) for layer, _, part in split)
+        return dict(sorted(names, key=lambda entry: not entry[1]))
 
     @cached_property
     def begin(self) -> float:
@@ -82,10 +82,10 @@ class Timeline:
 
     @cached_property
     def _lanes(self) -> dict[tuple[int, str], list[Event]]:
-        found: dict[tuple[int, str], list[Event]] = {}
+        by_lane: dict[tuple[int, str], list[Event]] = {}
         for event in sorted(self.events, key=lambda e: e.start):
-            found.setdefault((event.rank, event.lane), []).append(event)
-        return found
+            by_lane.setdefault((event.rank, event.lane), []).append(event)
+        return by_lane
 
     def busy(self, rank: int, lane: str) -> float:
         """Seconds that a rank's lane works."""
@@ -119,15 +119,15 @@ class Timeline:
         """When a rank's compute lane does nothing between the timeline's begin and end, split where another lane starts
         or stops a step."""
         edges = [self.begin, *(t for e in self.lane(rank, COMPUTE) for t in (e.start, e.stop)), self.end]
-        network, found = _Lane(self._communication(rank)), []
+        network, waits = _Lane(self._communication(rank)), []
         for start, stop in zip(edges[::2], edges[1::2], strict=True):
             near = network.touching(start, stop)
             inside = {t for e in near for t in (e.start, e.stop) if start < t < stop}
             for left, right in pairwise([start, *sorted(inside), stop]):
                 if right > left:
                     behind = next((e for e in near if e.start <= left and right <= e.stop), None)
-                    found.append(Wait(left, right, behind))
-        return found
+                    waits.append(Wait(left, right, behind))
+        return waits
 
     def exposed(self, rank: int) -> float:
         """Seconds in which a rank communicates and doesn't compute."""
