@@ -338,8 +338,8 @@ def _timeline(program: Program, answers: Sequence[p.Done], one_clock: bool) -> T
     Ranks of one machine share its clock. On several machines a collective ends for all ranks at about the same time:
     the first one sets the others' clocks.
     """
-    spans = answers[0].spans
-    first = next((step.number for step in program if step.kind in COLLECTIVES and spans[step.number][1] > 0), None)
+    collectives = (step.number for step in program if step.kind in COLLECTIVES)
+    first = next((number for number in collectives if all(answer.spans[number][1] > 0 for answer in answers)), None)
     clocks = [0.0 if one_clock or first is None else answer.spans[first][1] for answer in answers]
     zeros = [
         min((start - clock for start, stop in answer.spans if stop > 0), default=0.0)
