@@ -4,15 +4,18 @@
 
 Each checkout has its own .venv. Every round starts a fresh process of each for every measurement, in every second round
 the other way round; the table has medians of rounds and the median of the rounds' ratios (below 1: this one takes
-less). Random models are those of models.py. Stop everything else first.
+less). Random models are those of models.py. As root, a sample of `weft bench`'s grid over paced links of its own is
+among them. Stop everything else first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from statistics import median
 
@@ -52,6 +55,19 @@ CASES: dict[str, tuple[str | None, int, str, str, int]] = {
     "16 x 100 tokens, one rank": (None, 1, "serial", "batch", 10),
     "16 x 100 tokens, two ranks": (None, 2, "serial", "batch", 10),
 }
+GRID = ["--tokens", "512", "--link", "500mbit,2gbit", "--overlap", "iso:2,auto", "--threads", "1", "--rounds", "3"]
+
+
+def grid(checkout: Path) -> dict[str, float]:
+    """Seconds of each point of the bench's sampled grid, in one checkout."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "grid.json"
+        command = [str(checkout / ".venv/bin/weft"), "bench", str(random_llama("h1024")), *GRID, "--json", str(file)]
+        run = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=900, check=False)
+        if run.returncode:
+            raise SystemExit(f"{checkout}: {run.stderr[-2000:]}")
+        points = json.loads(file.read_text())["runs"]
+    return {f"grid: 512 tokens, h1024, {each['link']}, {each['overlap']}": each["median"] for each in points}
 
 
 def seconds(checkout: Path, case: tuple[str | None, int, str, str, int]) -> float:
@@ -81,6 +97,12 @@ def main() -> None:
             taken = {checkout: seconds(checkout, case) for checkout in sides}
             rounds[name].append((taken[given.other], taken[HERE]))
             print(f"round {number + 1}: {name}: {rounds[name][-1]}", file=sys.stderr)
+        if given.only in "grid" and os.geteuid() == 0:
+            sides = (given.other, HERE) if number % 2 == 0 else (HERE, given.other)
+            points = {checkout: grid(checkout) for checkout in sides}
+            for name, now in points[HERE].items():
+                rounds.setdefault(name, []).append((points[given.other][name], now))
+                print(f"round {number + 1}: {name}: {rounds[name][-1]}", file=sys.stderr)
     print("| | before, ms | now, ms | ratio |\n|---|---|---|---|")
     for name, pairs in rounds.items():
         before, now = (median(pair[side] for pair in pairs) * 1e3 for side in (0, 1))
