@@ -70,6 +70,7 @@ def test_a_pipeline_is_legal_and_reads_back() -> None:
     ("old", "new", "complaint"),
     [
         ("38x", "37x", "stands|stand before|already has"),
+        ("38x", "200000x", "line 10: .*at most 100000 times"),
         ("send     L39.mlp  b  for 0-1 to 2-3  after reduce L39.mlp b\n", "", "does not stand before"),
         ("  after send L39.mlp b", "", "on rank 2: 'compute L40.attention 512.*not after everything"),
         ("  after reduce L39.mlp b\ncompute", "\ncompute", "on rank 0: 'send L39.mlp 512.*not after everything"),
@@ -138,6 +139,44 @@ def test_each_rule_between_two(old: str, new: str, complaint: str) -> None:
     batch = Batch((Segment(0, 0, 4), Segment(1, 0, 4)))
     with pytest.raises(ProgramError, match=complaint):
         check(parse(TWO.replace(old, new, 1)), decoder_outline(1), batch, 3)
+
+
+def test_sums_are_over_the_ranks_that_computed() -> None:
+    """Each of two ranks for itself has all that it computed; but nobody has the sum."""
+    apart = TWO.replace("compute  L0.mlp        4:8  for 1", "compute  L0.mlp        4:8  for 1-2").replace(
+        "reduce   L0.mlp        4:8  for 1\n",
+        "reduce   L0.mlp        4:8  for 1\nreduce   L0.mlp        4:6  for 2\nreduce   L0.mlp        6:8  for 2\n",
+    )
+    apart = apart.replace("embed         4:8  for 0 to 1", "embed         4:8  for 0 to 1-2")
+    apart = apart.replace("L0.attention  4:8  for 1", "L0.attention  4:8  for 1-2")
+    with pytest.raises(
+        ProgramError, match=r"^'reduce L0.mlp 4:8': for ranks \(1,\), but its rows are"
+    ):
+        check(parse(apart), decoder_outline(1), Batch((Segment(0, 0, 4), Segment(1, 0, 4))), 3)
+
+
+SCATTERED = """\
+compute         embed         0:8  for 0-1
+compute         L0.attention  0:8  for 0-1
+reduce_scatter  L0.attention  0:8  for 0-1
+enter           L0.mlp        0:8  for 0-1  after reduce_scatter L0.attention 0:8
+all_gather      L0.mlp        0:8  for 0-1
+compute         L0.mlp        0:8  for 0-1  after all_gather L0.mlp 0:8
+reduce_scatter  L0.mlp        0:8  for 0-1
+enter           head          0:8  for 0-1  after reduce_scatter L0.mlp 0:8
+all_gather      head          0:8  for 0-1
+compute         head          0:8  wanted  for 0-1  after all_gather head 0:8
+gather          head          0:8  wanted
+"""
+
+
+def test_scattered_rows_are_gathered_by_the_ranks_that_have_them() -> None:
+    check(parse(SCATTERED), decoder_outline(1), one_prompt(8), 4)
+    alone = SCATTERED.replace("all_gather      L0.mlp        0:8  for 0-1", "all_gather      L0.mlp        0:8  for 0")
+    alone = alone.replace("L0.mlp        0:8  for 0-1  after all_gather", "L0.mlp        0:8  for 0  after all_gather")
+    alone = alone.replace("reduce_scatter  L0.mlp        0:8  for 0-1", "reduce_scatter  L0.mlp        0:8  for 0")
+    with pytest.raises(ProgramError):
+        check(parse(alone), decoder_outline(1), one_prompt(8), 4)
 
 
 def test_models_whose_stages_go_without_sums_send_nothing() -> None:

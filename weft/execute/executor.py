@@ -58,13 +58,15 @@ class Result:
 
 class _PreparedStep(NamedTuple):
     """One of this rank's steps in a block's first round, the block's step number `at`. `place`: of its stage in that
-    round; `grows`: by how much with each round. `urgent`: in a round that another one follows, and in the last one."""
+    round; `grows`: by how much with each round. `urgent`: in a round that another one follows; `urgent_last`: in the
+    last one."""
 
     at: int
     step: Step
     place: int
     grows: int
-    urgent: tuple[bool, bool]
+    urgent: bool
+    urgent_last: bool
 
 
 class _Prepared(NamedTuple):
@@ -89,7 +91,7 @@ def prepare(outline: Outline, form: Form, rank: int) -> _Prepared:
                 narrow = min(narrow, place)
             if step.concerns(rank):
                 grown = 0 if step.layer is None else grows
-                steps.append(_PreparedStep(at, step, place, grown, (urgent[0], urgent[1])))
+                steps.append(_PreparedStep(at, step, place, grown, *urgent))
         blocks.append((block.rounds, len(block.steps), tuple(steps)))
     return _Prepared(tuple(blocks), narrow)
 
@@ -225,14 +227,15 @@ class _Pass:
     def _steps(self) -> Iterator[tuple[_Now, bool]]:
         """All of them, with whether one is urgent."""
         number, stages = 0, self.stages
-        extents = [(Extent(rows, rows), Extent(rows, self.residual.wanted(rows))) for rows in self.program.rows]
+        whole = [Extent(rows, rows) for rows in self.program.rows]
+        wanted = [Extent(rows, self.residual.wanted(rows)) for rows in self.program.rows]
         for rounds, length, steps in self.prepared.blocks:
             for round_ in range(rounds):
                 last = round_ == rounds - 1
-                for at, step, first, grows, urgent in steps:
-                    place = first + round_ * grows
-                    now = _Now(number + at, step, place, stages[place], extents[step.chunk][step.wanted])
-                    yield now, urgent[last]
+                for at, step, first, grows, urgent, urgent_last in steps:
+                    place, extents = first + round_ * grows, wanted if step.wanted else whole
+                    now = _Now(number + at, step, place, stages[place], extents[step.chunk])
+                    yield now, urgent_last if last else urgent
                 number += length
 
     def _wait(self, number: int, step: Step) -> None:

@@ -70,7 +70,7 @@ def shard(rank: int, world: int, rows: int) -> slice:
     """A rank's part of so many rows: the first ranks take one more where they don't divide."""
     size, larger = divmod(rows, world)
     start = rank * size + min(rank, larger)
-    return slice(start, start + size + (rank < larger))
+    return slice(start, start + (size + 1 if rank < larger else size))
 
 
 def reduce_scatter(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:

@@ -57,14 +57,15 @@ class Group:
         # One for messages to higher ranks, one for those to lower ones. A connection of gloo has one lock for both
         # ways, and its receiving thread spins while a send holds it: on a rank's only core that took turns of 3 ms.
         # torch has no types for its process groups: Any here, checked by the tests.
-        self._backends: Any = None
+        self._up: Any = None
+        self._down: Any = None
         if world > 1:
             assert store is not None, "more than one rank needs a store to meet at"
             with _link(rank):
-                self._backends = [
+                self._up, self._down = (
                     dist.ProcessGroupGloo(dist.PrefixStore(f"{lane} {way}", store), rank, world, TIMEOUT)  # type: ignore[attr-defined]
                     for way in ("up", "down")
-                ]
+                )
 
     def on(self, lane: str, ranks: tuple[int, ...] = ()) -> Group:
         """These ranks on a lane, counted from 0; without any, all. Each of them asks for it, all in the same order."""
@@ -91,31 +92,31 @@ class Group:
         """Starts sending; the tensor must stay untouched until `.wait()` returned. Raises `LinkLost`, as all here."""
         self._sent += tensor.nbytes
         with _link(self.rank):
-            return Transfer(self._gloo[to < self.rank].send([tensor], to, 0), self.rank)
+            return Transfer(self._towards(to > self.rank).send([tensor], to, 0), self.rank)
 
     def receive(self, tensor: Tensor, source: int) -> Transfer:
         """Starts receiving into `tensor`; messages of one sender arrive in the order of their sending."""
         with _link(self.rank):
-            return Transfer(self._gloo[source > self.rank].recv([tensor], source, 0), self.rank)
+            return Transfer(self._towards(source < self.rank).recv([tensor], source, 0), self.rank)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's `tensor` (all of one shape), in rank order."""
         gathered = [torch.empty_like(tensor) for _ in range(self.world)]
         self._sent += tensor.nbytes * (self.world - 1)
         with _link(self.rank):
-            self._gloo[0].allgather([gathered], [tensor]).wait()
+            self._towards(up=True).allgather([gathered], [tensor]).wait()
         return gathered
 
     def barrier(self) -> None:
         """Returns when every rank has called it."""
         if self.world > 1:
             with _link(self.rank):
-                self._gloo[0].barrier().wait()
+                self._towards(up=True).barrier().wait()
 
-    @property
-    def _gloo(self) -> Any:
-        assert self._backends is not None, "a group of one rank sends nothing"
-        return self._backends
+    def _towards(self, up: bool) -> Any:
+        """What carries messages to higher ranks, or to lower ones."""
+        assert self._up is not None, "a group of one rank sends nothing"
+        return self._up if up else self._down
 
 
 def gloo_available() -> bool:

@@ -96,11 +96,10 @@ class _Checker:
         """The place of the first stage that leaves wanted rows only: the last one at the latest. Raises if a later one
         would miss the others."""
         stages = self.outline.stages
-        left = (self._place(issued) - _enters(issued) for issued in self._ends() if issued.step.wanted)
-        narrow = min(left, default=len(stages) - 1)
+        narrow = min((self._left(each) for each in self._ends() if each.step.wanted), default=len(stages) - 1)
         for issued in self._ends():
             place = self._place(issued)
-            if issued.step.wanted != (place - _enters(issued) >= narrow):
+            if issued.step.wanted != (self._left(issued) >= narrow):
                 raise ProgramError(
                     f"{issued.name!r}: from {stages[narrow].name} on, all steps are about wanted rows only"
                 )
@@ -124,6 +123,11 @@ class _Checker:
         if place is None:
             raise ProgramError(f"{issued.name!r}: no such stage in this model")
         return place
+
+    def _left(self, issued: Issued) -> int:
+        """The place of the stage whose rows these are, as they leave it."""
+        place = self._place(issued)
+        return place - 1 if issued.kind in (Kind.ENTER, Kind.ALL_GATHER) else place
 
     def run(self) -> None:
         for block in self.program.form.blocks:
@@ -374,8 +378,3 @@ class _Checker:
                 return
             self.progress.pop(self.first)
             self.first += 1
-
-
-def _enters(step: Issued) -> bool:
-    """It is about what the stage before left."""
-    return step.kind in (Kind.ENTER, Kind.ALL_GATHER)

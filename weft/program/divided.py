@@ -1,19 +1,20 @@
 """Programs whose steps are for some of the ranks: what no rank can see by itself.
 
-All rows must go through every stage once, and a step may wait only for what its ranks take part in. The rest, that each
-rank has what it reads and sums what it computed, check.py proves rank by rank. Which ranks have a stage's weights, keys
-and values is not for a program to say: whoever builds it knows.
+All rows must go through every stage once, what some ranks computed is summed over just them, and a step may wait only
+for what its ranks take part in. The rest, that each rank has what it reads, check.py proves rank by rank. Which ranks
+have a stage's weights, keys and values is not for a program to say: whoever builds it knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from weft.program.batch import Rows
 from weft.program.progress import covered, once
 from weft.program.stages import Kind, Outline
-from weft.program.steps import Form, Program, ProgramError, Step
+from weft.program.steps import Form, Issued, Program, ProgramError, Step
 
+_Done = tuple[Rows, tuple[int, ...]]  # rows, and the ranks that have done something with them
 _Part = tuple[bool, bool, bool]  # of a rank in a step: concerned, sends, receives
 
 
@@ -43,20 +44,37 @@ def demand_ranks(form: Form, world: int) -> None:
 
 
 def demand_whole(program: Program, outline: Outline, rows: Rows, world: int) -> None:
-    """Raises `ProgramError` unless all `rows` go through every stage once, whichever ranks they are on."""
-    issued, done = list(program), {place: list[Rows]() for place in range(len(outline.stages))}
+    """Raises `ProgramError` unless all `rows` go through every stage once, whichever ranks they are on, and what these
+    computed is summed over just them."""
+    issued = list(program)
+    computed: dict[int, list[_Done]] = {place: [] for place in range(len(outline.stages))}
+    scattered: dict[int, list[_Done]] = {place: [] for place in computed}
     for each in issued:
-        for edge in each.after:
-            waiting = set(each.step.ranks) or set(range(world))  # of a send those that send
-            if 0 <= edge < each.number and not waiting <= _concerned(issued[edge].step, world):
+        ranks = each.step.ranks or tuple(range(world))
+        for edge in each.after:  # of a send those that send wait
+            if 0 <= edge < each.number and not set(ranks) <= _concerned(issued[edge].step, world):
                 raise ProgramError(f"{each.name!r}: waits for {issued[edge].name!r}, in which its ranks have no part")
         place = outline.place(each.step.part, each.layer)
-        if place is not None and each.kind in (Kind.COMPUTE, Kind.BODY):
-            once(done[place], each)
-            done[place].append(each.rows)
+        assert place is not None, "each rank's own steps are checked first"
+        match each.kind:
+            case Kind.COMPUTE | Kind.BODY:
+                once([other for other, _ in computed[place]], each)
+                computed[place].append((each.rows, ranks))
+            case Kind.TAIL | Kind.REDUCE | Kind.REDUCE_SCATTER:
+                _demand_same(each, ranks, computed[place])
+                if each.kind is Kind.REDUCE_SCATTER:
+                    scattered[place].append((each.rows, ranks))
+            case Kind.ENTER | Kind.ALL_GATHER:
+                _demand_same(each, ranks, scattered[place - 1])
     for place, stage in enumerate(outline.stages):
-        if covered(done[place], rows) < rows.length:
+        if covered([done for done, _ in computed[place]], rows) < rows.length:
             raise ProgramError(f"{stage.name}: not all of the rows {rows} go through it")
+
+
+def _demand_same(step: Issued, ranks: tuple[int, ...], done: Sequence[_Done]) -> None:
+    for rows, others in done:
+        if rows.intersects(step.rows) and ranks != others:
+            raise ProgramError(f"{step.name!r}: for ranks {ranks}, but its rows are those of {others}")
 
 
 def _concerned(step: Step, world: int) -> set[int]:

@@ -107,8 +107,9 @@ class Outline:
         place = self._places.get((part, layer is not None))
         if place is None or (layer is not None and not 0 <= layer < self.layers):
             return None
-        behind = place >= len(self.before) + len(self.layer)
-        return place + len(self.layer) * (layer if layer is not None else (self.layers - 1) * behind)
+        if layer is None and place >= len(self.before) + len(self.layer):  # behind all layers
+            layer = self.layers - 1
+        return place + len(self.layer) * (layer or 0)
 
     def input_until(self, place: int) -> int:
         """The place of the last stage whose contribution the stage at `place` reads; -1 for the first stage."""

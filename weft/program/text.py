@@ -35,6 +35,7 @@ ALL = "all"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 OPTIONS = {"on": "on", "as": "wire", "by": "algorithm", "for": "ranks", "to": "to"}
 MOST_RANKS = 4096  # that a step can name
+MOST_ROUNDS = 100_000  # of a block: models have some hundred layers
 
 _Name = tuple[Kind, str, int | None, int]  # kind, part, layer, chunk
 
@@ -56,8 +57,11 @@ def _letters(chunks: Sequence[Rows]) -> list[str]:
     whole = Rows(min(rows.start for rows in chunks), max(rows.stop for rows in chunks))
     names, number = [], 0
     for rows in chunks:
-        names.append(ALL if rows == whole else _letter(number))
-        number += rows != whole
+        if rows == whole:
+            names.append(ALL)
+        else:
+            names.append(_letter(number))
+            number += 1
     return names
 
 
@@ -165,8 +169,8 @@ class _Reading:
         elif match := _ROUNDS.fullmatch(line):
             self._block()
             self.repeated = int(match[1]), int(match[2] or 1)
-            if not self.repeated[0]:
-                raise ProgramError(f"{line!r} repeats nothing; a block is there once at least, 1x")
+            if not 1 <= self.repeated[0] <= MOST_ROUNDS:
+                raise ProgramError(f"{line!r}: a block is there once at least, 1x, and at most {MOST_ROUNDS} times")
         else:
             self._step(line)
 
