@@ -70,7 +70,7 @@ def test_a_pipeline_is_legal_and_reads_back() -> None:
     ("old", "new", "complaint"),
     [
         ("38x", "37x", "stands|stand before|already has"),
-        ("38x", "200000x", "line 10: .*at most 100000 times"),
+        ("38x", "200000x", "line 13: .*at most 100000 times"),
         ("send     L39.mlp  b  for 0-1 to 2-3  after reduce L39.mlp b\n", "", "does not stand before"),
         ("  after send L39.mlp b", "", "on rank 2: 'compute L40.attention 512.*not after everything"),
         ("  after reduce L39.mlp b\ncompute", "\ncompute", "on rank 0: 'send L39.mlp 512.*not after everything"),
@@ -149,9 +149,7 @@ def test_sums_are_over_the_ranks_that_computed() -> None:
     )
     apart = apart.replace("embed         4:8  for 0 to 1", "embed         4:8  for 0 to 1-2")
     apart = apart.replace("L0.attention  4:8  for 1", "L0.attention  4:8  for 1-2")
-    with pytest.raises(
-        ProgramError, match=r"^'reduce L0.mlp 4:8': for ranks \(1,\), but its rows are"
-    ):
+    with pytest.raises(ProgramError, match=r"^'reduce L0.mlp 4:8': for ranks \(1,\), but its rows are"):
         check(parse(apart), decoder_outline(1), Batch((Segment(0, 0, 4), Segment(1, 0, 4))), 3)
 
 

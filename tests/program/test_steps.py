@@ -59,7 +59,7 @@ def test_text_of_built_programs_round_trips(strategy: str) -> None:
         ("chunks a", "chunks are a letter and rows each"),
         ("chunks a 0-4", "'0-4' are no rows"),
         ("compute L0.mlp 0:4 wnted", "'wnted' is nothing that a step says; after its chunk may stand: wanted, on …"),
-        ("0x\ncompute L0.mlp 0:4", "repeats nothing"),
+        ("0x\ncompute L0.mlp 0:4", "once at least, 1x"),
         ("compute embed 0:4\n2x\ncompute L0.mlp 0:4 after compute embed 0:4", "stands elsewhere in round 2"),
         (
             "dance L0.mlp 0:4",

@@ -66,9 +66,8 @@ def conclusion(points: Sequence[Point]) -> str:
     hidden = [p.best.overlap_efficiency for p in points if p.best.overlap_efficiency is not None]
     if not hidden:
         return "Nothing was communicated, so there was nothing to hide."
-    line = (
-        f"Best strategy of each point: overlap efficiency {median(hidden):.2f} in the median of {_points(len(hidden))}"
-    )
+    middle, count = median(hidden), _points(len(hidden))
+    line = f"Best strategy of each point: overlap efficiency {middle:.2f} in the median of {count}"
     line += f" ({min(hidden):.2f} to {max(hidden):.2f}), saving up to {max(p.best.saving for p in points):.1%}."
     wrong = sum(m.above_ceiling for p in points for m in p.measured)
     if wrong:

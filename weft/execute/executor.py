@@ -90,8 +90,7 @@ def prepare(outline: Outline, form: Form, rank: int) -> _Prepared:
             if step.wanted and step.kind in (Kind.COMPUTE, Kind.BODY):
                 narrow = min(narrow, place)
             if step.concerns(rank):
-                grown = 0 if step.layer is None else grows
-                steps.append(_PreparedStep(at, step, place, grown, *urgent))
+                steps.append(_PreparedStep(at, step, place, 0 if step.layer is None else grows, *urgent))
         blocks.append((block.rounds, len(block.steps), tuple(steps)))
     return _Prepared(tuple(blocks), narrow)
 

@@ -173,14 +173,8 @@ class Outlook:
             plan = self.planner("auto", wire, self._costs(replace(self.group, link=link))).plan(self.batch(tokens))
             predicted = plan.predicted
             assert predicted is not None
-            rates.append(
-                (
-                    link.reached,
-                    1 - predicted.seconds / predicted.serial,
-                    1 - predicted.bound / predicted.serial,
-                    str(plan.strategy),
-                )
-            )
+            saved, possible = (1 - seconds / predicted.serial for seconds in (predicted.seconds, predicted.bound))
+            rates.append((link.reached, saved, possible, str(plan.strategy)))
         return rates
 
     def pays_until(self, tokens: int, wire: str) -> float | None:
