@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="the cases whose names hold this")
+    parser.add_argument("--only", default="", help="the cases whose names hold this; grid: the bench's")
     parser.add_argument("--json", type=Path, help="every round's seconds")
     given = parser.parse_args()
     cases = {name: case for name, case in CASES.items() if given.only in name}
@@ -97,7 +97,7 @@ def main() -> None:
             taken = {checkout: seconds(checkout, case) for checkout in sides}
             rounds[name].append((taken[given.other], taken[HERE]))
             print(f"round {number + 1}: {name}: {rounds[name][-1]}", file=sys.stderr)
-        if given.only in "grid" and os.geteuid() == 0:
+        if given.only in ("", "grid") and os.geteuid() == 0:
             sides = (given.other, HERE) if number % 2 == 0 else (HERE, given.other)
             points = {checkout: grid(checkout) for checkout in sides}
             for name, now in points[HERE].items():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -54,6 +56,29 @@ def test_same_tokens_as_transformers_in_batches(checkpoints: Checkpoints, ranks:
         assert output.prompt_token_ids == list(prompt)
         assert output.outputs[0].token_ids == checkpoints.reference("qwen3", prompt)[1]
         assert output.outputs[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_closed_once_and_for_all(packaged: Path, ranks: int) -> None:
+    with LLM(packaged, tensor_parallel_size=ranks, overlap="serial", num_threads=1) as llm:
+        pass
+    llm.close()
+    for asked in (lambda: llm.generate("def", GREEDY), lambda: next(llm.stream("def", GREEDY))):
+        with pytest.raises(InputError, match="this LLM was closed"):
+            asked()
+
+
+def test_a_mistake_leaves_the_next_one_alone() -> None:
+    """In a process of its own: what the first one began to import, the second one needs."""
+    code = (
+        "from weft import LLM\n"
+        "for wrong in ({'overlap': 'foo'}, {'max_model_len': 10**9}, {'tensor_parallel_size': '2'}):\n"
+        "    try: LLM(**wrong)\n"
+        "    except ValueError as error: print(error)\n"
+        "LLM(tensor_parallel_size=2, overlap='serial', num_threads=1).close()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0 and len(run.stdout.splitlines()) == 3, run.stderr
 
 
 def test_text_in_text_out(two_ranks: LLM) -> None:

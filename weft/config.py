@@ -289,9 +289,9 @@ class EngineConfig:
 
 
 def positive(value: int | None, name: str) -> None:
-    """Raises `InputError` unless `value` is None or at least 1."""
-    if value is not None and value < 1:
-        raise InputError(f"{name} {value} is not allowed; give a whole number from 1")
+    """Raises `InputError` unless `value` is None or a whole number from 1."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise InputError(f"{name} {value!r} is not allowed; give a whole number from 1")
 
 
 def one_of(value: str, name: str, allowed: tuple[str, ...]) -> None:

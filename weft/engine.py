@@ -58,9 +58,9 @@ class Engine:
     ) -> None:  # fmt: skip
         self.directory, self.model = directory, model or ModelConfig.from_directory(directory)
         blueprint = blueprint_of(self.model)
-        tokenizer = reading_tokenizer(directory)
         granule = granule_of(config)
         self.planner = Planner(blueprint.outline, config.overlap, config.wire, granule)
+        tokenizer = reading_tokenizer(directory)
         self.budget = Budget(self.planner)
         self.workers = Workers(directory, config, self.model, launcher, ready=tokenizer)
         tell = progress or (lambda what, share: None)

@@ -104,6 +104,7 @@ class LLM:
             max_batch_tokens=max_num_batched_tokens, cores=cores, prefixes=enable_prefix_caching,
             token_interval=token_interval, launcher=launcher, progress=progress, recalibrate=recalibrate,
         )  # fmt: skip
+        self._closed = False
 
     def __enter__(self) -> LLM:
         return self
@@ -112,8 +113,14 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Ends the workers."""
-        self.engine.close()
+        """Ends the workers. What is closed stays so: calling this once more does nothing."""
+        if not self._closed:
+            self._closed = True
+            self.engine.close()
+
+    def _demand_open(self) -> None:
+        if self._closed:
+            raise InputError("this LLM was closed, and its workers are gone; open another one")
 
     def get_default_sampling_params(self, **changes: Any) -> SamplingParams:
         """What the checkpoint's `generation_config.json` proposes, with these changes."""
@@ -124,6 +131,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:  # fmt: skip
         """Completes every prompt, in batches, and returns the outputs in the order of the prompts."""
+        self._demand_open()
         listed: list[Prompt] = list(prompts) if isinstance(prompts, Iterable) and not _one(prompts) else [prompts]
         wishes = self._wishes(sampling_params, len(listed))
         encoded = [self._encode(prompt) for prompt in listed]  # all are looked at before any is run
@@ -150,6 +158,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str | RequestOutput]:
         """Yields the first completion's text as it grows, by whole characters, and the whole output last."""
+        self._demand_open()
         request = self.engine.add(self._encode(prompt), self._wishes(sampling_params, 1)[0])
         first, shown = request.sequences[0], 0
         try:

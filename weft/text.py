@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
@@ -16,6 +17,8 @@ from typing import Any
 
 from weft.detokenizer import Detokenizer, Spelling
 from weft.errors import InputError
+
+_importing = threading.Lock()  # transformers fails where a second thread imports it before the first one has
 
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either of which makes a tokenizer
 
@@ -28,7 +31,8 @@ class Tokenizer:
             raise InputError(
                 f"{directory / 'tokenizer.json'} is missing; give prompts as token ids, or add the tokenizer's file"
             )
-        from transformers import AutoTokenizer
+        with _importing:
+            from transformers import AutoTokenizer
 
         try:
             self._hf: Any = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)

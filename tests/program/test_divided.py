@@ -8,9 +8,9 @@ import pytest
 
 from tests.execute.programs import lagging
 from tests.outlines import decoder_outline
-from weft.program.batch import Batch, Segment, one_prompt
+from weft.program.batch import Batch, Rows, Segment, one_prompt
 from weft.program.check import check
-from weft.program.divided import representatives
+from weft.program.divided import demand_whole, representatives
 from weft.program.steps import ProgramError
 from weft.program.text import parse, write, write_expanded
 
@@ -70,7 +70,7 @@ def test_a_pipeline_is_legal_and_reads_back() -> None:
     ("old", "new", "complaint"),
     [
         ("38x", "37x", "stands|stand before|already has"),
-        ("38x", "200000x", "line 13: .*at most 100000 times"),
+        ("38x", "200000x", "with 200000 rounds of 8 steps.*over 1000000"),
         ("send     L39.mlp  b  for 0-1 to 2-3  after reduce L39.mlp b\n", "", "does not stand before"),
         ("  after send L39.mlp b", "", "on rank 2: 'compute L40.attention 512.*not after everything"),
         ("  after reduce L39.mlp b\ncompute", "\ncompute", "on rank 0: 'send L39.mlp 512.*not after everything"),
@@ -141,16 +141,26 @@ def test_each_rule_between_two(old: str, new: str, complaint: str) -> None:
         check(parse(TWO.replace(old, new, 1)), decoder_outline(1), batch, 3)
 
 
+def test_a_stage_is_divided_in_one_way() -> None:
+    """A rank has one share of it."""
+    both = TWO.replace("for 1", "for 1-2").replace("to 1", "to 1-2")
+    mixed = both.replace("L0.mlp        0:4  for 1-2", "L0.mlp        0:4  for 1")
+    mixed = mixed.replace(
+        "wanted  for 1-2  after reduce L0.mlp 0:4, reduce", "wanted  for 1  after reduce L0.mlp 0:4, reduce"
+    )
+    with pytest.raises(ProgramError, match=r"'compute L0.mlp 4:8': .*divided over \(1,\)"):
+        check(parse(mixed), decoder_outline(1), Batch((Segment(0, 0, 4), Segment(1, 0, 4))), 3)
+
+
 def test_sums_are_over_the_ranks_that_computed() -> None:
     """Each of two ranks for itself has all that it computed; but nobody has the sum."""
-    apart = TWO.replace("compute  L0.mlp        4:8  for 1", "compute  L0.mlp        4:8  for 1-2").replace(
-        "reduce   L0.mlp        4:8  for 1\n",
-        "reduce   L0.mlp        4:8  for 1\nreduce   L0.mlp        4:6  for 2\nreduce   L0.mlp        6:8  for 2\n",
-    )
-    apart = apart.replace("embed         4:8  for 0 to 1", "embed         4:8  for 0 to 1-2")
-    apart = apart.replace("L0.attention  4:8  for 1", "L0.attention  4:8  for 1-2")
+    both = TWO.replace("for 1", "for 1-2").replace("to 1", "to 1-2")
+    sequences = Batch((Segment(0, 0, 4), Segment(1, 0, 4)))
+    check(parse(both), decoder_outline(1), sequences, 3)
+    each = [f"reduce   L0.mlp        {rows}  for {rank}\n" for rows, rank in (("4:8", 1), ("4:6", 2), ("6:8", 2))]
+    apart = both.replace("reduce   L0.mlp        4:8  for 1-2\n", "".join(each))
     with pytest.raises(ProgramError, match=r"^'reduce L0.mlp 4:8': for ranks \(1,\), but its rows are"):
-        check(parse(apart), decoder_outline(1), Batch((Segment(0, 0, 4), Segment(1, 0, 4))), 3)
+        demand_whole(parse(apart), decoder_outline(1), Rows(0, 8), 3)
 
 
 SCATTERED = """\
@@ -168,8 +178,11 @@ gather          head          0:8  wanted
 """
 
 
-def test_scattered_rows_are_gathered_by_the_ranks_that_have_them() -> None:
+def test_scattered_rows_stay_with_the_ranks_that_have_them() -> None:
     check(parse(SCATTERED), decoder_outline(1), one_prompt(8), 4)
+    fewer, later = SCATTERED.partition("compute         L0.mlp")[::2]
+    with pytest.raises(ProgramError, match="its rows are those of"):
+        check(parse(f"{fewer}compute  L0.mlp{later.replace('0-1', '0')}"), decoder_outline(1), one_prompt(8), 4)
     alone = SCATTERED.replace("all_gather      L0.mlp        0:8  for 0-1", "all_gather      L0.mlp        0:8  for 0")
     alone = alone.replace("L0.mlp        0:8  for 0-1  after all_gather", "L0.mlp        0:8  for 0  after all_gather")
     alone = alone.replace("reduce_scatter  L0.mlp        0:8  for 0-1", "reduce_scatter  L0.mlp        0:8  for 0")

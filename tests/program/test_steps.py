@@ -60,6 +60,13 @@ def test_text_of_built_programs_round_trips(strategy: str) -> None:
         ("chunks a 0-4", "'0-4' are no rows"),
         ("compute L0.mlp 0:4 wnted", "'wnted' is nothing that a step says; after its chunk may stand: wanted, on …"),
         ("0x\ncompute L0.mlp 0:4", "once at least, 1x"),
+        ("2x by 0 layers\ncompute L0.mlp 0:4", "once at least, 1x"),
+        (f"compute embed 0:{'9' * 5000}", "is no chunk"),
+        (f"compute L{'9' * 5000}.mlp 0:4", "not a stage"),
+        (f"{'9' * 5000}x", "not a step"),
+        ("chunks 0:4 4:8\ncompute embed 0:4", "no name for a chunk"),
+        ("compute embed 0:4 for 0,3-2", "don't rise"),
+        ("compute embed 0:4 for 0 for 1", "said twice"),
         ("compute embed 0:4\n2x\ncompute L0.mlp 0:4 after compute embed 0:4", "stands elsewhere in round 2"),
         (
             "dance L0.mlp 0:4",

@@ -22,6 +22,7 @@ from weft.execute.protocol import Choice
 Told = list[list[float]]  # of each rank, in rank order, the numbers that it said
 
 BLOCK = 512  # tokens whose probabilities are summed by themselves: in the same order however many threads there are
+COLDEST = torch.finfo(torch.float32).tiny  # as a temperature: what is smaller divides by zero
 DIRECT = 64  # of top-k: so many probabilities of each slice travel as they are
 
 
@@ -54,7 +55,8 @@ def draw(logits_W: Tensor, choice: Choice, part: Slice, top: float) -> Generator
     What is accepted is distributed as a draw from top-p's tokens alone: each draw is from more tokens than those,
     never from fewer. Of equally likely tokens the one with the lower id comes first.
     """
-    kept = _Kept(lambda: (None, torch.exp((logits_W - top) / choice.temperature)))
+    temperature = max(choice.temperature, COLDEST)
+    kept = _Kept(lambda: (None, torch.exp((logits_W - top) / temperature)))
     if choice.min_p > 0:
         kept = kept.only(lambda kept: kept.values >= choice.min_p)
     if 0 < choice.top_k < part.size:

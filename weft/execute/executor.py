@@ -170,18 +170,18 @@ class Executor:
         self.part = Slice(rank, sum(vocabulary[:rank]), vocabulary[rank], sum(vocabulary))
 
     def groups(self, form: Form) -> dict[tuple[str, tuple[int, ...]], Group]:
-        """For each lane that communicates, and the ranks that do it there: all (), or some. Every rank asks for those
-        that it is in, in the same order."""
+        """For each lane that communicates, and the ranks that do it there: all (), or some. Ranks meet to make one, so
+        each asks for all that it is in, in the same order, also where it has no step itself."""
         if not form.ranks:
             return {(lane, ()): self.group.on(lane) for lane in form.lanes if lane != COMPUTE}
-        steps = [step for block in form.blocks for step in block.steps if step.concerns(self.group.rank)]
-        travel = dict.fromkeys((s.lane, () if s.to else s.ranks) for s in steps if s.kind in COLLECTIVES)
-        return {lane_and_ranks: self.group.on(*lane_and_ranks) for lane_and_ranks in travel}
+        steps = (step for block in form.blocks for step in block.steps if step.kind in COLLECTIVES)
+        meet = dict.fromkeys((step.lane, () if step.to else step.ranks) for step in steps)
+        return {(lane, some): self.group.on(lane, some) for lane, some in meet if not some or self.group.rank in some}
 
     def run(
         self, program: Program, forward: Forward, codec: Codec, scope: Scope = Scope.BOTH, checksums: bool = False
     ) -> Result:  # fmt: skip
-        """One forward pass. Raises what a step raised, once every submitted collective has ended."""
+        """One forward pass. Raises what a step raised; the group is of no use then."""
         return _Pass(self, program, forward, codec, scope, checksums).all_steps()
 
 
@@ -201,6 +201,7 @@ class _Pass:
         self.checksums: dict[int, int] = {}
         self.checks = checksums
         self.pending: dict[int, Pending] = {}
+        self.latest: dict[str, Pending] = {}  # of each lane
         self.residual = Residual(owner.decoder, owner.outline, self.prepared.narrow_from, forward)
         self.inputs, self.bodies, self.partials = _Tensors(), _Bodies(), _Tensors()
         self.logits: Tensor | None = None
@@ -208,8 +209,7 @@ class _Pass:
 
     def all_steps(self) -> Result:
         if self.scope is Scope.NETWORK:
-            self.residual.hidden.zero_()  # committed before the clock matters
-            self.residual.kept.zero_()
+            self.residual.commit()  # before the clock matters
         try:
             for now, urgent in self._steps():
                 if now.step.to:
@@ -295,11 +295,9 @@ class _Pass:
         number, step, place, stage, extent = now
         kind, rows, world = step.kind, extent.leaves, len(step.ranks) or self.group.world
         if not rows.length:
+            self._nothing_travels(number, step)
             return
-        if self.scope is Scope.NETWORK or (kind is Kind.GATHER and not self.partials.has(stage, rows)):
-            tensor = self._stand_in(kind, rows)  # of logits none, where this rank has no part of the vocabulary
-        else:  # all of it is this rank's partial, or the rows that it entered
-            tensor = (self.inputs if kind is Kind.ALL_GATHER else self.partials).take(stage, rows)
+        tensor = self._outgoing(kind, stage, rows)
         if kind is Kind.REDUCE:
             self.residual.put(place, stage, extent, tensor)
         elif kind is Kind.REDUCE_SCATTER:
@@ -311,10 +309,29 @@ class _Pass:
         elif world == 1 or self.scope is not Scope.COMPUTE:
             self.logits = tensor
         if world == 1:  # nothing travels: a partial is the sum already
+            self._nothing_travels(number, step)
             if kind is Kind.GATHER:
                 self.told = [likeliest(tensor, 0)]
         elif self.scope is not Scope.COMPUTE:
-            self.pending[number] = self.lanes.submit(step.lane, partial(self._communicate, now, tensor), urgent)
+            self._submit(now, tensor, urgent)
+
+    def _outgoing(self, kind: Kind, stage: StageFunctions, rows: Rows) -> Tensor:
+        """What travels: all of it is this rank's partial, or the rows that it entered."""
+        if self.scope is Scope.NETWORK:
+            return self._stand_in(kind, rows)
+        if kind is Kind.GATHER and not self.partials.has(stage, rows):
+            assert not self.part.width, "a rank with a part of the vocabulary, and a program without its head"
+            return self._stand_in(kind, rows)
+        return (self.inputs if kind is Kind.ALL_GATHER else self.partials).take(stage, rows)
+
+    def _submit(self, now: _Now, tensor: Tensor, urgent: bool) -> None:
+        lane, work = now.step.lane, partial(self._communicate, now, tensor)
+        self.pending[now.number] = self.latest[lane] = self.lanes.submit(lane, work, urgent)
+
+    def _nothing_travels(self, number: int, step: Step) -> None:
+        """Who waits for this waits for all that its lane was given before, as for any other collective."""
+        if step.lane in self.latest:
+            self.pending[number] = self.latest[step.lane]
 
     def _send(self, now: _Now, urgent: bool) -> None:
         """To ranks that go on with these rows, or from those that had them: the residual stream itself, which nobody
@@ -327,7 +344,9 @@ class _Pass:
             if not sends:
                 tensor.fill_(1.0)  # of the usual size
         elif extent.leaves.length:
-            self.pending[number] = self.lanes.submit(step.lane, partial(self._communicate, now, tensor), urgent)
+            self._submit(now, tensor, urgent)
+        else:
+            self._nothing_travels(number, step)
 
     def _shard(self, step: Step, rows: Rows) -> slice:
         """This rank's part of rows that are divided over the step's ranks."""

@@ -45,6 +45,11 @@ class Residual:
         """Places of the wanted rows."""
         return torch.tensor(self.forward.batch.wanted_rows, dtype=torch.long, device=self.hidden.device)
 
+    def commit(self) -> None:
+        """Has the system give the memory, where nothing is computed that would."""
+        self.hidden.zero_()
+        self.kept.zero_()
+
     def wanted(self, rows: Rows) -> Rows:
         """What goes on of some rows of the batch where only wanted ones do."""
         return self.forward.batch.wanted(rows) if self._some else rows

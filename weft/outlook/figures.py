@@ -184,7 +184,7 @@ class Outlook:
         factor, last = FASTEST, None
         while factor >= SLOWEST:
             [(rate, _, _, strategy)] = self.at_rates(tokens, wire, [factor])
-            if strategy != str(Strategy()):
+            if replace(Strategy.parse(strategy), scattered=False) != Strategy():  # scattered sums alone hide nothing
                 last = rate
                 break
             factor /= 2**0.5

@@ -48,7 +48,7 @@ def demand_whole(program: Program, outline: Outline, rows: Rows, world: int) -> 
     computed is summed over just them."""
     issued = list(program)
     computed: dict[int, list[_Done]] = {place: [] for place in range(len(outline.stages))}
-    scattered: dict[int, list[_Done]] = {place: [] for place in computed}
+    spread: list[_Done] = []  # rows of which each rank has its part only
     for each in issued:
         ranks = each.step.ranks or tuple(range(world))
         for edge in each.after:  # of a send those that send wait
@@ -56,25 +56,32 @@ def demand_whole(program: Program, outline: Outline, rows: Rows, world: int) -> 
                 raise ProgramError(f"{each.name!r}: waits for {issued[edge].name!r}, in which its ranks have no part")
         place = outline.place(each.step.part, each.layer)
         assert place is not None, "each rank's own steps are checked first"
-        match each.kind:
-            case Kind.COMPUTE | Kind.BODY:
-                once([other for other, _ in computed[place]], each)
-                computed[place].append((each.rows, ranks))
-            case Kind.TAIL | Kind.REDUCE | Kind.REDUCE_SCATTER:
-                _demand_same(each, ranks, computed[place])
-                if each.kind is Kind.REDUCE_SCATTER:
-                    scattered[place].append((each.rows, ranks))
-            case Kind.ENTER | Kind.ALL_GATHER:
-                _demand_same(each, ranks, scattered[place - 1])
+        if each.kind in (Kind.COMPUTE, Kind.BODY):
+            once([done for done, _ in computed[place]], each)
+            _demand_share(each, ranks, computed[place])
+            computed[place].append((each.rows, ranks))
+        elif each.kind in (Kind.TAIL, Kind.REDUCE, Kind.REDUCE_SCATTER):
+            _demand_same(each, ranks, computed[place])
+        if each.kind in (Kind.REDUCE_SCATTER, Kind.ENTER, Kind.ALL_GATHER):
+            _demand_same(each, ranks, spread)
+            spread += [(each.rows, ranks)] if (each.rows, ranks) not in spread else []
     for place, stage in enumerate(outline.stages):
         if covered([done for done, _ in computed[place]], rows) < rows.length:
             raise ProgramError(f"{stage.name}: not all of the rows {rows} go through it")
 
 
 def _demand_same(step: Issued, ranks: tuple[int, ...], done: Sequence[_Done]) -> None:
+    """What is done with rows is done by the ranks that have them."""
     for rows, others in done:
         if rows.intersects(step.rows) and ranks != others:
             raise ProgramError(f"{step.name!r}: for ranks {ranks}, but its rows are those of {others}")
+
+
+def _demand_share(step: Issued, ranks: tuple[int, ...], done: Sequence[_Done]) -> None:
+    """A rank has one share of a stage: what makes the whole with some ranks does not with fewer, or others."""
+    for _, others in done:
+        if ranks != others and not set(ranks).isdisjoint(others):
+            raise ProgramError(f"{step.name!r}: for ranks {ranks}, but this stage is divided over {others}")
 
 
 def _concerned(step: Step, world: int) -> set[int]:

@@ -34,15 +34,16 @@ from weft.program.steps import Block, Form, Program, ProgramError, Step
 ALL = "all"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 OPTIONS = {"on": "on", "as": "wire", "by": "algorithm", "for": "ranks", "to": "to"}
+SAID = ", ".join(["wanted", *(f"{name} …" for name in OPTIONS), "after …"])
 MOST_RANKS = 4096  # that a step can name
-MOST_ROUNDS = 100_000  # of a block: models have some hundred layers
+MOST_STEPS = 1_000_000  # of all rounds: some hundred layers have some thousand
 
 _Name = tuple[Kind, str, int | None, int]  # kind, part, layer, chunk
 
 
 def write(program: Program) -> str:
     """The text of a program."""
-    letters = _letters(program.rows)
+    letters = _letters(program.rows) if program.rows else []
     chunks = "  ".join(f"{letter} {rows}" for letter, rows in zip(letters, program.rows, strict=True))
     return "".join(f"{line}\n" for line in (f"chunks  {chunks}", "", *_lines(program.form.blocks, letters)))
 
@@ -123,7 +124,7 @@ def _ranks(text: str) -> tuple[int, ...]:
     if any(last - first >= MOST_RANKS for first, last in pairs):
         raise ProgramError(f"{text!r} are more than {MOST_RANKS} ranks")
     ranks = [rank for first, last in pairs for rank in range(first, last + 1)]
-    if not ranks or ranks != sorted(set(ranks)):
+    if any(last < first for first, last in pairs) or ranks != sorted(set(ranks)):
         raise ProgramError(f"the ranks {text!r} don't rise; write each once, as in '0-3' or '0,2'")
     return tuple(ranks)
 
@@ -145,10 +146,11 @@ def parse(text: str) -> Program:
     return reading.program()
 
 
-_ROWS = re.compile(r"(\d+):(\d+)")
-_STAGE = re.compile(r"(?:L(\d+)\.)?([^\W\d]\w*)")
+_ROWS = re.compile(r"(\d{1,9}):(\d{1,9})")
+_STAGE = re.compile(r"(?:L(\d{1,9})\.)?([^\W\d]\w*)")
+_LETTER = re.compile(r"[^\W\d]\w*")
 _RANKS = re.compile(r"\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?)*")
-_ROUNDS = re.compile(r"(\d+)x(?:\s+by\s+(\d+)\s+layers?)?")
+_ROUNDS = re.compile(r"(\d{1,9})x(?:\s+by\s+(\d{1,9})\s+layers?)?")
 
 
 class _Reading:
@@ -169,8 +171,8 @@ class _Reading:
         elif match := _ROUNDS.fullmatch(line):
             self._block()
             self.repeated = int(match[1]), int(match[2] or 1)
-            if not 1 <= self.repeated[0] <= MOST_ROUNDS:
-                raise ProgramError(f"{line!r}: a block is there once at least, 1x, and at most {MOST_ROUNDS} times")
+            if 0 in self.repeated:
+                raise ProgramError(f"{line!r} repeats nothing; a block is there once at least, 1x by 1 layer")
         else:
             self._step(line)
 
@@ -178,6 +180,8 @@ class _Reading:
         if len(words) % 2:
             raise ProgramError("chunks are a letter and rows each, such as 'chunks a 0:512 b 512:1024'")
         for letter, rows in zip(words[::2], words[1::2], strict=True):
+            if not _LETTER.fullmatch(letter):
+                raise ProgramError(f"{letter!r} is no name for a chunk; one begins with a letter")
             self.letters[letter] = self._rows(rows)
             self._chunk(letter)
 
@@ -237,10 +241,11 @@ class _Reading:
                 said[word] = True
             elif word in OPTIONS and words:
                 value, *words = words
+                if OPTIONS[word] in said:
+                    raise ProgramError(f"{word!r} is said twice")
                 said[OPTIONS[word]] = _ranks(value) if OPTIONS[word] in ("ranks", "to") else value
             else:
-                allowed = ", ".join(["wanted", *(f"{name} …" for name in OPTIONS), "after …"])
-                raise ProgramError(f"{word!r} is nothing that a step says; after its chunk may stand: {allowed}")
+                raise ProgramError(f"{word!r} is nothing that a step says; after its chunk may stand: {SAID}")
         return said
 
     def _block(self) -> None:
@@ -248,6 +253,10 @@ class _Reading:
         rounds, layers = self.repeated
         if not self.steps:
             return
+        if len(self.names) + (rounds - 1) * len(self.steps) > MOST_STEPS:
+            raise ProgramError(
+                f"with {rounds} rounds of {len(self.steps)} steps the program has over {MOST_STEPS} steps"
+            )
         block = Block(tuple(self.steps), rounds, layers)
         begin = len(self.names) - len(self.steps)
         for number in range(1, rounds):
