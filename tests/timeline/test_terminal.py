@@ -5,8 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 
 from tests.timeline.test_timeline import TIMELINE
+from weft.program.batch import Rows
+from weft.program.stages import Kind
 from weft.timeline.terminal import IDLE, terminal
-from weft.timeline.timeline import Timeline
+from weft.timeline.timeline import Event, Timeline
 
 
 def drawn(timeline: Timeline, width: int) -> list[str]:
@@ -27,3 +29,11 @@ def test_lanes_over_time() -> None:
 
 def test_nothing_to_draw() -> None:
     assert "nothing is communicated" in drawn(Timeline((), "measured"), 10)[-1]
+
+
+def test_what_is_shorter_than_half_a_column_is_drawn() -> None:
+    """Else the sums of a short prompt vanish, above a line that says how much of them is hidden."""
+    computing = Event(0, "compute", Kind.COMPUTE, "L0.mlp", Rows(0, 4), 0.0, 10.0)
+    sums = [Event(0, "network", Kind.REDUCE, "L0.mlp", Rows(0, 4), at, at + 0.2) for at in (1.1, 4.4, 8.7)]
+    lines = drawn(Timeline((computing, *sums), "measured"), 10)
+    assert lines[1].endswith("M" * 10) and lines[2].endswith("·M··M···M·")

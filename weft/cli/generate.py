@@ -175,7 +175,8 @@ def _compared(errors: Console, llm: LLM, tokens: list[int], overlap: str, rounds
 def _drawn(comparison: list[Measured]) -> list[Timeline]:
     """The strategy's timeline, what was predicted of it, and serial's."""
     best, serial = comparison[-1], comparison[0]
-    shown = [best.timeline, best.predicted_timeline, serial.timeline if serial is not best else None]
+    again = serial is best or best.plan.startswith("serial")  # the same runs
+    shown = [best.timeline, best.predicted_timeline, None if again else serial.timeline]
     return [timeline for timeline in shown if timeline is not None]
 
 

@@ -120,7 +120,8 @@ def _axis(scale: float, height: int) -> Iterator[str]:
     for number in range(int(scale / step) + 1):
         x = _percent(number * step, scale)
         yield f'<line class="tick" x1="{x}" x2="{x}" y1="0" y2="{height - AXIS + 4}"/>'
-        yield f'<text class="faint" x="{x}" dx="2" y="{height - 4}">{number * step * 1e3:g} ms</text>'
+        side = 'dx="2"' if number * step < 0.94 * scale else 'dx="-2" text-anchor="end"'  # at the edge it is cut off
+        yield f'<text class="faint" x="{x}" {side} y="{height - 4}">{number * step * 1e3:g} ms</text>'
 
 
 def _nice(seconds: float) -> float:

@@ -25,7 +25,8 @@ def _styles(timeline: Timeline) -> dict[str, tuple[str, str]]:
 
 
 def terminal(timeline: Timeline, width: int = 100) -> RenderableType:
-    """A row for each lane of a rank; a column is the part of the model that fills most of its time."""
+    """A row for each lane of a rank; a column is the part of the model that fills most of its time. What is too short
+    for that has the column of its middle."""
     begin = timeline.begin
     scale = timeline.seconds / width if timeline.events else 1.0
     lines, styles = [_axis(timeline.seconds, width)], _styles(timeline)
@@ -49,13 +50,12 @@ def _row(
 
 
 def _fills_most(events: list[Event], left: float, right: float) -> str | None:
-    """The part that fills most of a time, if the lane is busy for half of it."""
-    shown = {event: min(event.stop, right) - max(event.start, left) for event in events}
-    best = max(shown, key=lambda event: shown[event], default=None)
-    busy = sum(seconds for seconds in shown.values() if seconds > 0)
-    if best is None or busy < (right - left) / 2:
-        return None
-    return best.stage.rpartition(".")[2]
+    """The part that fills most of a time, if the lane is busy for half of it, or the middle of something lies there."""
+    inside = {event: min(event.stop, right) - max(event.start, left) for event in events}
+    if sum(seconds for seconds in inside.values() if seconds > 0) < (right - left) / 2:
+        inside = {event: inside[event] for event in events if left <= (event.start + event.stop) / 2 < right}
+    longest = max(inside, key=lambda event: inside[event], default=None)
+    return longest.stage.rpartition(".")[2] if longest else None
 
 
 def _axis(seconds: float, width: int) -> Text:
