@@ -209,8 +209,9 @@ def test_what_ranks_tell_each_other_of_152_000_logits() -> None:
     """Bytes a row and rank: greedy 16, which go with the program; else what this says."""
     logits = 5 * torch.randn(4, 152_000, generator=torch.Generator().manual_seed(3))
     limits: list[tuple[dict, int]] = [
-        ({}, 0), ({"temperature": 1.0}, 40), ({"temperature": 1.0, "top_p": 0.9}, 300),
-        ({"temperature": 1.0, "top_k": 50}, 500), ({"temperature": 1.0, "top_k": 5000}, 9000),
+        ({}, 0), ({"temperature": 1.0}, 40), ({"temperature": 1.0, "top_p": 0.9}, 600), ({"top_p": 0.5}, 0),
+        ({"temperature": 1.0, "top_k": 20}, 530), ({"temperature": 1.0, "top_k": 50}, 500),
+        ({"temperature": 1.0, "top_k": 5000}, 9000),
     ]  # fmt: skip
     for wishes, most in limits:
         talked = Talked((76_000, 76_000))
@@ -222,8 +223,9 @@ def test_what_ranks_tell_each_other_of_152_000_logits() -> None:
 @pytest.mark.parametrize(
     ("helper", "wishes"),
     [("_drawn", {}), ("_sums", {}), ("_true_places", {"min_p": 0.1}), ("_likelier", {"top_p": 0.5}),
-     ("_not_below", {"top_k": 5}), ("_histogram", {"top_k": 100}), ("_sums", {"top_p": 0.1}),
-     ("_true_places", {"top_k": 70}), ("_not_below", {"top_k": 500, "top_p": 0.9})],
+     ("_not_below", {"top_k": 40}), ("_said_few", {"top_k": 5}), ("_said_few", {"top_p": 0.5}),
+     ("_histogram", {"top_k": 100}), ("_sums", {"top_p": 0.1}), ("_true_places", {"top_k": 70}),
+     ("_not_below", {"top_k": 500, "top_p": 0.9})],
 )  # fmt: skip
 def test_a_rank_that_fails_at_its_part_ends_the_row_on_all(
     helper: str, wishes: dict, monkeypatch: pytest.MonkeyPatch

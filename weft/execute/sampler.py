@@ -6,8 +6,9 @@ others.
 
     greedy                  one round: each slice's likeliest token
     temperature             two more: each slice's mass, then the token, from the slice that has it
-    top-p                   for each draw that is refused, two more; about one and a half draws where rows are peaked
-    top-k                   two more for up to 64, else five: histograms of a probability's bytes, 8 KiB a row
+    top-p, top-k up to 32   one more where what they leave is among the 32 likeliest tokens, 520 bytes a row
+    top-p else              one more than temperature, and two for each draw that is refused
+    top-k else              two more for up to 64, else five: histograms of a probability's bytes, 8 KiB a row
     penalties, grammars     one more; each slice has its own part of them
     log-probabilities       two more
 
