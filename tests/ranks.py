@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -36,18 +38,33 @@ SECONDS = 60.0
 
 
 class Threads:
-    """One persistent thread a rank; `each(work)` runs `work(rank)` on all of them and returns the answers."""
+    """One persistent thread a rank; `each(work)` runs `work(rank)` on all of them and returns the answers. Ranks that
+    wait for each other for ever fail a test, and end with the process."""
 
     def __init__(self, world: int) -> None:
-        self.pools = [ThreadPoolExecutor(1) for _ in range(world)]
+        self.queues: list[SimpleQueue[Any]] = [SimpleQueue() for _ in range(world)]
+        for rank, queue in enumerate(self.queues):
+            threading.Thread(target=self._run, args=(rank, queue), name=f"rank-{rank}", daemon=True).start()
+
+    @staticmethod
+    def _run(rank: int, queue: SimpleQueue[Any]) -> None:
+        while (asked := queue.get()) is not None:
+            future, work = asked
+            try:
+                future.set_result(work(rank))
+            except BaseException as error:
+                future.set_exception(error)
+            del asked, future, work  # what they hold would stay until the next one
 
     def each(self, work: Callable[[int], T]) -> list[T]:
-        futures = [pool.submit(work, rank) for rank, pool in enumerate(self.pools)]
+        futures: list[Future[T]] = [Future() for _ in self.queues]
+        for future, queue in zip(futures, self.queues, strict=True):
+            queue.put((future, work))
         return [future.result(timeout=SECONDS) for future in futures]
 
     def close(self) -> None:
-        for pool in self.pools:
-            pool.shutdown()
+        for queue in self.queues:
+            queue.put(None)
 
 
 class Ranks:

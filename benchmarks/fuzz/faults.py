@@ -84,7 +84,7 @@ def in_worker() -> None:
     from weft.execute import sampler
     from weft.execute.worker import Worker
 
-    draw, run = sampler._draw, Worker._run
+    draw, run = sampler.draw, Worker._run
 
     def drawing(logits: Any, choice: Any, *more: Any) -> Any:
         if kind_of(choice.seed) == "sampler" and choice.index >= AFTER:
@@ -106,7 +106,7 @@ def in_worker() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         run(worker, message)
 
-    sampler._draw, Worker._run = drawing, running  # type: ignore[method-assign]
+    sampler.draw, Worker._run = drawing, running  # type: ignore[method-assign]
 
 
 COMMAND = (sys.executable, "-m", "benchmarks.fuzz.worker")

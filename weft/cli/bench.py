@@ -206,5 +206,8 @@ def _show(console: Console, points: Sequence[Point], machine: dict[str, Any]) ->
             table.add_row(*cells(measured), style="bold" if measured is point.best else "")
         console.print(table)
     if points:
+        console.print(
+            "seconds: medians of rounds; saved, possible, efficiency: medians of each round's own", style="dim"
+        )
         console.print(conclusion(points), style="bold")
         console.print(f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date']}")

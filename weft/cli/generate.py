@@ -199,10 +199,11 @@ def _as_json(llm: LLM, output: RequestOutput, timing: _Timing, comparison: list[
 
 def _report(console: Console, llm: LLM, timing: _Timing, comparison: list[Measured] | None) -> None:
     plan = llm.engine.planner.plan(one_prompt(timing.prompt_tokens))
-    decode = f"{timing.decode_rate:.1f} tokens/s after it" if timing.decode_rate else "one token"
+    answer = "1 token" if timing.tokens == 1 else f"{timing.tokens} tokens"
+    answer += f", {timing.decode_rate:.1f} tokens/s after the first" if timing.decode_rate else ""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("prompt", f"{timing.prompt_tokens} tokens, {timing.describe()}")
-    table.add_row("answer", f"{timing.tokens} tokens, {decode}")
+    table.add_row("answer", answer)
     table.add_row("plan", plan.describe())
     if plan.predicted is not None:
         table.add_row("predicted", plan.predicted.describe())
@@ -239,7 +240,9 @@ def _report_comparison(console: Console, tokens: int, best: Measured) -> None:
 def _verdict(saving: float, possible: float, efficiency: float | None) -> str:
     if efficiency is None or possible < 0.02:
         return "On this link there is next to nothing to hide: the bound is serial's own time."
-    line = f"saves {saving:.1%} of serial's time; possible {possible:.1%}; overlap efficiency {efficiency:.2f}"
     if saving < 0:
-        line += ". The link is too fast for this prompt: cutting costs more than it hides; use serial"
-    return line
+        return (
+            f"takes {-saving:.1%} longer than serial; {max(0, possible):.1%} could be saved. "
+            "The link is too fast for this prompt: cutting costs more than it hides; use serial"
+        )
+    return f"saves {saving:.1%} of serial's time; possible {possible:.1%}; overlap efficiency {efficiency:.2f}"
