@@ -165,3 +165,17 @@ def test_what_is_loaded_keeps_no_file_mapped(checkpoints: Checkpoints, name: str
     blueprint = blueprint_of(ModelConfig.from_directory(directory))
     weights = load(Checkpoint(directory), blueprint, shares_of(blueprint, [1.0] * ranks)[0])
     assert weights.stages and str(directory) not in MAPS.read_text()
+
+
+def test_matrices_begin_in_a_cache_line_where_they_do_in_the_file(checkpoints: Checkpoints) -> None:
+    """Else what --reproducible gives would change with who allocates them."""
+    places = []
+    for name in ("llama", "qwen2", "qwen3"):
+        checkpoint = Checkpoint(checkpoints.directory(name))
+        blueprint = blueprint_of(ModelConfig.from_directory(checkpoint.directory))
+        read = checkpoint.read(f"{blueprint.embedding.name}.weight")
+        weights = load(Checkpoint(checkpoint.directory), blueprint, shares_of(blueprint, [1.0])[0])
+        assert torch.equal(weights.embedding, read) and weights.embedding.is_contiguous()
+        assert weights.embedding.data_ptr() % 64 == read.data_ptr() % 64
+        places.append(read.data_ptr() % 64)
+    assert any(places)

@@ -24,6 +24,8 @@ from weft.model.checkpoint import Checkpoint
 from weft.model.kernels import Linear
 from weft.model.shares import Share
 
+LINE = 64  # bytes of a cache line
+
 
 @dataclass(frozen=True)
 class StageWeights:
@@ -105,8 +107,13 @@ class _ShardReader:
         return self._own(self.checkpoint.read(name + ".weight"))
 
     def _own(self, read: Tensor) -> Tensor:
-        """In memory of its own: one view of the mapped file would keep all of it mapped."""
-        return read.to(self.device, self.dtype, copy=True)
+        """In memory of its own: one view of the mapped file would keep all of it mapped. It begins where it does in the
+        file within a cache line, because the rounding of matrix-vector products depends on that."""
+        if read.dtype != self.dtype or self.device != "cpu":
+            return read.to(self.device, self.dtype, copy=True)
+        room = read.new_empty(read.numel() + LINE // read.itemsize)
+        start = (read.data_ptr() - room.data_ptr()) % LINE // read.itemsize
+        return room[start : start + read.numel()].view(read.shape).copy_(read)
 
     def scale(self, name: str, width: int) -> Tensor:
         """A norm's weight times sqrt(width), in float32: what is left of the norm after `kernels.unit_rows`."""
