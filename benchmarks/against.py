@@ -92,13 +92,12 @@ def main() -> None:
     cases = {name: case for name, case in CASES.items() if given.only in name}
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for number in range(given.rounds):
+        sides = (given.other, HERE) if number % 2 == 0 else (HERE, given.other)  # drift has both signs
         for name, case in cases.items():
-            sides = (given.other, HERE) if number % 2 == 0 else (HERE, given.other)  # drift has both signs
             taken = {checkout: seconds(checkout, case) for checkout in sides}
             rounds[name].append((taken[given.other], taken[HERE]))
             print(f"round {number + 1}: {name}: {rounds[name][-1]}", file=sys.stderr)
         if given.only in ("", "grid") and os.geteuid() == 0:
-            sides = (given.other, HERE) if number % 2 == 0 else (HERE, given.other)
             points = {checkout: grid(checkout) for checkout in sides}
             for name, now in points[HERE].items():
                 rounds.setdefault(name, []).append((points[given.other][name], now))

@@ -1,6 +1,7 @@
 """Draws one token from a vocabulary of which each rank has a slice; see sampler.py for how ranks talk.
 
-Nothing is sorted, and probabilities stay in their slice. Knows one row's logits and wishes; knows no other rows.
+No slice is sorted, and all but a few probabilities stay in theirs. Knows one row's logits and wishes; knows no other
+rows.
 
 Shapes: W a slice of the vocabulary.
 """

@@ -199,7 +199,7 @@ class _Pass:
         self.spans = [(0.0, 0.0)] * len(program)
         self.busy = dict.fromkeys(program.form.lanes, 0.0)
         self.checksums: dict[int, int] = {}
-        self.checks = checksums
+        self.with_checksums = checksums
         self.pending: dict[int, Pending] = {}
         self.latest: dict[str, Pending] = {}  # of each lane
         self.residual = Residual(owner.decoder, owner.outline, self.prepared.narrow_from, forward)
@@ -369,7 +369,7 @@ class _Pass:
                 reduce_scatter(group, codec, tensor)
             case Kind.ALL_GATHER:
                 all_gather(group, codec, tensor)
-        if self.checks and step.kind in (Kind.REDUCE, Kind.ALL_GATHER):  # what all ranks hold alike
+        if self.with_checksums and step.kind in (Kind.REDUCE, Kind.ALL_GATHER):  # what all ranks hold alike
             self.checksums[now.number] = zlib.crc32(tensor.view(torch.uint8).numpy().tobytes())
         self._ended(now.number, step.lane, begin)
 

@@ -122,8 +122,8 @@ def all_gather(group: Group, codec: Codec, rows_TM: Tensor) -> Tensor:
 
 
 def hand_over(group: Group, codec: Codec, rows_TM: Tensor, senders: Sequence[int], receivers: Sequence[int]) -> None:
-    """The senders' rows, alike on all of them, come to the receivers, into `rows_TM` there; each receiver has one
-    sender, and each sender every so manieth receiver."""
+    """The senders' rows, alike on all of them, come to the receivers, into `rows_TM` there. Each receiver has one
+    sender; receivers are dealt out to the senders in turn."""
     if group.rank in senders:
         encoded = codec.encode(rows_TM)
         mine = receivers[senders.index(group.rank) :: len(senders)]

@@ -81,18 +81,18 @@ class Search:
         return Judged(strategy, serial if cuts == Cuts() else self.estimate(batch, cuts, costs, wire), serial)
 
     def laid_out(
-        self, batch: Batch, cuts: Cuts, costs: Costs, wire: str, serial: _Known, limit: float = INFINITE
+        self, batch: Batch, cuts: Cuts, costs: Costs, wire: str, earlier: _Known, limit: float = INFINITE
     ) -> _LaidPass:  # fmt: skip
-        """The pass; `known`: what steps take that were in earlier candidates. Raises `_TooLong` where its lanes alone
+        """The pass; `earlier`: what steps take that were in earlier candidates. Raises `_TooLong` where its lanes alone
         take longer than `limit`."""
         program, way, pace = weave(self.outline, batch.tokens, cuts), costs.wires[wire], costs.pace
         structure = structure_of(program.form, way.fused)
         each: list[Taken] = []
         for work, chunk in structure.works:
             key = work, program.rows[chunk]
-            if key not in serial:
-                serial[key] = taken(work, key[1], batch, costs, wire, pace)
-            each.append(serial[key])
+            if key not in earlier:
+                earlier[key] = taken(work, key[1], batch, costs, wire, pace)
+            each.append(earlier[key])
         between = coupling(costs, way, program.form.lanes)
         if structure.bound(each, between.credit) > limit:
             raise _TooLongError

@@ -59,8 +59,8 @@ class Guard:
     def _refuse(self, scope: Scope, headers: dict[bytes, bytes]) -> Any | None:
         if not self._keys:
             host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")) or "localhost"
-            local = not self.local or is_loopback(host)
-            return None if local else response(403, f"host {host!r} is not this server's name; give --api-key to allow")
+            ours = not self.local or is_loopback(host)
+            return None if ours else response(403, f"host {host!r} is not this server's name; give --api-key to allow")
         given = headers.get(b"authorization", b"")
         digest = _digest(given[7:] if given[:7].lower() == b"bearer " else b"")
         # Every key is compared, each in constant time: how long it takes says nothing of them.

@@ -298,8 +298,8 @@ class _Clock:
         total, first = [0.0] * len(self.left), len(self.stops) - len(steps)
         for number, (work, lane, _) in enumerate(steps, start=first):
             ended = number if self.stops[number] >= 0 else number - len(steps)
-            ended_here = ended >= 0 and self.stops[ended] >= 0
-            total[lane] += self.stops[ended] - self.starts[ended] if ended_here else costs[work].seconds
+            has_ended = ended >= 0 and self.stops[ended] >= 0
+            total[lane] += self.stops[ended] - self.starts[ended] if has_ended else costs[work].seconds
         return total
 
     def skip(self, seconds: float) -> None:
