@@ -238,9 +238,8 @@ def _report_comparison(console: Console, tokens: int, best: Measured) -> None:
 def _verdict(saving: float, possible: float, efficiency: float | None) -> str:
     if efficiency is None or possible < 0.02:
         return "On this link there is next to nothing to hide: the bound is serial's own time."
+    saves = f"saves {saving:.1%} of serial's time" if saving >= 0 else f"takes {-saving:.1%} longer than serial"
+    line = f"{saves}; possible {possible:.1%}; overlap efficiency {efficiency:.2f}"
     if saving < 0:
-        return (
-            f"takes {-saving:.1%} longer than serial; {max(0, possible):.1%} could be saved. "
-            "The link is too fast for this prompt: cutting costs more than it hides; use serial"
-        )
-    return f"saves {saving:.1%} of serial's time; possible {possible:.1%}; overlap efficiency {efficiency:.2f}"
+        line += ". The link is too fast for this prompt: cutting costs more than it hides; use serial"
+    return line
