@@ -1,10 +1,11 @@
-"""Ranks as threads of the test's process: the real executor, lanes and gloo, without the processes' start-up time."""
+"""Ranks as threads of the test's process: the real executor, lanes and transport, without processes to start."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,7 +27,12 @@ from weft.model.shares import shares_of
 from weft.model.weights import load
 from weft.parallel.allreduce import gather_columns
 from weft.parallel.codec import codec_named
+from weft.parallel.direct import Direct
+from weft.parallel.gloo import Gloo
 from weft.parallel.group import Group
+from weft.parallel.handshake import new_key, pair_key
+from weft.parallel.mesh import Mesh
+from weft.parallel.transport import Transport
 from weft.program.batch import Batch, Segment
 from weft.program.build import build
 from weft.program.check import check
@@ -67,6 +73,32 @@ class Threads:
             queue.put(None)
 
 
+def meshes(threads: Threads, memory: bool = True, address: str = "127.0.0.1") -> list[Mesh]:
+    """One a thread, joined; `memory`: ranks share theirs, else they talk over TCP."""
+    world, group = len(threads.queues), new_key()
+    made = [Mesh(address) for _ in range(world)]
+    places = [mesh.place if memory else mesh.place._replace(name="") for mesh in made]
+    threads.each(lambda r: made[r].join(r, places, [pair_key(group, r, other) for other in range(world)]))
+    return made
+
+
+@contextmanager
+def grouped(world: int, way: str = "shm") -> Iterator[tuple[Threads, list[Group]]]:
+    """Threads, and the group of each, by a transport; nothing of it is left."""
+    threads, transports = Threads(world), list[Transport]()
+    try:
+        if way == "gloo":
+            store = dist.HashStore()
+            transports += [Gloo(rank, store) for rank in range(world)]
+        else:
+            transports += [Direct(mesh) for mesh in meshes(threads, way == "shm")]
+        yield threads, threads.each(lambda rank: Group(transports[rank], range(world)))
+    finally:
+        for transport in transports:
+            transport.close()
+        threads.close()
+
+
 class Ranks:
     """A model split over some ranks; with `times`, so many groups of such ranks, the last of which has the vocabulary:
     what a program with steps for some ranks goes through."""
@@ -83,13 +115,13 @@ class Ranks:
         self.world = world = len(shares) * times
         self.widths = [0] * (world - len(shares)) + [len(share.ranges["vocabulary"]) for share in self.shares]
         self.threads = Threads(world)
-        store = dist.HashStore()
+        self.transports = [Direct(mesh) for mesh in meshes(self.threads)] if world > 1 else []
 
         def rank(r: int) -> tuple[Decoder, Executor, Slabs]:
             share = self.shares[r % len(shares)]
             weights = load(Checkpoint(directory), self.blueprint, share, exact_rows=exact_rows)
             decoder = Decoder(self.config, self.blueprint, share, weights, Rope(self.config), exact_rows)
-            group = Group(r, world, store if world > 1 else None)
+            group = Group(self.transports[r] if world > 1 else None, range(world))
             executor = Executor(decoder, self.outline, group, ThreadLanes(torch.no_grad), self.widths)
             heads = len(share.kv_heads)
             slabs = Slabs(slots, self.config.layers, heads, self.config.max_length, self.config.head_dim)
@@ -151,4 +183,6 @@ class Ranks:
 
     def close(self) -> None:
         self.threads.each(lambda r: self.parts[r][1].lanes.close())
+        for transport in self.transports:
+            transport.close()
         self.threads.close()

@@ -13,7 +13,7 @@ TORCH_FREE = (
     "weft.timeline.files", "weft.simulate.run", "weft.simulate.hardware", "weft.plan.planner", "weft.plan.calibrate",
     "weft.plan.kept", "weft.plan.budget", "weft.outlook.figures", "weft.batching.batcher", "weft.batching.params",
     "weft.cache.prefixes", "weft.execute.protocol", "weft.execute.controller", "weft.launch.namespaces",
-    "weft.launch.joined", "weft.parallel.pulse", "weft.model.families", "weft.model.shares",
+    "weft.launch.joined", "weft.parallel.mesh", "weft.parallel.ring", "weft.model.families", "weft.model.shares",
 )  # fmt: skip
 
 
@@ -35,14 +35,15 @@ def importers(module: str) -> set[str]:
 
 
 def test_only_parallel_uses_torch_distributed() -> None:
-    assert importers("torch.distributed") == {"weft/parallel/group.py"}
+    assert importers("torch.distributed") == {"weft/parallel/gloo.py"}
 
 
 def test_who_owns_threads() -> None:
-    """On a rank the lanes, its process and its pulse; in the engine's process the service and its server."""
+    """On a rank the lanes, its process and its mesh; in the engine's process the service and its server."""
     assert importers("threading") | importers("concurrent") == {
-        "weft/execute/lanes.py", "weft/execute/process.py", "weft/parallel/pulse.py", "weft/server/service.py",
+        "weft/execute/lanes.py", "weft/execute/process.py", "weft/parallel/mesh.py", "weft/server/service.py",
         "weft/server/run.py",
+        "weft/parallel/ring.py",  # a lock, whose compare-and-swap is a fence
         "weft/server/child.py",  # sees the end of its standard input, whatever it is at
         "weft/text.py",  # a tokenizer is read while workers start
         "weft/grammar.py",  # a lock: who asks for a schema that is compiled just now waits for it

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.processes import Command, free_port
-from weft.parallel.group import host_store, join_store
+from weft.parallel.gloo import host_store, join_store
 
 
 def listening(process: psutil.Process) -> Iterator[tuple[str, int]]:

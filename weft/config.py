@@ -221,6 +221,7 @@ def _max_length(fields: dict[str, Any]) -> int:
 
 
 WIRES = ("exact", "bf16")
+TRANSPORTS = ("auto", "shm", "tcp", "gloo")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -238,6 +239,7 @@ class EngineConfig:
     shares: tuple[float, ...] = (1.0,)
     overlap: str = "auto"
     wire: str = "exact"
+    transport: str = "auto"
     reproducible: bool = False
     threads: int = 1
     device: str = "cpu"
@@ -257,9 +259,10 @@ class EngineConfig:
     @classmethod
     def resolve(
         cls, model: ModelConfig, *, ranks: int = 1, shares: tuple[float, ...] | None = None, overlap: str = "auto",
-        wire: str = "exact", reproducible: bool = False, threads: int | None = None, device: str = "cpu",
-        dtype: str = "float32", max_length: int | None = None, max_sequences: int = 16, max_batch_tokens: int = 8192,
-        prefixes: int = 16, token_interval: float | None = None, cores: tuple[int, ...] | None = None,
+        wire: str = "exact", transport: str = "auto", reproducible: bool = False, threads: int | None = None,
+        device: str = "cpu", dtype: str = "float32", max_length: int | None = None, max_sequences: int = 16,
+        max_batch_tokens: int = 8192, prefixes: int = 16, token_interval: float | None = None,
+        cores: tuple[int, ...] | None = None,
     ) -> EngineConfig:  # fmt: skip
         """Fills in what was left open; raises `InputError` for values that are not allowed."""
         positive(ranks, "--tp")
@@ -269,6 +272,7 @@ class EngineConfig:
         if not all(0 < share < float("inf") for share in shares):
             raise InputError(f"--shares {','.join(map(str, shares))}: every share must be a number above 0")
         one_of(wire, "--wire", WIRES)
+        one_of(transport, "--transport", TRANSPORTS)
         one_of(dtype, "--dtype", DTYPES)
         positive(max_sequences, "max_num_seqs")
         positive(max_batch_tokens, "max_num_batched_tokens")
@@ -282,7 +286,7 @@ class EngineConfig:
         if cores is not None and len(cores) < ranks * threads:
             raise InputError(f"{ranks} ranks of {threads} threads need {ranks * threads} cores, not {len(cores)}")
         return cls(
-            ranks, shares, overlap, wire, reproducible, threads, device, dtype,
+            ranks, shares, overlap, wire, transport, reproducible, threads, device, dtype,
             max_length or model.max_length, max_sequences, max_batch_tokens, prefixes,
             token_interval, cores,
         )  # fmt: skip

@@ -22,10 +22,11 @@ from weft.workers import Progress
 
 def open_engine(
     model: str | Path | None = None, *, ranks: int = 1, overlap: str = AUTO, wire: str = "exact",
-    shares: Sequence[float] | Literal["auto"] | None = None, reproducible: bool = False, threads: int | None = None,
-    dtype: str = "float32", max_length: int | None = None, max_sequences: int = 16, max_batch_tokens: int = 8192,
-    cores: Sequence[int] | None = None, prefixes: bool = True, token_interval: float | None = None,
-    launcher: Launcher | None = None, progress: Progress | None = None, recalibrate: bool = False,
+    transport: str = "auto", shares: Sequence[float] | Literal["auto"] | None = None, reproducible: bool = False,
+    threads: int | None = None, dtype: str = "float32", max_length: int | None = None, max_sequences: int = 16,
+    max_batch_tokens: int = 8192, cores: Sequence[int] | None = None, prefixes: bool = True,
+    token_interval: float | None = None, launcher: Launcher | None = None, progress: Progress | None = None,
+    recalibrate: bool = False,
 ) -> Engine:  # fmt: skip
     """The engine of a directory, a hub id, or the model in the package; options as `LLM` has them.
 
@@ -36,7 +37,7 @@ def open_engine(
     config = EngineConfig.resolve(
         model_config, ranks=ranks, overlap=overlap,
         shares=tuple(shares) if shares and not isinstance(shares, str) else None,
-        wire=wire, reproducible=reproducible, threads=threads, dtype=dtype, max_length=max_length,
+        wire=wire, transport=transport, reproducible=reproducible, threads=threads, dtype=dtype, max_length=max_length,
         max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, cores=tuple(cores) if cores else None,
         prefixes=max_sequences if prefixes else 0, token_interval=token_interval,
     )  # fmt: skip

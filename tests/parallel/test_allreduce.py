@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from tests.ranks import Threads
+from tests.ranks import Threads, grouped
 from weft.config import DTYPES, WIRES
 from weft.errors import InputError
 from weft.parallel.allreduce import (
@@ -19,18 +18,16 @@ from weft.parallel.allreduce import (
     shard,
     two_shot,
 )
-from weft.parallel.codec import codec_named
+from weft.parallel.codec import Codec, codec_named
 from weft.parallel.group import Group
 from weft.parallel.sizes import NUMBER_BYTES, ONE_SHOT_BYTES, element_bytes
 
 
-@pytest.fixture(params=[2, 3, 4], scope="module")
+@pytest.fixture(params=[(ranks, way) for ranks in (2, 3, 4) for way in ("shm", "tcp", "gloo")], scope="module", ids=str)
 def world(request: pytest.FixtureRequest):
     torch.set_num_threads(1)
-    threads, store = Threads(request.param), dist.HashStore()
-    groups = threads.each(lambda rank: Group(rank, request.param, store))
-    yield threads, groups
-    threads.close()
+    with grouped(*request.param) as (threads, groups):
+        yield threads, groups
 
 
 def partials(count: int, rows: int, width: int = 24) -> list[torch.Tensor]:
@@ -65,18 +62,20 @@ def test_ranks_agree_and_cuts_do_not_matter(world, wire: str, algorithm) -> None
 
 @pytest.mark.parametrize("wire", ["exact", "bf16"])
 @pytest.mark.parametrize("rows", [1, 200])
-def test_an_exchange_of_two_ranks(wire: str, rows: int) -> None:
+@pytest.mark.parametrize("way", ["shm", "tcp", "gloo"])
+def test_an_exchange_of_two_ranks(wire: str, rows: int, way: str) -> None:
     """The same bits on both, as one-shot has them, however the rows are cut."""
-    threads, store, codec = Threads(2), dist.HashStore(), codec_named(wire)
-    groups = threads.each(lambda rank: Group(rank, 2, store))
-    parts = partials(2, rows)
+    with grouped(2, way) as (threads, groups):
+        exchanged(threads, groups, codec_named(wire), partials(2, rows))
+
+
+def exchanged(threads: Threads, groups: list[Group], codec: Codec, parts: list[torch.Tensor]) -> None:
     expected = threads.each(lambda rank: one_shot(groups[rank], codec, parts[rank].clone()))[0]
     whole = threads.each(lambda rank: exchange(groups[rank], codec, parts[rank].clone()))
     cut = threads.each(
         lambda rank: torch.cat([exchange(groups[rank], codec, p.clone()) for p in parts[rank].split(77)])
     )
     assert all(torch.equal(total, expected) for total in whole + cut)
-    threads.close()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 50])
@@ -118,7 +117,7 @@ def test_columns_are_gathered_on_rank_0(world) -> None:
 
 
 def test_one_rank_sums_nothing() -> None:
-    group, part = Group(0, 1, None), torch.randn(3, 4)
+    group, part = Group(None), torch.randn(3, 4)
     assert all_reduce(group, codec_named("exact"), part) is part
     assert torch.equal(reduce_scatter(group, codec_named("exact"), part), part)
     assert all_gather(group, codec_named("exact"), part) is part and shard(0, 1, 3) == slice(0, 3)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 from rich.console import Console
 
-from weft.cli.options import DTYPE, MODEL, OVERLAP, SHARES, THREADS, TP, WIRE, shares_or_auto
+from weft.cli.options import DTYPE, MODEL, OVERLAP, SHARES, THREADS, TP, TRANSPORT, WIRE, shares_or_auto
 from weft.cli.terminal import loaded
 from weft.errors import InputError
 from weft.llm import LLM, RequestOutput
@@ -160,6 +160,7 @@ def chat(
     tp: TP = 1,
     overlap: OVERLAP = "auto",
     wire: WIRE = "exact",
+    transport: TRANSPORT = "auto",
     dtype: DTYPE = "float32",
     shares: SHARES = None,
     threads: THREADS = None,
@@ -181,7 +182,8 @@ def chat(
             partner = Remote(stack.enter_context(_client(url, api_key)), wishes)
         else:
             llm = loaded(
-                console, model, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=shares_or_auto(shares),
+                console, model, tensor_parallel_size=tp, overlap=overlap, wire=wire, transport=transport,
+                shares=shares_or_auto(shares),
                 num_threads=threads, dtype=dtype,
             )  # fmt: skip
             partner = Local(stack.enter_context(llm), wishes)

@@ -103,11 +103,12 @@ def _kernels() -> list[Finding]:
 def _devices() -> list[Finding]:
     import torch
 
-    from weft.parallel.group import gloo_available
+    from weft.parallel import gloo, ring
 
-    gloo, cuda = gloo_available(), torch.cuda.is_available()
+    cuda, memory = torch.cuda.is_available(), ring.available
     return [
-        Finding("gloo", gloo, "yes" if gloo else "missing", "more than one rank on CPUs"),
+        Finding("shared memory", memory, "yes" if memory else "no", "--transport shm, between ranks of one machine"),
+        Finding("gloo", gloo.available(), "yes" if gloo.available() else "missing", "--transport gloo"),
         Finding("GPU", cuda, torch.cuda.get_device_name() if cuda else "none",
                 "lanes for GPUs are not built yet: weft computes on the CPU"),
     ]  # fmt: skip

@@ -13,7 +13,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from weft.cli.options import DTYPE, MODEL, OVERLAP, RECALIBRATE, REPRODUCIBLE, SHARES, THREADS, TP, WIRE, shares_or_auto
+from weft.cli.options import (
+    DTYPE,
+    MODEL,
+    OVERLAP,
+    RECALIBRATE,
+    REPRODUCIBLE,
+    SHARES,
+    THREADS,
+    TP,
+    TRANSPORT,
+    WIRE,
+    shares_or_auto,
+)
 from weft.cli.terminal import bar, loaded
 from weft.compare import Measured, compare
 from weft.errors import InputError, RequestFailed
@@ -71,6 +83,7 @@ def generate(
     tp: TP = 1,
     overlap: OVERLAP = "auto",
     wire: WIRE = "exact",
+    transport: TRANSPORT = "auto",
     dtype: DTYPE = "float32",
     shares: SHARES = None,
     reproducible: REPRODUCIBLE = False,
@@ -104,7 +117,8 @@ def generate(
         "repetition_penalty": repetition_penalty,
     }  # fmt: skip
     with loaded(
-        errors, model, tensor_parallel_size=tp, overlap=overlap, wire=wire, shares=shares_or_auto(shares),
+        errors, model, tensor_parallel_size=tp, overlap=overlap, wire=wire, transport=transport,
+        shares=shares_or_auto(shares),
         reproducible=reproducible, num_threads=threads, dtype=dtype, recalibrate=recalibrate,
     ) as llm:  # fmt: skip
         params = llm.get_default_sampling_params(

@@ -30,6 +30,9 @@ OVERLAP = Annotated[
     str, typer.Option(help="auto, serial, iso:2, iso:2/4, iso@300,700, tiles:4, …; see docs/strategies.md.")
 ]
 WIRE = Annotated[str, typer.Option(help="How partials travel: exact or bf16.")]
+TRANSPORT = Annotated[
+    str, typer.Option(help="Between ranks: shm, tcp, gloo; auto: shared memory on one machine, else TCP.")
+]
 SHARES = Annotated[str | None, typer.Option(help="Sizes of the ranks' parts, as in 2,1; auto: by speed.")]
 REPRODUCIBLE = Annotated[
     bool, typer.Option("--reproducible", help="The same bits whatever the strategy and the rest of the batch.")

@@ -15,7 +15,19 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 from weft.about import About
-from weft.cli.options import DTYPE, MODEL, OVERLAP, RECALIBRATE, REPRODUCIBLE, SHARES, THREADS, TP, WIRE, shares_or_auto
+from weft.cli.options import (
+    DTYPE,
+    MODEL,
+    OVERLAP,
+    RECALIBRATE,
+    REPRODUCIBLE,
+    SHARES,
+    THREADS,
+    TP,
+    TRANSPORT,
+    WIRE,
+    shares_or_auto,
+)
 from weft.cli.terminal import bar, warn_of_shared_cores
 from weft.config import ModelConfig
 from weft.engine import Engine
@@ -91,6 +103,7 @@ def serve_command(
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     overlap: OVERLAP = "auto",
     wire: WIRE = "exact",
+    transport: TRANSPORT = "auto",
     dtype: DTYPE = "float32",
     shares: SHARES = None,
     reproducible: REPRODUCIBLE = False,
@@ -126,8 +139,9 @@ def serve_command(
             if launcher is not None:
                 _invite(out, launcher, model, tp - local_ranks)
             return open_engine(
-                model, ranks=tp, overlap=overlap, wire=wire, shares=shares_or_auto(shares), reproducible=reproducible,
-                threads=threads, recalibrate=recalibrate, max_length=max_model_len, max_sequences=max_num_seqs,
+                model, ranks=tp, overlap=overlap, wire=wire, transport=transport,
+                shares=shares_or_auto(shares), reproducible=reproducible, threads=threads, recalibrate=recalibrate,
+                max_length=max_model_len, max_sequences=max_num_seqs,
                 max_batch_tokens=max_num_batched_tokens, launcher=launcher, dtype=dtype, prefixes=prefix_caching,
                 token_interval=token_interval, progress=_both(tell, showing),
             )  # fmt: skip

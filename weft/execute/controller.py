@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import zmq
+from msgspec.structs import replace
 
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, WorkerFailed, WorkerLost
@@ -21,6 +22,7 @@ from weft.execute import protocol as p
 from weft.launch.folder import Folder
 from weft.launch.launcher import Launcher
 from weft.launch.sockets import engine_socket
+from weft.parallel.handshake import new_key, pair_key
 from weft.program.batch import Batch
 from weft.program.stages import COLLECTIVES
 from weft.program.steps import Form, Program
@@ -136,14 +138,34 @@ class Controller:
         by_rank = [hellos[identity] for identity in self._ranks]
         self._admit(by_rank)
         for rank, identity in enumerate(self._ranks):
-            self._send(identity, p.Assign(rank, world, self.config.threads, self._cores(rank)))
+            self._send(
+                identity, p.Assign(rank, world, self.config.threads, self.config.transport == "gloo", self._cores(rank))
+            )
         if world > 1:
-            _, meeting = self._receive(p.Meeting, deadline)
-            for identity in self._ranks:
-                self._send(identity, p.Meet(meeting.address, meeting.port))
+            self._introduce(by_rank, deadline)
         for _ in range(world):
             self._receive(p.Joined, deadline)
         return by_rank
+
+    def _introduce(self, hellos: Sequence[p.Hello], deadline: float) -> None:
+        """Tells every rank where the others are, and gives each two of them a key."""
+        places = dict(self._receive(p.Meeting, deadline) for _ in self._ranks)
+        group, by_rank = new_key(), [places[identity] for identity in self._ranks]
+        for rank, identity in enumerate(self._ranks):
+            seen = [
+                place if self._share_memory(hellos[rank], hello) else replace(place, name="")
+                for place, hello in zip(by_rank, hellos, strict=True)
+            ]
+            self._send(identity, p.Meet(seen, [pair_key(group, rank, other) for other in range(len(hellos))]))
+
+    def _share_memory(self, one: p.Hello, other: p.Hello) -> bool:
+        """Whether two ranks talk through memory."""
+        near = self.launcher.one_machine and one.machine == other.machine
+        if self.config.transport == "shm" and not near:
+            raise InputError(
+                f"--transport shm is for ranks of one machine, and {one.host} and {other.host} share none: leave it out"
+            )
+        return near and self.config.transport in ("auto", "shm")
 
     def _cores(self, rank: int) -> list[int] | None:
         if self.config.cores is None:
@@ -292,7 +314,7 @@ class Controller:
         if isinstance(message, p.Failed):
             self._failed(identity, message)
         if isinstance(message, p.Lost) and self._loaded:  # a rank that loads may be silent for a while
-            raise WorkerLost(f"rank {message.rank} heard nothing from rank {message.peer} for {message.seconds:.0f} s")
+            raise WorkerLost(message.reason)
         return identity, message
 
     def look(self) -> None:

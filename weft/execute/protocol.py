@@ -11,7 +11,7 @@ import msgspec
 from weft.config import ModelConfig
 from weft.program.steps import Form
 
-VERSION = 7
+VERSION = 8
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
@@ -27,26 +27,30 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 
 class Assign(msgspec.Struct, tag=True, frozen=True):
-    """You are this rank. `cores`: pin to these; None leaves it to the system."""
+    """You are this rank. `gloo`: carries messages. `cores`: pin to these; None leaves it to the system."""
 
     rank: int
     world: int
     threads: int
+    gloo: bool
     cores: list[int] | None = None
 
 
 class Meeting(msgspec.Struct, tag=True, frozen=True):
-    """Rank 0 has opened the group's meeting point here."""
+    """This rank listens here for the others. `name`: of its socket for ranks of the same machine, if it has one;
+    `store`: the port of gloo's meeting point, on rank 0."""
 
     address: str
     port: int
+    name: str = ""
+    store: int = 0
 
 
 class Meet(msgspec.Struct, tag=True, frozen=True):
-    """Join the group there."""
+    """Join the group: where each rank listens, as this one is to reach it, and the key that it shares with each."""
 
-    address: str
-    port: int
+    places: list[Meeting]
+    keys: list[bytes]
 
 
 class Joined(msgspec.Struct, tag=True, frozen=True):
@@ -163,11 +167,11 @@ class Done(msgspec.Struct, tag=True, frozen=True):
 
 
 class Lost(msgspec.Struct, tag=True, frozen=True):
-    """This rank has heard nothing from that peer for so many seconds: it hangs, or the link between them is down."""
+    """That peer of this rank has ended, or hangs, or the link between them is down; `reason` says how that was seen."""
 
     rank: int
     peer: int
-    seconds: float
+    reason: str
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):

@@ -46,10 +46,13 @@ from weft.model.kernels import packed_weights_work
 from weft.model.rope import Rope
 from weft.model.shares import shard_bytes, shares_of
 from weft.model.weights import load
+from weft.parallel import gloo
 from weft.parallel.allreduce import gather_columns, swap
 from weft.parallel.codec import codec_named
-from weft.parallel.group import Group, host_store, join_store
-from weft.parallel.pulse import Pulse
+from weft.parallel.direct import Direct
+from weft.parallel.group import Group
+from weft.parallel.mesh import Mesh, Place
+from weft.parallel.transport import Transport
 from weft.program.batch import Batch, Segment
 from weft.program.stages import COMPUTE
 from weft.program.steps import Form, Program
@@ -69,11 +72,12 @@ class _Model:
 class Worker:
     """Answers the engine's messages, one at a time."""
 
-    def __init__(self, control: zmq.Socket[bytes], address: str, alarm: zmq.Socket[bytes]) -> None:
-        self.control, self.address, self.alarm = control, address, alarm
+    def __init__(self, control: zmq.Socket[bytes], address: str, port: int, alarm: zmq.Socket[bytes]) -> None:
+        self.control, self.address, self.port, self.alarm = control, address, port, alarm
         self.lanes = ThreadLanes(torch.inference_mode)
         self.rank = self.world = 0
-        self.store: Any = None
+        self.mesh: Mesh | None = None
+        self.store: Any = None  # gloo's meeting point; None without gloo
         self.group: Group | None = None
         self.model: _Model | None = None
         self.chosen: list[p.Chosen] = []  # by the last run
@@ -103,8 +107,7 @@ class Worker:
             case p.Assign():
                 self._assign(message)
             case p.Meet():
-                store = self.store if self.rank == 0 else join_store(message.address, message.port)
-                self._join(store)
+                self._meet(message)
             case p.Load():
                 self._load(message)
             case p.Run():
@@ -128,20 +131,29 @@ class Worker:
             pin(message.cores)
         if self.world == 1:
             self._join(None)
-        elif self.rank == 0:
-            self.store, port = host_store(self.address)
-            self.say(p.Meeting(self.address, port))
+            return
+        self.mesh, store = Mesh(self.address, self.port), 0
+        if message.gloo and self.rank == 0:
+            self.store, store = gloo.host_store(self.address)
+        self.say(p.Meeting(*self.mesh.place, store))
 
-    def _join(self, store: Any) -> None:
-        self.group = Group(self.rank, self.world, store)
+    def _meet(self, m: p.Meet) -> None:
+        assert self.mesh is not None, "the engine says who is there after it was told where this rank listens"
+        self.mesh.join(self.rank, [Place(each.address, each.port, each.name) for each in m.places], m.keys, self._lost)
+        if not m.places[0].store:
+            self._join(Direct(self.mesh))
+            return
+        store = self.store if self.rank == 0 else gloo.join_store(m.places[0].address, m.places[0].store)
+        self._join(gloo.Gloo(self.rank, store))
+
+    def _join(self, transport: Transport | None) -> None:
+        self.group = Group(transport, range(self.world))
         self.group.barrier()
-        if self.world > 1:
-            Pulse(self.rank, self.world, store, self.address, self._lost)
         self.say(p.Joined())
 
-    def _lost(self, peer: int, seconds: float) -> None:
+    def _lost(self, peer: int, reason: str) -> None:
         """By a socket of its own: this is another thread, and the worker's may wait in a collective."""
-        self.alarm.send(p.encode(p.Lost(self.rank, peer, seconds)))
+        self.alarm.send(p.encode(p.Lost(self.rank, peer, reason)))
 
     def _load(self, m: p.Load) -> None:
         assert self.group is not None
@@ -232,6 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weft.execute.worker", description=__doc__)
     parser.add_argument("--join", required=True, help="the engine's control address, such as tcp://10.0.0.1:9000")
     parser.add_argument("--address", default="127.0.0.1", help="address at which other ranks reach this one")
+    parser.add_argument("--port", type=int, default=0, help="port for them; 0: any that is free")
     given = parser.parse_args(arguments)
     token = os.environ.pop(TOKEN_VARIABLE, "")
     if not token:
@@ -246,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
     alarm = worker_socket(context, token)
     alarm.ipv6 = control.ipv6
     alarm.connect(given.join)
-    worker = Worker(control, given.address, alarm)
+    worker = Worker(control, given.address, given.port, alarm)
     try:
         worker.serve()
     except KeyboardInterrupt:

@@ -140,6 +140,7 @@ class JoinedLauncher:
         return f"between machines: {self.host} {' '.join(machine.here.address for machine in self._used)}"
 
     one_clock = False
+    one_machine = True  # where they are, they may share memory
     may_change = True
 
     def control_address(self, folder: str) -> str:

@@ -28,6 +28,11 @@ class Launcher(Protocol):
         """True if all workers read the same clock."""
         ...
 
+    @property
+    def one_machine(self) -> bool:
+        """False if workers are to talk as if on several machines, wherever they are."""
+        ...
+
     meanwhile: Callable[[], None]  # set by who starts workers: called again and again while that waits for machines
 
     @property

@@ -50,6 +50,8 @@ def demand_namespaces() -> None:
 class NamespaceLauncher(LocalLauncher):
     """Each worker in a namespace of its own; two are joined directly, more by a bridge in one more namespace."""
 
+    one_machine = False
+
     def __init__(self, link: str | None = None) -> None:
         super().__init__()
         demand_namespaces()

@@ -2,12 +2,10 @@
 
 two-shot (large)  encode, exchange shards, decode and sum, encode, exchange sums, decode: bandwidth-optimal
 one-shot (small)  encode, gather everything everywhere, decode and sum: one hop
-exchange (two ranks)  the same by one message each way: two ranks' two-shot sends as many bytes in two hops, and gloo's
-gather takes half as long again
+exchange (two ranks)  the same by one message each way: two ranks' two-shot sends as many bytes in two hops
 
 An element's sum is p0 + p1 + p2 + … in each, so it depends neither on the algorithm nor on where the batch was
 cut; and every rank decodes the same bytes, its own contribution included, so all end with the same bits.
-Direct sends and receives, because gloo's all_to_all and all_gather don't use both directions of a link at once.
 Knows groups and codecs; knows nothing of stages.
 
 Shapes: T rows, M width, N ranks.
@@ -40,21 +38,19 @@ def all_reduce(group: Group, codec: Codec, partial_TM: Tensor, algorithm: str = 
 
 def one_shot(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
     """Gathers all partials and sums them here."""
-    gathered = group.all_gather(codec.encode(partial_TM))
-    codec.decode(gathered[0], partial_TM)
-    for encoded in gathered[1:]:
-        codec.add(partial_TM, encoded, partial_TM)
+    received = {peer: codec.empty(partial_TM) for peer in group.peers}
+    receiving = {peer: group.receive(buffer, peer) for peer, buffer in received.items()}
+    encoded = codec.encode(partial_TM)
+    wait_all([group.send(encoded, peer) for peer in group.peers])  # before the sum takes its place
+    received[group.rank] = encoded
+    _sum_in_rank_order(group, codec, partial_TM, received, receiving)
     return partial_TM
 
 
 def exchange(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
     """Swaps whole partials with the only other rank. Two terms give the same bits in either order."""
-    received = codec.empty(partial_TM)
-    receiving = group.receive(received, 1 - group.rank)
-    encoded = codec.encode(partial_TM)
-    sending = group.send(encoded, 1 - group.rank)
-    receiving.wait()
-    sending.wait()
+    received, encoded = codec.empty(partial_TM), codec.encode(partial_TM)
+    group.exchange(encoded, received, 1 - group.rank)
     codec.decode(encoded, partial_TM)
     codec.add(partial_TM, received, partial_TM)
     return partial_TM
@@ -137,12 +133,9 @@ def hand_over(group: Group, codec: Codec, rows_TM: Tensor, senders: Sequence[int
 def swap(group: Group, numbers: Tensor) -> list[Tensor]:
     """Every rank's numbers, as many of each, in rank order: for the little that all are to know."""
     if group.world != 2:
-        return group.all_gather(numbers) if group.world > 1 else [numbers]
+        return group.all_gather(numbers)
     received = torch.empty_like(numbers)
-    receiving = group.receive(received, 1 - group.rank)
-    sending = group.send(numbers, 1 - group.rank)
-    receiving.wait()
-    sending.wait()
+    group.exchange(numbers, received, 1 - group.rank)
     return [numbers, received] if group.rank == 0 else [received, numbers]
 
 

@@ -1,0 +1,40 @@
+"""weft's own transport: shared memory between ranks of one machine, TCP between others. Knows channels and the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from weft.parallel.channel import Channel, Pump
+from weft.parallel.mesh import Connection, Mesh
+from weft.parallel.ring import RingChannel
+from weft.parallel.stream import StreamChannel
+from weft.parallel.transport import Wired
+
+
+class Direct:
+    """Over a mesh that has been joined."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.rank, self._mesh = mesh.rank, mesh
+        self._channels: list[Channel] = []
+
+    def open(self, purpose: str, peers: Sequence[int]) -> dict[int, Wired]:
+        """Channels that one thread at a time moves."""
+        pump, made = Pump(lambda: self._mesh.lost), dict[int, Wired]()
+        for peer, connection in self._mesh.connections(purpose, peers).items():
+            made[peer] = channel = self._channel(peer, pump, connection)
+            self._channels.append(channel)
+        return made
+
+    def _channel(self, peer: int, pump: Pump, connection: Connection) -> Channel:
+        if connection.memory is not None:
+            return RingChannel(peer, pump, connection.memory, connection.out, first=self.rank < peer)
+        assert connection.into is not None
+        return StreamChannel(peer, pump, connection.out, connection.into)
+
+    def close(self) -> None:
+        """Closes all, and leaves the mesh."""
+        for channel in self._channels:
+            channel.close()
+        self._channels.clear()
+        self._mesh.close()

@@ -1,0 +1,366 @@
+"""How ranks find each other, and notice that one is gone.
+
+Every rank listens on one port, and on a socket of this machine's where others share its memory. A connection is let in
+after its hand-shake (handshake.py) and waits here until it is asked for. One thread does that, and sends every other
+rank a byte four times a second: who ends is noticed at once, who hangs or is cut off by its silence. Knows addresses,
+keys and seconds; knows nothing of what ranks say. No torch.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from weft.errors import InputError, LinkLost
+from weft.parallel import handshake as h
+from weft.parallel import ring
+
+EVERY = 0.25  # seconds between signs of life
+SILENT = 1.5  # seconds after which a peer counts as lost
+OWN_PAUSE = 0.75  # seconds that this thread itself did not run: then nothing is known of the others
+JOIN_SECONDS = 60.0  # to find another rank that is there
+GUESTS = 32  # hand-shakes at a time; one more ends the one that has taken longest
+GUEST_SECONDS = 2.0
+PULSE = h.label_of("pulse")
+
+
+class Place(NamedTuple):
+    """Where a rank listens. `name`: its socket on this machine, for those that share its memory; else empty."""
+
+    address: str
+    port: int
+    name: str
+
+
+class Connection(NamedTuple):
+    """To a peer, each after its hand-shake: one for each way, or one and the memory of both ways."""
+
+    out: socket.socket
+    into: socket.socket | None
+    memory: int | None
+
+    def close(self) -> None:
+        self.out.close()
+        if self.into is not None:
+            self.into.close()
+        if self.memory is not None:
+            os.close(self.memory)
+
+
+@dataclass(eq=False)
+class _Guest:
+    """A hand-shake that was begun. `said`: so far, of the message that is due."""
+
+    socket: socket.socket
+    local: bool
+    until: float
+    said: bytearray = field(default_factory=bytearray)
+    hello: bytes = b""
+    challenge: bytes = b""
+    memory: int | None = None
+
+    def close(self) -> None:
+        self.socket.close()
+        if self.memory is not None:
+            os.close(self.memory)
+            self.memory = None
+
+
+class Mesh:
+    """This rank's connections to all others. `address`, `port`: where it listens; port 0 takes any that is free.
+
+    Raises `InputError` for an address that can't be listened on.
+    """
+
+    def __init__(self, address: str, port: int = 0) -> None:
+        self._listening = [_listen(address, port)]
+        name = ""
+        if ring.available and sys.platform == "linux":  # a name that is no file, and so needs no clearing up
+            name = f"weft-{secrets.token_hex(16)}"
+            local = socket.socket(socket.AF_UNIX)
+            local.bind("\0" + name)
+            local.listen(GUESTS)
+            self._listening.append(local)
+        self.place = Place(address, self._listening[0].getsockname()[1], name)
+        self.rank = 0
+        self.lost: str | None = None  # why the group is of no use any more
+        self._places: Sequence[Place] = ()
+        self._keys: Sequence[bytes] = ()
+        self._tell: Callable[[int, str], None] = lambda peer, reason: None
+        self._guests: list[_Guest] = []
+        self._arrived: dict[tuple[bytes, int], tuple[socket.socket, int | None]] = {}
+        self._there = threading.Condition()
+        self._pulses: dict[int, socket.socket] = {}
+        self._heard: dict[int, float] = {}
+        self._selector = selectors.DefaultSelector()
+        self._over = False
+        self._bell, self._woken = socket.socketpair()
+        self._thread = threading.Thread(target=self._serve, name="weft-mesh", daemon=True)
+
+    def join(
+        self, rank: int, places: Sequence[Place], keys: Sequence[bytes],
+        tell: Callable[[int, str], None] = lambda peer, reason: None,
+    ) -> None:  # fmt: skip
+        """Becomes this rank of those that listen at `places`. `keys`: shared with each. `tell`: (peer, why), again and
+        again while one is lost, from a thread of the mesh's own. Raises `LinkLost`."""
+        self.rank, self._places, self._keys, self._tell = rank, places, keys, tell
+        for listening in self._listening:
+            listening.setblocking(False)
+            self._selector.register(listening, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._woken, selectors.EVENT_READ, lambda _: self._woken.recv(64))
+        self._thread.start()
+        for peer in range(len(places)):
+            if peer != rank:
+                pulse = self._connect(peer, PULSE) if peer < rank else self._await(peer, PULSE)[0]
+                pulse.setblocking(False)
+                self._heard[peer], self._pulses[peer] = time.monotonic(), pulse
+        self._bell.send(b"!")
+
+    def connections(self, purpose: str, peers: Sequence[int]) -> dict[int, Connection]:
+        """To each of these ranks, for a purpose that they all ask for in the same order. Raises `LinkLost`."""
+        label, made = h.label_of(f"for {purpose}"), dict[int, Connection]()
+        outgoing = {peer: self._open(peer, label) for peer in peers if not self._shares(peer) or peer < self.rank}
+        for peer in peers:
+            if not self._shares(peer):
+                made[peer] = Connection(outgoing[peer][0], self._await(peer, label)[0], None)
+            else:
+                made[peer] = _with_memory(*(outgoing.get(peer) or self._await(peer, label)))
+        return made
+
+    def _shares(self, peer: int) -> bool:
+        return bool(self._places[peer].name)
+
+    def _open(self, peer: int, label: bytes) -> tuple[socket.socket, int | None]:
+        memory = ring.new_region() if self._shares(peer) else None
+        return self._connect(peer, label, memory), memory
+
+    def _connect(self, peer: int, label: bytes, memory: int | None = None) -> socket.socket:
+        """The connecting side; tries again while the other one is too busy to answer."""
+        end = time.monotonic() + JOIN_SECONDS
+        while True:
+            connection = _towards(self._places[peer])
+            try:
+                self._introduce(connection, peer, label, memory)
+                return connection
+            except h.NotAMember as refused:
+                connection.close()
+                raise LinkLost(
+                    f"what listens at {_where(self._places[peer])} is not rank {peer}: it {refused}"
+                ) from None
+            except OSError as error:
+                connection.close()
+                if time.monotonic() > end or self._over or self.lost:
+                    raise LinkLost(f"rank {peer} at {_where(self._places[peer])} can't be reached ({error})") from None
+                time.sleep(0.05)
+
+    def _introduce(self, connection: socket.socket, peer: int, label: bytes, memory: int | None) -> None:
+        connection.settimeout(GUEST_SECONDS)
+        connection.connect(_sockaddr(self._places[peer]))
+        said = h.hello(self.rank, peer, label)
+        connection.sendall(said)
+        answer = b""
+        while len(answer) < h.CHALLENGE_BYTES:
+            part = connection.recv(h.CHALLENGE_BYTES - len(answer))
+            if not part:
+                raise ConnectionError("it hung up")
+            answer += part
+        shown = h.proof(self._keys[peer], said, answer)
+        if memory is not None:
+            socket.send_fds(connection, [shown], [memory])
+        else:
+            connection.sendall(shown)
+
+    def _await(self, peer: int, label: bytes) -> tuple[socket.socket, int | None]:
+        """The answering side: what has come of that peer for that purpose, or comes soon."""
+        key = label, peer
+        with self._there:
+            end = time.monotonic() + JOIN_SECONDS
+            while key not in self._arrived:
+                self._there.wait(0.1)
+                if self.lost or self._over or time.monotonic() > end:
+                    raise LinkLost(self.lost or f"rank {peer} at {_where(self._places[peer])} has not connected")
+            return self._arrived.pop(key)
+
+    def _serve(self) -> None:
+        """The thread's: until `close`."""
+        before = sent = time.monotonic()
+        while not self._over:
+            for key, _ in self._selector.select(EVERY / 2):
+                key.data(key.fileobj)
+            now = time.monotonic()
+            if now - before > OWN_PAUSE:
+                self._heard = dict.fromkeys(self._heard, now)
+            before = now
+            for guest in [guest for guest in self._guests if guest.until < now]:
+                self._dismiss(guest)
+            self._listen_to_new_pulses()
+            if now - sent >= EVERY:
+                sent = now
+                for pulse in list(self._pulses.values()):
+                    with suppress(OSError):  # nothing more goes in: its silence says so
+                        pulse.send(b".")
+            for peer, then in list(self._heard.items()):
+                if now - then > SILENT:
+                    self._heard[peer] = now  # and again, should it stay silent: who is told may not listen yet
+                    self._lose(peer, now - then)
+
+    def _listen_to_new_pulses(self) -> None:
+        known = self._selector.get_map()
+        for peer, pulse in list(self._pulses.items()):
+            if pulse.fileno() not in known:
+                self._selector.register(pulse, selectors.EVENT_READ, lambda _, peer=peer: self._hear(peer))
+
+    def _hear(self, peer: int) -> None:
+        try:
+            heard = self._pulses[peer].recv(4096)
+        except BlockingIOError:
+            return
+        except OSError:
+            heard = b""
+        if heard:
+            self._heard[peer] = time.monotonic()
+        else:
+            self._selector.unregister(self._pulses[peer])
+            self._pulses.pop(peer).close()
+            self._lose(peer, 0.0)
+
+    def _lose(self, peer: int, seconds: float) -> None:
+        ended = peer not in self._pulses
+        silent = f"rank {self.rank} heard nothing from rank {peer} for {seconds:.1f} s"
+        self.lost = f"the connection to rank {peer} has ended" if ended else silent
+        self._tell(peer, self.lost)
+
+    def _accept(self, listening: socket.socket) -> None:
+        with suppress(OSError):
+            connection, _ = listening.accept()
+            connection.setblocking(False)
+            local = connection.family == socket.AF_UNIX
+            guest = _Guest(connection, local, time.monotonic() + GUEST_SECONDS)
+            if len(self._guests) == GUESTS:
+                self._dismiss(self._guests[0])
+            self._guests.append(guest)
+            self._selector.register(connection, selectors.EVENT_READ, lambda _: self._answer(guest))
+
+    def _dismiss(self, guest: _Guest) -> None:
+        self._selector.unregister(guest.socket)
+        self._guests.remove(guest)
+        guest.close()
+
+    def _answer(self, guest: _Guest) -> None:
+        """Goes on with a hand-shake."""
+        try:
+            self._read(guest)
+            due = h.PROOF_BYTES if guest.hello else h.HELLO_BYTES
+            if len(guest.said) < due:
+                return
+            said, guest.said = bytes(guest.said), bytearray()
+            claimed = h.read_hello(guest.hello or said)
+            if claimed.to != self.rank or claimed.rank == self.rank or claimed.rank >= len(self._keys):
+                raise h.NotAMember("wants another rank")
+            key = self._keys[claimed.rank]
+            if not guest.hello:
+                guest.hello, guest.challenge = said, h.challenge(key, said)
+                guest.socket.send(guest.challenge)
+                return
+            h.demand_proof(key, guest.hello, guest.challenge, said)
+            self._let_in(guest, claimed)
+        except BlockingIOError:
+            return
+        except (OSError, h.NotAMember):
+            self._dismiss(guest)
+
+    def _read(self, guest: _Guest) -> None:
+        """No byte more than the message that is due."""
+        left = (h.PROOF_BYTES if guest.hello else h.HELLO_BYTES) - len(guest.said)
+        if guest.local and guest.hello:
+            part, handles, _, _ = socket.recv_fds(guest.socket, left, 1)
+            for handle in handles:
+                if guest.memory is not None:
+                    os.close(guest.memory)
+                guest.memory = handle
+        else:
+            part = guest.socket.recv(left)
+        if not part:
+            raise h.NotAMember("hung up")
+        guest.said += part
+
+    def _let_in(self, guest: _Guest, claimed: h.Claim) -> None:
+        key = claimed.label, claimed.rank
+        if guest.memory is not None and not ring.sound(guest.memory):
+            raise h.NotAMember("brought memory that isn't whole")
+        self._selector.unregister(guest.socket)
+        self._guests.remove(guest)
+        with self._there:
+            if key in self._arrived:  # a second one for the same: the first was given up by who tried again
+                _close(self._arrived[key])
+            self._arrived[key] = guest.socket, guest.memory
+            self._there.notify_all()
+
+    def close(self) -> None:
+        """Ends the thread and every connection that nobody has taken."""
+        self._over = True
+        self._bell.send(b"!")
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+        self._selector.close()
+        for guest in self._guests:
+            guest.close()
+        for each in (*self._listening, *self._pulses.values(), self._bell, self._woken):
+            each.close()
+        for arrived in self._arrived.values():
+            _close(arrived)
+        self._arrived.clear()
+
+
+def _with_memory(bell: socket.socket, memory: int | None) -> Connection:
+    if memory is None:
+        bell.close()
+        raise LinkLost("a rank of this machine brought no memory to share")
+    return Connection(bell, None, memory)
+
+
+def _close(arrived: tuple[socket.socket, int | None]) -> None:
+    arrived[0].close()
+    if arrived[1] is not None:
+        os.close(arrived[1])
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    try:
+        family, *_, sockaddr = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(sockaddr)
+        listening.listen(GUESTS)
+        return listening
+    except OSError as error:
+        raise InputError(f"{address} port {port} can't be listened on for the other ranks ({error.strerror})") from None
+
+
+def _towards(place: Place) -> socket.socket:
+    """A socket of the kind that reaches it."""
+    if place.name:
+        return socket.socket(socket.AF_UNIX)
+    family = socket.AF_INET6 if ":" in place.address else socket.AF_INET
+    connection = socket.socket(family, socket.SOCK_STREAM)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def _sockaddr(place: Place) -> tuple[Any, ...] | str:
+    if place.name:
+        return "\0" + place.name
+    return socket.getaddrinfo(place.address, place.port, type=socket.SOCK_STREAM)[0][4]
+
+
+def _where(place: Place) -> str:
+    return "a socket of this machine" if place.name else f"{place.address} port {place.port}"
