@@ -138,9 +138,9 @@ class Controller:
         by_rank = [hellos[identity] for identity in self._ranks]
         self._admit(by_rank)
         for rank, identity in enumerate(self._ranks):
-            self._send(
-                identity, p.Assign(rank, world, self.config.threads, self.config.transport == "gloo", self._cores(rank))
-            )
+            gloo, threads = self.config.transport == "gloo", self.config.threads
+            crowded = self.config.cores is None and _crowded(by_rank[rank], by_rank, threads)
+            self._send(identity, p.Assign(rank, world, threads, gloo, crowded, self._cores(rank)))
         if world > 1:
             self._introduce(by_rank, deadline)
         for _ in range(world):
@@ -352,6 +352,11 @@ class Controller:
             self._demand_workers()
             time.sleep(0.01)
         raise (WorkerLost if message.kind == "link" else WorkerFailed)(message.message)
+
+
+def _crowded(rank: p.Hello, hellos: Sequence[p.Hello], threads: int) -> bool:
+    """Whether a rank's machine has fewer cores than its ranks have threads."""
+    return threads * sum(hello.machine == rank.machine for hello in hellos) > rank.cores
 
 
 def _timeline(program: Program, answers: Sequence[p.Done], one_clock: bool) -> Timeline:

@@ -15,7 +15,8 @@ VERSION = 8
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """A worker has come. `machine`: equal for workers that share memory; `free`: bytes of it that they may take."""
+    """A worker has come. `machine`: equal for workers that share memory; `free`: bytes of it that they may take;
+    `cores`: that this one may use."""
 
     version: int
     place: int  # in the order of ranks
@@ -24,15 +25,18 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     address: str  # where other ranks reach it
     machine: str
     free: int
+    cores: int
 
 
 class Assign(msgspec.Struct, tag=True, frozen=True):
-    """You are this rank. `gloo`: carries messages. `cores`: pin to these; None leaves it to the system."""
+    """You are this rank. `gloo`: carries messages. `crowded`: other ranks want the same cores. `cores`: pin to these;
+    None leaves it to the system."""
 
     rank: int
     world: int
     threads: int
     gloo: bool
+    crowded: bool
     cores: list[int] | None = None
 
 

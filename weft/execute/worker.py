@@ -23,6 +23,7 @@ import zmq
 from torch import Tensor
 
 from weft.cache.slabs import Slabs
+from weft.config import available_cores
 from weft.errors import InputError, LinkLost
 from weft.execute import protocol as p
 from weft.execute.executor import Executor, Scope
@@ -76,6 +77,7 @@ class Worker:
         self.control, self.address, self.port, self.alarm = control, address, port, alarm
         self.lanes = ThreadLanes(torch.inference_mode)
         self.rank = self.world = 0
+        self.spins = True
         self.mesh: Mesh | None = None
         self.store: Any = None  # gloo's meeting point; None without gloo
         self.group: Group | None = None
@@ -89,7 +91,7 @@ class Worker:
     def serve(self) -> None:
         """Until the engine says that it is over."""
         place = int(os.environ.get(PLACE_VARIABLE, "0"))
-        here = socket.gethostname(), os.getpid(), self.address, machine_name(), free_memory()
+        here = socket.gethostname(), os.getpid(), self.address, machine_name(), free_memory(), available_cores()
         self.say(p.Hello(p.VERSION, place, *here))
         while True:
             data = self.control.recv()
@@ -125,7 +127,7 @@ class Worker:
         return self.model
 
     def _assign(self, message: p.Assign) -> None:
-        self.rank, self.world = message.rank, message.world
+        self.rank, self.world, self.spins = message.rank, message.world, not message.crowded
         torch.set_num_threads(message.threads)
         if message.cores:
             pin(message.cores)
@@ -141,7 +143,7 @@ class Worker:
         assert self.mesh is not None, "the engine says who is there after it was told where this rank listens"
         self.mesh.join(self.rank, [Place(each.address, each.port, each.name) for each in m.places], m.keys, self._lost)
         if not m.places[0].store:
-            self._join(Direct(self.mesh))
+            self._join(Direct(self.mesh, self.spins))
             return
         store = self.store if self.rank == 0 else gloo.join_store(m.places[0].address, m.places[0].store)
         self._join(gloo.Gloo(self.rank, store))

@@ -19,7 +19,7 @@ from weft.errors import LinkLost
 if TYPE_CHECKING:
     from torch import Tensor
 
-SPIN = 60e-6  # seconds to look again and again before sleeping: what it takes to be woken
+SPIN = 250e-6  # seconds to look again and again before sleeping, where no other rank wants the core: docs/log.md
 LOOK = 0.05  # seconds between looks whether a peer is lost
 
 
@@ -102,11 +102,11 @@ class Channel:
 
 class Pump:
     """All channels of a lane. `lost`: why the group is of no use any more, or None. The thread that makes it is the one
-    that computes: alone on the lane it may look again and again for a moment; another one would take its time."""
+    that computes: when it waits, it may look again and again for `spin` seconds; another one would take its time."""
 
-    def __init__(self, lost: Callable[[], str | None]) -> None:
+    def __init__(self, lost: Callable[[], str | None], spin: float) -> None:
         self.channels: list[Channel] = []
-        self._lost, self._computes = lost, get_ident()
+        self._lost, self._spin, self._computes = lost, spin, get_ident()
 
     def until(self, message: Parcel) -> None:
         """Moves everything until this message is over. Raises `LinkLost`."""
@@ -117,7 +117,7 @@ class Pump:
                 return
             now = time.perf_counter()
             if moved or not patience:
-                patience = now + (SPIN if get_ident() == self._computes else 0.0)
+                patience = now + (self._spin if get_ident() == self._computes else 0.0)
             if now >= patience:
                 self._sleep()
                 patience = 0.0

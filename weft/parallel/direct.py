@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from weft.parallel.channel import Channel, Pump
+from weft.parallel.channel import SPIN, Channel, Pump
 from weft.parallel.mesh import Connection, Mesh
 from weft.parallel.ring import RingChannel
 from weft.parallel.stream import StreamChannel
@@ -12,15 +12,15 @@ from weft.parallel.transport import Wired
 
 
 class Direct:
-    """Over a mesh that has been joined."""
+    """Over a mesh that has been joined. `spins`: each rank has a core of its own, which waiting may keep busy."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        self.rank, self._mesh = mesh.rank, mesh
+    def __init__(self, mesh: Mesh, spins: bool = True) -> None:
+        self.rank, self._mesh, self._spin = mesh.rank, mesh, SPIN if spins else 0.0
         self._channels: list[Channel] = []
 
     def open(self, purpose: str, peers: Sequence[int]) -> dict[int, Wired]:
         """Channels that one thread at a time moves."""
-        pump, made = Pump(lambda: self._mesh.lost), dict[int, Wired]()
+        pump, made = Pump(lambda: self._mesh.lost, self._spin), dict[int, Wired]()
         for peer, connection in self._mesh.connections(purpose, peers).items():
             made[peer] = channel = self._channel(peer, pump, connection)
             self._channels.append(channel)
