@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -205,13 +205,16 @@ class Mesh:
             self._listen_to_new_pulses()
             if now - sent >= EVERY:
                 sent = now
-                for pulse in list(self._pulses.values()):
-                    with suppress(OSError):  # nothing more goes in: its silence says so
-                        pulse.send(b".")
+                self._beat()
             for peer, then in list(self._heard.items()):
                 if now - then > SILENT:
                     self._heard[peer] = now  # and again, should it stay silent: who is told may not listen yet
                     self._lose(peer, now - then)
+
+    def _beat(self) -> None:
+        for pulse in list(self._pulses.values()):
+            with suppress(OSError):  # nothing more goes in: its silence says so
+                pulse.send(b".")
 
     def _listen_to_new_pulses(self) -> None:
         known = self._selector.get_map()
@@ -306,7 +309,9 @@ class Mesh:
             self._there.notify_all()
 
     def close(self) -> None:
-        """Ends the thread and every connection that nobody has taken."""
+        """Ends the thread and every connection that nobody has taken. Once more does nothing."""
+        if self._over:
+            return
         self._over = True
         self._bell.send(b"!")
         if self._thread.is_alive():
@@ -337,10 +342,12 @@ def _close(arrived: tuple[socket.socket, int | None]) -> None:
 def _listen(address: str, port: int) -> socket.socket:
     try:
         family, *_, sockaddr = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(sockaddr)
-        listening.listen(GUESTS)
+        with ExitStack() as undone:
+            listening = undone.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(sockaddr)
+            listening.listen(GUESTS)
+            undone.pop_all()
         return listening
     except OSError as error:
         raise InputError(f"{address} port {port} can't be listened on for the other ranks ({error.strerror})") from None
