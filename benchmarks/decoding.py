@@ -3,8 +3,8 @@
     python benchmarks/decoding.py [--models packaged,h1024,483m] [--transport auto] [--rounds 7] [--json FILE]
 
 All engines of a model are up at once, and each round every one decodes the same prompt, in every second round the other
-way round. Beside the ratio stand the terms of its bound, from the same round: what a pass of one token computes and what
-its sums take, each alone, and how much longer than both together the pass takes. Random models are those of models.py.
+way round. Beside the ratio stand the terms of its bound, from the same round: what a pass of one token computes and
+what its sums take, each alone, and how much longer than both together the pass takes. Random models: models.py.
 """
 
 from __future__ import annotations

@@ -22,7 +22,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from models import random_llama
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +34,7 @@ from weft.execute.lanes import ThreadLanes
 from weft.execute.process import keep_freed_memory
 from weft.execute.sampler import likeliest
 from weft.launch.namespaces import NamespaceLauncher
+from weft.links import Link
 from weft.model.checkpoint import Checkpoint
 from weft.model.decoder import Decoder, Extent, Forward
 from weft.model.families import blueprint_of
@@ -43,14 +43,16 @@ from weft.model.shares import shares_of
 from weft.model.weights import load
 from weft.parallel.allreduce import all_reduce, swap
 from weft.parallel.codec import codec_named
+from weft.parallel.direct import Direct
 from weft.parallel.group import Group
+from weft.parallel.mesh import Mesh, Place
 from weft.program.batch import Batch, Rows, Segment
 from weft.program.build import build
 from weft.program.strategy import Strategy
 from weft.timeline.timeline import median
 
 EXACT = codec_named("exact")
-PORT = 29412  # inside the namespaces
+PORT, KEY = 29412, b"inside the namespaces, where nobody else is"
 
 
 class ByHand:
@@ -132,8 +134,10 @@ def rank(given: argparse.Namespace) -> None:
     shares = shares_of(blueprint, (1.0, 1.0))
     weights = load(Checkpoint(model), blueprint, shares[number])
     decoder = Decoder(config, blueprint, shares[number], weights, Rope(config))
-    master = given.address.rpartition(".")[0] + ".1"
-    group = Group(number, 2, dist.TCPStore(master, PORT, 2, is_master=number == 0))
+    mesh = Mesh(given.address, PORT)
+    subnet = given.address.rpartition(".")[0]
+    mesh.join(number, [Place(f"{subnet}.{place}", PORT, "") for place in (1, 2)], [KEY, KEY])
+    group = Group(Direct(mesh), range(2))
     vocabulary = [len(share.ranges["vocabulary"]) for share in shares]
     slabs = Slabs(2, config.layers, len(shares[number].kv_heads), given.tokens, config.head_dim, torch.float32, "cpu")
     outline = replace(blueprint.outline, narrows=False)  # as by hand: all rows go through all layers
@@ -177,7 +181,10 @@ def main() -> None:
         return
     model = random_llama(given.model)
     options = [f"--{name}={getattr(given, name)}" for name in ("model", "tokens", "rounds", "link")]
-    launcher, out = NamespaceLauncher(given.link), Path(tempfile.mkdtemp(prefix="weft-rivals-")) / "seconds"
+    launcher, out = (
+        NamespaceLauncher(Link.parse(given.link).rate),
+        Path(tempfile.mkdtemp(prefix="weft-rivals-")) / "seconds",
+    )
     launcher.command = (sys.executable, __file__, *options)  # this file's ranks instead of weft's workers
     try:
         launcher.start(2, 1, str(out), "")

@@ -32,13 +32,10 @@ from rich.table import Table
 
 from weft import LLM, SamplingParams
 from weft.batching.request import Request
-from weft.bench.grid import balance_rate, mbit
 from weft.bench.machine import cores_of
 from weft.config import ModelConfig, processor_name
 from weft.engine import Engine
 from weft.hub import PACKAGED
-from weft.launch.namespaces import NamespaceLauncher
-from weft.program.batch import one_prompt
 from weft.server.app import Settings, application
 from weft.server.run import bound, serve
 from weft.server.service import Service
@@ -49,9 +46,7 @@ STREAMS = 16
 
 def serve_here(options: dict[str, Any]) -> None:
     """The body of a server's process: prints its port; ends with SIGTERM."""
-    link = options.pop("link", None)
-    launcher = NamespaceLauncher(link) if link else None
-    service = Service(lambda tell: LLM(**options, launcher=launcher, token_interval=0.2).engine)
+    service = Service(lambda tell: LLM(**options, token_interval=0.2).engine)
     service.metrics.named("model")
     listening = bound("127.0.0.1", 0)
     print(listening.getsockname()[1], flush=True)
@@ -148,10 +143,8 @@ def balance(given: argparse.Namespace) -> Table:
     model = random_llama(given.model)
     vocabulary, cores = SIZES[given.model].vocabulary, cores_of(2, 1)
     common = {"model": model, "tensor_parallel_size": 2, "num_threads": 1, "cores": cores, "max_model_len": 4096}
-    launcher = NamespaceLauncher()
-    with LLM(**common, overlap="serial", launcher=launcher) as llm:
-        ids = prompts_of(1, given.tokens, vocabulary, 0)[0]
-        link = mbit(balance_rate(llm.engine, launcher, one_prompt(given.tokens), ids))
+    with LLM(**common, overlap="serial", link="1x") as llm:
+        link = str(llm.engine.workers.controller.link)
     table = Table("round", "serial, tokens/s", "auto, tokens/s", "ratio", title=f"link {link}, {given.model}")
     ratios = []
     with server(**common, overlap="serial", link=link) as serial, server(**common, overlap="auto", link=link) as auto:

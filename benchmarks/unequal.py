@@ -18,16 +18,14 @@ from models import SIZES, random_llama
 from weft import LLM
 from weft.bench.machine import cores_of
 from weft.execute.controller import RunOptions
-from weft.launch.namespaces import NamespaceLauncher
 from weft.program.batch import one_prompt
 from weft.timeline.timeline import median
 
 
-def started(model: str, link: str | None, shares: tuple[float, ...] | str) -> LLM:
-    """Two pinned ranks; over loopback without a link."""
-    launcher = NamespaceLauncher(link) if link else None
+def started(model: str, link: str, shares: tuple[float, ...] | str) -> LLM:
+    """Two pinned ranks."""
     return LLM(
-        random_llama(model), tensor_parallel_size=2, num_threads=1, cores=cores_of(2, 1), launcher=launcher,
+        random_llama(model), tensor_parallel_size=2, num_threads=1, cores=cores_of(2, 1), link=link,
         shares=shares, max_model_len=4096, recalibrate=True,
     )  # fmt: skip
 
@@ -37,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="h1024", choices=SIZES)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--link", default=None, help="needs root; default: loopback")
+    parser.add_argument("--link", default="none", help="as for weft generate")
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
     throttle = subprocess.Popen([sys.executable, "-c", "while True: pass"])

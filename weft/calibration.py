@@ -30,7 +30,7 @@ def key_of(model: ModelConfig, config: EngineConfig, link: str) -> dict[str, str
         "weft": f"{version('weft')}, costs {COSTS}",
         "model": f"{model.model_type} {'x'.join(map(str, shape))} {config.dtype}",
         "ranks": ",".join(f"{share:g}" for share in config.shares), "wire": config.wire,
-        "link": f"{link}, {config.transport}",
+        "link": f"{link}, {config.transport}, {config.link}",
         "device": f"{processor_name()}, {threads}" + (", pinned" if config.cores else ""),
         "kernels": "reproducible" if config.reproducible else "fastest",
     }  # fmt: skip

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.errors import InputError
+from weft.links import NO_LINK, Link
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,8 @@ class EngineConfig:
     Lengths are in tokens. `prefixes`: sequences that are over and kept for others that begin alike. `token_interval`:
     seconds between tokens that prompts should leave to whoever is answered meanwhile; None: throughput is all that
     counts. `shares`: relative sizes of the ranks' parts, one number a rank. `cores`: those that the
-    ranks are pinned to, `threads` each in turn; None leaves it to the system.
+    ranks are pinned to, `threads` each in turn; None leaves it to the system. `transport`: of messages between ranks;
+    auto is shared memory on one machine and TCP between machines. `link`: over which they seem to travel.
     """
 
     ranks: int = 1
@@ -240,6 +242,7 @@ class EngineConfig:
     overlap: str = "auto"
     wire: str = "exact"
     transport: str = "auto"
+    link: Link = NO_LINK
     reproducible: bool = False
     threads: int = 1
     device: str = "cpu"
@@ -259,10 +262,10 @@ class EngineConfig:
     @classmethod
     def resolve(
         cls, model: ModelConfig, *, ranks: int = 1, shares: tuple[float, ...] | None = None, overlap: str = "auto",
-        wire: str = "exact", transport: str = "auto", reproducible: bool = False, threads: int | None = None,
-        device: str = "cpu", dtype: str = "float32", max_length: int | None = None, max_sequences: int = 16,
-        max_batch_tokens: int = 8192, prefixes: int = 16, token_interval: float | None = None,
-        cores: tuple[int, ...] | None = None,
+        wire: str = "exact", transport: str = "auto", link: Link = NO_LINK, reproducible: bool = False,
+        threads: int | None = None, device: str = "cpu", dtype: str = "float32", max_length: int | None = None,
+        max_sequences: int = 16, max_batch_tokens: int = 8192, prefixes: int = 16,
+        token_interval: float | None = None, cores: tuple[int, ...] | None = None,
     ) -> EngineConfig:  # fmt: skip
         """Fills in what was left open; raises `InputError` for values that are not allowed."""
         positive(ranks, "--tp")
@@ -273,6 +276,10 @@ class EngineConfig:
             raise InputError(f"--shares {','.join(map(str, shares))}: every share must be a number above 0")
         one_of(wire, "--wire", WIRES)
         one_of(transport, "--transport", TRANSPORTS)
+        if link.paced and transport not in ("auto", "tcp"):
+            raise InputError(
+                f"--link {link} is kept by weft's own transport over TCP; leave out --transport {transport}"
+            )
         one_of(dtype, "--dtype", DTYPES)
         positive(max_sequences, "max_num_seqs")
         positive(max_batch_tokens, "max_num_batched_tokens")
@@ -286,7 +293,7 @@ class EngineConfig:
         if cores is not None and len(cores) < ranks * threads:
             raise InputError(f"{ranks} ranks of {threads} threads need {ranks * threads} cores, not {len(cores)}")
         return cls(
-            ranks, shares, overlap, wire, transport, reproducible, threads, device, dtype,
+            ranks, shares, overlap, wire, transport, link, reproducible, threads, device, dtype,
             max_length or model.max_length, max_sequences, max_batch_tokens, prefixes,
             token_interval, cores,
         )  # fmt: skip

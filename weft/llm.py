@@ -79,7 +79,7 @@ def _one(prompts: Prompt | Sequence[Prompt]) -> TypeGuard[Prompt]:
 class LLM:
     """A model, split over `tensor_parallel_size` ranks. Also a context manager; `close()` ends the workers.
 
-    model: directory, hub id, or None for the model in the package. overlap, wire, transport: as on the command line.
+    model: directory, hub id, or None for the model in the package. overlap, wire, transport, link: as for weft serve.
     shares: relative sizes of the ranks' parts, or "auto": by their measured speed. reproducible: see
     docs/reproducible.md. num_threads: of each rank.
     max_model_len: tokens of prompt and answer. max_num_seqs, max_num_batched_tokens: limits of a batch.
@@ -96,14 +96,14 @@ class LLM:
         num_threads: int | None = None, dtype: str = "float32", max_model_len: int | None = None,
         max_num_seqs: int = 16, max_num_batched_tokens: int = 8192, cores: Sequence[int] | None = None,
         enable_prefix_caching: bool = True, token_interval: float | None = None,
-        transport: str = "auto", launcher: Launcher | None = None, progress: Progress | None = None,
+        transport: str = "auto", link: str = "none", launcher: Launcher | None = None, progress: Progress | None = None,
         recalibrate: bool = False,
     ) -> None:  # fmt: skip
         self.engine = open_engine(
             model, ranks=tensor_parallel_size, overlap=overlap, wire=wire, shares=shares, reproducible=reproducible,
             threads=num_threads, dtype=dtype, max_length=max_model_len, max_sequences=max_num_seqs,
             max_batch_tokens=max_num_batched_tokens, cores=cores, prefixes=enable_prefix_caching,
-            token_interval=token_interval, transport=transport, launcher=launcher, progress=progress,
+            token_interval=token_interval, transport=transport, link=link, launcher=launcher, progress=progress,
             recalibrate=recalibrate,
         )  # fmt: skip
         self._closed = False

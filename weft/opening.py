@@ -15,6 +15,8 @@ from weft.engine import Engine
 from weft.errors import InputError
 from weft.hub import locate
 from weft.launch.launcher import Launcher
+from weft.launch.namespaces import NamespaceLauncher
+from weft.links import NO_LINK, Link
 from weft.program.strategy import AUTO
 from weft.text import generation_defaults
 from weft.workers import Progress
@@ -22,9 +24,9 @@ from weft.workers import Progress
 
 def open_engine(
     model: str | Path | None = None, *, ranks: int = 1, overlap: str = AUTO, wire: str = "exact",
-    transport: str = "auto", shares: Sequence[float] | Literal["auto"] | None = None, reproducible: bool = False,
-    threads: int | None = None, dtype: str = "float32", max_length: int | None = None, max_sequences: int = 16,
-    max_batch_tokens: int = 8192, cores: Sequence[int] | None = None, prefixes: bool = True,
+    transport: str = "auto", link: str | Link = NO_LINK, shares: Sequence[float] | Literal["auto"] | None = None,
+    reproducible: bool = False, threads: int | None = None, dtype: str = "float32", max_length: int | None = None,
+    max_sequences: int = 16, max_batch_tokens: int = 8192, cores: Sequence[int] | None = None, prefixes: bool = True,
     token_interval: float | None = None, launcher: Launcher | None = None, progress: Progress | None = None,
     recalibrate: bool = False,
 ) -> Engine:  # fmt: skip
@@ -32,14 +34,20 @@ def open_engine(
 
     Raises `InputError` for whatever the caller can change.
     """
+    link = Link.parse(link) if isinstance(link, str) else link
+    if not link.free and launcher is not None and not launcher.one_clock:
+        raise InputError(f"--link {link} is for ranks of this machine; leave it out where other machines join")
+    if link.shaped and launcher is None:
+        launcher = NamespaceLauncher()
     directory = locate(model)
     model_config = ModelConfig.from_directory(directory)
     config = EngineConfig.resolve(
         model_config, ranks=ranks, overlap=overlap,
         shares=tuple(shares) if shares and not isinstance(shares, str) else None,
-        wire=wire, transport=transport, reproducible=reproducible, threads=threads, dtype=dtype, max_length=max_length,
-        max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, cores=tuple(cores) if cores else None,
-        prefixes=max_sequences if prefixes else 0, token_interval=token_interval,
+        wire=wire, transport=transport, link=link, reproducible=reproducible, threads=threads, dtype=dtype,
+        max_length=max_length, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
+        cores=tuple(cores) if cores else None, prefixes=max_sequences if prefixes else 0,
+        token_interval=token_interval,
     )  # fmt: skip
     engine = Engine(directory, config, model_config, launcher, progress, recalibrate, share_by_speed=shares == AUTO)
     engine.notices += _proposed(directory)[1]

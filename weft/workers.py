@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from weft.admission import demand_memory, memory_tokens
+from weft.balance import balance
 from weft.batching.scheduled import CopyPrefix, Move
 from weft.calibration import key_of, measured
 from weft.config import EngineConfig, ModelConfig
@@ -22,13 +23,15 @@ from weft.launch.launcher import Launcher
 from weft.launch.local import LocalLauncher
 from weft.plan.kept import keep, recall
 from weft.plan.planner import Plan, Planner
-from weft.program.batch import Batch
+from weft.program.batch import Batch, one_prompt
 from weft.program.strategy import AUTO
 from weft.restarts import Restarts
 from weft.simulate.cost import Costs
+from weft.timeline.timeline import median
 
 Progress = Callable[[str, float], None]  # what goes on, and the share of it that is done
 Probe = Callable[[Batch, list[int], Plan, RunOptions], RunResult]  # runs a batch of new prompts
+BALANCE_TOKENS = 512  # of the prompt that the balance is of
 ALIKE = 0.95  # of the fastest rank's speed: less than that is worth other shares
 
 
@@ -58,6 +61,7 @@ class Workers:
             if self.controller.launcher.may_change:
                 self._ready()  # no other machine is waited for in vain
             self._bring_up(lambda share: tell("loading", share))
+            self._balance(planner, tell)
             if not (self.config.ranks > 1 and (recalibrate or by_speed or self.config.overlap == AUTO)):
                 return []
             notices = self._learn(planner, tell, recalibrate)
@@ -73,17 +77,35 @@ class Workers:
         self.started = self.controller.start(self.directory, self.model, progress)
         self.up = True
 
+    def _balance(self, planner: Planner, tell: Progress) -> None:
+        """Finds the speed that a multiple of the balance comes to here, and makes the link so fast."""
+        link = self.config.link
+        if link.times is None or self.config.ranks == 1:
+            return
+        tell("looking for the balance", 0.0)
+        batch = one_prompt(min(BALANCE_TOKENS, self.config.max_length))
+        plan = planner.like("serial", self.config.wire).plan(batch)
+        tokens = [7 + 13 * place % (self.model.vocabulary - 7) for place in range(batch.tokens)]
+
+        def seconds(scope: str) -> float:
+            return median(self.probe(batch, tokens, plan, RunOptions(scope)).seconds for _ in range(3))
+
+        rate = balance(seconds, lambda rate: self.controller.set_link(link.at(rate)))
+        self.controller.set_link(link.at(link.times * rate))
+        self.controller.release([0])
+
     def _learn(self, planner: Planner, tell: Progress, recalibrate: bool) -> list[str]:
         """Costs as they were kept, or measured now."""
         key = key_of(self.model, self.config, self.controller.launcher.link_name)
-        kept, why = (None, None) if recalibrate else recall(key)
+        by_chance = self.config.link.times is not None  # another speed each time
+        kept, why = (None, None) if recalibrate or by_chance else recall(key)
         if kept is not None:
             planner.learn(kept.costs)
             return []
         begin = time.monotonic()
         costs = self.calibrate(self.probe, (self.config.wire,), lambda share: tell("measuring costs", share))
         planner.learn(costs)
-        return list(filter(None, [why, keep(key, costs, time.monotonic() - begin)]))
+        return [] if by_chance else list(filter(None, [why, keep(key, costs, time.monotonic() - begin)]))
 
     def _share(self, planner: Planner, tell: Progress, recalibrate: bool) -> list[str]:
         """Starts again with parts of the model that take the ranks equally long, if that is worth it."""

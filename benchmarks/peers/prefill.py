@@ -30,10 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 from weft import LLM
-from weft.bench.grid import Link, balance_rate, mbit
+from weft.balance import balance
 from weft.bench.machine import describe
 from weft.execute.controller import RunOptions
 from weft.launch.namespaces import NamespaceLauncher
+from weft.links import links_of
 from weft.program.batch import one_prompt
 from weft.timeline.timeline import median
 
@@ -139,15 +140,17 @@ def main() -> None:
         for contestant in contestants.values():
             if isinstance(contestant, Transformers):
                 stack.callback(contestant.close)
-        for link in map(Link.parse, given.link.split(",")):
-            text = link.text
-            if link.times is not None:
-                rate = balance_rate(split.engine, launcher, one_prompt(len(ids)), ids)
-                text = mbit(rate * link.times)
-            launcher.shape(None if text == "none" else text)
+        plan = split.engine.planner.like("serial", "exact").plan(one_prompt(len(ids)))
+
+        def seconds(scope: str) -> float:
+            return split.engine.probe(one_prompt(len(ids)), ids, plan, RunOptions(scope)).seconds
+
+        for link in links_of(given.link):
+            there = link if link.times is None else link.at(link.times * balance(seconds, launcher.shape))
+            launcher.shape(there.rate)
             rounds = measure(contestants, ids, given.rounds)
-            show(f"{given.model}, {given.tokens} tokens, link {text}", rounds)
-            results.append({"link": text, "balance": link.times, "rounds": rounds})
+            show(f"{given.model}, {given.tokens} tokens, link {there}", rounds)
+            results.append({"link": str(there), "balance": link.times, "rounds": rounds})
         machine = describe(split.engine.model, 1)
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     if given.json:

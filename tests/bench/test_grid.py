@@ -6,29 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from weft.bench.grid import Bench, Grid, LinkSpeed
+from weft.bench.grid import Bench, Grid
 from weft.config import ModelConfig, available_cores
 from weft.errors import InputError
+from weft.links import NO_LINK, Link
 
 
 def grid(**changes: object) -> Grid:
-    given = {"tokens": (64,), "ranks": (2,), "links": (LinkSpeed("none"),), "overlaps": ("iso:2",), "wires": ("exact",)}
+    given = {"tokens": (64,), "ranks": (2,), "links": (NO_LINK,), "overlaps": ("iso:2",), "wires": ("exact",)}
     return Grid(**{**given, "threads": 1, "rounds": 2, **changes})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("text", "times", "shaped"),
-    [("none", None, False), ("500mbit", None, True), ("2x", 2.0, True), ("0.25x", 0.25, True), (".5x", 0.5, True)],
-)
-def test_links(text: str, times: float | None, shaped: bool) -> None:
-    link = LinkSpeed.parse(text)
-    assert (link.times, link.shaped) == (times, shaped)
-
-
-@pytest.mark.parametrize("text", ["", "0x", "x", "fast", "-1x", "500", "0mbit"])
-def test_what_is_no_link(text: str) -> None:
-    with pytest.raises(InputError, match="is not a speed; write it like 500mbit"):
-        LinkSpeed.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +29,10 @@ def test_what_is_no_link(text: str) -> None:
         ({"threads": available_cores()}, f"needs {2 * available_cores()} cores, and {available_cores()} are there"),
         ({"rounds": 0}, "--rounds 0 is not allowed"),
         ({"prompts": 0}, "--prompts 0 is not allowed"),
+        (
+            {"links": (Link(rate=1e8), Link(rate=1e8, shaped=True))},
+            "paced links and shaped ones can't be measured in one",
+        ),
         ({"overlaps": ("magic",)}, "'magic' is not a strategy"),
         ({"overlaps": ("requests:2",)}, "cuts between prompts, and there is one; give --prompts 2"),
     ],

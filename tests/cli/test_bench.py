@@ -37,8 +37,8 @@ def test_table_and_files(tmp_path: Path) -> None:
 def test_shaped_links_and_the_devices_counters(tmp_path: Path) -> None:
     out, plot = tmp_path / "out.json", tmp_path / "plot.svg"
     done = weft(
-        "bench", "--tokens", "512", "--threads", "1", "--link", "100mbit,1x", "--overlap", "iso:2", "--rounds", "2",
-        "--json", str(out), "--plot", str(plot), process=True,
+        "bench", "--tokens", "512", "--threads", "1", "--link", "shaped:100mbit,shaped:1x", "--overlap", "iso:2",
+        "--rounds", "2", "--json", str(out), "--plot", str(plot), process=True,
     )  # fmt: skip
     assert "(1 x balance)" in done.stdout and plot.read_text().startswith("<svg")
     slow, _, balanced, _ = json.loads(out.read_text())["runs"]
@@ -57,7 +57,7 @@ def test_shaped_links_and_the_devices_counters(tmp_path: Path) -> None:
         (("--tokens", "many"), "weft: --tokens 'many' is not a list of whole numbers; write it like 512,2048"),
         (("--tokens", "512,,1024"), "weft: --tokens '512,,1024' has an empty entry"),
         (("--tokens", "99999"), "weft: --tokens 99999 is more than the model's context"),
-        (("--link", "fast"), "weft: --link 'fast' is not a speed; write it like 500mbit"),
+        (("--link", "fast"), "weft: --link 'fast' is not a link: 'fast' isn't known there; write it like 500mbit"),
         (("--tp", "500"), "weft: --tp 500 with 1 thread a rank needs 500 cores"),
         (("--wire", "int3"), "weft: --wire 'int3' is not known; allowed: exact, bf16"),
         (("--overlap", "iso:2,magic"), "weft: --overlap 'magic' is not a strategy"),
@@ -76,7 +76,8 @@ def test_a_disk_that_is_full_at_the_end_loses_no_table(tmp_path: Path) -> None:
     small, large = tmp_path / "out.json", tmp_path / "out.html"
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
     done = subprocess.run(
-        [*WEFT, "bench", *SMALL, "--rounds", "1", "--overlap", "iso:2", "--html", str(large), "--json", str(small)],
+        [*WEFT, "bench", *SMALL, "--rounds", "1", "--overlap", "iso:2", "--html", str(large), "--json", str(small),
+         "--link", "20gbit"],  # through sockets: memory to share is a file too
         capture_output=True, text=True, timeout=120, check=False, preexec_fn=limit,
     )  # fmt: skip
     assert done.returncode == 2 and "iso:2" in done.stdout
@@ -125,18 +126,18 @@ def test_an_interruption_keeps_results_and_removes_everything(tmp_path: Path, nu
 def test_what_a_killed_bench_left_is_removed_by_the_next(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     code, _, _ = interrupted(
-        ["--tokens", "64,2048", "--threads", "1", "--rounds", "1", "--link", "50mbit", "--json", str(out)],
+        ["--tokens", "64,2048", "--threads", "1", "--rounds", "1", "--link", "shaped:50mbit", "--json", str(out)],
         signal.SIGKILL,
     )
     assert code == -signal.SIGKILL and len(ours()) == 2
-    weft("bench", *SMALL, "--rounds", "1", "--link", "200mbit", "--overlap", "iso:2", process=True)
+    weft("bench", *SMALL, "--rounds", "1", "--link", "shaped:200mbit", "--overlap", "iso:2", process=True)
     assert ours() == []
 
 
 def test_links_need_root() -> None:
     code = "import os; os.geteuid = lambda: 1000; from weft.cli.main import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, "bench", "--link", "100mbit"], capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", code, "bench", "--link", "shaped:100mbit"], capture_output=True, text=True, timeout=60,
         check=False,
     )  # fmt: skip
     assert done.returncode == 2 and ("a shaped link needs root" in done.stderr or "iproute2" in done.stderr)

@@ -13,13 +13,14 @@ FORM = {
     ],
     "chat": [
         "--api-key", "--dtype", "--max-tokens", "--overlap", "--seed", "--shares", "--system", "--temperature",
-        "--tensor-parallel-size", "--threads", "--top-p", "--tp", "--url", "--wire", "model",
+        "--tensor-parallel-size", "--threads", "--top-p", "--tp", "--transport", "--url", "--wire", "model",
     ],
     "doctor": ["--json"],
     "generate": [
-        "--compare", "--dtype", "--json", "--max-tokens", "--min-p", "--overlap", "--recalibrate",
+        "--compare", "--dtype", "--json", "--link", "--max-tokens", "--min-p", "--overlap", "--recalibrate",
         "--repetition-penalty", "--reproducible", "--seed", "--shares", "--stop", "--temperature",
-        "--tensor-parallel-size", "--threads", "--timeline", "--top-k", "--top-p", "--tp", "--wire", "model", "prompt",
+        "--tensor-parallel-size", "--threads", "--timeline", "--top-k", "--top-p", "--tp", "--transport",
+        "--wire", "model", "prompt",
     ],
     "plan": [
         "--catalogue", "--decoding", "--hardware", "--html", "--json", "--link", "--list", "--overlap", "--price",
@@ -27,11 +28,11 @@ FORM = {
     ],
     "serve": [
         "--allow-anyone", "--allow-origin", "--api-key", "--client-timeout", "--drain", "--dtype", "--host",
-        "--join-address", "--local-ranks",
+        "--join-address", "--link", "--local-ranks",
         "--max-body-bytes", "--max-model-len", "--max-num-batched-tokens", "--max-num-seqs", "--max-waiting",
         "--overlap", "--port", "--prefix-caching", "--recalibrate", "--reproducible", "--request-timeout",
         "--served-model-name", "--shares", "--tensor-parallel-size", "--threads", "--token-interval", "--tp",
-        "--wire", "model",
+        "--transport", "--wire", "model",
     ],
     "timeline": ["--out", "--width", "files"],
     "worker": ["--address", "--join", "model"],

@@ -6,7 +6,6 @@ an interruption ends the grid, and the rounds until then are its result.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -15,13 +14,15 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from weft.balance import balance
 from weft.bench.machine import cores_of, prefill_flops
 from weft.compare import Comparing, Measured, Variant
 from weft.config import ModelConfig, available_cores, positive
 from weft.engine import Engine
 from weft.errors import InputError
 from weft.execute.controller import RunOptions
-from weft.launch.namespaces import NamespaceLauncher, parse_link
+from weft.launch.namespaces import NamespaceLauncher
+from weft.links import NO_LINK, Link
 from weft.opening import open_engine
 from weft.plan.calibrate import MOST
 from weft.program.batch import Batch, Segment
@@ -29,29 +30,6 @@ from weft.program.strategy import AUTO, Strategy, canonical
 from weft.timeline.timeline import median
 
 FEW_SLOTS = 16  # sequences that calibration likes to have
-FIRST_GUESS = 400e6  # bits a second, where the search for balance starts
-
-
-@dataclass(frozen=True)
-class LinkSpeed:
-    """A speed as the user wrote it: "none", a rate, or a multiple of balance (`times`)."""
-
-    text: str
-    times: float | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> LinkSpeed:
-        """Reads "none", "500mbit" or "0.5x". Raises `InputError`."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)x", text)
-        if match and float(match[1]) > 0:
-            return cls(text, float(match[1]))
-        parse_link(text)
-        return cls(text)
-
-    @property
-    def shaped(self) -> bool:
-        """True if network namespaces have to be built for it."""
-        return self.text != "none"
 
 
 @dataclass(frozen=True)
@@ -60,7 +38,7 @@ class Grid:
 
     tokens: tuple[int, ...]
     ranks: tuple[int, ...]
-    links: tuple[LinkSpeed, ...]
+    links: tuple[Link, ...]
     overlaps: tuple[str, ...]
     wires: tuple[str, ...]
     prompts: int = 1
@@ -90,6 +68,8 @@ class Grid:
                     f"--tp {ranks} with {threads} thread{'s' if threads > 1 else ''} a rank needs {ranks * threads} "
                     f"cores, and {available_cores()} are there: ranks that share cores measure each other"
                 )
+        if self.shaped and any(link.paced for link in self.links):
+            raise InputError("--link: paced links and shaped ones can't be measured in one run; write shaped: with all")
         for overlap in self.overlaps:
             if overlap != AUTO and Strategy.parse(overlap).requests and self.prompts == 1:
                 raise InputError(f"--overlap {overlap} cuts between prompts, and there is one; give --prompts 2")
@@ -105,8 +85,13 @@ class Grid:
 
     @property
     def shaped(self) -> bool:
-        """True if at least one link is."""
+        """True if links are, by the kernel."""
         return any(link.shaped for link in self.links)
+
+    @property
+    def emulated(self) -> bool:
+        """True if there is a link that is not as it is."""
+        return not all(link.free for link in self.links)
 
 
 @dataclass(frozen=True)
@@ -163,12 +148,12 @@ class Bench:
             with self._started(ranks) as (engine, launcher):
                 for tokens in self.grid.tokens:
                     batch, ids = self._batch(tokens)
-                    balance = self._balance(engine, launcher, batch, ids)
+                    rate = self._balance(engine, batch, ids)
                     for link in self._links(ranks):
-                        self._point(engine, launcher, batch, ids, link, balance)
+                        self._point(engine, launcher, batch, ids, link, rate)
 
-    def _links(self, ranks: int) -> Sequence[LinkSpeed]:
-        return self.grid.links if ranks > 1 else (LinkSpeed("none"),)
+    def _links(self, ranks: int) -> Sequence[Link]:
+        return self.grid.links if ranks > 1 else (NO_LINK,)
 
     @contextmanager
     def _started(self, ranks: int) -> Iterator[tuple[Engine, NamespaceLauncher | None]]:
@@ -179,7 +164,8 @@ class Bench:
         length = min(self.model.max_length, max(grid.tokens) + MOST)
         engine = open_engine(
             self.directory, ranks=ranks, threads=threads, launcher=launcher, shares=grid.shares,
-            cores=cores_of(ranks, threads) if launcher else None, max_length=length, overlap="serial",
+            cores=cores_of(ranks, threads) if grid.emulated and ranks > 1 else None,
+            transport="tcp" if grid.emulated else "auto", max_length=length, overlap="serial",
             max_sequences=max(grid.prompts, FEW_SLOTS), prefixes=False,
         )  # fmt: skip
         with closing(engine):
@@ -195,22 +181,27 @@ class Bench:
         segments = (Segment(i, 0, stop - start) for i, (start, stop) in enumerate(pairwise(edges)))
         return Batch(tuple(segments)), [random.randrange(self.model.vocabulary) for _ in range(tokens)]
 
-    def _balance(
-        self, engine: Engine, launcher: NamespaceLauncher | None, batch: Batch, ids: list[int]
-    ) -> float | None:
-        if launcher is None or all(link.times is None for link in self.grid.links):
+    def _balance(self, engine: Engine, batch: Batch, ids: list[int]) -> float | None:
+        times = next((link for link in self.grid.links if link.times is not None), None)
+        if times is None or engine.config.ranks == 1:
             return None
         self.watch(self._done, self._all, f"{batch.tokens} tokens: looking for the balance")
-        return balance_rate(engine, launcher, batch, ids, self.grid.wires[0])
+        plan = engine.planner.like("serial", self.grid.wires[0]).plan(batch)
+
+        def seconds(scope: str) -> float:
+            return median(engine.probe(batch, ids, plan, RunOptions(scope)).seconds for _ in range(2))
+
+        return balance(seconds, lambda rate: engine.workers.controller.set_link(times.at(rate)))
 
     def _point(
-        self, engine: Engine, launcher: NamespaceLauncher | None, batch: Batch, ids: list[int], link: LinkSpeed,
-        balance: float | None,
+        self, engine: Engine, launcher: NamespaceLauncher | None, batch: Batch, ids: list[int], link: Link,
+        rate: float | None,
     ) -> None:  # fmt: skip
         grid, ranks = self.grid, engine.config.ranks
-        text = link.text if link.times is None or balance is None else mbit(balance * link.times)
-        if launcher is not None:
-            launcher.shape(None if text == "none" else text)
+        there = link if link.times is None or rate is None else link.at(rate * link.times)
+        text = str(there)
+        if grid.emulated and ranks > 1:
+            engine.workers.controller.set_link(there)
         if ranks > 1:
             self.watch(self._done, self._all, f"{batch.tokens} tokens, {ranks} ranks, link {text}: measuring costs")
             engine.calibrate(grid.wires)
@@ -234,25 +225,3 @@ class Bench:
     def _all(self) -> int:
         rounds = sum(len(self._links(ranks)) for ranks in self.grid.ranks) * (self.grid.rounds + 1)
         return sum(self.grid.tokens) * rounds
-
-
-def balance_rate(
-    engine: Engine, launcher: NamespaceLauncher, batch: Batch, ids: list[int], wire: str = "exact"
-) -> float:
-    """Bits a second at which serial's messages alone take as long as its computation alone."""
-    plan = engine.planner.like("serial", wire).plan(batch)
-
-    def seconds(part: str) -> float:
-        return median(engine.probe(batch, ids, plan, RunOptions(part)).seconds for _ in range(2))
-
-    seconds("compute")  # warms up
-    compute, rate = seconds("compute"), FIRST_GUESS
-    for _ in range(3):  # each time from closer by: fixed costs of a message are in it then
-        launcher.shape(mbit(rate))
-        rate *= seconds("network") / compute
-    return rate
-
-
-def mbit(rate: float) -> str:
-    """Bits a second as a link's text."""
-    return f"{rate / 1e6:.1f}mbit"

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from weft.bench.grid import Bench, Grid, LinkSpeed, Point
+from weft.bench.grid import Bench, Grid, Point
 from weft.bench.machine import describe
 from weft.bench.plot import groups, saving_plot
 from weft.bench.report import COLUMNS, as_json, bounds, cells, conclusion, heading, most_to_hide, report, timelines
@@ -25,6 +25,7 @@ from weft.config import WIRES, ModelConfig, one_of
 from weft.errors import InputError, WorkerFailed
 from weft.hub import locate
 from weft.launch.namespaces import demand_namespaces
+from weft.links import links_of
 from weft.timeline.files import demand_form, demand_writable, timelines_as, write
 
 HELP = """Measure strategies, wires and links against each other with MODEL, on this machine.
@@ -33,8 +34,9 @@ Lists are separated by commas, and every combination is measured, beside serial 
 computation alone and the same messages alone. Rounds are interleaved; figures are medians of per-round ratios.
 
 A link is none (as fast as this machine is), a speed such as 500mbit or 2.5gbit, or a multiple of the speed at which
-communication takes as long as computation: 0.5x, 1x, 2x. All but none need root and iproute2, because each rank then
-runs in a network namespace of its own, on cores of its own; everything is removed at the end.
+communication takes as long as computation: 0.5x, 1x, 2x; with a delay as in 200mbit,5ms, or both directions in one
+as in 200mbit,shared. weft's transport keeps to it. shaped:500mbit has the kernel do that instead, between network
+namespaces: that needs root and iproute2, and everything is removed at the end.
 
 Examples:
 
@@ -51,7 +53,7 @@ def bench(
     tokens: Annotated[str, typer.Option(help="Lengths of the batch.")] = "512",
     tp: Annotated[str, typer.Option("--tp", help="Numbers of ranks.")] = "2",
     link: Annotated[
-        str, typer.Option(help="none, speeds such as 500mbit, or multiples of balance such as 1x.")
+        str, typer.Option(help="none, speeds such as 500mbit or 200mbit,5ms, multiples of balance such as 1x.")
     ] = "none",
     overlap: Annotated[
         str, typer.Option(help="Strategies; see docs/strategies.md. serial is always measured.")
@@ -74,7 +76,7 @@ def bench(
     config = ModelConfig.from_directory(directory)
     grid = Grid(
         tokens=numbers(tokens, "--tokens"), ranks=numbers(tp, "--tp"),
-        links=tuple(LinkSpeed.parse(speed) for speed in words(link, "--link")), overlaps=words(overlap, "--overlap"),
+        links=links_of(link), overlaps=words(overlap, "--overlap"),
         wires=words(wire, "--wire"), prompts=prompts, mixed=mixed, rounds=rounds, threads=threads,
         shares=relative_shares(shares),
     )  # fmt: skip
@@ -84,7 +86,7 @@ def bench(
         demand_writable(path, option)
     if timeline is not None:
         demand_form(timeline, "--timeline")
-    if plot is not None and (plot.suffix != ".svg" or sum(speed.shaped for speed in grid.links) < 2):
+    if plot is not None and (plot.suffix != ".svg" or sum(not speed.unlimited for speed in grid.links) < 2):
         raise InputError(f"--plot {plot}: give a name that ends in .svg, and at least two links with a speed")
     grid.demand(config)
     if grid.shaped:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from weft.cli.options import (
     DTYPE,
+    LINK,
     MODEL,
     OVERLAP,
     RECALIBRATE,
@@ -84,6 +85,7 @@ def generate(
     overlap: OVERLAP = "auto",
     wire: WIRE = "exact",
     transport: TRANSPORT = "auto",
+    link: LINK = "none",
     dtype: DTYPE = "float32",
     shares: SHARES = None,
     reproducible: REPRODUCIBLE = False,
@@ -117,7 +119,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
     }  # fmt: skip
     with loaded(
-        errors, model, tensor_parallel_size=tp, overlap=overlap, wire=wire, transport=transport,
+        errors, model, tensor_parallel_size=tp, overlap=overlap, wire=wire, transport=transport, link=link,
         shares=shares_or_auto(shares),
         reproducible=reproducible, num_threads=threads, dtype=dtype, recalibrate=recalibrate,
     ) as llm:  # fmt: skip

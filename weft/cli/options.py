@@ -33,6 +33,9 @@ WIRE = Annotated[str, typer.Option(help="How partials travel: exact or bf16.")]
 TRANSPORT = Annotated[
     str, typer.Option(help="Between ranks: shm, tcp, gloo; auto: shared memory on one machine, else TCP.")
 ]
+LINK = Annotated[
+    str, typer.Option(help="That ranks' messages seem to travel: 200mbit,5ms or 1x (of balance); shaped:200mbit.")
+]
 SHARES = Annotated[str | None, typer.Option(help="Sizes of the ranks' parts, as in 2,1; auto: by speed.")]
 REPRODUCIBLE = Annotated[
     bool, typer.Option("--reproducible", help="The same bits whatever the strategy and the rest of the batch.")

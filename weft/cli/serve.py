@@ -17,6 +17,7 @@ from rich.progress import Progress as Bar
 from weft.about import About
 from weft.cli.options import (
     DTYPE,
+    LINK,
     MODEL,
     OVERLAP,
     RECALIBRATE,
@@ -103,7 +104,7 @@ def serve_command(
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     overlap: OVERLAP = "auto",
     wire: WIRE = "exact",
-    transport: TRANSPORT = "auto",
+    transport: TRANSPORT = "auto", link: LINK = "none",
     dtype: DTYPE = "float32",
     shares: SHARES = None,
     reproducible: REPRODUCIBLE = False,
@@ -127,10 +128,9 @@ def serve_command(
     from weft.server.app import Settings, application
     from weft.server.run import bound, serve
 
-    host, out = host.strip("[]"), Console(stderr=True)
+    host, out, name = host.strip("[]"), Console(stderr=True), served_model_name or _name(model)
     keys, origins = _keys(api_key), _origins(allow_origin)
     _demand_guarded(host, bool(keys) or allow_anyone)
-    name = served_model_name or _name(model)
     with bound(host, port) as listening, bar(out) as showing:
         launcher = _launcher(join_address, tp, local_ranks)
         warn_of_shared_cores(out, tp if launcher is None else local_ranks)
@@ -139,11 +139,11 @@ def serve_command(
             if launcher is not None:
                 _invite(out, launcher, model, tp - local_ranks)
             return open_engine(
-                model, ranks=tp, overlap=overlap, wire=wire, transport=transport,
+                model, ranks=tp, overlap=overlap, wire=wire, transport=transport, link=link,
                 shares=shares_or_auto(shares), reproducible=reproducible, threads=threads, recalibrate=recalibrate,
-                max_length=max_model_len, max_sequences=max_num_seqs,
-                max_batch_tokens=max_num_batched_tokens, launcher=launcher, dtype=dtype, prefixes=prefix_caching,
-                token_interval=token_interval, progress=_both(tell, showing),
+                max_length=max_model_len, max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens,
+                launcher=launcher, dtype=dtype, prefixes=prefix_caching, token_interval=token_interval,
+                progress=_both(tell, showing),
             )  # fmt: skip
 
         def ready() -> None:

@@ -21,7 +21,9 @@ from weft.errors import InputError, WorkerFailed, WorkerLost
 from weft.execute import protocol as p
 from weft.launch.folder import Folder
 from weft.launch.launcher import Launcher
+from weft.launch.namespaces import NamespaceLauncher
 from weft.launch.sockets import engine_socket
+from weft.links import Link
 from weft.parallel.handshake import new_key, pair_key
 from weft.program.batch import Batch
 from weft.program.stages import COLLECTIVES
@@ -100,6 +102,7 @@ class Controller:
         self._ranks: list[bytes] = []  # identities, by rank
         self._hosts: dict[bytes, str] = {}  # where they are
         self._forms: OrderedDict[Form, int] = OrderedDict()  # those that the workers know
+        self.link = config.link  # a multiple of the balance is none yet
         self._number = 0
         self._done: dict[int, dict[bytes, p.Done]] = {}  # what ranks said, by the number of the run
         self._looked = 0.0  # when the processes were looked at
@@ -114,6 +117,8 @@ class Controller:
         try:
             hellos = self._bring_up()
             loaded = self._load(directory, model, progress or (lambda share: None))
+            if not self.link.free and self.link.times is None:
+                self.set_link(self.link)
             self._loaded = True
         except BaseException:
             self.stop()
@@ -165,7 +170,7 @@ class Controller:
             raise InputError(
                 f"--transport shm is for ranks of one machine, and {one.host} and {other.host} share none: leave it out"
             )
-        return near and self.config.transport in ("auto", "shm")
+        return near and self.config.transport in ("auto", "shm") and not self.config.link.paced
 
     def _cores(self, rank: int) -> list[int] | None:
         if self.config.cores is None:
@@ -195,6 +200,16 @@ class Controller:
                 layers[identity] = message.done / message.total
             progress(sum(layers.values()) / len(layers))
         return [ready[identity] for identity in self._ranks]
+
+    def set_link(self, link: Link) -> None:
+        """Has the ranks' messages take what they would over this link, from the next run on."""
+        self.link = link
+        if isinstance(self.launcher, NamespaceLauncher):
+            self.launcher.shape(link.rate)
+            return
+        shared = str(self._folder.path / "link") if link.shared else ""
+        for identity in self._ranks if len(self._ranks) > 1 else ():
+            self._send(identity, p.SetLink(link.rate, link.delay, shared))
 
     def run(
         self, batch: Batch, tokens: Sequence[int], choices: Sequence[p.Choice], program: Program, wire: str,

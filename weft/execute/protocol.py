@@ -1,7 +1,7 @@
 """What engine and workers say to each other: msgpack over ZeroMQ, never pickle. No torch.
 
 worker -> engine   Hello, Meeting, Joined, Loading, Loaded, Done, Lost, Failed
-engine -> worker   Assign, Meet, Load, Run, Release, Copy, Shutdown
+engine -> worker   Assign, Meet, SetLink, Load, Run, Release, Copy, Shutdown
 """
 
 from __future__ import annotations
@@ -55,6 +55,15 @@ class Meet(msgspec.Struct, tag=True, frozen=True):
 
     places: list[Meeting]
     keys: list[bytes]
+
+
+class SetLink(msgspec.Struct, tag=True, frozen=True):
+    """Messages between ranks take as long as over a link of so many bits a second (None: any number), so many seconds
+    long. `shared`: a file of this machine that the ranks map, if both directions share the rate."""
+
+    rate: float | None
+    delay: float
+    shared: str = ""
 
 
 class Joined(msgspec.Struct, tag=True, frozen=True):
@@ -203,7 +212,7 @@ class Shutdown(msgspec.Struct, tag=True, frozen=True):
     """End."""
 
 
-ToWorker = Assign | Meet | Load | Run | Release | Copy | Shutdown
+ToWorker = Assign | Meet | SetLink | Load | Run | Release | Copy | Shutdown
 ToEngine = Hello | Meeting | Joined | Loading | Loaded | Done | Lost | Failed
 
 encode = msgspec.msgpack.Encoder().encode

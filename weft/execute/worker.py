@@ -53,6 +53,7 @@ from weft.parallel.codec import codec_named
 from weft.parallel.direct import Direct
 from weft.parallel.group import Group
 from weft.parallel.mesh import Mesh, Place
+from weft.parallel.pace import Pace
 from weft.parallel.transport import Transport
 from weft.program.batch import Batch, Segment
 from weft.program.stages import COMPUTE
@@ -79,6 +80,7 @@ class Worker:
         self.rank = self.world = 0
         self.spins = True
         self.mesh: Mesh | None = None
+        self.transport: Transport | None = None
         self.store: Any = None  # gloo's meeting point; None without gloo
         self.group: Group | None = None
         self.model: _Model | None = None
@@ -110,6 +112,8 @@ class Worker:
                 self._assign(message)
             case p.Meet():
                 self._meet(message)
+            case p.SetLink():
+                self._pace(message)
             case p.Load():
                 self._load(message)
             case p.Run():
@@ -148,8 +152,12 @@ class Worker:
         store = self.store if self.rank == 0 else gloo.join_store(m.places[0].address, m.places[0].store)
         self._join(gloo.Gloo(self.rank, store))
 
+    def _pace(self, m: p.SetLink) -> None:
+        assert isinstance(self.transport, Direct), "the engine paces weft's own transport"
+        self.transport.pace(Pace(m.rate, m.delay, m.shared) if m.rate or m.delay else None)
+
     def _join(self, transport: Transport | None) -> None:
-        self.group = Group(transport, range(self.world))
+        self.transport, self.group = transport, Group(transport, range(self.world))
         self.group.barrier()
         self.say(p.Joined())
 

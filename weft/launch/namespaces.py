@@ -17,25 +17,16 @@ from pathlib import Path
 
 from weft.errors import InputError
 from weft.launch.local import LocalLauncher
+from weft.links import BURST, Link
 
 # A burst below a segmentation-offload packet (64 KiB) makes the kernel split each one: the processor time of
 # communication quadruples.
-BURST = "burst 256kb latency 200ms"
+BUCKET = f"burst {BURST} latency 200ms"
 # What most systems use. Else the host's own choice would be measured with the link: BBR, for one, paces small messages
 # between pauses at a fraction of its speed.
 CONGESTION = "cubic"
 PREFIX = "weft"
 SUBNET = "10.213.77."  # inside the namespaces only
-
-
-def parse_link(text: str) -> str | None:
-    """A rate as `tc` takes it, or None for "none". Raises `InputError` for anything else."""
-    if text == "none":
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", text)
-    if match is None or float(match[1]) == 0:
-        raise InputError(f"--link {text!r} is not a speed; write it like 500mbit, 2.5gbit or none")
-    return text
 
 
 def demand_namespaces() -> None:
@@ -52,24 +43,24 @@ class NamespaceLauncher(LocalLauncher):
 
     one_machine = False
 
-    def __init__(self, link: str | None = None) -> None:
+    def __init__(self, rate: float | None = None) -> None:
         super().__init__()
         demand_namespaces()
-        self.link = parse_link(link) if link is not None else None
+        self.rate = rate  # bits a second; None: as fast as the kernel goes
         self._names: list[str] = []
         self._ends: list[tuple[str, str]] = []  # every (namespace, device) that sends
 
     @property
     def link_name(self) -> str:
         """With its speed now."""
-        return f"between network namespaces, {self.link or 'unshaped'}"
+        return f"between network namespaces, {Link(self.rate) if self.rate else 'unshaped'}"
 
     def start(self, count: int, threads: int, address: str, token: str) -> None:
         """Builds the network, then starts the workers in it."""
         remove_leftovers()
         try:
             self.build(count)
-            self.shape(self.link)
+            self.shape(self.rate)
         except subprocess.CalledProcessError as error:
             self.remove()
             reason = error.stderr.decode().strip() or str(error)
@@ -106,14 +97,15 @@ class NamespaceLauncher(LocalLauncher):
             _in(name, "ip", "link", "set", device, "up")
             self._ends.append((name, device))
 
-    def shape(self, link: str | None) -> None:
-        """Sets the speed of every link, also while workers run; None is as fast as the kernel goes."""
-        self.link = parse_link(link) if link is not None else None
+    def shape(self, rate: float | None) -> None:
+        """Sets the speed of every link, bits a second, also while workers run; None is as fast as the kernel goes."""
+        self.rate = rate
         for name, device in self._ends:
             with suppress(subprocess.CalledProcessError):  # nothing there to remove the first time
                 _in(name, "tc", "qdisc", "del", "dev", device, "root")
-            if self.link is not None:
-                _in(name, "tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", self.link, *BURST.split())
+            if rate is not None:
+                shaped = ("tbf", "rate", f"{rate:.0f}bit", *BUCKET.split())
+                _in(name, "tc", "qdisc", "add", "dev", device, "root", *shaped)
 
     def sent(self) -> list[int]:
         """Bytes that each worker's device has sent so far, headers included, as the kernel counts them."""

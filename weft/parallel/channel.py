@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from weft.errors import LinkLost
+from weft.parallel.pace import wake_on_time
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,6 +108,7 @@ class Pump:
     def __init__(self, lost: Callable[[], str | None], spin: float) -> None:
         self.channels: list[Channel] = []
         self._lost, self._spin, self._computes = lost, spin, get_ident()
+        self._on_time: set[int] = set()  # threads that are woken so
 
     def until(self, message: Parcel) -> None:
         """Moves everything until this message is over. Raises `LinkLost`."""
@@ -131,6 +133,11 @@ class Pump:
                 moved = True
         return moved
 
+    def _wake_on_time(self) -> None:
+        if get_ident() not in self._on_time:
+            self._on_time.add(get_ident())
+            wake_on_time()
+
     def _sleep(self) -> None:
         """Until something may have changed."""
         poll, busy = select.poll(), [channel for channel in self.channels if channel.outgoing or channel.incoming]
@@ -140,7 +147,8 @@ class Pump:
                 raise LinkLost(reason)
         elif seconds > 0.002:
             poll.poll(seconds * 1e3 - 1)
-        elif seconds > 0:
+        elif seconds > 0:  # a paced message is here, and may be had then
+            self._wake_on_time()
             time.sleep(seconds)
         for channel in busy:
             channel.wake()

@@ -21,7 +21,7 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from weft.errors import LinkLost
+from weft.errors import InputError
 from weft.parallel.channel import LOOK, Channel, Pump
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _fence() -> None:
 
 
 def new_region() -> int:
-    """Memory for both directions, as a file descriptor. Raises `LinkLost` if there is none."""
+    """Memory for both directions, as a file descriptor. Raises `InputError` if there is none."""
     if hasattr(os, "memfd_create"):
         handle = os.memfd_create("weft", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     else:
@@ -69,7 +69,9 @@ def new_region() -> int:
             fcntl.fcntl(handle, fcntl.F_ADD_SEALS, SEALS)
     except OSError as error:
         os.close(handle)
-        raise LinkLost(f"no {REGION >> 20} MiB of shared memory for two ranks ({error.strerror})") from None
+        raise InputError(
+            f"there is no {REGION >> 20} MiB of memory for two ranks to share ({error.strerror}); give --transport tcp"
+        ) from None
     return handle
 
 

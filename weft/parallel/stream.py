@@ -10,24 +10,25 @@ from __future__ import annotations
 import select
 import socket
 import struct
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable
 
 import torch
 
-from weft.parallel.channel import LOOK, Channel, Pump
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from weft.parallel.channel import LOOK, Channel, Parcel, Pump
 
 HEADER = struct.Struct("<Qd")  # a message's bytes, and when it may be had (seconds, monotonic; 0: at once)
 
 
 class StreamChannel(Channel):
-    """`out`, `into`: connected to the peer."""
+    """`out`, `into`: connected to the peer. `due`: when a message of so many bytes, sent now, may be had."""
 
-    def __init__(self, peer: int, pump: Pump, out: socket.socket, into: socket.socket) -> None:
+    def __init__(
+        self, peer: int, pump: Pump, out: socket.socket, into: socket.socket, due: Callable[[int], float]
+    ) -> None:  # fmt: skip
         super().__init__(peer, pump)
-        self._out, self._in = out, into
+        self._out, self._in, self._due = out, into, due
+        self._sending = b""  # the header of what is being sent
         self._header = bytearray(HEADER.size)  # of what comes
         for each in (out, into):
             each.setblocking(False)
@@ -35,48 +36,64 @@ class StreamChannel(Channel):
     def push(self) -> bool:
         moved = False
         while self.outgoing:
-            message = self.outgoing[0]
-            header, data = HEADER.pack(message.size, 0.0), _bytes_of(message.tensor)
+            parcel = self.outgoing[0]
+            if not parcel.moved:
+                self._sending = HEADER.pack(parcel.size, self._due(HEADER.size + parcel.size))
             try:
-                count = self._out.sendmsg(_rest(memoryview(header), data, message.moved))
+                parcel.moved += self._out.sendmsg(_rest(memoryview(self._sending), parcel))
             except BlockingIOError:
                 break
             except OSError:
                 raise self.gone() from None
             moved = True
-            message.moved += count
-            if message.moved == message.size + HEADER.size:
-                message.over = True
+            if parcel.moved == parcel.size + HEADER.size:
+                parcel.over = True
                 self.outgoing.popleft()
         return moved
 
     def pull(self) -> bool:
         moved = False
         while self.incoming:
-            message = self.incoming[0]
-            header, data = memoryview(self._header), _bytes_of(message.tensor)
-            try:
-                count = self._in.recvmsg_into(_rest(header, data, message.moved))[0]
-            except BlockingIOError:
+            parcel = self.incoming[0]
+            if parcel.moved < parcel.size + HEADER.size:
+                if not self._take(parcel):
+                    break
+            elif self._held():
                 break
-            except OSError:
-                raise self.gone() from None
-            if not count:
-                raise self.gone()
-            moved = True
-            message.moved += count
-            if message.moved >= HEADER.size:
-                self.demand_size(message, HEADER.unpack(self._header)[0])
-            if message.moved == message.size + HEADER.size:
-                message.over = True
+            else:
+                parcel.over = True
                 self.incoming.popleft()
+            moved = True
         return moved
 
+    def _take(self, parcel: Parcel) -> bool:
+        """What has come of it; False if nothing has."""
+        try:
+            count = self._in.recvmsg_into(_rest(memoryview(self._header), parcel))[0]
+        except BlockingIOError:
+            return False
+        except OSError:
+            count = 0
+        if not count:
+            raise self.gone()
+        parcel.moved += count
+        if parcel.moved >= HEADER.size:
+            self.demand_size(parcel, HEADER.unpack(self._header)[0])
+        return True
+
+    def _held(self) -> float:
+        """Seconds until what is here may be had; 0 if it may."""
+        due = HEADER.unpack(self._header)[1]
+        return max(0.0, due - time.monotonic()) if due else 0.0
+
     def arm(self, poll: select.poll) -> float:
-        if self.incoming:
-            poll.register(self._in, select.POLLIN)
         if self.outgoing:
             poll.register(self._out, select.POLLOUT)
+        if not self.incoming:
+            return LOOK
+        if self.incoming[0].moved == self.incoming[0].size + HEADER.size:
+            return min(LOOK, self._held())
+        poll.register(self._in, select.POLLIN)
         return LOOK
 
     def close(self) -> None:
@@ -84,12 +101,7 @@ class StreamChannel(Channel):
         self._in.close()
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy().data).cast("B")
-
-
-def _rest(header: memoryview, data: memoryview, moved: int) -> list[memoryview]:
+def _rest(header: memoryview, parcel: Parcel) -> list[memoryview]:
     """What is left of both."""
-    if moved < HEADER.size:
-        return [header[moved:], data]
-    return [data[moved - HEADER.size :]]
+    data, moved = memoryview(parcel.tensor.view(torch.uint8).numpy().data).cast("B"), parcel.moved
+    return [header[moved:], data] if moved < HEADER.size else [data[moved - HEADER.size :]]

@@ -62,7 +62,7 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return 4 if self.cores else 2
 
 
-class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Interconnect(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What joins ranks. `rate`: GB/s each way for each rank; `hop`: seconds of an empty message.
 
     Measured ones have a table: `sum_us` and `hop_us` against `bytes` of the whole partial, for so many `ranks`;
@@ -84,7 +84,7 @@ class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Bytes a second each way."""
         return self.rate * self.efficiency * 1e9
 
-    def faster(self, factor: float) -> Link:
+    def faster(self, factor: float) -> Interconnect:
         """The same link at another rate."""
         return msgspec.structs.replace(self, rate=self.rate * factor, bytes=[], sum_us=[], hop_us=[], ranks=None)
 
@@ -94,7 +94,7 @@ class Catalogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     assumed: dict[str, Assumed]
     device: dict[str, Device]
-    link: dict[str, Link]
+    link: dict[str, Interconnect]
 
     def assumption(self, device: Device, name: str) -> float:
         """What the device states itself, or its kind's assumption."""
@@ -107,7 +107,7 @@ class _Entries(msgspec.Struct, forbid_unknown_fields=True):
 
     assumed: dict[str, Assumed] = {}
     device: dict[str, Device] = {}
-    link: dict[str, Link] = {}
+    link: dict[str, Interconnect] = {}
 
 
 @cache
@@ -142,7 +142,7 @@ class Hardware:
     text: str
     devices: tuple[Device, ...]
     link_name: str
-    link: Link
+    link: Interconnect
     source: Catalogue
 
     @property
@@ -175,11 +175,13 @@ def parse_hardware(text: str, link: str | None = None, own: Path | None = None) 
     return Hardware(text, tuple(devices), name, _link(name, len(devices), entries), entries)
 
 
-def _link(name: str, ranks: int, entries: Catalogue) -> Link:
+def _link(name: str, ranks: int, entries: Catalogue) -> Interconnect:
     speed = re.fullmatch(r"(\d+(?:\.\d+)?)(mbit|gbit)", name)
     if speed and float(speed[1]) > 0:
         rate = float(speed[1]) / (8 if speed[2] == "gbit" else 8000)
-        return Link(rate, entries.link["ethernet-10g"].efficiency, entries.link["ethernet-10g"].hop, "the user's speed")
+        return Interconnect(
+            rate, entries.link["ethernet-10g"].efficiency, entries.link["ethernet-10g"].hop, "the user's speed"
+        )
     link = entries.link[_known(name, entries.link, "--link", " or a speed such as 10gbit")]
     if link.ranks is not None and link.ranks != ranks:
         raise InputError(f"--link {name} was measured with {link.ranks} ranks, and there are {ranks}; choose another")
