@@ -9,7 +9,7 @@ PROMPT := examples/prompt.txt
 .PHONY: run test test-all test-newest lint lock clean
 
 run: .venv/ready
-	$(BIN)/weft generate --tp 2 --threads 1 --max-tokens 96 --temperature 0 \
+	$(BIN)/weft generate --tp 2 --threads 1 --link 1x --max-tokens 96 --temperature 0 \
 		--compare < $(PROMPT)
 
 test: .venv/ready-dev system-packages lint

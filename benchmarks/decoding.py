@@ -1,6 +1,9 @@
 """Does a second rank make decoding slower? Two ranks of one thread against one rank of two threads, in turns.
 
     python benchmarks/decoding.py [--models packaged,h1024,483m] [--transport auto] [--rounds 7] [--json FILE]
+    python benchmarks/decoding.py --two-shot [--ranks 4] [--link 100mbit,5ms]
+
+With --two-shot: sums by the algorithm that the planner takes against sums by two-shot alone, over a link.
 
 All engines of a model are up at once, and each round every one decodes the same prompt, in every second round the other
 way round. Beside the ratio stand the terms of its bound, from the same round: what a pass of one token computes and
@@ -14,6 +17,7 @@ import json
 import sys
 import time
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -27,6 +31,7 @@ from weft.config import available_cores, processor_name
 from weft.engine import Engine
 from weft.execute.controller import RunOptions
 from weft.opening import open_engine
+from weft.plan.planner import Plan
 from weft.program.batch import one_prompt
 
 WARM = 2  # turns that are not counted: the prompt, and the first that was not sent off ahead
@@ -79,6 +84,41 @@ def measure(model: str, given: argparse.Namespace) -> dict[str, list[float]]:
     return rounds
 
 
+def measure_algorithms(model: str, given: argparse.Namespace) -> None:
+    """Prints what a token takes by the planner's sums and by two-shot ones, in turns."""
+    directory = None if model == "packaged" else random_llama(model)
+    seconds: dict[str, list[float]] = {"chosen": [], "two-shot": []}
+    with ExitStack() as stack:
+        engines = {
+            name: stack.enter_context(
+                closing(
+                    open_engine(
+                        directory, ranks=given.ranks, threads=1, max_length=512, max_sequences=4, link=given.link
+                    )
+                )
+            )
+            for name in seconds
+        }
+        plan = engines["two-shot"].planner.plan
+        engines["two-shot"].planner.plan = lambda batch: by_two_shot(plan(batch))  # type: ignore[method-assign]
+        taken = {step.algorithm for block in engines["chosen"].planner.plan(one_prompt(1)).program.form.blocks
+                 for step in block.steps if step.algorithm}  # fmt: skip
+        for number in range(given.rounds + 1):
+            names = list(engines) if number % 2 else list(engines)[::-1]
+            for name in names:
+                each = decode(engines[name], given.tokens)
+                seconds[name] += [each] if number else []
+    ratio = median(a / b for a, b in zip(*seconds.values(), strict=True))
+    chosen, two_shot = (median(each) * 1e3 for each in seconds.values())
+    print(f"{model}, {given.ranks} ranks, {given.link}: {chosen:.1f} ms a token by {', '.join(sorted(taken))}, "
+          f"{two_shot:.1f} by two-shot: {ratio:.2f}; rounds {seconds}; {processor_name()}, {date.today()}")  # fmt: skip
+
+
+def by_two_shot(plan: Plan) -> Plan:
+    """The same plan with other sums."""
+    return replace(plan, program=plan.program.by(lambda _: "two-shot"))
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,7 +127,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=48, help="that are decoded in each round")
     parser.add_argument("--json", type=Path, help="every round's seconds")
+    parser.add_argument("--two-shot", action="store_true", help="the planner's sums against two-shot ones")
+    parser.add_argument("--ranks", type=int, default=4, help="with --two-shot")
+    parser.add_argument("--link", default="100mbit,5ms", help="with --two-shot")
     given = parser.parse_args()
+    if given.two_shot:
+        for model in given.models.split(","):
+            measure_algorithms(model, given)
+        return
     if available_cores() < 2:
         sys.exit("two ranks of one thread need two cores")
     measured = {model: measure(model, given) for model in given.models.split(",")}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from random import Random
 
 from weft.config import EngineConfig, ModelConfig, processor_name
 from weft.execute.controller import RunOptions, RunResult
 from weft.model.families import blueprint_of
-from weft.parallel.sizes import LIKELIEST_BYTES, ONE_SHOT_BYTES, element_bytes
+from weft.parallel.sizes import LIKELIEST_BYTES, ONE_SHOT_BYTES, algorithms, element_bytes
 from weft.plan.calibrate import MOST, calibrate
 from weft.plan.planner import Plan
 from weft.plan.readings import Sample, Subject
@@ -18,7 +18,7 @@ from weft.program.steps import Program
 from weft.program.strategy import GRANULE, Strategy
 from weft.simulate.cost import Costs
 
-COSTS = 2  # counts what of them was given another meaning
+COSTS = 3  # counts what of them was given another meaning
 
 
 def key_of(model: ModelConfig, config: EngineConfig, link: str) -> dict[str, str]:
@@ -41,12 +41,14 @@ def granule_of(config: EngineConfig) -> int:
     return GRANULE if config.reproducible else 1
 
 
-def subject_of(model: ModelConfig, config: EngineConfig, wires: tuple[str, ...]) -> Subject:
+def subject_of(
+    model: ModelConfig, config: EngineConfig, wires: tuple[str, ...], machines: Sequence[int]
+) -> Subject:  # fmt: skip
     """What is measured for these wires."""
     blueprint = blueprint_of(model)
     return Subject(
         outline=blueprint.outline, width=model.hidden, logits=LIKELIEST_BYTES, world=config.ranks,
-        length=config.max_length, slots=config.max_sequences, limit=ONE_SHOT_BYTES,
+        length=config.max_length, slots=config.max_sequences, limit=ONE_SHOT_BYTES, algorithms=algorithms(machines),
         elements={wire: element_bytes(wire, config.dtype) for wire in wires},
         window=blueprint.window, granule=granule_of(config),
     )  # fmt: skip
@@ -54,9 +56,10 @@ def subject_of(model: ModelConfig, config: EngineConfig, wires: tuple[str, ...])
 
 def measured(
     run: Callable[[Batch, list[int], Plan, RunOptions], RunResult], model: ModelConfig, config: EngineConfig,
-    wires: tuple[str, ...], watch: Callable[[float], None],
+    wires: tuple[str, ...], machines: Sequence[int], watch: Callable[[float], None],
 ) -> Costs:  # fmt: skip
-    """What steps cost on these ranks, for these wires. `run`: runs a batch of random tokens by a plan."""
+    """What steps cost on these ranks, for these wires. `run`: runs a batch of random tokens by a plan; `machines`: of
+    each rank, a number."""
     random = Random(0)
     tokens = [random.randrange(model.vocabulary) for _ in range(MOST)]
 
@@ -66,4 +69,4 @@ def measured(
         assert result.timeline is not None
         return Sample(result.seconds, result.processor, result.timeline)
 
-    return calibrate(probe, subject_of(model, config, wires), watch)
+    return calibrate(probe, subject_of(model, config, wires, machines), watch)

@@ -120,7 +120,7 @@ class Workers:
 
     def calibrate(self, probe: Probe, wires: tuple[str, ...], watch: Callable[[float], None]) -> Costs:
         """Measures what steps cost on these ranks, for these wires, in at most 5 s."""
-        costs = measured(probe, self.model, self.config, wires, watch)
+        costs = measured(probe, self.model, self.config, wires, self.controller.machines, watch)
         self.controller.release(list(range(self.config.slots)))  # the memory of what was only tried
         return costs
 

@@ -15,7 +15,7 @@ from weft.program.steps import Program
 
 SEGMENTS = (Segment(0, 0, 23), Segment(1, 0, 1), Segment(2, 0, 16, wanted=3))
 TOKENS = 40
-LANES, WIRES, ALGORITHMS = ("", "", "network2"), ("", "exact"), ("", "", "one-shot", "two-shot")
+LANES, WIRES, ALGORITHMS = ("", "", "network2"), ("", "exact"), ("", "", "one-shot", "two-shot", "star", "hierarchical")
 
 
 @st.composite

@@ -13,9 +13,11 @@ from weft.parallel.allreduce import (
     all_reduce,
     exchange,
     gather_columns,
+    hierarchical,
     one_shot,
     reduce_scatter,
     shard,
+    star,
     two_shot,
 )
 from weft.parallel.codec import Codec, codec_named
@@ -36,7 +38,7 @@ def partials(count: int, rows: int, width: int = 24) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 50, 1001, 2003])
-@pytest.mark.parametrize("algorithm", [one_shot, two_shot, all_reduce])
+@pytest.mark.parametrize("algorithm", [one_shot, two_shot, star, hierarchical, all_reduce])
 def test_exact_sums_are_in_rank_order(world, rows: int, algorithm) -> None:
     threads, groups = world
     parts = partials(len(groups), rows)
@@ -48,7 +50,7 @@ def test_exact_sums_are_in_rank_order(world, rows: int, algorithm) -> None:
 
 
 @pytest.mark.parametrize("wire", ["exact", "bf16"])
-@pytest.mark.parametrize("algorithm", [one_shot, two_shot])
+@pytest.mark.parametrize("algorithm", [one_shot, two_shot, star, hierarchical])
 def test_ranks_agree_and_cuts_do_not_matter(world, wire: str, algorithm) -> None:
     threads, groups = world
     parts, codec = partials(len(groups), 200), codec_named(wire)
@@ -64,18 +66,48 @@ def test_ranks_agree_and_cuts_do_not_matter(world, wire: str, algorithm) -> None
 @pytest.mark.parametrize("rows", [1, 200])
 @pytest.mark.parametrize("way", ["shm", "tcp", "gloo"])
 def test_an_exchange_of_two_ranks(wire: str, rows: int, way: str) -> None:
-    """The same bits on both, as one-shot has them, however the rows are cut."""
+    """The same bits on both, what they decode added up, however the rows are cut."""
     with grouped(2, way) as (threads, groups):
         exchanged(threads, groups, codec_named(wire), partials(2, rows))
 
 
 def exchanged(threads: Threads, groups: list[Group], codec: Codec, parts: list[torch.Tensor]) -> None:
-    expected = threads.each(lambda rank: one_shot(groups[rank], codec, parts[rank].clone()))[0]
+    encoded = [codec.encode(part).clone() for part in parts]
+    expected = torch.add(encoded[0].float(), encoded[1].float())
     whole = threads.each(lambda rank: exchange(groups[rank], codec, parts[rank].clone()))
     cut = threads.each(
         lambda rank: torch.cat([exchange(groups[rank], codec, p.clone()) for p in parts[rank].split(77)])
     )
     assert all(torch.equal(total, expected) for total in whole + cut)
+
+
+# Of six ranks: all on one machine, on as many machines, two and four, and machines whose ranks don't stand together.
+PLACES = {"one": (0,) * 6, "each": tuple(range(6)), "two": (0, 0, 1, 1, 1, 1), "mixed": (0, 1, 0, 2, 1, 0)}
+
+
+@pytest.mark.parametrize("wire", ["exact", "bf16"])
+@pytest.mark.parametrize("places", PLACES)
+def test_all_algorithms_give_the_same_bits(places: str, wire: str) -> None:
+    """Those of each machine's ranks in order first, then the machines'; also of the part that each rank keeps."""
+    codec, machines = codec_named(wire), PLACES[places]
+    with grouped(6) as (threads, groups):
+        placed = threads.each(lambda r: Group(groups[r]._transport, range(6), "placed", machines))
+        parts = partials(6, 50)
+        sums = [
+            total
+            for algorithm in (one_shot, two_shot, star, hierarchical, all_reduce)
+            for total in threads.each(lambda r, a=algorithm: a(placed[r], codec, parts[r].clone()))
+        ]
+        mine = threads.each(lambda r: reduce_scatter(placed[r], codec, parts[r].clone()))
+    assert all(torch.equal(total, sums[0]) for total in sums)
+    if wire == "exact":
+        of_machines = [
+            [part for part, place in zip(parts, machines, strict=True) if place == each]
+            for each in dict.fromkeys(machines)
+        ]
+        totals = [sum(rest, start=first.clone()) for first, *rest in of_machines]
+        assert torch.equal(sums[0], sum(totals[1:], start=totals[0]))
+        assert torch.equal(torch.cat(mine), sums[0])
 
 
 @pytest.mark.parametrize("rows", [1, 3, 50])

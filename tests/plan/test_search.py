@@ -63,7 +63,7 @@ def test_what_is_not_laid_out_would_not_have_been_chosen(
     """Also on links that save up, where the fixed part of each sum is time to do so."""
     base = costs(times, contention=Contention(burst=burst))
     way = base.wires["exact"]
-    slow = replace(way, small=Table.line(fixed, way.per_byte), large=Table.line(fixed, way.per_byte))
+    slow = replace(way, sums={"exchange": Table.line(fixed, way.per_byte)})
     known, search = replace(base, wires={"exact": slow}), Search(OUTLINE)
     pruned = search.best(one_prompt(tokens), known, "exact")
     monkeypatch.setattr(Structure, "bound", lambda structure, costs, credit: 0.0)
@@ -81,7 +81,7 @@ def test_what_is_found_beats_every_even_cut_where_attention_dominates() -> None:
     """With scores as most of the work an even cut leaves the first chunk little to hide behind: shorter later chunks
     are better, and earlier chunks that go ahead are better still."""
     deep, base = replace(RANK, present=RANK.present.scaled(20), past=RANK.past * 20), costs(0.03)
-    wire = replace(base.wires["exact"], large=Table.line(1.0, base.wires["exact"].per_byte))
+    wire = replace(base.wires["exact"], sums={"exchange": Table.line(1.0, base.wires["exact"].per_byte)})
     known = replace(base, ranks=(deep,), wires={"exact": wire}, contention=Contention(fixed=1.0))
     planner = Planner(OUTLINE, "auto", "exact", 1, known)
 

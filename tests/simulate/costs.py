@@ -33,8 +33,6 @@ def costs(
 ) -> Costs:
     """Two ranks of a model of width 1024 over a link of `times` 420 Mbit/s, which is about balance."""
     a_byte = 19e-9 / times
-    wire = WireCosts(
-        Table.line(0.3e-3, a_byte), Table.line(0.3e-3, a_byte), 65536, Table.line(0.3e-3, a_byte / 2), element=4.0
-    )
+    wire = WireCosts({"exchange": Table.line(0.3e-3, a_byte)}, 65536, Table.line(0.3e-3, a_byte / 2), element=4.0)
     half = replace(wire, element=2.0)
     return Costs(ranks, {"exact": wire, "bf16": half}, contention or Contention(), 1024, 16384.0, 2)

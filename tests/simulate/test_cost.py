@@ -62,8 +62,8 @@ def test_scaling_changes_what_it_names() -> None:
     before, after = costs(), costs().scaled(2.0, 3.0)
     assert after.pace.past == 2 * before.pace.past
     wires = before.wires["exact"], after.wires["exact"]
-    assert wires[1].small.at(1000) == pytest.approx(3 * wires[0].small.at(1000))
-    assert wires[1].large.at(1e6) == pytest.approx(3 * wires[0].large.at(1e6))
+    assert wires[1].sums["exchange"].at(1000) == pytest.approx(3 * wires[0].sums["exchange"].at(1000))
+    assert wires[1].hop.at(1e6) == pytest.approx(3 * wires[0].hop.at(1e6))
     assert before.scaled(1.0, 1.0) is before
 
 

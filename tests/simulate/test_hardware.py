@@ -11,7 +11,7 @@ from tests.outlines import decoder_outline
 from weft.errors import InputError
 from weft.program.batch import one_prompt
 from weft.program.build import build
-from weft.program.stages import COMPUTE
+from weft.program.stages import COMPUTE, Kind
 from weft.program.strategy import Strategy
 from weft.simulate.hardware import Hardware, Products, Shard, catalogue, costs_of, parse_hardware
 from weft.simulate.run import simulate
@@ -138,7 +138,7 @@ def test_more_ranks_and_slower_links_cost_what_they_should() -> None:
 
     def large(text: str, link: str) -> float:
         group = parse_hardware(text, link)
-        return costs_of(group, [SHARD] * group.world, ["exact"]).wires["exact"].large.at(8e6)
+        return costs_of(group, [SHARD] * group.world, ["exact"]).wires["exact"].table(Kind.REDUCE, 8e6).at(8e6)
 
     assert large("2x h100", "10gbit") == pytest.approx(large("2x h100", "20gbit") * 2, rel=0.02)
     assert large("4x h100", "10gbit") == pytest.approx(large("2x h100", "10gbit") * 1.5, rel=0.03)

@@ -145,7 +145,7 @@ def _calibrations() -> list[Finding]:
             continue
         key, costs = calibration.key, calibration.costs
         wire = next(iter(costs.wires.values()), None)
-        speed = f"; a sum {wire.small.at(0) * 1e3:.2f} ms + {8e-6 / wire.per_byte:,.0f} Mbit/s" if wire else ""
+        speed = f"; a sum {wire.fixed * 1e3:.2f} ms + {8e-6 / wire.per_byte:,.0f} Mbit/s" if wire else ""
         what = f"{key['model']}, {len(key['ranks'].split(','))} ranks, {key['link']}, {key['device']}"
         lines.append(
             Finding("calibration", True, f"{calibration.when[:16]}, {calibration.seconds:.1f} s", what + speed)

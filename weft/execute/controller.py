@@ -103,6 +103,7 @@ class Controller:
         self._hosts: dict[bytes, str] = {}  # where they are
         self._forms: OrderedDict[Form, int] = OrderedDict()  # those that the workers know
         self.link = config.link  # a multiple of the balance is none yet
+        self.machines: list[int] = []  # of each rank a number, equal for ranks of one machine
         self._number = 0
         self._done: dict[int, dict[bytes, p.Done]] = {}  # what ranks said, by the number of the run
         self._looked = 0.0  # when the processes were looked at
@@ -142,6 +143,7 @@ class Controller:
         self._ranks = sorted(hellos, key=lambda identity: hellos[identity].place)
         by_rank = [hellos[identity] for identity in self._ranks]
         self._admit(by_rank)
+        self.machines = _numbered_machines(by_rank, self.launcher.one_machine)
         for rank, identity in enumerate(self._ranks):
             gloo, threads = self.config.transport == "gloo", self.config.threads
             crowded = self.config.cores is None and _crowded(by_rank[rank], by_rank, threads)
@@ -155,7 +157,8 @@ class Controller:
     def _introduce(self, hellos: Sequence[p.Hello], deadline: float) -> None:
         """Tells every rank where the others are, and gives each two of them a key."""
         places = dict(self._receive(p.Meeting, deadline) for _ in self._ranks)
-        group, by_rank = new_key(), [places[identity] for identity in self._ranks]
+        group, machines = new_key(), self.machines
+        by_rank = [replace(places[i], machine=m) for i, m in zip(self._ranks, machines, strict=True)]
         for rank, identity in enumerate(self._ranks):
             seen = [
                 place if self._share_memory(hellos[rank], hello) else replace(place, name="")
@@ -367,6 +370,12 @@ class Controller:
             self._demand_workers()
             time.sleep(0.01)
         raise (WorkerLost if message.kind == "link" else WorkerFailed)(message.message)
+
+
+def _numbered_machines(hellos: Sequence[p.Hello], together: bool) -> list[int]:
+    """`together`: False where ranks of one machine are to count as ranks of several."""
+    names = [hello.machine if together else str(rank) for rank, hello in enumerate(hellos)]
+    return [names.index(name) for name in names]
 
 
 def _crowded(rank: p.Hello, hellos: Sequence[p.Hello], threads: int) -> bool:

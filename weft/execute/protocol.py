@@ -42,12 +42,13 @@ class Assign(msgspec.Struct, tag=True, frozen=True):
 
 class Meeting(msgspec.Struct, tag=True, frozen=True):
     """This rank listens here for the others. `name`: of its socket for ranks of the same machine, if it has one;
-    `store`: the port of gloo's meeting point, on rank 0."""
+    `store`: the port of gloo's meeting point, on rank 0. `machine`: equal for ranks of one, as the engine counts."""
 
     address: str
     port: int
     name: str = ""
     store: int = 0
+    machine: int = 0
 
 
 class Meet(msgspec.Struct, tag=True, frozen=True):

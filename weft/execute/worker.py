@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -147,17 +148,17 @@ class Worker:
         assert self.mesh is not None, "the engine says who is there after it was told where this rank listens"
         self.mesh.join(self.rank, [Place(each.address, each.port, each.name) for each in m.places], m.keys, self._lost)
         if not m.places[0].store:
-            self._join(Direct(self.mesh, self.spins))
+            self._join(Direct(self.mesh, self.spins), [each.machine for each in m.places])
             return
         store = self.store if self.rank == 0 else gloo.join_store(m.places[0].address, m.places[0].store)
-        self._join(gloo.Gloo(self.rank, store))
+        self._join(gloo.Gloo(self.rank, store), [each.machine for each in m.places])
 
     def _pace(self, m: p.SetLink) -> None:
         assert isinstance(self.transport, Direct), "the engine paces weft's own transport"
         self.transport.pace(Pace(m.rate, m.delay, m.shared) if m.rate or m.delay else None)
 
-    def _join(self, transport: Transport | None) -> None:
-        self.transport, self.group = transport, Group(transport, range(self.world))
+    def _join(self, transport: Transport | None, machines: Sequence[int] = ()) -> None:
+        self.transport, self.group = transport, Group(transport, range(self.world), machines=machines)
         self.group.barrier()
         self.say(p.Joined())
 

@@ -1,11 +1,14 @@
-"""Sums over ranks, in rank order, for any codec, and what ranks hand to others.
+"""Sums over ranks, in one order, for any codec, and what ranks hand to others.
 
-two-shot (large)  encode, exchange shards, decode and sum, encode, exchange sums, decode: bandwidth-optimal
-one-shot (small)  encode, gather everything everywhere, decode and sum: one hop
-exchange (two ranks)  the same by one message each way: two ranks' two-shot sends as many bytes in two hops
+exchange (two ranks)  one message each way
+one-shot      everybody sends everything to everybody, and sums: one hop, for few bytes
+two-shot      everybody sums a shard and fetches the others' sums: two hops, the fewest bytes of each
+star          rank 0 sums and sends it back: two hops, the fewest messages
+hierarchical  the first rank of each machine sums for it; these swap, and send it back: few bytes between machines
 
-An element's sum is p0 + p1 + p2 + … in each, so it depends neither on the algorithm nor on where the batch was
-cut; and every rank decodes the same bytes, its own contribution included, so all end with the same bits.
+An element's sum is p0 + p1 + p2 + … in each, so it depends neither on the algorithm nor on where the batch was cut;
+where several ranks share one of several machines, theirs are summed first. Every rank decodes the same bytes, its own
+contribution included, so all end with the same bits.
 Knows groups and codecs; knows nothing of stages.
 
 Shapes: T rows, M width, N ranks.
@@ -13,37 +16,35 @@ Shapes: T rows, M width, N ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from weft.parallel.codec import Codec
 from weft.parallel.group import Group, wait_all
-from weft.parallel.sizes import ONE_SHOT_BYTES
+from weft.parallel.sizes import usual_algorithm
+from weft.parallel.transport import Transfer
 
 
 def all_reduce(group: Group, codec: Codec, partial_TM: Tensor, algorithm: str = "") -> Tensor:
     """The sum of every rank's partial [T, M], the same bits on all of them. May reuse the partial's memory.
 
-    `algorithm`: "one-shot" or "two-shot"; without it the size decides.
+    `algorithm`: one of those above; without it the size decides.
     """
     if group.world == 1:
         return partial_TM
-    small = group.world == 2 or codec.empty(partial_TM[:1]).nbytes * partial_TM.shape[0] <= ONE_SHOT_BYTES
-    if not (algorithm == "one-shot" if algorithm else small):
-        return two_shot(group, codec, partial_TM)
-    return (exchange if group.world == 2 else one_shot)(group, codec, partial_TM)
+    if group.world > 2 and not algorithm:
+        algorithm = usual_algorithm(group.world, codec.empty(partial_TM[:1]).nbytes * partial_TM.shape[0])
+    return _ALGORITHMS[algorithm or "exchange"](group, codec, partial_TM)
 
 
 def one_shot(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
     """Gathers all partials and sums them here."""
-    received = {peer: codec.empty(partial_TM) for peer in group.peers}
-    receiving = {peer: group.receive(buffer, peer) for peer, buffer in received.items()}
-    encoded = codec.encode(partial_TM)
-    wait_all([group.send(encoded, peer) for peer in group.peers])  # before the sum takes its place
-    received[group.rank] = encoded
-    _sum_in_rank_order(group, codec, partial_TM, received, receiving)
+    encoded, receiving = _gathering(group, codec, partial_TM, group.peers)
+    wait_all([group.send(encoded[group.rank], peer) for peer in group.peers])  # before the sum takes its place
+    _sum_in_order(group, codec, partial_TM, encoded, receiving)
+    codec.settle(partial_TM)
     return partial_TM
 
 
@@ -62,6 +63,61 @@ def two_shot(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
     return all_gather(group, codec, partial_TM)
 
 
+def star(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
+    """Rank 0 sums for all."""
+    if group.rank == 0:
+        encoded, receiving = _gathering(group, codec, partial_TM, group.peers)
+        _sum_in_order(group, codec, partial_TM, encoded, receiving)
+        return _spread(group, codec, partial_TM, group.peers)
+    return _have_summed(group, codec, partial_TM, 0)
+
+
+def hierarchical(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
+    """First inside each machine, then between their first ranks."""
+    mine = next(ranks for ranks in group.machines if group.rank in ranks)
+    if group.rank != mine[0]:
+        return _have_summed(group, codec, partial_TM, mine[0])
+    others = mine[1:]
+    encoded, receiving = _gathering(group, codec, partial_TM, others)
+    _add_up(codec, partial_TM, mine, encoded, receiving)
+    between = group.among([ranks[0] for ranks in group.machines])
+    all_reduce(between, codec, partial_TM)
+    return _spread(group, codec, partial_TM, others)
+
+
+_ALGORITHMS: dict[str, Callable[[Group, Codec, Tensor], Tensor]] = {
+    "exchange": exchange, "one-shot": one_shot, "two-shot": two_shot, "star": star, "hierarchical": hierarchical,
+}  # fmt: skip
+
+_Encoded = dict[int, Tensor]  # by rank
+_Receiving = dict[int, Transfer]
+
+
+def _gathering(group: Group, codec: Codec, rows_TM: Tensor, peers: Sequence[int]) -> tuple[_Encoded, _Receiving]:
+    """What these ranks send of the rows, on its way, and this rank's own."""
+    encoded = {peer: codec.empty(rows_TM) for peer in peers}
+    receiving = {peer: group.receive(buffer, peer) for peer, buffer in encoded.items()}
+    encoded[group.rank] = codec.encode(rows_TM)
+    return encoded, receiving
+
+
+def _have_summed(group: Group, codec: Codec, partial_TM: Tensor, by: int) -> Tensor:
+    """Another rank sums."""
+    group.send(codec.encode(partial_TM), by).wait()
+    total = codec.landing(partial_TM)
+    group.receive(total, by).wait()
+    codec.decode(total, partial_TM)
+    return partial_TM
+
+
+def _spread(group: Group, codec: Codec, total_TM: Tensor, peers: Sequence[int]) -> Tensor:
+    """This rank has summed: the others get it, and all decode the same."""
+    encoded = codec.encode(total_TM)
+    wait_all([group.send(encoded, peer) for peer in peers])
+    codec.decode(encoded, total_TM)
+    return total_TM
+
+
 def shard(rank: int, world: int, rows: int) -> slice:
     """A rank's part of so many rows: the first ranks take one more where they don't divide."""
     size, larger = divmod(rows, world)
@@ -75,29 +131,45 @@ def reduce_scatter(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
     mine = shards[group.rank]
     if group.world == 1:
         return mine
-    received = {peer: codec.empty(mine) for peer in group.peers}
-    receiving = {peer: group.receive(buffer, peer) for peer, buffer in received.items()}
+    encoded, receiving = _gathering(group, codec, mine, group.peers)
     outgoing = {peer: codec.encode(shards[peer]) for peer in group.peers}  # kept until they are sent
-    sending = [group.send(encoded, peer) for peer, encoded in outgoing.items()]
-    received[group.rank] = codec.encode(mine)
-    _sum_in_rank_order(group, codec, mine, received, receiving)
+    sending = [group.send(each, peer) for peer, each in outgoing.items()]
+    _sum_in_order(group, codec, mine, encoded, receiving)
     wait_all(sending)
     return mine
 
 
-def _sum_in_rank_order(group: Group, codec: Codec, mine: Tensor, encoded: dict[int, Tensor], receiving: dict) -> None:  # type: ignore[type-arg]
-    """mine = p0 + p1 + …; each term is awaited just before it is added."""
-    # Exact encoding leaves this rank's term in `mine` itself, so sums of earlier ranks' terms gather elsewhere.
-    total = torch.empty_like(mine) if group.rank > 0 else mine
-    for peer in range(group.world):
-        if peer in receiving:
-            receiving[peer].wait()
-        if peer == 0:
-            codec.decode(encoded[0], total)
+def _sum_in_order(group: Group, codec: Codec, mine: Tensor, encoded: _Encoded, receiving: _Receiving) -> None:
+    """mine = p0 + p1 + …, where several ranks share one of several machines, those first."""
+    if not group.nested:
+        _add_up(codec, mine, range(group.world), encoded, receiving)
+        return
+    sums = [torch.empty_like(mine) for _ in group.machines]
+    for part, ranks in zip(sums, group.machines, strict=True):
+        _add_up(codec, part, ranks, encoded, receiving)
+        if len(ranks) > 1:
+            codec.settle(part)  # as it would travel
+    torch.add(sums[0], sums[1], out=mine)
+    for part in sums[2:]:
+        torch.add(mine, part, out=mine)
+
+
+def _add_up(
+    codec: Codec, out: Tensor, ranks: Sequence[int], encoded: Mapping[int, Tensor], receiving: Mapping[int, Transfer]
+) -> None:  # fmt: skip
+    """out = the terms of these ranks, one after the other; each is awaited just before it is added."""
+    # Exact encoding leaves one rank's term in `out` itself, so sums of earlier ranks' terms gather elsewhere.
+    own = next((place for place, rank in enumerate(ranks) if rank not in receiving), 0)
+    total = torch.empty_like(out) if own > 0 else out
+    for place, rank in enumerate(ranks):
+        if rank in receiving:
+            receiving[rank].wait()
+        target = out if place >= own else total
+        if place == 0:
+            codec.decode(encoded[rank], target)
         else:
-            target = mine if peer >= group.rank else total
-            codec.add(total, encoded[peer], target)
-            total = target
+            codec.add(total, encoded[rank], target)
+        total = target
 
 
 def all_gather(group: Group, codec: Codec, rows_TM: Tensor) -> Tensor:

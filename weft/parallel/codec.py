@@ -36,6 +36,10 @@ class Codec(Protocol):
         """Writes the values into `out` [rows, width]."""
         ...
 
+    def settle(self, values: Tensor) -> None:
+        """Rounds to what would come out at the other end, in place."""
+        ...
+
     def add(self, left: Tensor, encoded: Tensor, out: Tensor) -> None:
         """out = left + decoded, rounded once to `out`'s dtype; `left` may be `out`."""
         ...
@@ -59,6 +63,9 @@ class Exact:
         if encoded.data_ptr() != out.data_ptr():
             out.copy_(encoded)
 
+    def settle(self, values: Tensor) -> None:
+        """Nothing is lost."""
+
     def add(self, left: Tensor, encoded: Tensor, out: Tensor) -> None:
         torch.add(left, encoded, out=out)
 
@@ -79,6 +86,9 @@ class BFloat16:
 
     def decode(self, encoded: Tensor, out: Tensor) -> None:
         out.copy_(encoded)
+
+    def settle(self, values: Tensor) -> None:
+        values.copy_(values.to(torch.bfloat16))
 
     def add(self, left: Tensor, encoded: Tensor, out: Tensor) -> None:
         torch.add(left, encoded, out=out)

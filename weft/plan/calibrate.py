@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 
-from weft.plan.readings import Sample, Samples, Subject, Trial, read
+from weft.plan.readings import Sample, Samples, Subject, Trial, by_name, read
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.build import build
 from weft.program.steps import Program
@@ -24,6 +24,7 @@ MOST = 2048  # rows that suffice
 # The largest number of rows, and the layers that are run with few rows: weights that were not used for a while are
 # read from memory, so few rows want many layers. The second ones are for machines that can't afford SEVERAL rounds.
 EXTENTS = ((2048, 8), (1024, 8), (512, 8), (256, 8), (256, 2))
+SOME_BYTES = 256 << 10  # of a sum, by which algorithms are told apart
 STOPGAPS = ((256, 2), (128, 2), (64, 1))
 
 # Runs a program on a batch of any tokens: (batch, program, wire, "both", "compute" or "network").
@@ -88,6 +89,15 @@ def _runs(subject: Subject, most: int, deep: int) -> Iterator[Trial]:
         if n >= 2 * subject.granule:
             yield _run(subject, "cut", n, 2, "iso:2")
             yield _run(subject, "computed", n, 2, "iso:2", scope="compute")
+    yield from _sums(subject, most, sizes)
+
+
+def _sums(subject: Subject, most: int, sizes: list[int]) -> Iterator[Trial]:
+    """Nothing but sums: on each wire, and by each algorithm, where there are several."""
+    row = subject.width * subject.elements[subject.first_wire]
+    for algorithm in subject.algorithms if len(subject.algorithms) > 1 else ():
+        for n in (1, max(2, min(most, int(SOME_BYTES / row)))):
+            yield _run(subject, by_name(algorithm), n, 2, scope="network", algorithm=algorithm)
     for wire in subject.elements:
         for n in sizes:
             yield _run(subject, "network", n, 2 if n <= 16 else 1, wire=wire, scope="network")
@@ -95,7 +105,7 @@ def _runs(subject: Subject, most: int, deep: int) -> Iterator[Trial]:
 
 def _run(
     subject: Subject, name: str, rows: int, layers: int, strategy: str = "serial", *, batch: Batch | None = None,
-    wire: str | None = None, scope: str = "both",
+    wire: str | None = None, scope: str = "both", algorithm: str = "",
 ) -> Trial:  # fmt: skip
     """A program of a model that ends after its first layers."""
     batch = batch or one_prompt(rows)
@@ -103,4 +113,5 @@ def _run(
         subject.outline.of(min(subject.outline.layers, layers)), narrows=False
     )  # layers are to take alike
     program = build(Strategy.parse(strategy), outline, batch, subject.granule)
+    program = program.by(lambda _: algorithm) if algorithm else program
     return Trial(name, rows, batch, program, wire or subject.first_wire, scope)

@@ -73,12 +73,14 @@ def read(path: Path) -> Calibration:
 def demand_sound(costs: Costs) -> None:
     """Raises ValueError for costs that no measurement gives."""
     tables = [table for rank in costs.ranks for group in (rank.body, rank.tail) for table in group.values()]
-    tables += [table for wire in costs.wires.values() for table in (wire.small, wire.large, wire.hop)]
+    tables += [table for wire in costs.wires.values() for table in (*wire.sums.values(), wire.hop)]
     for table in tables:
         if not table.sizes or len(table.sizes) != len(table.seconds) or list(table.sizes) != sorted(set(table.sizes)):
             raise ValueError("a table whose sizes don't rise")
         if not all(0 <= value < 1e6 for value in table.seconds):
             raise ValueError("a table with impossible times")
+    if any(not wire.sums for wire in costs.wires.values()):
+        raise ValueError("a wire without sums")
     if not costs.ranks or costs.world < 1 or costs.width < 1:
         raise ValueError("costs of no rank")
 

@@ -174,8 +174,20 @@ class Planner:
                 judged.lanes, factors, judged.serial.seconds, judged.serial.compute, judged.serial.network
             )
         program = build(strategy, self.outline, batch, self.granule)
+        if predicted is not None:
+            program = self._by_cost(program, batch)
         check(program, self.outline, batch)
         return Plan(strategy, program, self.wire, predicted)
+
+    def _by_cost(self, program: Program, batch: Batch) -> Program:
+        """Each sum by the algorithm that is cheapest for its bytes."""
+        costs = self._costs_for(batch)
+        way = costs.wires[self.wire]
+        if len(way.sums) == 1:
+            return program
+        return program.by(
+            lambda step: way.cheapest(costs.size(way, step.kind, program.rows[step.chunk], batch, step.wanted))
+        )
 
     def _costs_for(self, batch: Batch) -> Costs:
         """The costs, corrected for what was observed of batches like this one."""

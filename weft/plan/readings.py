@@ -49,8 +49,8 @@ class Trial(NamedTuple):
 @dataclass(frozen=True)
 class Subject:
     """What is calibrated. `length`: positions of a sequence; `slots`: sequences at a time. `limit`: bytes up to which
-    a sum takes one hop. `elements`: bytes of a number, by wire. `logits`: bytes that a rank tells the others of a
-    wanted row. `granule`: of cuts, see `strategy.place`."""
+    a sum is small. `algorithms`: of sums. `elements`: bytes of a number, by wire. `logits`: bytes that a rank tells the
+    others of a wanted row. `granule`: of cuts, see `strategy.place`."""
 
     outline: Outline
     width: int
@@ -60,6 +60,7 @@ class Subject:
     slots: int
     limit: float
     elements: dict[str, float]
+    algorithms: tuple[str, ...] = ("exchange",)
     window: int | None = None
     granule: int = 1
 
@@ -105,6 +106,11 @@ class Samples:
     def sizes(self) -> list[int]:
         """Rows of the serial runs."""
         return [run.rows for run in self.named("serial")]
+
+
+def by_name(algorithm: str) -> str:
+    """The runs that do nothing but sum, by this algorithm."""
+    return f"network by {algorithm}"
 
 
 def read(samples: Samples) -> Costs:
@@ -217,15 +223,29 @@ class _Network:
 
         Seconds of a byte are from the largest sums, back to back; those of a sum without bytes from small ones.
         """
-        world, fixed = self.subject.world, self._fixed()
-        hops = 1 if world == 2 else 2  # two ranks swap whole partials in one
+        fixed = self._fixed()
         return {
             wire: WireCosts(
-                small=Table.line(fixed, (world - 1) * slope), large=Table.line(fixed, slope), limit=self.subject.limit,
-                hop=Table.line(fixed / hops, slope / 2), element=self.subject.elements[wire],
+                {name: self._line(name, fixed, slope) for name in self.subject.algorithms}, self.subject.limit,
+                Table.line(fixed, slope / 2), self.subject.elements[wire],
             )
             for wire, slope in self.slopes.items()
         }  # fmt: skip
+
+    def _line(self, algorithm: str, fixed: float, slope: float) -> Table:
+        """What a sum takes by an algorithm. `fixed`: without its bytes, by the usual one of a few bytes; `slope`: of a
+        byte, by the usual one of many."""
+        if not (runs := self.samples.named(by_name(algorithm))):
+            return Table.line(fixed, slope)
+        (few, some), (usual, _) = self._few_and_some(algorithm), self._few_and_some(self.subject.algorithms[0])
+        a_byte = max(0.0, some - few) / ((runs[-1].rows - runs[0].rows) * self.row) * slope / self.slope
+        return Table.line(max(0.3 * fixed, fixed + few - usual), slope if algorithm == "two-shot" else a_byte)
+
+    def _few_and_some(self, algorithm: str) -> tuple[float, float]:
+        """Seconds of sums of one row and of more."""
+        name = by_name(algorithm)
+        few, some = (fmean(self._sums(name, run.rows)) for run in self.samples.named(name))
+        return few, some
 
     def contention(self, costs: Costs) -> Contention:
         """From what sums take of the processor, and from programs cut in two."""
@@ -246,7 +266,7 @@ class _Network:
 
     def _sums(self, name: str, rows: int, wire: str | None = None) -> list[float]:
         """Sums' seconds. Back to back, the first one is left out: it found the link idle."""
-        first = 1 if name == "network" else 0
+        first = 1 if name.startswith("network") else 0
         return [s for sample in self.samples.of(name, rows, wire) for s in _collectives(sample.timeline)[first:]]
 
     def _slope(self, wire: str) -> float:

@@ -146,7 +146,7 @@ class _Searching:
         layer = [stage for stage in self.search.outline.layer if stage.collective is Kind.REDUCE]
         sums = sum(len(cuts.ordered if stage.ordered else cuts.others) + 1 for stage in layer)
         a_layer = sums * cuts.tiles * (2 if cuts.scattered else 1)
-        fixed = self.costs.wires[self.wire].small.at(0.0) + self.costs.contention.fixed
+        fixed = self.costs.wires[self.wire].fixed + self.costs.contention.fixed
         return UNSURE * (a_layer - len(layer)) * self.search.outline.layers * fixed
 
     def _try(self, strategy: Strategy) -> float:

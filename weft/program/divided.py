@@ -30,7 +30,9 @@ def representatives(form: Form, world: int) -> list[int]:
 def demand_ranks(form: Form, world: int) -> None:
     """Raises `ProgramError` for a step whose ranks are not there, or not what its kind takes."""
     for step in (step for block in form.blocks for step in block.steps):
-        name = f"{step.kind} {step.part}"
+        name, several = f"{step.kind} {step.part}", len(step.ranks or range(world))
+        if step.algorithm == "exchange" and several > 2:
+            raise ProgramError(f"{name}: only two ranks exchange, and it is for {several}")
         if any(not 0 <= rank < world for rank in (*step.ranks, *step.to)):
             raise ProgramError(f"{name}: for ranks {_said(step)}, but there are only {world}, from 0 on")
         if any(list(ranks) != sorted(set(ranks)) for ranks in (step.ranks, step.to)):

@@ -13,7 +13,7 @@ from functools import cached_property
 COMPUTE = "compute"
 NETWORK = "network"
 
-ALGORITHMS = ("one-shot", "two-shot")  # of sums, see parallel/allreduce.py
+ALGORITHMS = ("exchange", "one-shot", "two-shot", "star", "hierarchical")  # of sums, see parallel/allreduce.py
 
 
 class Kind(StrEnum):

@@ -10,8 +10,8 @@ of its own rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -175,6 +175,15 @@ class Program:
     def rows(self) -> tuple[Rows, ...]:
         """Of each chunk."""
         return tuple([Rows(self.offsets[first], self.offsets[last]) for first, last in self.form.chunks])
+
+    def by(self, choose: Callable[[Step], str]) -> Program:
+        """The same, with each sum by the algorithm that is chosen for it."""
+
+        def chosen(step: Step) -> Step:
+            return step._replace(algorithm=choose(step)) if step.kind is Kind.REDUCE else step
+
+        blocks = (replace(block, steps=tuple(map(chosen, block.steps))) for block in self.form.blocks)
+        return replace(self, form=replace(self.form, blocks=tuple(blocks)))
 
     def __len__(self) -> int:
         return len(self.form)

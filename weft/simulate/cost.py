@@ -135,34 +135,43 @@ class ComputeCosts:
 class WireCosts:
     """Collectives on one wire, in seconds against encoded bytes of the whole partial.
 
-    `small` up to `limit` bytes and `large` above it: the sum's algorithms, one-shot and two-shot. `hop`: one message
-    from each rank to each other, as reduce-scatter, all-gather and the logits' gather need it. `element`: bytes of one
+    `sums`: by algorithm, see parallel/allreduce.py; up to `limit` bytes one counts as small. `hop`: one message from
+    each rank to each other, as reduce-scatter, all-gather and the logits' gather need it. `element`: bytes of one
     number on the wire. `fused`: the sum takes the norm that follows it along, so that the next body goes without.
     """
 
-    small: Table
-    large: Table
+    sums: dict[str, Table]
     limit: float
     hop: Table
     element: float
     fused: bool = False
 
     def table(self, kind: Kind, size: float, algorithm: str = "") -> Table:
-        """The one that holds for a collective on `size` bytes, by an algorithm or by the usual one."""
-        if kind is Kind.REDUCE:
-            small = algorithm == "one-shot" if algorithm else size <= self.limit
-            return self.small if small else self.large
-        return self.hop
+        """The one that holds for a collective on `size` bytes, by an algorithm or by the cheapest one."""
+        if kind is not Kind.REDUCE:
+            return self.hop
+        return self.sums.get(algorithm) or self.sums[self.cheapest(size)]
 
-    @property
+    def cheapest(self, size: float) -> str:
+        """The algorithm that sums so many bytes soonest; of equal ones the first."""
+        if len(self.sums) == 1:
+            return next(iter(self.sums))
+        return min(self.sums, key=lambda algorithm: self.sums[algorithm].at(size))
+
+    @cached_property
+    def fixed(self) -> float:
+        """Seconds of a sum of no bytes."""
+        return min(table.at(0.0) for table in self.sums.values())
+
+    @cached_property
     def per_byte(self) -> float:
         """Seconds that one more byte of a large sum takes."""
-        return (self.large.at(2e6) - self.large.at(1e6)) / 1e6
+        return min(table.at(2e6) - table.at(1e6) for table in self.sums.values()) / 1e6
 
     def scaled(self, factor: float) -> WireCosts:
         """The same wire, slower by this factor."""
-        small, large, hop = (table.scaled(factor) for table in (self.small, self.large, self.hop))
-        return replace(self, small=small, large=large, hop=hop)
+        sums = {algorithm: table.scaled(factor) for algorithm, table in self.sums.items()}
+        return replace(self, sums=sums, hop=self.hop.scaled(factor))
 
 
 @dataclass(frozen=True)

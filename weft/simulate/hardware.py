@@ -22,7 +22,7 @@ from weft.parallel.sizes import LIKELIEST_BYTES
 from weft.simulate.cost import ComputeCosts, Contention, Costs, Table, WireCosts
 
 PACKAGED = Path(__file__).with_name("catalogue.toml")
-ONE_HOP = 64 * 1024  # bytes up to which a sum takes one hop
+SMALL_SUM = 64 * 1024  # bytes up to which a sum is small
 HIGHEST = 1e6  # rows or bytes at which tables end; they go on straight
 # Bytes of a number; None: those of the computation. Integers come in groups of 128 with a scale of four bytes.
 WIRES: dict[str, float | None] = {"exact": None, "bf16": 2.0, "int8": 1 + 4 / 128, "int4": 0.5 + 4 / 128}
@@ -291,14 +291,14 @@ class _Roof:
 def _wire(group: Hardware, element: float) -> WireCosts:
     link, world = group.link, group.world
     if link.bytes:
-        sums, hops = (
+        a_sum, a_hop = (
             Table(tuple(link.bytes), tuple(us * 1e-6 for us in column)) for column in (link.sum_us, link.hop_us)
         )
-        return WireCosts(sums, sums, 0.0, hops, element, link.fused)
+        return WireCosts({"two-shot": a_sum}, 0.0, a_hop, element, link.fused)
     a_byte = 1 / link.reached
     each = (world - 1) / world  # of the partial, in each of two hops; two ranks swap all of it in one
-    hops_of_a_sum = 1 if world <= 2 else 2
-    return WireCosts(
-        Table.line(link.hop, (world - 1) * a_byte), Table.line(hops_of_a_sum * link.hop, 2 * each * a_byte), ONE_HOP,
-        Table.line(link.hop, each * a_byte), element, link.fused,
-    )  # fmt: skip
+    sums = {"exchange": Table.line(link.hop, a_byte)} if world <= 2 else {
+        "one-shot": Table.line(link.hop, (world - 1) * a_byte),
+        "two-shot": Table.line(2 * link.hop, 2 * each * a_byte),
+    }  # fmt: skip
+    return WireCosts(sums, SMALL_SUM, Table.line(link.hop, each * a_byte), element, link.fused)
