@@ -235,6 +235,7 @@ class EngineConfig:
     counts. `shares`: relative sizes of the ranks' parts, one number a rank. `cores`: those that the
     ranks are pinned to, `threads` each in turn; None leaves it to the system. `transport`: of messages between ranks;
     auto is shared memory on one machine and TCP between machines. `link`: over which they seem to travel.
+    `check_content`: other machines' weights are compared whole, not by their headers alone.
     """
 
     ranks: int = 1
@@ -243,6 +244,7 @@ class EngineConfig:
     wire: str = "exact"
     transport: str = "auto"
     link: Link = NO_LINK
+    check_content: bool = False
     reproducible: bool = False
     threads: int = 1
     device: str = "cpu"
@@ -262,8 +264,9 @@ class EngineConfig:
     @classmethod
     def resolve(
         cls, model: ModelConfig, *, ranks: int = 1, shares: tuple[float, ...] | None = None, overlap: str = "auto",
-        wire: str = "exact", transport: str = "auto", link: Link = NO_LINK, reproducible: bool = False,
-        threads: int | None = None, device: str = "cpu", dtype: str = "float32", max_length: int | None = None,
+        wire: str = "exact", transport: str = "auto", link: Link = NO_LINK, check_content: bool = False,
+        reproducible: bool = False, threads: int | None = None, device: str = "cpu", dtype: str = "float32",
+        max_length: int | None = None,
         max_sequences: int = 16, max_batch_tokens: int = 8192, prefixes: int = 16,
         token_interval: float | None = None, cores: tuple[int, ...] | None = None,
     ) -> EngineConfig:  # fmt: skip
@@ -293,7 +296,7 @@ class EngineConfig:
         if cores is not None and len(cores) < ranks * threads:
             raise InputError(f"{ranks} ranks of {threads} threads need {ranks * threads} cores, not {len(cores)}")
         return cls(
-            ranks, shares, overlap, wire, transport, link, reproducible, threads, device, dtype,
+            ranks, shares, overlap, wire, transport, link, check_content, reproducible, threads, device, dtype,
             max_length or model.max_length, max_sequences, max_batch_tokens, prefixes,
             token_interval, cores,
         )  # fmt: skip

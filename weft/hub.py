@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from weft.errors import InputError
+from weft.model.fingerprint import weight_files
 
 PACKAGED = Path(__file__).parent / "packaged"
 FILES = ["*.json", "*.jinja", "*.txt"]  # no pickle, no code; and the weights that these name
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ELSEWHERE = ["*/*"]  # sub-directories hold the same in other formats
 GGUF = "GGUF can't be read yet; give the model as a Hugging Face directory or hub id with safetensors"
 
@@ -71,7 +70,7 @@ def _download(name: str, weights: bool) -> Path:
         if not weights:
             return Path(snapshot_download(name, allow_patterns=["config.json"]))
         directory = Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=ELSEWHERE))
-        return Path(snapshot_download(name, allow_patterns=_weights(directory), ignore_patterns=ELSEWHERE))
+        return Path(snapshot_download(name, allow_patterns=weight_files(directory), ignore_patterns=ELSEWHERE))
     except HFValidationError:
         raise InputError(f"{name!r} is neither a directory nor a hub id such as Qwen/Qwen3-0.6B") from None
     except LocalEntryNotFoundError:
@@ -81,13 +80,3 @@ def _download(name: str, weights: bool) -> Path:
         raise InputError(f"{name!r} is no directory, not in the hub's cache, and {why}") from None
     except (HfHubHTTPError, OSError) as error:
         raise InputError(f"{name!r} can't be had from the hub: {str(error).splitlines()[0]}") from None
-
-
-def _weights(directory: Path) -> list[str]:
-    """The files that the index names; without one that can be read, the only one. Others hold the same once more."""
-    try:
-        named = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"].values()
-    # What is wrong with it, its reader says.
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return [SINGLE]
-    return sorted({str(name) for name in named})

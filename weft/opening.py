@@ -28,7 +28,7 @@ def open_engine(
     reproducible: bool = False, threads: int | None = None, dtype: str = "float32", max_length: int | None = None,
     max_sequences: int = 16, max_batch_tokens: int = 8192, cores: Sequence[int] | None = None, prefixes: bool = True,
     token_interval: float | None = None, launcher: Launcher | None = None, progress: Progress | None = None,
-    recalibrate: bool = False,
+    recalibrate: bool = False, check_content: bool = False,
 ) -> Engine:  # fmt: skip
     """The engine of a directory, a hub id, or the model in the package; options as `LLM` has them.
 
@@ -47,7 +47,7 @@ def open_engine(
         wire=wire, transport=transport, link=link, reproducible=reproducible, threads=threads, dtype=dtype,
         max_length=max_length, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
         cores=tuple(cores) if cores else None, prefixes=max_sequences if prefixes else 0,
-        token_interval=token_interval,
+        token_interval=token_interval, check_content=check_content,
     )  # fmt: skip
     engine = Engine(directory, config, model_config, launcher, progress, recalibrate, share_by_speed=shares == AUTO)
     engine.notices += _proposed(directory)[1]

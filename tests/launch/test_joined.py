@@ -15,13 +15,18 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.processes import Command, free_port
 from tests.server.running import Running, running
-from weft import LLM
+from weft import LLM, SamplingParams
 from weft.errors import InputError
+from weft.execute import controller
 from weft.launch.addresses import interface_of, parse_address
 from weft.launch.joined import SILENT, JoinedLauncher
+from weft.model.fingerprint import Wanted, WeightFile, cut_out
+from weft.opening import open_engine
 
 TOKEN = "between-us"
 
@@ -145,9 +150,77 @@ def test_a_model_that_is_missing_there_is_said_so(packaged: Path, tmp_path: Path
     here = tmp_path / "model"
     shutil.copytree(packaged, here)
     with joining(port) as machine:
-        with pytest.raises(InputError, match="has no directory .*weft worker MODEL"):
+        with pytest.raises(InputError, match=r"model\.safetensors can't be read \(No such file"):
             LLM(here, num_threads=1, launcher=_Removing(launcher, here))
         machine.until("as it was told to")
+
+
+def test_a_model_that_was_named_is_not_fetched(packaged: Path, tmp_path: Path) -> None:
+    port = free_port()
+    launcher = JoinedLauncher(f"127.0.0.1:{port}", 0, TOKEN, lambda line: None)
+    shutil.copytree(packaged, tmp_path / "there")
+    with joining(port, TOKEN, str(tmp_path / "there")) as machine:
+        threading.Thread(target=launcher._awaited, args=(1,), daemon=True).start()  # answers
+        machine.until("waiting for work", 20)
+        shutil.rmtree(tmp_path / "there")
+        with pytest.raises(InputError, match=r"rank 0, on .*has no directory .*leave that out: then it comes from"):
+            LLM(packaged, num_threads=1, launcher=launcher)
+
+
+def test_another_checkpoint_is_told_from_the_same(packaged: Path, tmp_path: Path) -> None:
+    """By its header; and where only numbers differ, if that was asked for."""
+    other, changed = tmp_path / "other", tmp_path / "changed"
+    for directory in (other, changed):
+        shutil.copytree(packaged, directory)
+    weights = load_file(packaged / "model.safetensors")
+    save_file({**weights, "one.more": torch.zeros(3)}, other / "model.safetensors")
+    with (changed / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x07")
+
+    def engine(there: Path, content: bool = False) -> None:
+        port = free_port()
+        launcher = JoinedLauncher(f"127.0.0.1:{port}", 0, TOKEN, lambda line: None)
+        with joining(port, TOKEN, str(there)):
+            open_engine(packaged, threads=1, launcher=launcher, check_content=content).close()
+
+    with pytest.raises(
+        InputError, match=r"other/model\.safetensors is not the file that the engine's machine has \(\d+ b"
+    ):
+        engine(other)
+    engine(changed)
+    with pytest.raises(InputError, match=r"changed/model\.safetensors is not the file .*\(another content\)"):
+        engine(changed, content=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="needs a directory that only one process has")
+def test_what_a_machine_lacks_comes_from_the_engines_once(
+    packaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own part of it."""
+    shutil.copytree(packaged, tmp_path / "model")
+    port, asked, cache = free_port(), list[int](), tmp_path / "cache"
+    launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, TOKEN, lambda line: None)
+
+    def counted(directory: Path, files: list[WeightFile], wanted: Wanted) -> bytes:
+        asked.append(wanted.length * wanted.times)
+        return cut_out(directory, files, wanted)
+
+    monkeypatch.setattr(controller, "cut_out", counted)
+    params, answers = SamplingParams(temperature=0, max_tokens=12), []
+    with Command("worker", "--join", f"127.0.0.1:{port}", WEFT_TOKEN=TOKEN, XDG_CACHE_HOME=str(cache)):
+        monkeypatch.chdir(tmp_path)  # not that machine's
+        options = {"tensor_parallel_size": 2, "num_threads": 1, "launcher": launcher, "overlap": "serial"}
+        with LLM("/proc/self/cwd/model", **options) as llm:
+            answers.append(llm.generate("def main(", params)[0].outputs[0].token_ids)
+            [kept] = cache.glob("weft/checkpoints/*/model.safetensors")
+            size, first = (packaged / "model.safetensors").stat().st_size, sum(asked)
+            assert kept.stat().st_size == size and 0.3 * size < first < 0.8 * size
+            llm.engine.workers.restart(RuntimeError("once more"))
+            answers.append(llm.generate("def main(", params)[0].outputs[0].token_ids)
+    assert sum(asked) == first
+    with LLM(packaged, num_threads=1) as llm:
+        assert answers == [llm.generate("def main(", params)[0].outputs[0].token_ids] * 2
 
 
 class _Removing:

@@ -90,6 +90,17 @@ CACHING = Annotated[bool, typer.Option("--prefix-caching/--no-prefix-caching", h
 PATIENCE = Annotated[
     float, typer.Option(help="Seconds a client has to send a request, and to take each piece of an answer.")
 ]
+PORTS = Annotated[
+    int,
+    typer.Option(
+        min=0, max=65000, show_default=False,
+        help="With --join-address: first of 1 + local ranks ports that the ranks use here; default: any that are free.",
+    ),
+]  # fmt: skip
+CONTENT = Annotated[
+    bool, typer.Option("--check-content", help="With --join-address: compare weights whole, not by their headers.")
+]
+LOCAL = Annotated[int, typer.Option(help="With --join-address: ranks on this machine.")]
 JOINED = Annotated[str | None, typer.Option(help="HOST:PORT at which ranks on other machines join (weft worker).")]
 
 
@@ -120,8 +131,7 @@ def serve_command(
     max_body_bytes: Annotated[int, typer.Option(help="Of a request; more get 413.")] = 4 << 20,
     client_timeout: PATIENCE = 30.0,
     drain: Annotated[float, typer.Option(help="Seconds that requests under way have when the server ends.")] = 30.0,
-    join_address: JOINED = None,
-    local_ranks: Annotated[int, typer.Option(help="With --join-address: ranks on this machine.")] = 1,
+    join_address: JOINED = None, local_ranks: LOCAL = 1, rank_ports: PORTS = 0, check_content: CONTENT = False,
 ) -> None:  # fmt: skip
     """See HELP."""
     leave_torch_out()
@@ -132,7 +142,7 @@ def serve_command(
     keys, origins = _keys(api_key), _origins(allow_origin)
     _demand_guarded(host, bool(keys) or allow_anyone)
     with bound(host, port) as listening, bar(out) as showing:
-        launcher = _launcher(join_address, tp, local_ranks)
+        launcher = _launcher(join_address, tp, local_ranks, rank_ports)
         warn_of_shared_cores(out, tp if launcher is None else local_ranks)
 
         def make(tell: Progress) -> Engine:
@@ -143,7 +153,7 @@ def serve_command(
                 shares=shares_or_auto(shares), reproducible=reproducible, threads=threads, recalibrate=recalibrate,
                 max_length=max_model_len, max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens,
                 launcher=launcher, dtype=dtype, prefixes=prefix_caching, token_interval=token_interval,
-                progress=_both(tell, showing),
+                check_content=check_content, progress=_both(tell, showing),
             )  # fmt: skip
 
         def ready() -> None:
@@ -225,20 +235,21 @@ def _name(model: str | None) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
-def _launcher(join_address: str | None, ranks: int, local: int) -> JoinedLauncher | None:
+def _launcher(join_address: str | None, ranks: int, local: int, ports: int) -> JoinedLauncher | None:
     """For ranks on other machines."""
     if join_address is None:
         return None
     if not 0 <= local < ranks:
         raise InputError(f"--local-ranks {local} of --tp {ranks} leaves no rank for another machine; give --tp more")
-    return JoinedLauncher(join_address, local, os.environ.get(TOKEN_VARIABLE), lambda line: None)
+    return JoinedLauncher(join_address, local, os.environ.get(TOKEN_VARIABLE), lambda line: None, ports)
 
 
 def _invite(out: Console, launcher: JoinedLauncher, model: str | None, others: int) -> None:
     """Says what to run on other machines; nobody is invited to what can't run."""
     blueprint_of(ModelConfig.from_directory(locate(model)))
     shown = "…" if os.environ.get(TOKEN_VARIABLE) else launcher.token  # who set it knows it
-    named = f" {shlex.quote(model)}" if model is not None else ""
-    command = f"{TOKEN_VARIABLE}={shown} weft worker --join {shlex.quote(launcher.address)}{named}"
-    out.print(f"on {others} other machine{'s' if others > 1 else ''}, with the same model there, run:")
+    command = f"{TOKEN_VARIABLE}={shown} weft worker --join {shlex.quote(launcher.address)}"
+    out.print(f"on {others} other machine{'s' if others > 1 else ''}, run:")
     out.print(f"  {command}", markup=False, soft_wrap=True)
+    if model is not None:
+        out.print("with the model's directory behind it, if it is elsewhere there; what is missing comes from here")

@@ -32,8 +32,14 @@ def worker(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
     join: Annotated[str, typer.Option(help="HOST:PORT of the server's --join-address.")] = "",
     address: Annotated[
-        str | None, typer.Option(help="This machine's, at which the others reach it; default: by the way to HOST.")
+        str | None,
+        typer.Option(
+            help="This machine's, or a network device, at which others reach it; default: by the way to HOST."
+        ),
     ] = None,
+    rank_port: Annotated[
+        int, typer.Option(min=0, max=65535, show_default=False, help="Its port for other ranks; default: any.")
+    ] = 0,
 ) -> None:
     """See HELP."""
     out = Console(stderr=True)
@@ -44,7 +50,9 @@ def worker(
         raise InputError(f"{TOKEN_VARIABLE} is not in the environment; weft serve --join-address prints it")
     if model is not None:
         os.environ[MODEL_VARIABLE] = str(Path(locate(model)).resolve())
-    machine = Machine(join, token, address, lambda line: out.print(line, style="dim", markup=False, soft_wrap=True))
+    machine = Machine(
+        join, token, address, lambda line: out.print(line, style="dim", markup=False, soft_wrap=True), rank_port
+    )
     signal.signal(signal.SIGTERM, _interrupted)
     try:
         machine.serve()

@@ -24,6 +24,7 @@ from weft.launch.launcher import Launcher
 from weft.launch.namespaces import NamespaceLauncher
 from weft.launch.sockets import engine_socket
 from weft.links import Link
+from weft.model.fingerprint import cut_out, fingerprint
 from weft.parallel.handshake import new_key, pair_key
 from weft.program.batch import Batch
 from weft.program.stages import COLLECTIVES
@@ -185,12 +186,13 @@ class Controller:
         config = self.config
         self._forms.clear()
         self._done.clear()
+        files = fingerprint(directory, config.check_content) if self.launcher.may_change else []
         for identity in self._ranks:
             self._send(
                 identity,
                 p.Load(
                     str(directory), model, list(config.shares), config.dtype, config.device, config.reproducible,
-                    config.max_length, config.slots,
+                    config.max_length, config.slots, files,
                 ),
             )  # fmt: skip
         layers = dict.fromkeys(self._ranks, 0.0)
@@ -199,6 +201,8 @@ class Controller:
             identity, message = self._next()
             if isinstance(message, p.Loaded):
                 ready[identity] = message
+            elif isinstance(message, p.Fetch):
+                self._send(identity, p.Piece(cut_out(directory, files, message.wanted)))
             elif isinstance(message, p.Loading):
                 layers[identity] = message.done / message.total
             progress(sum(layers.values()) / len(layers))

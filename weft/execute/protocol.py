@@ -1,7 +1,7 @@
 """What engine and workers say to each other: msgpack over ZeroMQ, never pickle. No torch.
 
-worker -> engine   Hello, Meeting, Joined, Loading, Loaded, Done, Lost, Failed
-engine -> worker   Assign, Meet, SetLink, Load, Run, Release, Copy, Shutdown
+worker -> engine   Hello, Meeting, Joined, Fetch, Loading, Loaded, Done, Lost, Failed
+engine -> worker   Assign, Meet, SetLink, Load, Piece, Run, Release, Copy, Shutdown
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from weft.config import ModelConfig
+from weft.model.fingerprint import Wanted, WeightFile
 from weft.program.steps import Form
 
 VERSION = 8
@@ -72,7 +73,8 @@ class Joined(msgspec.Struct, tag=True, frozen=True):
 
 
 class Load(msgspec.Struct, tag=True, frozen=True):
-    """Load your share of this model and reserve key/value memory; replaces what was loaded before."""
+    """Load your share of this model and reserve key/value memory; replaces what was loaded before. `files`: what the
+    engine's machine has of it, if this may be another one."""
 
     directory: str
     config: ModelConfig
@@ -82,6 +84,19 @@ class Load(msgspec.Struct, tag=True, frozen=True):
     exact_rows: bool
     length: int
     slots: int
+    files: list[WeightFile] = []
+
+
+class Fetch(msgspec.Struct, tag=True, frozen=True):
+    """This machine has not got the model, and wants these bytes of one of its files."""
+
+    wanted: Wanted
+
+
+class Piece(msgspec.Struct, tag=True, frozen=True):
+    """Here they are."""
+
+    data: bytes
 
 
 class Loading(msgspec.Struct, tag=True, frozen=True):
@@ -213,8 +228,8 @@ class Shutdown(msgspec.Struct, tag=True, frozen=True):
     """End."""
 
 
-ToWorker = Assign | Meet | SetLink | Load | Run | Release | Copy | Shutdown
-ToEngine = Hello | Meeting | Joined | Loading | Loaded | Done | Lost | Failed
+ToWorker = Assign | Meet | SetLink | Load | Piece | Run | Release | Copy | Shutdown
+ToEngine = Hello | Meeting | Joined | Fetch | Loading | Loaded | Done | Lost | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

@@ -44,6 +44,8 @@ from weft.launch.sockets import worker_socket
 from weft.model.checkpoint import Checkpoint
 from weft.model.decoder import Decoder
 from weft.model.families import blueprint_of
+from weft.model.fetched import FetchedCheckpoint
+from weft.model.fingerprint import Wanted, demand_same
 from weft.model.kernels import packed_weights_work
 from weft.model.rope import Rope
 from weft.model.shares import shard_bytes, shares_of
@@ -175,7 +177,7 @@ class Worker:
         give_back_freed_memory()
         with Peak() as peak:
             weights = load(
-                Checkpoint(_directory(m.directory)), blueprint, share, device=m.device, dtype=dtype,
+                self._checkpoint(m), blueprint, share, device=m.device, dtype=dtype,
                 exact_rows=m.exact_rows, progress=lambda done, total: self.say(p.Loading(done, total)),
             )  # fmt: skip
         kv_heads = len(share.kv_heads)
@@ -189,6 +191,27 @@ class Worker:
         size = shard_bytes(blueprint, share, lambda _: dtype.itemsize)
         packed = packed_weights_work() and dtype is torch.float32
         self.say(p.Loaded(size, peak.taken, slabs.bytes_per_token, free_memory(), packed))
+
+    def _checkpoint(self, m: p.Load) -> Checkpoint:
+        """The model's on this machine, which need not be the engine's; where it has none, the engine's machine's."""
+        given = os.environ.get(MODEL_VARIABLE)
+        directory = Path(given or m.directory)
+        if directory.is_dir():
+            demand_same(directory, m.files)
+            return Checkpoint(directory)
+        if given or not m.files:
+            raise InputError(
+                f"{socket.gethostname()} has no directory {directory}; say where it is, as in weft worker MODEL, "
+                "or leave that out: then it comes from the engine's machine"
+            )
+        return FetchedCheckpoint(m.files, self._fetch)
+
+    def _fetch(self, wanted: Wanted) -> bytes:
+        self.say(p.Fetch(wanted))
+        message = p.decode_to_worker(self.control.recv())
+        if not isinstance(message, p.Piece):  # it is over
+            raise SystemExit(1)
+        return message.data
 
     @torch.inference_mode()
     def _run(self, m: p.Run) -> None:
@@ -223,17 +246,6 @@ def _whole_rows(group: Group, logits: Tensor, vocabulary: list[int]) -> bytes:
     """Whole rows of logits, on rank 0."""
     whole = gather_columns(group, logits, vocabulary)
     return whole.numpy().tobytes() if whole is not None else b""
-
-
-def _directory(given: str) -> Path:
-    """The model's on this machine, which need not be the engine's."""
-    directory = Path(os.environ.get(MODEL_VARIABLE) or given)
-    if not directory.is_dir():
-        raise InputError(
-            f"{socket.gethostname()} has no directory {directory}; copy the model there, or say where it is: "
-            "weft worker MODEL"
-        )
-    return directory
 
 
 def _failure(error: Exception) -> p.Failed:

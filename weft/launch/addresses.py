@@ -32,7 +32,13 @@ def endpoint(host: str, port: int | str) -> str:
 
 
 def resolved(host: str, name: str) -> str:
-    """A host's address, IPv4 rather than IPv6. Raises `InputError`."""
+    """A host's address, or a network device's of this machine, IPv4 rather than IPv6. Raises `InputError`."""
+    if host in (devices := psutil.net_if_addrs()):
+        listed = [entry.address for family in (socket.AF_INET, socket.AF_INET6) for entry in devices[host]
+                  if entry.family == family]  # fmt: skip
+        if not listed:
+            raise InputError(f"{name}: the network device {host} has no address; give another one")
+        return str(listed[0])
     try:
         addresses = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         *_, address = min(addresses, key=lambda entry: entry[0] != socket.AF_INET)

@@ -75,15 +75,20 @@ _to_machine = msgspec.msgpack.Decoder(Known | Begin | End).decode
 
 
 class Placed(LocalLauncher):
-    """Children on this machine that other machines' ranks reach at `address`."""
+    """Children on this machine that other machines' ranks reach at `address`; at `port` and those after it, or at any
+    that are free."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, port: int = 0) -> None:
         super().__init__()
-        self.address, self._interface = address, interface_of(address)
+        self.address, self._port, self._interface = address, port, interface_of(address)
 
     def data_address(self, index: int) -> str:
         """The same for all."""
         return self.address
+
+    def data_port(self, index: int) -> int:
+        """The next one for each."""
+        return self._port + index if self._port else 0
 
     def interface(self, index: int) -> str:
         """Of that address."""
@@ -103,13 +108,16 @@ class _RemoteMachine:
 
 class JoinedLauncher:
     """`local` ranks on this machine, the rest on machines that join at HOST:PORT. `told`: progress, in words.
+    `ports`: the first of those that ranks use on this machine; 0: any that are free.
 
     A machine that is missing is waited for; another one may take its place.
 
     Raises `InputError` for an address that this machine doesn't have.
     """
 
-    def __init__(self, address: str, local: int, token: str | None, told: Callable[[str], None]) -> None:
+    def __init__(
+        self, address: str, local: int, token: str | None, told: Callable[[str], None], ports: int = 0
+    ) -> None:  # fmt: skip
         self.host, port = parse_address(address, "--join-address")
         self.address = endpoint(self.host, port).removeprefix("tcp://")
         if self.host in ("0.0.0.0", "::", "*"):
@@ -117,7 +125,7 @@ class JoinedLauncher:
         self.host = resolved(self.host, "--join-address")
         self.local, self.told = local, told
         self.token = token or secrets.token_urlsafe(24)
-        self._children = Placed(self.host)
+        self._children, self._ports = Placed(self.host, ports + 1 if ports else 0), ports
         self._context: zmq.Context[Any] = zmq.Context()
         self._hub = engine_socket(self._context, self.token)
         self._machines: dict[bytes, _RemoteMachine] = {}
@@ -144,8 +152,8 @@ class JoinedLauncher:
     may_change = True
 
     def control_address(self, folder: str) -> str:
-        """One that other machines reach; the port is chosen free."""
-        return endpoint(self.host, "*")
+        """One that other machines reach."""
+        return endpoint(self.host, self._ports or "*")
 
     def start(self, count: int, threads: int, address: str, token: str) -> None:
         """Waits for the machines that are missing, then starts the local ranks and has each machine start one."""
@@ -247,17 +255,19 @@ class JoinedLauncher:
 class Machine:
     """The other side: waits to be told, has one worker at a time. `told`: what happens, in words."""
 
-    def __init__(self, address: str, token: str, own_address: str | None, told: Callable[[str], None]) -> None:
-        host, port = parse_address(address, "--join")
+    def __init__(
+        self, address: str, token: str, own_address: str | None, told: Callable[[str], None], port: int = 0
+    ) -> None:  # fmt: skip
+        host, join_port = parse_address(address, "--join")
         host = resolved(host, "--join")
-        self.address = own_address or _towards(host, port)
-        self._children, self._told = Placed(self.address), told
+        self.address = resolved(own_address, "--address") if own_address else _towards(host, join_port)
+        self._children, self._told = Placed(self.address, port), told
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = worker_socket(self._context, token)
         self._socket.linger = 0
         self._socket.ipv6 = ":" in host
-        self._socket.connect(endpoint(host, port))
-        self._place = host, port
+        self._socket.connect(endpoint(host, join_port))
+        self._place = host, join_port
         self._hub = address.removeprefix("tcp://")
         self._known: float | None = None  # when the engine was heard last
         self._number = 0  # of the group that the worker is in

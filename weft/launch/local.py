@@ -55,7 +55,10 @@ class LocalLauncher:
         for index in range(count):
             log = tempfile.TemporaryFile(prefix="weft-worker-")  # noqa: SIM115 (closed by stop)
             child = subprocess.Popen(
-                [*self.prefix(index), *self.command, "--join", address, "--address", self.data_address(index)],
+                [
+                    *self.prefix(index), *self.command, "--join", address, "--address", self.data_address(index),
+                    "--port", str(self.data_port(index)),
+                ],
                 env=self.environment(index, threads, token), stdin=subprocess.PIPE, stdout=log, stderr=log,
                 start_new_session=True,  # Ctrl-C is for the engine, which then ends its workers
             )  # fmt: skip
@@ -69,6 +72,10 @@ class LocalLauncher:
     def data_address(self, index: int) -> str:
         """Where other ranks reach this one."""
         return "127.0.0.1"
+
+    def data_port(self, index: int) -> int:
+        """Its port there; 0 leaves it to the system."""
+        return 0
 
     def interface(self, index: int) -> str:
         """The network device of the data plane."""

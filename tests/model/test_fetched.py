@@ -1,0 +1,138 @@
+"""Checkpoints of another machine: what is read comes over once, in pieces, and is what is there."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from weft.errors import InputError
+from weft.model import fetched
+from weft.model.checkpoint import Checkpoint
+from weft.model.fetched import FetchedCheckpoint
+from weft.model.fingerprint import Wanted, cut_out, demand_same, fingerprint
+
+TENSORS = {
+    "model.a": torch.randn(40, 30),
+    "model.b": torch.randn(64, 17).to(torch.bfloat16),
+    "model.c": torch.arange(9),
+    "model.d": torch.randn(5, 4, 3),
+    "model.none": torch.empty(0, 8),
+}
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Path:
+    directory = tmp_path / "there"
+    directory.mkdir()
+    save_file(TENSORS, directory / "model.safetensors")
+    return directory
+
+
+class Counting:
+    """The other machine, which counts what it sends."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.files, self.asked = directory, fingerprint(directory), list[Wanted]()
+
+    def __call__(self, wanted: Wanted) -> bytes:
+        self.asked.append(wanted)
+        return cut_out(self.directory, self.files, wanted)
+
+
+@pytest.mark.parametrize("piece", [1, 37, 256, 4 << 20])
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_read_is_what_is_there(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, seed: int
+) -> None:
+    monkeypatch.setattr(fetched, "PIECE", piece)
+    real, other, draw = Checkpoint(there), Counting(there), random.Random(seed)
+    here = FetchedCheckpoint(other.files, other, tmp_path / "cache")
+    for name in draw.choices(list(TENSORS), k=12):
+        rows, columns = TENSORS[name].shape[0], TENSORS[name].shape[-1]
+        start, first = draw.randrange(rows + 1), draw.randrange(columns + 1)
+        kinds = [{}, {"rows": range(start, draw.randint(start, rows))}]
+        if TENSORS[name].dim() == 2 and rows:
+            kinds.append({"columns": range(first, draw.randint(first, columns))})
+        part = draw.choice(kinds)
+        assert torch.equal(here.read(name, **part), real.read(name, **part)), (name, part)
+        assert here.shape(name) == real.shape(name)
+    with pytest.raises(InputError, match="has no tensor 'model.e'"):
+        here.read("model.e")
+
+
+def test_nothing_comes_twice_and_other_parts_come_later(there: Path, tmp_path: Path) -> None:
+    other = Counting(there)
+    for part, more in ((range(10), True), (range(10), False), (range(10, 20), True)):
+        other.asked.clear()
+        FetchedCheckpoint(other.files, other, tmp_path / "cache").read("model.a", rows=part)
+        assert bool(other.asked) == more
+    assert sum(wanted.length * wanted.times for wanted in other.asked) == 10 * 30 * 4
+
+
+def test_a_fetch_that_is_broken_off_goes_on(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetched, "PIECE", 1000)
+    other, left = Counting(there), 4
+
+    def failing(wanted: Wanted) -> bytes:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise RuntimeError("the link is lost")
+        return other(wanted)
+
+    with pytest.raises(RuntimeError):
+        FetchedCheckpoint(other.files, failing, tmp_path / "cache").read("model.a")
+    here = FetchedCheckpoint(other.files, other, tmp_path / "cache")
+    assert torch.equal(here.read("model.a"), TENSORS["model.a"])
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        Wanted("../secret", 0, 1, 1, 1), Wanted("config.json", 0, 1, 1, 1), Wanted("model.safetensors", -5, 10, 1, 1),
+        Wanted("model.safetensors", 0, 1 << 40, 1, 1), Wanted("model.safetensors", 0, 8, 1 << 40, 2),
+        Wanted("model.safetensors", 0, 1 << 20, 0, 1000),
+    ],
+)  # fmt: skip
+def test_nothing_else_is_given_out(there: Path, wanted: Wanted) -> None:
+    (there / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="a rank asked for bytes"):
+        cut_out(there, fingerprint(there), wanted)
+
+
+def test_what_changed_meanwhile_is_said(there: Path, tmp_path: Path) -> None:
+    other = Counting(there)
+    save_file({**TENSORS, "model.more": torch.zeros(1)}, there / "model.safetensors")
+    with pytest.raises(InputError, match=r"model.safetensors has changed on the engine's machine"):
+        FetchedCheckpoint(other.files, other, tmp_path / "cache")
+
+
+def test_what_differs_is_named(there: Path, tmp_path: Path) -> None:
+    files, here = fingerprint(there, content=True), tmp_path / "here"
+    here.mkdir()
+    with pytest.raises(InputError, match=r"here/model.safetensors is missing here; the engine's machine has it"):
+        demand_same(here, files)
+    save_file(TENSORS, here / "model.safetensors")
+    demand_same(here, files)
+    save_file({name: tensor + 1 for name, tensor in TENSORS.items()}, here / "model.safetensors")
+    demand_same(here, fingerprint(there))
+    with pytest.raises(InputError, match="another content"):
+        demand_same(here, files)
+    save_file(
+        {("model.z" if name == "model.a" else name): t for name, t in TENSORS.items()}, here / "model.safetensors"
+    )
+    with pytest.raises(InputError, match=r"bytes here|another header"):
+        demand_same(here, files)
+    (here / "model.safetensors").write_bytes(b"\xff" * 40)
+    with pytest.raises(InputError, match="truncated or corrupt"):
+        demand_same(here, files)
+
+
+def test_a_disk_that_takes_nothing(there: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("in the way")
+    with pytest.raises(InputError, match="can't hold the fetched weights"):
+        FetchedCheckpoint(fingerprint(there), Counting(there), tmp_path / "cache")

@@ -1,0 +1,103 @@
+"""Whether two machines hold the same weights: names, sizes and headers of their files, and on request all of them.
+
+A header names every tensor with its type, shape and place, so checkpoints of other models, types or versions differ
+there; weights that were changed in place differ only in their content. Knows files; knows nothing of tensors. No torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from weft.errors import InputError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LONGEST_HEADER = 100 << 20  # bytes, as safetensors itself has it
+LARGEST = 128 << 20  # bytes that may be asked for at once: a header, or a piece
+CHUNK = 1 << 20
+
+
+class WeightFile(msgspec.Struct, frozen=True):
+    """One file. `header`, `content`: SHA-256 in hexadecimal; content is empty where nobody asked for it."""
+
+    name: str
+    size: int
+    header: str
+    content: str = ""
+
+
+class Wanted(NamedTuple):
+    """Bytes of a file: `times` runs of `length`, one beginning `stride` after the other, from `start` on."""
+
+    file: str
+    start: int
+    length: int
+    stride: int
+    times: int
+
+
+def weight_files(directory: Path) -> list[str]:
+    """The files that the index names; without one that can be read, the only one. Others hold the same once more."""
+    if not (directory / SINGLE).is_file():  # first, as in transformers
+        try:
+            named = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"].values()
+            return sorted({str(name) for name in named})
+        # What is wrong with it, its reader says.
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            pass
+    return [SINGLE]
+
+
+def fingerprint(directory: Path, content: bool = False) -> list[WeightFile]:
+    """Of all weights of a checkpoint. Raises `InputError` for a file that can't be read."""
+    return [_of(directory / name, content) for name in weight_files(directory)]
+
+
+def demand_same(directory: Path, files: Sequence[WeightFile]) -> None:
+    """Raises `InputError` that names the first file of a directory that is not as another machine has it."""
+    for file in files:
+        path = directory / file.name
+        if not path.is_file():
+            raise InputError(f"{path} is missing here; the engine's machine has it: copy it")
+        own = _of(path, bool(file.content))
+        what = next((name for name in ("size", "header", "content") if getattr(own, name) != getattr(file, name)), None)
+        if what is not None:
+            told = f"{own.size} bytes here, {file.size} there" if what == "size" else f"another {what}"
+            raise InputError(f"{path} is not the file that the engine's machine has ({told}); copy that one")
+
+
+def cut_out(directory: Path, files: Sequence[WeightFile], wanted: Wanted) -> bytes:
+    """The other side: these bytes of one of the files. Raises `InputError` for any that are not in it."""
+    size = next((file.size for file in files if file.name == wanted.file), 0)
+    last = wanted.start + (wanted.times - 1) * wanted.stride + wanted.length
+    whole = wanted.length * wanted.times
+    if min(wanted.start, wanted.length, wanted.stride, wanted.times) < 0 or last > size or whole > LARGEST:
+        raise InputError(f"a rank asked for bytes {wanted.start} to {last} of {wanted.file!r}, which isn't there")
+    with (directory / wanted.file).open("rb") as file:
+        runs = []
+        for number in range(wanted.times):
+            file.seek(wanted.start + number * wanted.stride)
+            runs.append(file.read(wanted.length))
+    return b"".join(runs)
+
+
+def _of(path: Path, content: bool) -> WeightFile:
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(size, LONGEST_HEADER):
+                raise InputError(f"{path} is truncated or corrupt; download the file again")
+            header = hashlib.sha256(file.read(length)).hexdigest()
+            whole = hashlib.sha256()
+            file.seek(0)
+            while content and (chunk := file.read(CHUNK)):
+                whole.update(chunk)
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror})") from None
+    return WeightFile(path.name, size, header, whole.hexdigest() if content else "")
