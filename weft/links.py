@@ -22,6 +22,7 @@ BURST = 68 << 10  # bytes that an idle link takes at once: the kernel's largest 
 _UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 _NUMBER = r"(\d+(?:\.\d+)?|\.\d+)"
 _PREFIX = "shaped:"
+_EXAMPLES = "500mbit, 200mbit,5ms, 200mbit,shared, 1x or none"
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,7 @@ class Link:
             return replace(self, delay=value * _UNITS[unit])
         if not first and part == "shared" and not self.shared:
             return replace(self, shared=True)
-        raise InputError(
-            f"--link {text!r} is not a link: {part!r} isn't known there; write it like 500mbit, 200mbit,5ms, "
-            "200mbit,shared, 1x or none"
-        )
+        raise InputError(f"--link {text!r} is not a link: {part!r} isn't known there; write it like {_EXAMPLES}")
 
     @property
     def unlimited(self) -> bool:

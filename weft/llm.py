@@ -91,13 +91,13 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | Path | None = None, *, tensor_parallel_size: int = 1, overlap: str = "auto",
-        wire: str = "exact", shares: Sequence[float] | Literal["auto"] | None = None, reproducible: bool = False,
+        self, model: str | Path | None = None, *, tensor_parallel_size: int | Literal["auto"] = 1,
+        overlap: str = "auto", wire: str = "exact", transport: str = "auto", link: str = "none",
+        shares: Sequence[float] | Literal["auto"] | None = None, reproducible: bool = False,
         num_threads: int | None = None, dtype: str = "float32", max_model_len: int | None = None,
         max_num_seqs: int = 16, max_num_batched_tokens: int = 8192, cores: Sequence[int] | None = None,
-        enable_prefix_caching: bool = True, token_interval: float | None = None,
-        transport: str = "auto", link: str = "none", launcher: Launcher | None = None, progress: Progress | None = None,
-        recalibrate: bool = False,
+        enable_prefix_caching: bool = True, token_interval: float | None = None, launcher: Launcher | None = None,
+        progress: Progress | None = None, recalibrate: bool = False,
     ) -> None:  # fmt: skip
         self.engine = open_engine(
             model, ranks=tensor_parallel_size, overlap=overlap, wire=wire, shares=shares, reproducible=reproducible,

@@ -6,6 +6,7 @@ Knows options and checkpoints; knows nothing of prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +21,11 @@ from weft.links import NO_LINK, Link
 from weft.program.strategy import AUTO
 from weft.text import generation_defaults
 from weft.workers import Progress
+from weft.yardstick import best_of, counts, judged
 
 
 def open_engine(
-    model: str | Path | None = None, *, ranks: int = 1, overlap: str = AUTO, wire: str = "exact",
+    model: str | Path | None = None, *, ranks: int | Literal["auto"] = 1, overlap: str = AUTO, wire: str = "exact",
     transport: str = "auto", link: str | Link = NO_LINK, shares: Sequence[float] | Literal["auto"] | None = None,
     reproducible: bool = False, threads: int | None = None, dtype: str = "float32", max_length: int | None = None,
     max_sequences: int = 16, max_batch_tokens: int = 8192, cores: Sequence[int] | None = None, prefixes: bool = True,
@@ -41,15 +43,23 @@ def open_engine(
         launcher = NamespaceLauncher()
     directory = locate(model)
     model_config = ModelConfig.from_directory(directory)
-    config = EngineConfig.resolve(
-        model_config, ranks=ranks, overlap=overlap,
-        shares=tuple(shares) if shares and not isinstance(shares, str) else None,
-        wire=wire, transport=transport, link=link, reproducible=reproducible, threads=threads, dtype=dtype,
-        max_length=max_length, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
-        cores=tuple(cores) if cores else None, prefixes=max_sequences if prefixes else 0,
-        token_interval=token_interval, check_content=check_content,
+    resolve = partial(
+        EngineConfig.resolve, model_config, overlap=overlap, wire=wire, transport=transport, link=link,
+        check_content=check_content, reproducible=reproducible, dtype=dtype, max_length=max_length,
+        max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, cores=tuple(cores) if cores else None,
+        prefixes=max_sequences if prefixes else 0, token_interval=token_interval,
     )  # fmt: skip
+    line = None
+    if ranks == "auto":
+        if launcher is not None or shares is not None or threads is not None:
+            raise InputError("--tp auto divides this machine's cores itself: leave shares, threads and machines out")
+        configs = [resolve(ranks=count) for count in counts(model_config)]
+        config, line = best_of(directory, model_config, configs, progress or (lambda what, share: None), recalibrate)
+    else:
+        given = tuple(shares) if shares and not isinstance(shares, str) else None
+        config = resolve(ranks=ranks, shares=given, threads=threads)
     engine = Engine(directory, config, model_config, launcher, progress, recalibrate, share_by_speed=shares == AUTO)
+    engine.notices += [notice for notice in (line or judged(engine),) if notice]
     engine.notices += _proposed(directory)[1]
     return engine
 

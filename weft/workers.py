@@ -61,10 +61,10 @@ class Workers:
             if self.controller.launcher.may_change:
                 self._ready()  # no other machine is waited for in vain
             self._bring_up(lambda share: tell("loading", share))
-            self._balance(planner, tell)
+            notices = self._make_link(planner, tell)
             if not (self.config.ranks > 1 and (recalibrate or by_speed or self.config.overlap == AUTO)):
-                return []
-            notices = self._learn(planner, tell, recalibrate)
+                return notices
+            notices += self._learn(planner, tell, recalibrate)
             return notices + (self._share(planner, tell, recalibrate) if by_speed else [])
         except WorkerLost as error:
             self.controller.close()
@@ -77,22 +77,25 @@ class Workers:
         self.started = self.controller.start(self.directory, self.model, progress)
         self.up = True
 
-    def _balance(self, planner: Planner, tell: Progress) -> None:
-        """Finds the speed that a multiple of the balance comes to here, and makes the link so fast."""
+    def _make_link(self, planner: Planner, tell: Progress) -> list[str]:
+        """Makes the link as fast as a multiple of the balance comes to here. A line on a link that isn't what it is."""
         link = self.config.link
-        if link.times is None or self.config.ranks == 1:
-            return
-        tell("looking for the balance", 0.0)
+        if link.free or self.config.ranks == 1:
+            return []
+        if link.times is not None:
+            tell("looking for the balance", 0.0)
+            rate = balance(self._alone(planner), lambda rate: self.controller.set_link(link.at(rate)))
+            self.controller.set_link(link.at(link.times * rate))
+            self.controller.release([0])
+        found = f", {link.times:g} times the balance found here" if link.times is not None else ""
+        return [f"link {self.controller.link}, emulated{found}"]
+
+    def _alone(self, planner: Planner) -> Callable[[str], float]:
+        """Seconds of one side of a prompt by serial."""
         batch = one_prompt(min(BALANCE_TOKENS, self.config.max_length))
         plan = planner.like("serial", self.config.wire).plan(batch)
-        tokens = [7 + 13 * place % (self.model.vocabulary - 7) for place in range(batch.tokens)]
-
-        def seconds(scope: str) -> float:
-            return median(self.probe(batch, tokens, plan, RunOptions(scope)).seconds for _ in range(3))
-
-        rate = balance(seconds, lambda rate: self.controller.set_link(link.at(rate)))
-        self.controller.set_link(link.at(link.times * rate))
-        self.controller.release([0])
+        tokens = [13 * place % self.model.vocabulary for place in range(batch.tokens)]
+        return lambda scope: median(self.probe(batch, tokens, plan, RunOptions(scope)).seconds for _ in range(3))
 
     def _learn(self, planner: Planner, tell: Progress, recalibrate: bool) -> list[str]:
         """Costs as they were kept, or measured now."""

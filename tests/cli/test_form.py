@@ -27,15 +27,15 @@ FORM = {
         "--prompts", "--shares", "--tokens", "--ttft", "--wire", "model",
     ],
     "serve": [
-        "--allow-anyone", "--allow-origin", "--api-key", "--client-timeout", "--drain", "--dtype", "--host",
-        "--join-address", "--link", "--local-ranks",
+        "--allow-anyone", "--allow-origin", "--api-key", "--check-content", "--client-timeout", "--drain", "--dtype",
+        "--host", "--join-address", "--link", "--local-ranks",
         "--max-body-bytes", "--max-model-len", "--max-num-batched-tokens", "--max-num-seqs", "--max-waiting",
-        "--overlap", "--port", "--prefix-caching", "--recalibrate", "--reproducible", "--request-timeout",
-        "--served-model-name", "--shares", "--tensor-parallel-size", "--threads", "--token-interval", "--tp",
-        "--transport", "--wire", "model",
+        "--overlap", "--port", "--prefix-caching", "--rank-ports", "--recalibrate", "--reproducible",
+        "--request-timeout", "--served-model-name", "--shares", "--tensor-parallel-size", "--threads",
+        "--token-interval", "--tp", "--transport", "--wire", "model",
     ],
     "timeline": ["--out", "--width", "files"],
-    "worker": ["--address", "--join", "model"],
+    "worker": ["--address", "--join", "--rank-port", "model"],
 }  # fmt: skip
 
 

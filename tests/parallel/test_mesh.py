@@ -153,7 +153,7 @@ def test_who_listens_in_a_ranks_place_is_not_believed(two: list[Mesh]) -> None:
 
         threading.Thread(target=impostor, daemon=True).start()
         two[1]._places = [Place("127.0.0.1", server.getsockname()[1], ""), two[1].place]
-        with pytest.raises(LinkLost, match="is not rank 0: it has another key"):
+        with pytest.raises(LinkLost, match="what listens there is another one, it has another key"):
             two[1]._connect(0, h.label_of("for anything"))
 
 
@@ -190,7 +190,7 @@ def test_a_rank_that_ends_is_noticed_at_once(way: str) -> None:
                 time.sleep(0.3)
                 groups[1]._transport.close()  # type: ignore[union-attr]
                 return 0.0
-            groups[0]._transport._mesh._tell = lambda peer, reason: told.append(reason)  # type: ignore[union-attr]
+            groups[0]._transport._mesh._tell = lambda peer, reason, ended: told.append(reason)  # type: ignore[union-attr]
             begin = time.monotonic()
             with pytest.raises(LinkLost, match="the connection to rank 1"):
                 groups[0].receive(torch.empty(4), 1).wait()
@@ -202,7 +202,7 @@ def test_a_rank_that_ends_is_noticed_at_once(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_rank_that_hangs_is_noticed_within_two_seconds(way: str) -> None:
+def test_a_rank_that_hangs_is_noticed(way: str) -> None:
     with grouped(2, way) as (threads, groups):
         mesh = groups[1]._transport._mesh  # type: ignore[union-attr]
 
@@ -210,14 +210,14 @@ def test_a_rank_that_hangs_is_noticed_within_two_seconds(way: str) -> None:
             if r == 1:
                 time.sleep(0.5)
                 mesh._beat = lambda: None  # says nothing any more
-                time.sleep(2.2)
+                time.sleep(3.8)
                 return 0.0
             begin = time.monotonic()
-            with pytest.raises(LinkLost, match=r"rank 0 heard nothing from rank 1 for 1\.\d s"):
+            with pytest.raises(LinkLost, match=r"rank 0 heard nothing from rank 1 for 3\.\d s"):
                 groups[0].receive(torch.empty(4), 1).wait()
             return time.monotonic() - begin
 
-        assert 1.5 < threads.each(rank)[0] < 2.5  # half a second of which it still lived
+        assert 3.0 < threads.each(rank)[0] < 4.0  # half a second of which it still lived
 
 
 @pytest.mark.parametrize("way", WAYS)

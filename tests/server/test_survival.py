@@ -99,7 +99,7 @@ def cut(launcher: LocalLauncher) -> None:
     subprocess.run(["ip", "-n", launcher.prefix(0)[-1], "link", "set", "data0", "down"], check=True)
 
 
-@pytest.mark.parametrize(("harm", "limit"), [(kill, 2.0), (stop, 2.0), (cut, 10.0)])
+@pytest.mark.parametrize(("harm", "limit"), [(kill, 2.0), (stop, 2.0), (cut, 2.0)])
 def test_answers_go_on(
     server: Running, launcher: LocalLauncher, expected: list[str], harm: Callable[[LocalLauncher], None], limit: float
 ) -> None:

@@ -15,7 +15,7 @@ UNITS = {"kbit": 1e-3, "mbit": 1.0, "gbit": 1e3}
 
 def megabits(link: str) -> float | None:
     """A link's speed in Mbit/s; None if it has no fixed one."""
-    match = re.fullmatch(r"([\d.]+)(kbit|mbit|gbit)", link)
+    match = re.fullmatch(r"(?:shaped:)?([\d.]+)(kbit|mbit|gbit)(?:,.*)?", link)
     return float(match[1]) * UNITS[match[2]] if match else None
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 from rich.console import Console
 
-from weft.cli.options import DTYPE, MODEL, OVERLAP, SHARES, THREADS, TP, TRANSPORT, WIRE, shares_or_auto
+from weft.cli.options import DTYPE, MODEL, OVERLAP, SHARES, THREADS, TP, TRANSPORT, WIRE, ranks_or_auto, shares_or_auto
 from weft.cli.terminal import loaded
 from weft.errors import InputError
 from weft.llm import LLM, RequestOutput
@@ -157,7 +157,7 @@ def chat(
         str | None, typer.Option(help="For --url.", envvar="WEFT_API_KEY", show_envvar=True, show_default=False)
     ] = None,
     system: Annotated[str | None, typer.Option(help="Who the model is to be.")] = None,
-    tp: TP = 1,
+    tp: TP = "1",
     overlap: OVERLAP = "auto",
     wire: WIRE = "exact",
     transport: TRANSPORT = "auto",
@@ -182,7 +182,7 @@ def chat(
             partner = Remote(stack.enter_context(_client(url, api_key)), wishes)
         else:
             llm = loaded(
-                console, model, tensor_parallel_size=tp, overlap=overlap, wire=wire, transport=transport,
+                console, model, tensor_parallel_size=ranks_or_auto(tp), overlap=overlap, wire=wire, transport=transport,
                 shares=shares_or_auto(shares),
                 num_threads=threads, dtype=dtype,
             )  # fmt: skip

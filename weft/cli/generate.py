@@ -25,6 +25,7 @@ from weft.cli.options import (
     TP,
     TRANSPORT,
     WIRE,
+    ranks_or_auto,
     shares_or_auto,
 )
 from weft.cli.terminal import bar, loaded
@@ -81,7 +82,7 @@ class _Timing:
 def generate(
     model: MODEL = None,
     prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", show_default=False)] = None,
-    tp: TP = 1,
+    tp: TP = "1",
     overlap: OVERLAP = "auto",
     wire: WIRE = "exact",
     transport: TRANSPORT = "auto",
@@ -119,8 +120,8 @@ def generate(
         "repetition_penalty": repetition_penalty,
     }  # fmt: skip
     with loaded(
-        errors, model, tensor_parallel_size=tp, overlap=overlap, wire=wire, transport=transport, link=link,
-        shares=shares_or_auto(shares),
+        errors, model, tensor_parallel_size=ranks_or_auto(tp), overlap=overlap, wire=wire, transport=transport,
+        link=link, shares=shares_or_auto(shares),
         reproducible=reproducible, num_threads=threads, dtype=dtype, recalibrate=recalibrate,
     ) as llm:  # fmt: skip
         params = llm.get_default_sampling_params(

@@ -11,7 +11,13 @@ import typer
 from weft.config import DTYPES, one_of
 from weft.errors import InputError
 
-TP = Annotated[int, typer.Option("--tp", "--tensor-parallel-size", help="Ranks that the model is split over.")]
+TP = Annotated[
+    str,
+    typer.Option(
+        "--tp", "--tensor-parallel-size", metavar="N",
+        help="Ranks that the model is split over; auto: as many as are fastest here, tried at the first start.",
+    ),
+]  # fmt: skip
 
 
 def _known_dtype(given: str) -> str:
@@ -126,6 +132,15 @@ def numbers(text: str, name: str) -> tuple[int, ...]:
         return tuple(int(word) for word in listed)
     except ValueError:
         raise InputError(f"{name} {text!r} is not a list of whole numbers; write it like 512,2048") from None
+
+
+def ranks_or_auto(text: str) -> int | Literal["auto"]:
+    """A number of ranks. Raises `InputError`."""
+    if text == "auto":
+        return "auto"
+    if not (text.isascii() and text.removeprefix("-").isdigit()) or len(text) > 9:
+        raise InputError(f"--tp {text!r} is not a number of ranks; give a whole number from 1, or auto")
+    return int(text)
 
 
 def relative_shares(text: str | None) -> tuple[float, ...] | None:

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -27,6 +27,7 @@ from weft.cli.options import (
     TP,
     TRANSPORT,
     WIRE,
+    ranks_or_auto,
     shares_or_auto,
 )
 from weft.cli.terminal import bar, warn_of_shared_cores
@@ -106,7 +107,7 @@ JOINED = Annotated[str | None, typer.Option(help="HOST:PORT at which ranks on ot
 
 def serve_command(
     model: MODEL = None,
-    tp: TP = 1,
+    tp: TP = "1",
     host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback wants --api-key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 8000,
     api_key: KEYS = None,
@@ -142,14 +143,15 @@ def serve_command(
     keys, origins = _keys(api_key), _origins(allow_origin)
     _demand_guarded(host, bool(keys) or allow_anyone)
     with bound(host, port) as listening, bar(out) as showing:
-        launcher = _launcher(join_address, tp, local_ranks, rank_ports)
-        warn_of_shared_cores(out, tp if launcher is None else local_ranks)
+        ranks = ranks_or_auto(tp)
+        launcher = _launcher(join_address, ranks, local_ranks, rank_ports)
+        warn_of_shared_cores(out, ranks if launcher is None else local_ranks)
 
         def make(tell: Progress) -> Engine:
             if launcher is not None:
-                _invite(out, launcher, model, tp - local_ranks)
+                _invite(out, launcher, model, int(ranks) - local_ranks)
             return open_engine(
-                model, ranks=tp, overlap=overlap, wire=wire, transport=transport, link=link,
+                model, ranks=ranks, overlap=overlap, wire=wire, transport=transport, link=link,
                 shares=shares_or_auto(shares), reproducible=reproducible, threads=threads, recalibrate=recalibrate,
                 max_length=max_model_len, max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens,
                 launcher=launcher, dtype=dtype, prefixes=prefix_caching, token_interval=token_interval,
@@ -235,10 +237,14 @@ def _name(model: str | None) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
-def _launcher(join_address: str | None, ranks: int, local: int, ports: int) -> JoinedLauncher | None:
+def _launcher(
+    join_address: str | None, ranks: int | Literal["auto"], local: int, ports: int
+) -> JoinedLauncher | None:  # fmt: skip
     """For ranks on other machines."""
     if join_address is None:
         return None
+    if ranks == "auto":
+        raise InputError("--tp auto is for one machine; with --join-address give the number of ranks, as in --tp 2")
     if not 0 <= local < ranks:
         raise InputError(f"--local-ranks {local} of --tp {ranks} leaves no rank for another machine; give --tp more")
     return JoinedLauncher(join_address, local, os.environ.get(TOKEN_VARIABLE), lambda line: None, ports)

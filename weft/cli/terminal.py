@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -17,9 +17,9 @@ def bar(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def warn_of_shared_cores(console: Console, ranks: int) -> None:
+def warn_of_shared_cores(console: Console, ranks: int | Literal["auto"]) -> None:
     """Where ranks on this machine outnumber its cores."""
-    if ranks > available_cores():
+    if ranks != "auto" and ranks > available_cores():
         console.print(f"[yellow]warning:[/] {ranks} ranks share {available_cores()} cores, so they will be slow")
 
 
@@ -28,7 +28,7 @@ def loaded(console: Console, model: str | None, **options: Any) -> LLM:
     ranks = options["tensor_parallel_size"]
     warn_of_shared_cores(console, ranks)
     with bar(console) as progress:
-        task = progress.add_task(f"starting {ranks} rank{'s' if ranks > 1 else ''}", total=1.0)
+        task = progress.add_task(f"starting {ranks} rank{'' if ranks == 1 else 's'}", total=1.0)
         return LLM(
             model, **options, progress=lambda what, done: progress.update(task, completed=done, description=what)
         )

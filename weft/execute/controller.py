@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import zmq
-from msgspec.structs import replace
 
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, WorkerFailed, WorkerLost
 from weft.execute import protocol as p
+from weft.execute.places import crowded, introduced, numbered_machines
 from weft.launch.folder import Folder
 from weft.launch.launcher import Launcher
 from weft.launch.namespaces import NamespaceLauncher
 from weft.launch.sockets import engine_socket
 from weft.links import Link
 from weft.model.fingerprint import cut_out, fingerprint
-from weft.parallel.handshake import new_key, pair_key
 from weft.program.batch import Batch
 from weft.program.stages import COLLECTIVES
 from weft.program.steps import Form, Program
@@ -144,11 +143,11 @@ class Controller:
         self._ranks = sorted(hellos, key=lambda identity: hellos[identity].place)
         by_rank = [hellos[identity] for identity in self._ranks]
         self._admit(by_rank)
-        self.machines = _numbered_machines(by_rank, self.launcher.one_machine)
+        self.machines = numbered_machines(by_rank, self.launcher.one_machine)
         for rank, identity in enumerate(self._ranks):
             gloo, threads = self.config.transport == "gloo", self.config.threads
-            crowded = self.config.cores is None and _crowded(by_rank[rank], by_rank, threads)
-            self._send(identity, p.Assign(rank, world, threads, gloo, crowded, self._cores(rank)))
+            shared = self.config.cores is None and crowded(by_rank[rank], by_rank, threads)
+            self._send(identity, p.Assign(rank, world, threads, gloo, shared, self._cores(rank)))
         if world > 1:
             self._introduce(by_rank, deadline)
         for _ in range(world):
@@ -156,25 +155,13 @@ class Controller:
         return by_rank
 
     def _introduce(self, hellos: Sequence[p.Hello], deadline: float) -> None:
-        """Tells every rank where the others are, and gives each two of them a key."""
-        places = dict(self._receive(p.Meeting, deadline) for _ in self._ranks)
-        group, machines = new_key(), self.machines
-        by_rank = [replace(places[i], machine=m) for i, m in zip(self._ranks, machines, strict=True)]
-        for rank, identity in enumerate(self._ranks):
-            seen = [
-                place if self._share_memory(hellos[rank], hello) else replace(place, name="")
-                for place, hello in zip(by_rank, hellos, strict=True)
-            ]
-            self._send(identity, p.Meet(seen, [pair_key(group, rank, other) for other in range(len(hellos))]))
-
-    def _share_memory(self, one: p.Hello, other: p.Hello) -> bool:
-        """Whether two ranks talk through memory."""
-        near = self.launcher.one_machine and one.machine == other.machine
-        if self.config.transport == "shm" and not near:
-            raise InputError(
-                f"--transport shm is for ranks of one machine, and {one.host} and {other.host} share none: leave it out"
-            )
-        return near and self.config.transport in ("auto", "shm") and not self.config.link.paced
+        """Tells every rank where the others are."""
+        said = dict(self._receive(p.Meeting, deadline) for _ in self._ranks)
+        near = self.launcher.one_machine and not self.config.link.paced
+        meetings = [said[identity] for identity in self._ranks]
+        meets = introduced(hellos, meetings, self.machines, self.config.transport, near)
+        for identity, meet in zip(self._ranks, meets, strict=True):
+            self._send(identity, meet)
 
     def _cores(self, rank: int) -> list[int] | None:
         if self.config.cores is None:
@@ -202,7 +189,7 @@ class Controller:
             if isinstance(message, p.Loaded):
                 ready[identity] = message
             elif isinstance(message, p.Fetch):
-                self._send(identity, p.Piece(cut_out(directory, files, message.wanted)))
+                self._send(identity, p.Brought(cut_out(directory, files, message.wanted)))
             elif isinstance(message, p.Loading):
                 layers[identity] = message.done / message.total
             progress(sum(layers.values()) / len(layers))
@@ -336,6 +323,8 @@ class Controller:
         if isinstance(message, p.Failed):
             self._failed(identity, message)
         if isinstance(message, p.Lost) and self._loaded:  # a rank that loads may be silent for a while
+            if message.ended:
+                self._await_death()
             raise WorkerLost(message.reason)
         return identity, message
 
@@ -368,23 +357,15 @@ class Controller:
             several = self.launcher.may_change and identity in self._ranks
             where = f"rank {self._ranks.index(identity)}, on {self._hosts[identity]}: " if several else ""
             raise InputError(where + message.message)
-        # A rank whose peer has died fails too, and may say so before the death is seen.
+        self._await_death()
+        raise (WorkerLost if message.kind == "link" else WorkerFailed)(message.message)
+
+    def _await_death(self) -> None:
+        """A rank whose peer has died may say so before the death is seen, and what killed it. Raises then."""
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline:
             self._demand_workers()
             time.sleep(0.01)
-        raise (WorkerLost if message.kind == "link" else WorkerFailed)(message.message)
-
-
-def _numbered_machines(hellos: Sequence[p.Hello], together: bool) -> list[int]:
-    """`together`: False where ranks of one machine are to count as ranks of several."""
-    names = [hello.machine if together else str(rank) for rank, hello in enumerate(hellos)]
-    return [names.index(name) for name in names]
-
-
-def _crowded(rank: p.Hello, hellos: Sequence[p.Hello], threads: int) -> bool:
-    """Whether a rank's machine has fewer cores than its ranks have threads."""
-    return threads * sum(hello.machine == rank.machine for hello in hellos) > rank.cores
 
 
 def _timeline(program: Program, answers: Sequence[p.Done], one_clock: bool) -> Timeline:

@@ -1,7 +1,7 @@
 """What engine and workers say to each other: msgpack over ZeroMQ, never pickle. No torch.
 
 worker -> engine   Hello, Meeting, Joined, Fetch, Loading, Loaded, Done, Lost, Failed
-engine -> worker   Assign, Meet, SetLink, Load, Piece, Run, Release, Copy, Shutdown
+engine -> worker   Assign, Meet, SetLink, Load, Brought, Run, Release, Copy, Shutdown
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Fetch(msgspec.Struct, tag=True, frozen=True):
     wanted: Wanted
 
 
-class Piece(msgspec.Struct, tag=True, frozen=True):
+class Brought(msgspec.Struct, tag=True, frozen=True):
     """Here they are."""
 
     data: bytes
@@ -201,6 +201,7 @@ class Lost(msgspec.Struct, tag=True, frozen=True):
     rank: int
     peer: int
     reason: str
+    ended: bool
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
@@ -228,7 +229,7 @@ class Shutdown(msgspec.Struct, tag=True, frozen=True):
     """End."""
 
 
-ToWorker = Assign | Meet | SetLink | Load | Piece | Run | Release | Copy | Shutdown
+ToWorker = Assign | Meet | SetLink | Load | Brought | Run | Release | Copy | Shutdown
 ToEngine = Hello | Meeting | Joined | Fetch | Loading | Loaded | Done | Lost | Failed
 
 encode = msgspec.msgpack.Encoder().encode

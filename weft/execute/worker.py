@@ -164,9 +164,9 @@ class Worker:
         self.group.barrier()
         self.say(p.Joined())
 
-    def _lost(self, peer: int, reason: str) -> None:
+    def _lost(self, peer: int, reason: str, ended: bool) -> None:
         """By a socket of its own: this is another thread, and the worker's may wait in a collective."""
-        self.alarm.send(p.encode(p.Lost(self.rank, peer, reason)))
+        self.alarm.send(p.encode(p.Lost(self.rank, peer, reason, ended)))
 
     def _load(self, m: p.Load) -> None:
         assert self.group is not None
@@ -209,7 +209,7 @@ class Worker:
     def _fetch(self, wanted: Wanted) -> bytes:
         self.say(p.Fetch(wanted))
         message = p.decode_to_worker(self.control.recv())
-        if not isinstance(message, p.Piece):  # it is over
+        if not isinstance(message, p.Brought):  # it is over
             raise SystemExit(1)
         return message.data
 

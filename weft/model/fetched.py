@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import torch
@@ -53,21 +53,24 @@ class FetchedCheckpoint(Checkpoint):
     def _headed(self, path: Path, file: WeightFile) -> None:
         """Makes a file of the right size with its header, and reads that."""
         if not (path.is_file() and path.stat().st_size == file.size):
-            length = int.from_bytes(self._fetch(Wanted(file.name, 0, 8, 8, 1)), "little")
-            header = self._fetch(Wanted(file.name, 8, length, length, 1))
-            if hashlib.sha256(header).hexdigest() != file.header:
-                raise InputError(f"{file.name} has changed on the engine's machine; start again")
-            with path.with_suffix(".new").open("wb") as made:
-                made.write(length.to_bytes(8, "little") + header)
-                made.truncate(file.size)
-            self._here = {line for line in self._here if not line.startswith(f"{file.name} ")}
-            path.with_suffix(".new").replace(path)
+            self._begin(path, file)
         with path.open("rb") as there:
             length = int.from_bytes(there.read(8), "little")
             said = json.loads(there.read(length))
         for name, what in said.items():
             if name != "__metadata__":
                 self._tensors[name] = (file.name, 8 + length, what)
+
+    def _begin(self, path: Path, file: WeightFile) -> None:
+        length = int.from_bytes(self._fetch(Wanted(file.name, 0, 8, 8, 1)), "little")
+        header = self._fetch(Wanted(file.name, 8, length, length, 1))
+        if hashlib.sha256(header).hexdigest() != file.header:
+            raise InputError(f"{file.name} has changed on the engine's machine; start again")
+        with path.with_suffix(".new").open("wb") as made:
+            made.write(length.to_bytes(8, "little") + header)
+            made.truncate(file.size)
+        self._here = {line for line in self._here if not line.startswith(f"{file.name} ")}
+        path.with_suffix(".new").replace(path)
 
     def read(self, name: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
         """See `Checkpoint`; what isn't here comes first."""
@@ -95,15 +98,18 @@ class FetchedCheckpoint(Checkpoint):
         try:
             with (self.directory / wanted.file).open("r+b") as file:
                 for part in _pieces(wanted):
-                    data = memoryview(self._fetch(part))
-                    for number in range(part.times):
-                        file.seek(part.start + number * part.stride)
-                        file.write(data[number * part.length : (number + 1) * part.length])
+                    _write(file, part, memoryview(self._fetch(part)))
             self._here.add(line)
             with self._journal.open("a", encoding="utf-8") as journal:
                 journal.write(line + "\n")
         except OSError as error:
             raise InputError(f"{self.directory} can't hold the fetched weights ({error.strerror})") from None
+
+
+def _write(file: BinaryIO, part: Wanted, data: memoryview) -> None:
+    for number in range(part.times):
+        file.seek(part.start + number * part.stride)
+        file.write(data[number * part.length : (number + 1) * part.length])
 
 
 def _pieces(wanted: Wanted) -> list[Wanted]:

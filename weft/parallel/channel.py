@@ -51,19 +51,19 @@ class Channel:
     def send(self, tensor: Tensor) -> Parcel:
         """Starts sending; the tensor, contiguous, stays untouched until it is over."""
         assert tensor.is_contiguous(), "messages are contiguous"
-        message = Parcel(tensor, self.pump)
-        if not message.over:
-            self.outgoing.append(message)
+        parcel = Parcel(tensor, self.pump)
+        if not parcel.over:
+            self.outgoing.append(parcel)
             self.push()
-        return message
+        return parcel
 
     def receive(self, tensor: Tensor) -> Parcel:
         """Starts receiving into a contiguous tensor."""
         assert tensor.is_contiguous(), "messages are contiguous"
-        message = Parcel(tensor, self.pump)
-        if not message.over:
-            self.incoming.append(message)
-        return message
+        parcel = Parcel(tensor, self.pump)
+        if not parcel.over:
+            self.incoming.append(parcel)
+        return parcel
 
     def exchange(self, tensor: Tensor, into: Tensor) -> None:
         """Sends one and receives the other."""
@@ -91,10 +91,10 @@ class Channel:
         """Lets go of what it holds."""
         raise NotImplementedError
 
-    def demand_size(self, message: Parcel, size: int) -> None:
+    def demand_size(self, parcel: Parcel, size: int) -> None:
         """Before a byte is taken. Raises `LinkLost`."""
-        if message.size != size:
-            raise LinkLost(f"rank {self.peer} sent {size} bytes where {message.size} were due")
+        if parcel.size != size:
+            raise LinkLost(f"rank {self.peer} sent {size} bytes where {parcel.size} were due")
 
     def gone(self) -> LinkLost:
         """What is raised when the peer has closed its end."""
@@ -110,12 +110,12 @@ class Pump:
         self._lost, self._spin, self._computes = lost, spin, get_ident()
         self._on_time: set[int] = set()  # threads that are woken so
 
-    def until(self, message: Parcel) -> None:
-        """Moves everything until this message is over. Raises `LinkLost`."""
+    def until(self, parcel: Parcel) -> None:
+        """Moves everything until this one is over. Raises `LinkLost`."""
         patience = 0.0
         while True:
             moved = self._move()
-            if message.over:
+            if parcel.over:
                 return
             now = time.perf_counter()
             if moved or not patience:

@@ -69,17 +69,15 @@ class Gloo:
         """
         ranks = sorted([*peers, self.rank])
         place = {rank: number for number, rank in enumerate(ranks)}
-        # torch has no types for its process groups: Any here, checked by the tests.
-        with _link(ranks[0]):
-            up, down = (
-                dist.ProcessGroupGloo(self._prefixed(f"{purpose} {ranks} {way}"), place[self.rank], len(ranks), TIMEOUT)
-                for way in ("up", "down")
-            )
+        up, down = (self._made(f"{purpose} {ranks} {way}", place[self.rank], len(ranks)) for way in ("up", "down"))
         ways = {peer: (up, down) if peer > self.rank else (down, up) for peer in peers}
         return {peer: _Pair(peer, place[peer], *way) for peer, way in ways.items()}
 
-    def _prefixed(self, text: str) -> Any:
-        return dist.PrefixStore(text, self._store)  # type: ignore[attr-defined]
+    def _made(self, name: str, rank: int, world: int) -> Any:
+        """torch has no types for its process groups: Any here, checked by the tests."""
+        store = dist.PrefixStore(name, self._store)  # type: ignore[attr-defined]
+        with _link(self.rank):
+            return dist.ProcessGroupGloo(store, rank, world, TIMEOUT)
 
     def close(self) -> None:
         """Nothing is held but by what was opened."""

@@ -2,17 +2,19 @@
 
 Every rank listens on one port, and on a socket of this machine's where others share its memory. A connection is let in
 after its hand-shake (handshake.py) and waits here until it is asked for. One thread does that, and sends every other
-rank a byte four times a second: who ends is noticed at once, who hangs or is cut off by its silence. Knows addresses,
+rank a byte four times a second: who ends is noticed at once, who is cut off or hangs by its silence. Knows addresses,
 keys and seconds; knows nothing of what ranks say. No torch.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import selectors
 import socket
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +27,8 @@ from weft.parallel import handshake as h
 from weft.parallel import ring
 
 EVERY = 0.25  # seconds between signs of life
-SILENT = 1.5  # seconds after which a peer counts as lost
+CUT = 1.5  # seconds of silence after which a peer counts as lost, if its system takes nothing in either
+SILENT = 3.0  # and if it does: its process may only wait for its turn
 OWN_PAUSE = 0.75  # seconds that this thread itself did not run: then nothing is known of the others
 JOIN_SECONDS = 60.0  # to find another rank that is there
 GUESTS = 32  # hand-shakes at a time; one more ends the one that has taken longest
@@ -95,7 +98,7 @@ class Mesh:
         self.lost: str | None = None  # why the group is of no use any more
         self._places: Sequence[Place] = ()
         self._keys: Sequence[bytes] = ()
-        self._tell: Callable[[int, str], None] = lambda peer, reason: None
+        self._tell: Callable[[int, str, bool], None] = lambda peer, reason, ended: None
         self._guests: list[_Guest] = []
         self._arrived: dict[tuple[bytes, int], tuple[socket.socket, int | None]] = {}
         self._there = threading.Condition()
@@ -108,10 +111,10 @@ class Mesh:
 
     def join(
         self, rank: int, places: Sequence[Place], keys: Sequence[bytes],
-        tell: Callable[[int, str], None] = lambda peer, reason: None,
+        tell: Callable[[int, str, bool], None] = lambda peer, reason, ended: None,
     ) -> None:  # fmt: skip
-        """Becomes this rank of those that listen at `places`. `keys`: shared with each. `tell`: (peer, why), again and
-        again while one is lost, from a thread of the mesh's own. Raises `LinkLost`."""
+        """Becomes this rank of those that listen at `places`. `keys`: shared with each. `tell`: (peer, why, whether it
+        has ended), again and again while one is lost, from a thread of the mesh's own. Raises `LinkLost`."""
         self.rank, self._places, self._keys, self._tell = rank, places, keys, tell
         for listening in self._listening:
             listening.setblocking(False)
@@ -151,15 +154,13 @@ class Mesh:
             try:
                 self._introduce(connection, peer, label, memory)
                 return connection
-            except h.NotAMember as refused:
+            except (h.NotAMember, OSError) as error:
                 connection.close()
-                raise LinkLost(
-                    f"what listens at {_where(self._places[peer])} is not rank {peer}: it {refused}"
-                ) from None
-            except OSError as error:
-                connection.close()
+                where = f"rank {peer} at {_where(self._places[peer])}"
+                if isinstance(error, h.NotAMember):
+                    raise LinkLost(f"{where}: what listens there is another one, it {error}") from None
                 if time.monotonic() > end or self._over or self.lost:
-                    raise LinkLost(f"rank {peer} at {_where(self._places[peer])} can't be reached ({error})") from None
+                    raise LinkLost(f"{where} can't be reached ({error})") from None
                 time.sleep(0.05)
 
     def _introduce(self, connection: socket.socket, peer: int, label: bytes, memory: int | None) -> None:
@@ -167,13 +168,7 @@ class Mesh:
         connection.connect(_sockaddr(self._places[peer]))
         said = h.hello(self.rank, peer, label)
         connection.sendall(said)
-        answer = b""
-        while len(answer) < h.CHALLENGE_BYTES:
-            part = connection.recv(h.CHALLENGE_BYTES - len(answer))
-            if not part:
-                raise ConnectionError("it hung up")
-            answer += part
-        shown = h.proof(self._keys[peer], said, answer)
+        shown = h.proof(self._keys[peer], said, _exactly(connection, h.CHALLENGE_BYTES))
         if memory is not None:
             socket.send_fds(connection, [shown], [memory])
         else:
@@ -206,15 +201,27 @@ class Mesh:
             if now - sent >= EVERY:
                 sent = now
                 self._beat()
-            for peer, then in list(self._heard.items()):
-                if now - then > SILENT:
-                    self._heard[peer] = now  # and again, should it stay silent: who is told may not listen yet
-                    self._lose(peer, now - then)
+            self._demand_signs(now)
+
+    def _demand_signs(self, now: float) -> None:
+        """Of life, from every peer."""
+        for peer, then in list(self._heard.items()):
+            if now - then > (CUT if self._unheard(peer) else SILENT):
+                self._heard[peer] = now  # and again, should it stay silent: who is told may not listen yet
+                self._lose(peer, now - then)
 
     def _beat(self) -> None:
         for pulse in list(self._pulses.values()):
             with suppress(OSError):  # nothing more goes in: its silence says so
                 pulse.send(b".")
+
+    def _unheard(self, peer: int) -> bool:
+        """Whether what was sent to a peer on another machine has not arrived at its system."""
+        waiting, pulse = bytearray(4), self._pulses.get(peer)
+        if pulse is not None and pulse.family != socket.AF_UNIX:
+            with suppress(OSError):
+                fcntl.ioctl(pulse, termios.TIOCOUTQ, waiting)
+        return any(waiting)
 
     def _listen_to_new_pulses(self) -> None:
         known = self._selector.get_map()
@@ -240,7 +247,7 @@ class Mesh:
         ended = peer not in self._pulses
         silent = f"rank {self.rank} heard nothing from rank {peer} for {seconds:.1f} s"
         self.lost = f"the connection to rank {peer} has ended" if ended else silent
-        self._tell(peer, self.lost)
+        self._tell(peer, self.lost, ended)
 
     def _accept(self, listening: socket.socket) -> None:
         with suppress(OSError):
@@ -317,13 +324,22 @@ class Mesh:
         if self._thread.is_alive():
             self._thread.join(timeout=5)
         self._selector.close()
-        for guest in self._guests:
-            guest.close()
-        for each in (*self._listening, *self._pulses.values(), self._bell, self._woken):
+        guests = [guest.socket for guest in self._guests]
+        for each in (*self._listening, *guests, *self._pulses.values(), self._bell, self._woken):
             each.close()
         for arrived in self._arrived.values():
             _close(arrived)
         self._arrived.clear()
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes:
+    said = b""
+    while len(said) < size:
+        part = connection.recv(size - len(said))
+        if not part:
+            raise ConnectionError("it hung up")
+        said += part
+    return said
 
 
 def _with_memory(bell: socket.socket, memory: int | None) -> Connection:

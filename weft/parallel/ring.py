@@ -22,7 +22,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from weft.errors import InputError
-from weft.parallel.channel import LOOK, Channel, Pump
+from weft.parallel.channel import LOOK, Channel, Parcel, Pump
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,11 +57,7 @@ def _fence() -> None:
 
 def new_region() -> int:
     """Memory for both directions, as a file descriptor. Raises `InputError` if there is none."""
-    if hasattr(os, "memfd_create"):
-        handle = os.memfd_create("weft", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    else:
-        with tempfile.TemporaryFile() as file:  # has no name
-            handle = os.dup(file.fileno())
+    handle = _nameless()
     try:
         os.fchmod(handle, 0o600)
         os.posix_fallocate(handle, 0, REGION)
@@ -73,6 +69,13 @@ def new_region() -> int:
             f"there is no {REGION >> 20} MiB of memory for two ranks to share ({error.strerror}); give --transport tcp"
         ) from None
     return handle
+
+
+def _nameless() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("weft", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 def sound(handle: int) -> bool:
@@ -132,7 +135,7 @@ class RingChannel(Channel):
         self._ended = False
 
     def exchange(self, tensor: Tensor, into: Tensor) -> None:
-        """As it is for a few rows, where nothing is under way: whole, at once, with no message of its own."""
+        """As it is for a few rows, where nothing is under way: whole, at once, with no parcel made."""
         size, out, ring = tensor.nbytes, self._out, self._in
         start, whole = out.at & (RING - 1), HEADER.size + size + -size % HEADER.size
         if (
@@ -168,20 +171,18 @@ class RingChannel(Channel):
     def push(self) -> bool:
         before, ring, taken = self._out.at, self._out, self._out.words[TAKEN]
         while self.outgoing:
-            message = self.outgoing[0]
-            if not message.moved:
+            parcel = self.outgoing[0]
+            if not parcel.moved:
                 if RING - (ring.at - taken) < HEADER.size:
                     break
-                HEADER.pack_into(ring.view, ring.at & (RING - 1), message.size)
-                ring.at += HEADER.size
-                message.moved = HEADER.size
-            sent = message.moved - HEADER.size
-            part = min(message.size - sent, RING - (ring.at - taken), PIECE)
-            ring.put(message.tensor.data_ptr() + sent, part)
-            message.moved += part
-            if sent + part == message.size:
-                ring.at += -message.size % HEADER.size
-                message.over = True
+                self._put_header(ring, parcel)
+            sent = parcel.moved - HEADER.size
+            part = min(parcel.size - sent, RING - (ring.at - taken), PIECE)
+            ring.put(parcel.tensor.data_ptr() + sent, part)
+            parcel.moved += part
+            if sent + part == parcel.size:
+                ring.at += -parcel.size % HEADER.size
+                parcel.over = True
                 self.outgoing.popleft()
             elif not part and taken == (taken := ring.words[TAKEN]):
                 break
@@ -191,22 +192,30 @@ class RingChannel(Channel):
     def pull(self) -> bool:
         before, ring, written = self._in.at, self._in, self._in.words[WRITTEN]
         while self.incoming and ring.at < written:
-            message = self.incoming[0]
-            if not message.moved:
-                self.demand_size(message, *HEADER.unpack_from(ring.view, ring.at & (RING - 1)))
-                ring.at += HEADER.size
-                message.moved = HEADER.size
-            come = message.moved - HEADER.size
-            part = min(message.size - come, written - ring.at, PIECE)
-            ring.take(message.tensor.data_ptr() + come, part)
-            message.moved += part
-            if come + part == message.size:
-                ring.at += -message.size % HEADER.size
-                message.over = True
+            parcel = self.incoming[0]
+            if not parcel.moved:
+                self._take_header(ring, parcel)
+            come = parcel.moved - HEADER.size
+            part = min(parcel.size - come, written - ring.at, PIECE)
+            ring.take(parcel.tensor.data_ptr() + come, part)
+            parcel.moved += part
+            if come + part == parcel.size:
+                ring.at += -parcel.size % HEADER.size
+                parcel.over = True
                 self.incoming.popleft()
             self._publish(ring, TAKEN, WRITER_SLEEPS)
             written = ring.words[WRITTEN]
         return ring.at != before
+
+    def _take_header(self, ring: _Ring, parcel: Parcel) -> None:
+        self.demand_size(parcel, *HEADER.unpack_from(ring.view, ring.at & (RING - 1)))
+        ring.at += HEADER.size
+        parcel.moved = HEADER.size
+
+    def _put_header(self, ring: _Ring, parcel: Parcel) -> None:
+        HEADER.pack_into(ring.view, ring.at & (RING - 1), parcel.size)
+        ring.at += HEADER.size
+        parcel.moved = HEADER.size
 
     def _publish(self, ring: _Ring, counter: int, sleeps: int) -> None:
         """Tells how far this side has come, and wakes the other one if it sleeps for that."""

@@ -37,19 +37,25 @@ class StreamChannel(Channel):
         moved = False
         while self.outgoing:
             parcel = self.outgoing[0]
-            if not parcel.moved:
-                self._sending = HEADER.pack(parcel.size, self._due(HEADER.size + parcel.size))
-            try:
-                parcel.moved += self._out.sendmsg(_rest(memoryview(self._sending), parcel))
-            except BlockingIOError:
+            if not self._give(parcel):
                 break
-            except OSError:
-                raise self.gone() from None
             moved = True
             if parcel.moved == parcel.size + HEADER.size:
                 parcel.over = True
                 self.outgoing.popleft()
         return moved
+
+    def _give(self, parcel: Parcel) -> bool:
+        """What can be sent of it now; False if nothing can."""
+        if not parcel.moved:
+            self._sending = HEADER.pack(parcel.size, self._due(HEADER.size + parcel.size))
+        try:
+            parcel.moved += self._out.sendmsg(_rest(memoryview(self._sending), parcel))
+        except BlockingIOError:
+            return False
+        except OSError:
+            raise self.gone() from None
+        return True
 
     def pull(self) -> bool:
         moved = False

@@ -1,0 +1,42 @@
+"""Where the ranks of a group are, and what each is told of the others. Knows what they said. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from weft.errors import InputError
+from weft.execute.protocol import Hello, Meet, Meeting
+from weft.parallel.handshake import new_key, pair_key
+
+
+def numbered_machines(hellos: Sequence[Hello], together: bool) -> list[int]:
+    """Of each rank a number, equal for ranks of one machine. `together`: False where each counts as on its own."""
+    names = [hello.machine if together else str(rank) for rank, hello in enumerate(hellos)]
+    return [names.index(name) for name in names]
+
+
+def crowded(rank: Hello, hellos: Sequence[Hello], threads: int) -> bool:
+    """Whether a rank's machine has fewer cores than its ranks have threads."""
+    return threads * sum(hello.machine == rank.machine for hello in hellos) > rank.cores
+
+
+def introduced(
+    hellos: Sequence[Hello], meetings: Sequence[Meeting], machines: Sequence[int], transport: str, near: bool
+) -> list[Meet]:  # fmt: skip
+    """For each rank where the others are, as it is to reach them, and the keys that it shares with them. `near`: ranks
+    of one machine may share memory. Raises `InputError` where they were to and can't."""
+    group, meets = new_key(), []
+    by_rank = [replace(meeting, machine=machine) for meeting, machine in zip(meetings, machines, strict=True)]
+    for rank, here in enumerate(hellos):
+        sharing = [near and here.machine == there.machine and transport in ("auto", "shm") for there in hellos]
+        seen = [each if share else replace(each, name="") for each, share in zip(by_rank, sharing, strict=True)]
+        if transport == "shm" and not all(place.name for place in seen):
+            raise InputError(f"--transport shm is for ranks that share memory; those on {_hosts(hellos)} don't")
+        meets.append(Meet(seen, [pair_key(group, rank, other) for other in range(len(hellos))]))
+    return meets
+
+
+def _hosts(hellos: Sequence[Hello]) -> str:
+    return ", ".join(dict.fromkeys(hello.host for hello in hellos))
