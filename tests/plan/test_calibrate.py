@@ -28,7 +28,7 @@ SUBJECT = Subject(
 
 
 def machine(truth: Costs, noise: float = 0.0) -> Probe:
-    """Runs a program by simulating it, with every event a little longer or shorter."""
+    """Runs a program by simulating it, with every event a little longer or shorter; a sum is so on all ranks."""
     random = Random(7)
 
     def probe(batch: Batch, program: Program, wire: str, part: str) -> Sample:
@@ -38,8 +38,14 @@ def machine(truth: Costs, noise: float = 0.0) -> Probe:
         elif part == "compute":
             alone = replace(truth, contention=Contention())
             timeline = _only(simulate(program, batch, alone, wire), COMPUTE)
+        longer: dict[object, float] = {}
+        for e in timeline.events:
+            longer.setdefault(
+                (e.stage, e.rows, e.kind, e.rank * (e.lane == COMPUTE)), random.uniform(1 - noise, 1 + noise)
+            )
         events = tuple(
-            replace(e, stop=e.start + e.seconds * random.uniform(1 - noise, 1 + noise)) for e in timeline.events
+            replace(e, stop=e.start + e.seconds * longer[e.stage, e.rows, e.kind, e.rank * (e.lane == COMPUTE)])
+            for e in timeline.events
         )
         sums = [e for e in events if e.lane is NETWORK and e.rank == 0]
         size = {e: 4.0 * truth.width * e.rows.length for e in sums}

@@ -340,9 +340,9 @@ def _computing(sample: Sample) -> float:
 
 
 def _collectives(timeline: Timeline) -> list[float]:
-    """Seconds of each sum on the rank where it took the shortest: the one that came last waited for no other."""
+    """Seconds of each sum, from when the last rank came until the last one has it."""
     lanes = [[e for e in timeline.lane(rank, NETWORK) if e.kind is Kind.REDUCE] for rank in timeline.ranks]
-    return [min(event.seconds for event in same) for same in zip(*lanes, strict=True)]
+    return [max(e.stop for e in same) - max(e.start for e in same) for same in zip(*lanes, strict=True)]
 
 
 def _rising(table: Table) -> Table:
