@@ -30,7 +30,7 @@ EVERY = 0.25  # seconds between signs of life
 CUT = 1.5  # seconds of silence after which a peer counts as lost, if its system takes nothing in either
 SILENT = 3.0  # and if it does: its process may only wait for its turn
 OWN_PAUSE = 0.75  # seconds that this thread itself did not run: then nothing is known of the others
-JOIN_SECONDS = 60.0  # to find another rank that is there
+JOIN_SECONDS = 10.0  # to find another rank, which listens before anybody is told of it
 GUESTS = 32  # hand-shakes at a time; one more ends the one that has taken longest
 GUEST_SECONDS = 2.0
 PULSE = h.label_of("pulse")
@@ -175,13 +175,13 @@ class Mesh:
             connection.sendall(shown)
 
     def _await(self, peer: int, label: bytes) -> tuple[socket.socket, int | None]:
-        """The answering side: what has come of that peer for that purpose, or comes soon."""
-        key = label, peer
+        """The answering side: what has come of that peer for that purpose, or comes. Who has joined and lives may take
+        its time: it may still be at what comes before."""
+        key, end = (label, peer), time.monotonic() + JOIN_SECONDS
         with self._there:
-            end = time.monotonic() + JOIN_SECONDS
             while key not in self._arrived:
                 self._there.wait(0.1)
-                if self.lost or self._over or time.monotonic() > end:
+                if self.lost or self._over or (label == PULSE and time.monotonic() > end):
                     raise LinkLost(self.lost or f"rank {peer} at {_where(self._places[peer])} has not connected")
             return self._arrived.pop(key)
 
@@ -267,6 +267,8 @@ class Mesh:
 
     def _answer(self, guest: _Guest) -> None:
         """Goes on with a hand-shake."""
+        if guest not in self._guests:  # it was sent away for another one that came in the same moment
+            return
         try:
             self._read(guest)
             due = h.PROOF_BYTES if guest.hello else h.HELLO_BYTES
