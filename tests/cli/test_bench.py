@@ -33,6 +33,19 @@ def test_table_and_files(tmp_path: Path) -> None:
     assert files["--timeline"].read_text().count("link none") == 3  # serial, predicted, best
 
 
+def test_paced_links_need_nothing(tmp_path: Path) -> None:
+    out, plot = tmp_path / "out.json", tmp_path / "plot.svg"
+    done = weft(
+        "bench", "--tokens", "256", "--threads", "1", "--link", "100mbit,1ms,1x", "--overlap", "iso:2", "--rounds", "2",
+        "--json", str(out), "--plot", str(plot), process=True,
+    )  # fmt: skip
+    assert "link 100mbit,1ms" in done.stdout and "(1 x balance)" in done.stdout
+    slow, _, balanced, _ = json.loads(out.read_text())["runs"]
+    assert slow["link"] == "100mbit,1ms" and slow["serial_median"] > balanced["serial_median"]
+    wire = slow["bytes_on_wire"] * 8 / 100e6
+    assert wire < slow["network_alone"] < 2 * wire + 0.1 and plot.read_text().startswith("<svg")
+
+
 @needs_namespaces
 def test_shaped_links_and_the_devices_counters(tmp_path: Path) -> None:
     out, plot = tmp_path / "out.json", tmp_path / "plot.svg"
