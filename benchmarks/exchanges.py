@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Thread
 
 import torch
@@ -38,7 +39,8 @@ from weft.parallel.direct import Direct
 from weft.parallel.gloo import Gloo, host_store, join_store
 from weft.parallel.group import Group
 from weft.parallel.handshake import new_key, pair_key
-from weft.parallel.mesh import Mesh, Place
+from weft.parallel.listening import Place
+from weft.parallel.mesh import Mesh
 
 SIZES = "2048,8192,131072,1048576,8388608"
 REGION = 64 << 20
@@ -73,21 +75,29 @@ class BareTcp:
 
     def __init__(self, out: socket.socket, into: socket.socket) -> None:
         self.out, self.into = out, into
+        self.to_send: SimpleQueue[memoryview] = SimpleQueue()
+        self.sent: SimpleQueue[None] = SimpleQueue()
+        Thread(target=self._send, daemon=True).start()
+
+    def _send(self) -> None:
+        while True:
+            self.out.sendall(self.to_send.get())
+            self.sent.put(None)
 
     def __call__(self, partial: torch.Tensor) -> None:
         """The sum takes the partial's place."""
         received = torch.empty_like(partial)
         sent, taken = (memoryview(each.numpy()).cast("B") for each in (partial, received))
-        sender = Thread(target=self.out.sendall, args=(sent,)) if len(sent) >= 1 << 18 else None
-        if sender is None:
-            self.out.sendall(sent)
+        beside = len(sent) >= 1 << 18
+        if beside:
+            self.to_send.put(sent)
         else:
-            sender.start()
+            self.out.sendall(sent)
         count = 0
         while count < len(taken):
             count += self.into.recv_into(taken[count:])
-        if sender is not None:
-            sender.join()
+        if beside:
+            self.sent.get()
         torch.add(partial, received, out=partial)
 
 

@@ -45,7 +45,8 @@ from weft.parallel.allreduce import all_reduce, swap
 from weft.parallel.codec import codec_named
 from weft.parallel.direct import Direct
 from weft.parallel.group import Group
-from weft.parallel.mesh import Mesh, Place
+from weft.parallel.listening import Place
+from weft.parallel.mesh import Mesh
 from weft.program.batch import Batch, Rows, Segment
 from weft.program.build import build
 from weft.program.strategy import Strategy

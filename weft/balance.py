@@ -1,4 +1,5 @@
 """The speed of a link at which a prompt's messages take as long as its computation: where overlap has most to hide.
+A delay comes beside that: it is not in what is looked for.
 
 Knows seconds and speeds; knows nothing of how a link is made slower.
 """

@@ -279,6 +279,8 @@ class EngineConfig:
             raise InputError(f"--shares {','.join(map(str, shares))}: every share must be a number above 0")
         one_of(wire, "--wire", WIRES)
         one_of(transport, "--transport", TRANSPORTS)
+        if link.shaped and transport == "shm":
+            raise InputError(f"--link {link}: ranks are as on several machines there; leave out --transport shm")
         if link.paced and transport not in ("auto", "tcp"):
             raise InputError(
                 f"--link {link} is kept by weft's own transport over TCP; leave out --transport {transport}"

@@ -39,6 +39,12 @@ def open_engine(
     link = Link.parse(link) if isinstance(link, str) else link
     if not link.free and launcher is not None and not launcher.one_clock:
         raise InputError(f"--link {link} is for ranks of this machine; leave it out where other machines join")
+    if ranks == "auto" and (link.shaped or launcher is not None or shares is not None or threads is not None):
+        raise InputError(
+            "--tp auto takes this machine's cores as they are: no shaped link, shares, threads or machines"
+        )
+    if not link.free and launcher is not None and link.shaped != isinstance(launcher, NamespaceLauncher):
+        raise InputError(f"--link {link} is not for this launcher, which has its own; leave it out")
     if link.shaped and launcher is None:
         launcher = NamespaceLauncher()
     directory = locate(model)
@@ -51,8 +57,6 @@ def open_engine(
     )  # fmt: skip
     line = None
     if ranks == "auto":
-        if launcher is not None or shares is not None or threads is not None:
-            raise InputError("--tp auto divides this machine's cores itself: leave shares, threads and machines out")
         configs = [resolve(ranks=count) for count in counts(model_config)]
         config, line = best_of(directory, model_config, configs, progress or (lambda what, share: None), recalibrate)
     else:

@@ -79,12 +79,18 @@ class Workers:
 
     def _make_link(self, planner: Planner, tell: Progress) -> list[str]:
         """Makes the link as fast as a multiple of the balance comes to here. A line on a link that isn't what it is."""
-        link = self.config.link
-        if link.free or self.config.ranks == 1:
+        link, transport = self.config.link, self.config.transport
+        if self.config.ranks == 1:
+            told = [] if link.free else [f"--link {link}"]
+            told += [] if transport == "auto" else [f"--transport {transport}"]
+            return [f"{' and '.join(told)}: not used, as one rank sends nothing"] if told else []
+        if link.free:
             return []
         if link.times is not None:
             tell("looking for the balance", 0.0)
-            rate = balance(self._alone(planner), lambda rate: self.controller.set_link(link.at(rate)))
+            rate = balance(
+                self._alone(planner), lambda rate: self.controller.set_link(replace(link.at(rate), delay=0.0))
+            )
             self.controller.set_link(link.at(link.times * rate))
             self.controller.release([0])
         found = f", {link.times:g} times the balance found here" if link.times is not None else ""

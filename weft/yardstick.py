@@ -63,7 +63,7 @@ def measured(engine: Engine) -> Yardstick:
     def seconds(batch: Batch, tokens: list[int], times: int) -> float:
         plan = engine.planner.plan(batch)
         runs = [engine.probe(batch, tokens, plan, RunOptions()) for _ in range(times + 1)]
-        return median(run.seconds + run.sampling for run in runs[1:])
+        return median(run.seconds for run in runs[1:])
 
     prompt = seconds(one_prompt(length), ids, 3)
     token = seconds(Batch((Segment(0, length, 1),)), ids[:1], 20)  # its past is what the prompts left

@@ -175,7 +175,7 @@ def test_another_checkpoint_is_told_from_the_same(packaged: Path, tmp_path: Path
     weights = load_file(packaged / "model.safetensors")
     save_file({**weights, "one.more": torch.zeros(3)}, other / "model.safetensors")
     with (changed / "model.safetensors").open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
+        file.seek(-1, os.SEEK_END)  # beside all samples
         file.write(b"\x07")
 
     def engine(there: Path, content: bool = False) -> None:
@@ -189,7 +189,7 @@ def test_another_checkpoint_is_told_from_the_same(packaged: Path, tmp_path: Path
     ):
         engine(other)
     engine(changed)
-    with pytest.raises(InputError, match=r"changed/model\.safetensors is not the file .*\(another content\)"):
+    with pytest.raises(InputError, match=r"changed/model\.safetensors is not the file .*\(other numbers\)"):
         engine(changed, content=True)
 
 

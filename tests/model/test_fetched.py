@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
+import shutil
+import threading
+from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -68,7 +72,8 @@ def test_nothing_comes_twice_and_other_parts_come_later(there: Path, tmp_path: P
     other = Counting(there)
     for part, more in ((range(10), True), (range(10), False), (range(10, 20), True)):
         other.asked.clear()
-        FetchedCheckpoint(other.files, other, tmp_path / "cache").read("model.a", rows=part)
+        with closing(FetchedCheckpoint(other.files, other, tmp_path / "cache")) as here:
+            here.read("model.a", rows=part)
         assert bool(other.asked) == more
     assert sum(wanted.length * wanted.times for wanted in other.asked) == 10 * 30 * 4
 
@@ -84,8 +89,8 @@ def test_a_fetch_that_is_broken_off_goes_on(there: Path, tmp_path: Path, monkeyp
             raise RuntimeError("the link is lost")
         return other(wanted)
 
-    with pytest.raises(RuntimeError):
-        FetchedCheckpoint(other.files, failing, tmp_path / "cache").read("model.a")
+    with pytest.raises(RuntimeError), closing(FetchedCheckpoint(other.files, failing, tmp_path / "cache")) as here:
+        here.read("model.a")
     here = FetchedCheckpoint(other.files, other, tmp_path / "cache")
     assert torch.equal(here.read("model.a"), TENSORS["model.a"])
 
@@ -95,7 +100,7 @@ def test_a_fetch_that_is_broken_off_goes_on(there: Path, tmp_path: Path, monkeyp
     [
         Wanted("../secret", 0, 1, 1, 1), Wanted("config.json", 0, 1, 1, 1), Wanted("model.safetensors", -5, 10, 1, 1),
         Wanted("model.safetensors", 0, 1 << 40, 1, 1), Wanted("model.safetensors", 0, 8, 1 << 40, 2),
-        Wanted("model.safetensors", 0, 1 << 20, 0, 1000),
+        Wanted("model.safetensors", 0, 1 << 20, 0, 1000), Wanted("model.safetensors", 0, 0, 0, 10**15),
     ],
 )  # fmt: skip
 def test_nothing_else_is_given_out(there: Path, wanted: Wanted) -> None:
@@ -119,17 +124,61 @@ def test_what_differs_is_named(there: Path, tmp_path: Path) -> None:
     save_file(TENSORS, here / "model.safetensors")
     demand_same(here, files)
     save_file({name: tensor + 1 for name, tensor in TENSORS.items()}, here / "model.safetensors")
-    demand_same(here, fingerprint(there))
-    with pytest.raises(InputError, match="another content"):
-        demand_same(here, files)
+    for known in (files, fingerprint(there)):  # as an older version of the same model would
+        with pytest.raises(InputError, match="other numbers"):
+            demand_same(here, known)
     save_file(
         {("model.z" if name == "model.a" else name): t for name, t in TENSORS.items()}, here / "model.safetensors"
     )
-    with pytest.raises(InputError, match=r"bytes here|another header"):
+    with pytest.raises(InputError, match=r"bytes here|other tensors"):
         demand_same(here, files)
     (here / "model.safetensors").write_bytes(b"\xff" * 40)
     with pytest.raises(InputError, match="truncated or corrupt"):
         demand_same(here, files)
+
+
+def test_a_file_that_was_lost_is_fetched_anew(there: Path, tmp_path: Path) -> None:
+    """Whatever the journal said of it."""
+    other = Counting(there)
+    for part in (range(20), range(20, 40)):
+        with closing(FetchedCheckpoint(other.files, other, tmp_path / "cache")) as here:
+            here.read("model.a", rows=part)
+            (here.directory / "model.safetensors").unlink()
+    for part in (range(20, 40), range(20)):
+        with closing(FetchedCheckpoint(other.files, other, tmp_path / "cache")) as here:
+            assert torch.equal(here.read("model.a", rows=part), TENSORS["model.a"][part.start : part.stop])
+
+
+def test_two_ranks_of_one_machine_take_turns(there: Path, tmp_path: Path) -> None:
+    other, read = Counting(there), list[bool]()
+
+    def rank(part: range) -> None:
+        with closing(FetchedCheckpoint(other.files, other, tmp_path / "cache")) as here:
+            read.append(torch.equal(here.read("model.a", rows=part), TENSORS["model.a"][part.start : part.stop]))
+
+    threads = [threading.Thread(target=rank, args=(part,)) for part in (range(20), range(20, 40), range(40))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert read == [True] * 3
+
+
+def test_names_stay_in_the_directory(there: Path, tmp_path: Path) -> None:
+    [file] = fingerprint(there)
+    evil = [msgspec.structs.replace(file, name="../../evil.bin")]
+    with pytest.raises(InputError, match="none of a directory"):
+        FetchedCheckpoint(evil, Counting(there), tmp_path / "cache")
+    with pytest.raises(InputError, match="no file of a directory"):
+        demand_same(there, evil)
+
+
+def test_what_would_be_read_is_what_is_compared(there: Path, tmp_path: Path) -> None:
+    """An index's shards beside an older single file."""
+    files = [msgspec.structs.replace(file, name="model-00001-of-00001.safetensors") for file in fingerprint(there)]
+    shutil.copy(there / "model.safetensors", there / files[0].name)
+    with pytest.raises(InputError, match=r"would be read from model.safetensors, and the engine's machine has model-0"):
+        demand_same(there, files)
 
 
 def test_a_disk_that_takes_nothing(there: Path, tmp_path: Path) -> None:

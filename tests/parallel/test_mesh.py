@@ -19,7 +19,8 @@ from weft.parallel import mesh as module
 from weft.parallel import ring
 from weft.parallel.direct import Direct
 from weft.parallel.group import Group
-from weft.parallel.mesh import Mesh, Place
+from weft.parallel.listening import Place, of_system
+from weft.parallel.mesh import Mesh
 
 WAYS = ["shm", "tcp"]
 
@@ -42,7 +43,7 @@ def connected(place: Place, local: bool = False) -> socket.socket:
     kind = socket.AF_UNIX if local else socket.AF_INET
     guest = socket.socket(kind)
     guest.settimeout(5)
-    guest.connect("\0" + place.name if local else (place.address, place.port))
+    guest.connect(of_system(place.name) if local else (place.address, place.port))
     return guest
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -191,7 +191,7 @@ class Bench:
         def seconds(scope: str) -> float:
             return median(engine.probe(batch, ids, plan, RunOptions(scope)).seconds for _ in range(2))
 
-        return balance(seconds, lambda rate: engine.workers.controller.set_link(times.at(rate)))
+        return balance(seconds, lambda rate: engine.workers.controller.set_link(replace(times.at(rate), delay=0.0)))
 
     def _point(
         self, engine: Engine, launcher: NamespaceLauncher | None, batch: Batch, ids: list[int], link: Link,
@@ -199,7 +199,7 @@ class Bench:
     ) -> None:  # fmt: skip
         grid, ranks = self.grid, engine.config.ranks
         there = link if link.times is None or rate is None else link.at(rate * link.times)
-        text = str(there)
+        text = "none, by TCP" if there.free and grid.emulated else str(there)
         if grid.emulated and ranks > 1:
             engine.workers.controller.set_link(there)
         if ranks > 1:

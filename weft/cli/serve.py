@@ -144,7 +144,7 @@ def serve_command(
     _demand_guarded(host, bool(keys) or allow_anyone)
     with bound(host, port) as listening, bar(out) as showing:
         ranks = ranks_or_auto(tp)
-        launcher = _launcher(join_address, ranks, local_ranks, rank_ports)
+        launcher = _launcher(join_address, ranks, local_ranks, rank_ports, check_content)
         warn_of_shared_cores(out, ranks if launcher is None else local_ranks)
 
         def make(tell: Progress) -> Engine:
@@ -238,10 +238,15 @@ def _name(model: str | None) -> str:
 
 
 def _launcher(
-    join_address: str | None, ranks: int | Literal["auto"], local: int, ports: int
+    join_address: str | None, ranks: int | Literal["auto"], local: int, ports: int, content: bool
 ) -> JoinedLauncher | None:  # fmt: skip
     """For ranks on other machines."""
     if join_address is None:
+        if ports or local != 1 or content:
+            raise InputError(
+                "--rank-ports, --local-ranks and --check-content are for ranks on other machines: give "
+                "--join-address too"
+            )
         return None
     if ranks == "auto":
         raise InputError("--tp auto is for one machine; with --join-address give the number of ranks, as in --tp 2")

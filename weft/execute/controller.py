@@ -22,7 +22,7 @@ from weft.execute.places import crowded, introduced, numbered_machines
 from weft.launch.folder import Folder
 from weft.launch.launcher import Launcher
 from weft.launch.namespaces import NamespaceLauncher
-from weft.launch.sockets import engine_socket
+from weft.launch.sockets import bind, engine_socket
 from weft.links import Link
 from weft.model.fingerprint import cut_out, fingerprint
 from weft.program.batch import Batch
@@ -115,6 +115,7 @@ class Controller:
         Raises `InputError` for what the user can change, `WorkerFailed` for the rest; no worker is left then.
         """
         begin, self._loaded = time.monotonic(), False
+        (self._folder.path / "link").unlink(missing_ok=True)  # what an earlier group has not sent yet
         try:
             hellos = self._bring_up()
             loaded = self._load(directory, model, progress or (lambda share: None))
@@ -131,7 +132,7 @@ class Controller:
         self._socket = engine_socket(self._context, token)
         control = self.launcher.control_address(str(self._folder.path))
         self._socket.ipv6 = "[" in control
-        self._socket.bind(control)
+        bind(self._socket, control)
         address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)  # with the port, where it was left open
         self.launcher.meanwhile = self._meanwhile
         self.launcher.start(world, self.config.threads, address, token)

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,7 +56,8 @@ from weft.parallel.allreduce import gather_columns, swap
 from weft.parallel.codec import codec_named
 from weft.parallel.direct import Direct
 from weft.parallel.group import Group
-from weft.parallel.mesh import Mesh, Place
+from weft.parallel.listening import Place
+from weft.parallel.mesh import Mesh
 from weft.parallel.pace import Pace
 from weft.parallel.transport import Transport
 from weft.program.batch import Batch, Segment
@@ -77,8 +79,10 @@ class _Model:
 class Worker:
     """Answers the engine's messages, one at a time."""
 
-    def __init__(self, control: zmq.Socket[bytes], address: str, port: int, alarm: zmq.Socket[bytes]) -> None:
-        self.control, self.address, self.port, self.alarm = control, address, port, alarm
+    def __init__(
+        self, control: zmq.Socket[bytes], address: str, port: int, folder: str | None, alarm: zmq.Socket[bytes]
+    ) -> None:  # fmt: skip
+        self.control, self.address, self.port, self.folder, self.alarm = control, address, port, folder, alarm
         self.lanes = ThreadLanes(torch.inference_mode)
         self.rank = self.world = 0
         self.spins = True
@@ -141,7 +145,7 @@ class Worker:
         if self.world == 1:
             self._join(None)
             return
-        self.mesh, store = Mesh(self.address, self.port), 0
+        self.mesh, store = Mesh(self.address, self.port, self.folder), 0
         if message.gloo and self.rank == 0:
             self.store, store = gloo.host_store(self.address)
         self.say(p.Meeting(*self.mesh.place, store))
@@ -175,9 +179,9 @@ class Worker:
         shares = shares_of(blueprint, m.shares)
         share, dtype = shares[self.rank], getattr(torch, m.dtype)
         give_back_freed_memory()
-        with Peak() as peak:
+        with Peak() as peak, closing(self._checkpoint(m)) as checkpoint:
             weights = load(
-                self._checkpoint(m), blueprint, share, device=m.device, dtype=dtype,
+                checkpoint, blueprint, share, device=m.device, dtype=dtype,
                 exact_rows=m.exact_rows, progress=lambda done, total: self.say(p.Loading(done, total)),
             )  # fmt: skip
         kv_heads = len(share.kv_heads)
@@ -282,7 +286,9 @@ def main(arguments: list[str] | None = None) -> int:
     alarm = worker_socket(context, token)
     alarm.ipv6 = control.ipv6
     alarm.connect(given.join)
-    worker = Worker(control, given.address, given.port, alarm)
+    path = given.join.removeprefix("ipc://")  # the engine's folder, where it is on this machine
+    folder = str(Path(path).parent) if path != given.join else None
+    worker = Worker(control, given.address, given.port, folder, alarm)
     try:
         worker.serve()
     except KeyboardInterrupt:

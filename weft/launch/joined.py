@@ -124,6 +124,8 @@ class JoinedLauncher:
             raise InputError("--join-address must be the address at which the other machines reach this one, not any")
         self.host = resolved(self.host, "--join-address")
         self.local, self.told = local, told
+        if ports and ports <= port <= ports + local:
+            raise InputError(f"--rank-ports {ports} to {ports + local} and the port of --join-address overlap")
         self.token = token or secrets.token_urlsafe(24)
         self._children, self._ports = Placed(self.host, ports + 1 if ports else 0), ports
         self._context: zmq.Context[Any] = zmq.Context()

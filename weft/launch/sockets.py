@@ -7,10 +7,13 @@ what is said.
 from __future__ import annotations
 
 import hashlib
+import time
 from typing import Any
 
 import zmq
 from zmq.utils import z85
+
+from weft.errors import InputError
 
 
 def engine_socket(context: zmq.Context[Any], token: str) -> zmq.Socket[bytes]:
@@ -31,6 +34,19 @@ def worker_socket(context: zmq.Context[Any], token: str) -> zmq.Socket[bytes]:
     socket.curve_serverkey = _keys(token, "engine")[0]
     socket.linger = 1000
     return socket
+
+
+def bind(socket: zmq.Socket[bytes], address: str) -> None:
+    """An address that an earlier group has just let go of may take a moment. Raises `InputError`."""
+    end = time.monotonic() + 2.0
+    while True:
+        try:
+            socket.bind(address)
+            return
+        except zmq.ZMQError as error:
+            if time.monotonic() > end:
+                raise InputError(f"{address} can't be used ({error}); choose other --rank-ports") from None
+            time.sleep(0.05)
 
 
 def _keys(token: str, role: str) -> tuple[bytes, bytes]:

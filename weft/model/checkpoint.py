@@ -95,6 +95,10 @@ class Checkpoint:
         """Closes the file that is mapped, so that its pages stop counting as this process's memory."""
         self._open = None
 
+    def close(self) -> None:
+        """The same, for good."""
+        self.forget()
+
 
 def _opened(path: Path) -> Any:
     try:

@@ -7,8 +7,10 @@ knows nothing of how bytes travel.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +21,7 @@ from platformdirs import user_cache_path
 
 from weft.errors import InputError
 from weft.model.checkpoint import Checkpoint
-from weft.model.fingerprint import Wanted, WeightFile
+from weft.model.fingerprint import MOST_RUNS, Wanted, WeightFile
 
 PIECE = 4 << 20  # bytes that are asked for at a time
 JOURNAL = "here.txt"
@@ -36,16 +38,24 @@ class FetchedCheckpoint(Checkpoint):
     def __init__(self, files: Sequence[WeightFile], fetch: Fetch, cache: Path | None = None) -> None:
         name = hashlib.sha256(msgspec.json.encode(files)).hexdigest()[:20]
         directory = (cache or user_cache_path("weft") / "checkpoints") / name
+        if any(Path(file.name).name != file.name for file in files):
+            raise InputError("the engine's machine names files that are none of a directory")
         self._fetch, self._journal = fetch, directory / JOURNAL
+        self._lock: BinaryIO | None = None
         self._tensors: dict[str, tuple[str, int, dict[str, Any]]] = {}  # file, where its tensors begin, what it says
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            self._lock = (directory / "lock").open("wb")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)  # another rank of this machine may be fetching
             self._here = set(self._journal.read_text("utf-8").splitlines()) if self._journal.is_file() else set()
             for file in files:
                 self._headed(directory / file.name, file)
-        except OSError as error:
-            raise InputError(f"{directory} can't hold the fetched weights ({error.strerror})") from None
-        super().__init__(directory)
+            super().__init__(directory)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                raise InputError(f"{directory} can't hold the fetched weights ({error.strerror})") from None
+            raise
 
     def _find(self) -> dict[str, Path]:
         return {tensor: self.directory / file for tensor, (file, _, _) in self._tensors.items()}
@@ -70,7 +80,15 @@ class FetchedCheckpoint(Checkpoint):
             made.write(length.to_bytes(8, "little") + header)
             made.truncate(file.size)
         self._here = {line for line in self._here if not line.startswith(f"{file.name} ")}
+        self._journal.write_text("".join(f"{line}\n" for line in self._here), "utf-8")  # before it is believed
         path.with_suffix(".new").replace(path)
+
+    def close(self) -> None:
+        """Closes the mapped file, and lets other ranks of this machine fetch."""
+        self.forget()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def read(self, name: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
         """See `Checkpoint`; what isn't here comes first."""
@@ -99,6 +117,8 @@ class FetchedCheckpoint(Checkpoint):
             with (self.directory / wanted.file).open("r+b") as file:
                 for part in _pieces(wanted):
                     _write(file, part, memoryview(self._fetch(part)))
+                file.flush()
+                os.fsync(file.fileno())  # before the journal says so
             self._here.add(line)
             with self._journal.open("a", encoding="utf-8") as journal:
                 journal.write(line + "\n")
@@ -107,6 +127,8 @@ class FetchedCheckpoint(Checkpoint):
 
 
 def _write(file: BinaryIO, part: Wanted, data: memoryview) -> None:
+    if len(data) != part.length * part.times:
+        raise InputError(f"the engine's machine sent {len(data)} bytes of {part.file} where {part} was asked for")
     for number in range(part.times):
         file.seek(part.start + number * part.stride)
         file.write(data[number * part.length : (number + 1) * part.length])
@@ -115,7 +137,7 @@ def _write(file: BinaryIO, part: Wanted, data: memoryview) -> None:
 def _pieces(wanted: Wanted) -> list[Wanted]:
     """The same in parts that are not too large to be asked for."""
     if wanted.times > 1:
-        many = max(1, PIECE // wanted.length)
+        many = min(max(1, PIECE // wanted.length), MOST_RUNS)
         return [
             wanted._replace(start=wanted.start + first * wanted.stride, times=min(many, wanted.times - first))
             for first in range(0, wanted.times, many)

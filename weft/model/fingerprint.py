@@ -1,7 +1,8 @@
-"""Whether two machines hold the same weights: names, sizes and headers of their files, and on request all of them.
+"""Whether two machines hold the same weights: names, sizes, headers and samples of their files, and on request all.
 
-A header names every tensor with its type, shape and place, so checkpoints of other models, types or versions differ
-there; weights that were changed in place differ only in their content. Knows files; knows nothing of tensors. No torch.
+A header names every tensor with its type, shape and place: so checkpoints of other shapes differ there. Those of one
+shape differ in their numbers, of which samples from all over a file are compared. Knows files; knows nothing of
+tensors. No torch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 
@@ -18,16 +19,21 @@ from weft.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LONGEST_HEADER = 100 << 20  # bytes, as safetensors itself has it
+MOST_RUNS = 1 << 20
 LARGEST = 128 << 20  # bytes that may be asked for at once: a header, or a piece
 CHUNK = 1 << 20
+TOLD = {"header": "tensors", "samples": "numbers", "content": "numbers"}  # what differs where that does
+SAMPLES, SAMPLE = 64, 4096  # how many, of so many bytes
 
 
 class WeightFile(msgspec.Struct, frozen=True):
-    """One file. `header`, `content`: SHA-256 in hexadecimal; content is empty where nobody asked for it."""
+    """One file. SHA-256 in hexadecimal: `header`, `samples` of the rest, and `content`, which is empty where nobody
+    asked for it."""
 
     name: str
     size: int
     header: str
+    samples: str
     content: str = ""
 
 
@@ -61,13 +67,22 @@ def fingerprint(directory: Path, content: bool = False) -> list[WeightFile]:
 def demand_same(directory: Path, files: Sequence[WeightFile]) -> None:
     """Raises `InputError` that names the first file of a directory that is not as another machine has it."""
     for file in files:
+        if Path(file.name).name != file.name:
+            raise InputError(f"the engine's machine names {file.name!r}, which is no file of a directory")
+    here, there = weight_files(directory), [file.name for file in files]
+    if files and here != there and (directory / here[0]).is_file():
+        raise InputError(
+            f"{directory} would be read from {here[0]}, and the engine's machine has {there[0]}; copy that"
+        )
+    for file in files:
         path = directory / file.name
         if not path.is_file():
             raise InputError(f"{path} is missing here; the engine's machine has it: copy it")
         own = _of(path, bool(file.content))
-        what = next((name for name in ("size", "header", "content") if getattr(own, name) != getattr(file, name)), None)
+        parts = ("size", "header", "samples", "content")
+        what = next((name for name in parts if getattr(own, name) != getattr(file, name)), None)
         if what is not None:
-            told = f"{own.size} bytes here, {file.size} there" if what == "size" else f"another {what}"
+            told = f"{own.size} bytes here, {file.size} there" if what == "size" else f"other {TOLD[what]}"
             raise InputError(f"{path} is not the file that the engine's machine has ({told}); copy that one")
 
 
@@ -76,13 +91,19 @@ def cut_out(directory: Path, files: Sequence[WeightFile], wanted: Wanted) -> byt
     size = next((file.size for file in files if file.name == wanted.file), 0)
     last = wanted.start + (wanted.times - 1) * wanted.stride + wanted.length
     whole = wanted.length * wanted.times
-    if min(wanted.start, wanted.length, wanted.stride, wanted.times) < 0 or last > size or whole > LARGEST:
+    least, runs_too_many = (
+        min(wanted.start, wanted.length - 1, wanted.stride, wanted.times - 1),
+        wanted.times > MOST_RUNS,
+    )
+    if least < 0 or runs_too_many or last > size or whole > LARGEST:
         raise InputError(f"a rank asked for bytes {wanted.start} to {last} of {wanted.file!r}, which isn't there")
     with (directory / wanted.file).open("rb") as file:
         runs = []
         for number in range(wanted.times):
             file.seek(wanted.start + number * wanted.stride)
             runs.append(file.read(wanted.length))
+    if sum(map(len, runs)) != whole:
+        raise InputError(f"{directory / wanted.file} became shorter while it was read")
     return b"".join(runs)
 
 
@@ -94,10 +115,19 @@ def _of(path: Path, content: bool) -> WeightFile:
             if length > min(size, LONGEST_HEADER):
                 raise InputError(f"{path} is truncated or corrupt; download the file again")
             header = hashlib.sha256(file.read(length)).hexdigest()
-            whole = hashlib.sha256()
-            file.seek(0)
-            while content and (chunk := file.read(CHUNK)):
-                whole.update(chunk)
+            samples = hashlib.sha256()
+            for number in range(SAMPLES):
+                file.seek(8 + length + (size - 8 - length) * number // SAMPLES)
+                samples.update(file.read(SAMPLE))
+            whole = _hashed(file) if content else ""
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror})") from None
-    return WeightFile(path.name, size, header, whole.hexdigest() if content else "")
+    return WeightFile(path.name, size, header, samples.hexdigest(), whole)
+
+
+def _hashed(file: BinaryIO) -> str:
+    whole = hashlib.sha256()
+    file.seek(0)
+    while chunk := file.read(CHUNK):
+        whole.update(chunk)
+    return whole.hexdigest()

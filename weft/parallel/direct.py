@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from weft.parallel.channel import SPIN, Channel, Pump
 from weft.parallel.mesh import Connection, Mesh
-from weft.parallel.pace import Pace
+from weft.parallel.pace import Pace, Pacing
 from weft.parallel.ring import RingChannel
 from weft.parallel.stream import StreamChannel
 from weft.parallel.transport import Wired
@@ -18,7 +18,7 @@ class Direct:
     def __init__(self, mesh: Mesh, spins: bool = True) -> None:
         self.rank, self._mesh, self._spin = mesh.rank, mesh, SPIN if spins else 0.0
         self._channels: list[Channel] = []
-        self._pace: Pace | None = None
+        self._pacing = Pacing()
 
     def open(self, purpose: str, peers: Sequence[int]) -> dict[int, Wired]:
         """Channels that one thread at a time moves."""
@@ -32,17 +32,12 @@ class Direct:
         if connection.memory is not None:
             return RingChannel(peer, pump, connection.memory, connection.out, first=self.rank < peer)
         assert connection.into is not None
-        return StreamChannel(peer, pump, connection.out, connection.into, self._due)
+        return StreamChannel(peer, pump, connection.out, connection.into, self._pacing)
 
     def pace(self, pace: Pace | None) -> None:
         """From now on messages take as long as over this link; those through memory don't know of links."""
         assert not any(isinstance(channel, RingChannel) for channel in self._channels), "memory is no link"
-        if self._pace is not None:
-            self._pace.close()
-        self._pace = pace
-
-    def _due(self, size: int) -> float:
-        return self._pace.due(size) if self._pace is not None else 0.0
+        self._pacing.by(pace)
 
     def close(self) -> None:
         """Closes all, and leaves the mesh."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 import selectors
 import socket
 import sys
@@ -18,13 +17,25 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
-from weft.errors import InputError, LinkLost
+from weft.errors import LinkLost
 from weft.parallel import handshake as h
 from weft.parallel import ring
+from weft.parallel.listening import (
+    Place,
+    exactly,
+    is_own,
+    listen_at,
+    local_name,
+    of_system,
+    sockaddr,
+    towards,
+    where_of,
+)
 
 EVERY = 0.25  # seconds between signs of life
 CUT = 1.5  # seconds of silence after which a peer counts as lost, if its system takes nothing in either
@@ -33,15 +44,8 @@ OWN_PAUSE = 0.75  # seconds that this thread itself did not run: then nothing is
 JOIN_SECONDS = 10.0  # to find another rank, which listens before anybody is told of it
 GUESTS = 32  # hand-shakes at a time; one more ends the one that has taken longest
 GUEST_SECONDS = 2.0
+WELCOME = b"!"
 PULSE = h.label_of("pulse")
-
-
-class Place(NamedTuple):
-    """Where a rank listens. `name`: its socket on this machine, for those that share its memory; else empty."""
-
-    address: str
-    port: int
-    name: str
 
 
 class Connection(NamedTuple):
@@ -80,22 +84,23 @@ class _Guest:
 
 class Mesh:
     """This rank's connections to all others. `address`, `port`: where it listens; port 0 takes any that is free.
+    `folder`: the engine's on this machine, which only this user may enter; else its socket there has a name that is no
+    file, which others may find.
 
     Raises `InputError` for an address that can't be listened on.
     """
 
-    def __init__(self, address: str, port: int = 0) -> None:
-        self._listening = [_listen(address, port)]
-        name = ""
-        if ring.available and sys.platform == "linux":  # a name that is no file, and so needs no clearing up
-            name = f"weft-{secrets.token_hex(16)}"
+    def __init__(self, address: str, port: int = 0, folder: str | None = None) -> None:
+        self._listening = [listen_at(address, port)]
+        name = local_name(folder) if ring.available else ""
+        if name:
             local = socket.socket(socket.AF_UNIX)
-            local.bind("\0" + name)
+            local.bind(of_system(name))
             local.listen(GUESTS)
             self._listening.append(local)
         self.place = Place(address, self._listening[0].getsockname()[1], name)
         self.rank = 0
-        self.lost: str | None = None  # why the group is of no use any more
+        self._lost: dict[int, str] = {}  # peers, and how that was seen
         self._places: Sequence[Place] = ()
         self._keys: Sequence[bytes] = ()
         self._tell: Callable[[int, str, bool], None] = lambda peer, reason, ended: None
@@ -108,6 +113,11 @@ class Mesh:
         self._over = False
         self._bell, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._serve, name="weft-mesh", daemon=True)
+
+    @property
+    def lost(self) -> str | None:
+        """Why the group is of no use now."""
+        return next(iter(self._lost.values()), None)
 
     def join(
         self, rank: int, places: Sequence[Place], keys: Sequence[bytes],
@@ -144,19 +154,24 @@ class Mesh:
 
     def _open(self, peer: int, label: bytes) -> tuple[socket.socket, int | None]:
         memory = ring.new_region() if self._shares(peer) else None
-        return self._connect(peer, label, memory), memory
+        try:
+            return self._connect(peer, label, memory), memory
+        except BaseException:
+            if memory is not None:
+                os.close(memory)
+            raise
 
     def _connect(self, peer: int, label: bytes, memory: int | None = None) -> socket.socket:
         """The connecting side; tries again while the other one is too busy to answer."""
         end = time.monotonic() + JOIN_SECONDS
         while True:
-            connection = _towards(self._places[peer])
+            connection = towards(self._places[peer])
             try:
                 self._introduce(connection, peer, label, memory)
                 return connection
             except (h.NotAMember, OSError) as error:
                 connection.close()
-                where = f"rank {peer} at {_where(self._places[peer])}"
+                where = f"rank {peer} at {where_of(self._places[peer])}"
                 if isinstance(error, h.NotAMember):
                     raise LinkLost(f"{where}: what listens there is another one, it {error}") from None
                 if time.monotonic() > end or self._over or self.lost:
@@ -165,14 +180,15 @@ class Mesh:
 
     def _introduce(self, connection: socket.socket, peer: int, label: bytes, memory: int | None) -> None:
         connection.settimeout(GUEST_SECONDS)
-        connection.connect(_sockaddr(self._places[peer]))
+        connection.connect(sockaddr(self._places[peer]))
         said = h.hello(self.rank, peer, label)
         connection.sendall(said)
-        shown = h.proof(self._keys[peer], said, _exactly(connection, h.CHALLENGE_BYTES))
+        shown = h.proof(self._keys[peer], said, exactly(connection, h.CHALLENGE_BYTES))
         if memory is not None:
             socket.send_fds(connection, [shown], [memory])
         else:
             connection.sendall(shown)
+        exactly(connection, len(WELCOME))  # who was sent away in between comes again
 
     def _await(self, peer: int, label: bytes) -> tuple[socket.socket, int | None]:
         """The answering side: what has come of that peer for that purpose, or comes. Who has joined and lives may take
@@ -182,7 +198,7 @@ class Mesh:
             while key not in self._arrived:
                 self._there.wait(0.1)
                 if self.lost or self._over or (label == PULSE and time.monotonic() > end):
-                    raise LinkLost(self.lost or f"rank {peer} at {_where(self._places[peer])} has not connected")
+                    raise LinkLost(self.lost or f"rank {peer} at {where_of(self._places[peer])} has not connected")
             return self._arrived.pop(key)
 
     def _serve(self) -> None:
@@ -190,7 +206,8 @@ class Mesh:
         before = sent = time.monotonic()
         while not self._over:
             for key, _ in self._selector.select(EVERY / 2):
-                key.data(key.fileobj)
+                with suppress(OSError, ValueError, KeyError):  # closed by what came before it in the same moment
+                    key.data(key.fileobj)
             now = time.monotonic()
             if now - before > OWN_PAUSE:
                 self._heard = dict.fromkeys(self._heard, now)
@@ -198,10 +215,10 @@ class Mesh:
             for guest in [guest for guest in self._guests if guest.until < now]:
                 self._dismiss(guest)
             self._listen_to_new_pulses()
+            self._demand_signs(now)
             if now - sent >= EVERY:
                 sent = now
                 self._beat()
-            self._demand_signs(now)
 
     def _demand_signs(self, now: float) -> None:
         """Of life, from every peer."""
@@ -216,12 +233,12 @@ class Mesh:
                 pulse.send(b".")
 
     def _unheard(self, peer: int) -> bool:
-        """Whether what was sent to a peer on another machine has not arrived at its system."""
+        """Whether more than the last sign sent to a peer on another machine has not arrived at its system."""
         waiting, pulse = bytearray(4), self._pulses.get(peer)
         if pulse is not None and pulse.family != socket.AF_UNIX:
             with suppress(OSError):
                 fcntl.ioctl(pulse, termios.TIOCOUTQ, waiting)
-        return any(waiting)
+        return int.from_bytes(waiting, sys.byteorder) > 1
 
     def _listen_to_new_pulses(self) -> None:
         known = self._selector.get_map()
@@ -238,6 +255,7 @@ class Mesh:
             heard = b""
         if heard:
             self._heard[peer] = time.monotonic()
+            self._lost.pop(peer, None)  # it was only silent
         else:
             self._selector.unregister(self._pulses[peer])
             self._pulses.pop(peer).close()
@@ -246,14 +264,17 @@ class Mesh:
     def _lose(self, peer: int, seconds: float) -> None:
         ended = peer not in self._pulses
         silent = f"rank {self.rank} heard nothing from rank {peer} for {seconds:.1f} s"
-        self.lost = f"the connection to rank {peer} has ended" if ended else silent
-        self._tell(peer, self.lost, ended)
+        self._lost[peer] = f"the connection to rank {peer} has ended" if ended else silent
+        self._tell(peer, self._lost[peer], ended)
 
     def _accept(self, listening: socket.socket) -> None:
         with suppress(OSError):
             connection, _ = listening.accept()
             connection.setblocking(False)
             local = connection.family == socket.AF_UNIX
+            if local and not is_own(connection):
+                connection.close()
+                return
             guest = _Guest(connection, local, time.monotonic() + GUEST_SECONDS)
             if len(self._guests) == GUESTS:
                 self._dismiss(self._guests[0])
@@ -261,9 +282,10 @@ class Mesh:
             self._selector.register(connection, selectors.EVENT_READ, lambda _: self._answer(guest))
 
     def _dismiss(self, guest: _Guest) -> None:
-        self._selector.unregister(guest.socket)
-        self._guests.remove(guest)
-        guest.close()
+        if guest in self._guests:
+            self._guests.remove(guest)
+            self._selector.unregister(guest.socket)
+            guest.close()
 
     def _answer(self, guest: _Guest) -> None:
         """Goes on with a hand-shake."""
@@ -309,6 +331,7 @@ class Mesh:
         key = claimed.label, claimed.rank
         if guest.memory is not None and not ring.sound(guest.memory):
             raise h.NotAMember("brought memory that isn't whole")
+        guest.socket.send(WELCOME)
         self._selector.unregister(guest.socket)
         self._guests.remove(guest)
         with self._there:
@@ -326,22 +349,15 @@ class Mesh:
         if self._thread.is_alive():
             self._thread.join(timeout=5)
         self._selector.close()
-        guests = [guest.socket for guest in self._guests]
-        for each in (*self._listening, *guests, *self._pulses.values(), self._bell, self._woken):
+        for guest in self._guests:
+            guest.close()
+        for each in (*self._listening, *self._pulses.values(), self._bell, self._woken):
             each.close()
+        if self.place.name.startswith("/"):
+            Path(self.place.name).unlink(missing_ok=True)
         for arrived in self._arrived.values():
             _close(arrived)
         self._arrived.clear()
-
-
-def _exactly(connection: socket.socket, size: int) -> bytes:
-    said = b""
-    while len(said) < size:
-        part = connection.recv(size - len(said))
-        if not part:
-            raise ConnectionError("it hung up")
-        said += part
-    return said
 
 
 def _with_memory(bell: socket.socket, memory: int | None) -> Connection:
@@ -355,37 +371,3 @@ def _close(arrived: tuple[socket.socket, int | None]) -> None:
     arrived[0].close()
     if arrived[1] is not None:
         os.close(arrived[1])
-
-
-def _listen(address: str, port: int) -> socket.socket:
-    try:
-        family, *_, sockaddr = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-        with ExitStack() as undone:
-            listening = undone.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind(sockaddr)
-            listening.listen(GUESTS)
-            undone.pop_all()
-        return listening
-    except OSError as error:
-        raise InputError(f"{address} port {port} can't be listened on for the other ranks ({error.strerror})") from None
-
-
-def _towards(place: Place) -> socket.socket:
-    """A socket of the kind that reaches it."""
-    if place.name:
-        return socket.socket(socket.AF_UNIX)
-    family = socket.AF_INET6 if ":" in place.address else socket.AF_INET
-    connection = socket.socket(family, socket.SOCK_STREAM)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return connection
-
-
-def _sockaddr(place: Place) -> tuple[Any, ...] | str:
-    if place.name:
-        return "\0" + place.name
-    return socket.getaddrinfo(place.address, place.port, type=socket.SOCK_STREAM)[0][4]
-
-
-def _where(place: Place) -> str:
-    return "a socket of this machine" if place.name else f"{place.address} port {place.port}"

@@ -126,8 +126,10 @@ class RingChannel(Channel):
 
     def __init__(self, peer: int, pump: Pump, handle: int, bell: socket.socket, first: bool) -> None:
         super().__init__(peer, pump)
-        self._region = mmap.mmap(handle, REGION)
-        os.close(handle)
+        try:
+            self._region = mmap.mmap(handle, REGION)
+        finally:
+            os.close(handle)
         ways = [_Ring(self._region, start) for start in (0, CONTROL + RING)]
         self._out, self._in = ways if first else ways[::-1]
         self._bell = bell

@@ -11,24 +11,24 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Callable
 
 import torch
 
 from weft.parallel.channel import LOOK, Channel, Parcel, Pump
+from weft.parallel.pace import Pacing
 
 HEADER = struct.Struct("<Qd")  # a message's bytes, and when it may be had (seconds, monotonic; 0: at once)
 
 
 class StreamChannel(Channel):
-    """`out`, `into`: connected to the peer. `due`: when a message of so many bytes, sent now, may be had."""
+    """`out`, `into`: connected to the peer. `pacing`: of the link that messages seem to travel."""
 
-    def __init__(
-        self, peer: int, pump: Pump, out: socket.socket, into: socket.socket, due: Callable[[int], float]
-    ) -> None:  # fmt: skip
+    def __init__(self, peer: int, pump: Pump, out: socket.socket, into: socket.socket, pacing: Pacing) -> None:
         super().__init__(peer, pump)
-        self._out, self._in, self._due = out, into, due
-        self._sending = b""  # the header of what is being sent
+        self._out, self._in, self._pacing = out, into, pacing
+        self._begun: Parcel | None = None  # what is being sent
+        self._sending = b""  # its header
+        self._due, self._through = 0.0, False  # when what has come may be had, and whether the port has had it
         self._header = bytearray(HEADER.size)  # of what comes
         for each in (out, into):
             each.setblocking(False)
@@ -47,8 +47,9 @@ class StreamChannel(Channel):
 
     def _give(self, parcel: Parcel) -> bool:
         """What can be sent of it now; False if nothing can."""
-        if not parcel.moved:
-            self._sending = HEADER.pack(parcel.size, self._due(HEADER.size + parcel.size))
+        if parcel is not self._begun:
+            self._begun, due = parcel, self._pacing.leaves(HEADER.size + parcel.size)
+            self._sending = HEADER.pack(parcel.size, due)
         try:
             parcel.moved += self._out.sendmsg(_rest(memoryview(self._sending), parcel))
         except BlockingIOError:
@@ -82,15 +83,26 @@ class StreamChannel(Channel):
             count = 0
         if not count:
             raise self.gone()
+        headed = parcel.moved >= HEADER.size
         parcel.moved += count
-        if parcel.moved >= HEADER.size:
-            self.demand_size(parcel, HEADER.unpack(self._header)[0])
+        if parcel.moved >= HEADER.size and not headed:
+            size, due = HEADER.unpack(self._header)
+            self.demand_size(parcel, size)
+            self._due, self._through = due, False
         return True
 
     def _held(self) -> float:
         """Seconds until what is here may be had; 0 if it may."""
-        due = HEADER.unpack(self._header)[1]
-        return max(0.0, due - time.monotonic()) if due else 0.0
+        if not self._due:
+            return 0.0
+        seconds = self._due - time.monotonic()
+        if (
+            seconds <= 0 and not self._through
+        ):  # not sooner: this rank's port takes what comes in the order of its coming
+            self._through = True
+            self._due = self._pacing.arrives(self._due, self.incoming[0].moved)
+            seconds = self._due - time.monotonic()
+        return max(0.0, seconds)
 
     def arm(self, poll: select.poll) -> float:
         if self.outgoing:
