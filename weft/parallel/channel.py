@@ -110,6 +110,10 @@ class Pump:
         self._lost, self._spin, self._computes = lost, spin, get_ident()
         self._on_time: set[int] = set()  # threads that are woken so
 
+    def may_spin(self) -> bool:
+        """Whether nothing else wants the core that waiting would keep busy."""
+        return self._spin > 0 and get_ident() == self._computes
+
     def until(self, parcel: Parcel) -> None:
         """Moves everything until this one is over. Raises `LinkLost`."""
         patience = 0.0
@@ -119,7 +123,7 @@ class Pump:
                 return
             now = time.perf_counter()
             if moved or not patience:
-                patience = now + (self._spin if get_ident() == self._computes else 0.0)
+                patience = now + (self._spin if self.may_spin() else 0.0)
             if now >= patience:
                 self._sleep()
                 patience = 0.0

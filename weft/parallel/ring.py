@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RING = 1 << 20  # bytes of one direction, a power of two
-SPINS = 400  # looks at a counter before all that is under way is looked at: some 10 µs
+SPINS = 4000  # looks at a counter before all that is under way is looked at: some 100 µs
 PIECE = 1 << 16  # bytes after which the other side may go on
 CONTROL = 512  # bytes before a ring's data: its counters, each in a cache line of its own
 WRITTEN, TAKEN, READER_SLEEPS, WRITER_SLEEPS = 0, 16, 32, 48  # counters' places, in words of 8 bytes
@@ -142,7 +142,6 @@ class RingChannel(Channel):
         start, whole = out.at & (RING - 1), HEADER.size + size + -size % HEADER.size
         if (
             not 0 < size == into.nbytes <= PIECE
-            or start + whole > RING
             or RING - out.at + out.words[TAKEN] < whole
             or self.outgoing
             or self.incoming
@@ -150,17 +149,23 @@ class RingChannel(Channel):
             super().exchange(tensor, into)
             return
         HEADER.pack_into(out.view, start, size)
-        _memmove(out.data + start + HEADER.size, tensor.data_ptr(), size)
+        address, here = tensor.data_ptr(), RING - start - HEADER.size  # until where the ring begins anew
+        _memmove(out.data + start + HEADER.size, address, size if size < here else here)
+        if size > here:
+            _memmove(out.data, address + here, size - here)
         out.at += whole
         self._publish(out, WRITTEN, READER_SLEEPS)
         words, start, end = ring.words, ring.at & (RING - 1), ring.at + whole
-        for _ in range(SPINS):
+        for _ in range(SPINS if self.pump.may_spin() else 0):
             if words[WRITTEN] >= end:
                 break
-        if words[WRITTEN] < end or start + whole > RING or HEADER.unpack_from(ring.view, start) != (size,):
+        if words[WRITTEN] < end or HEADER.unpack_from(ring.view, start) != (size,):
             self.receive(into).wait()
             return
-        _memmove(into.data_ptr(), ring.data + start + HEADER.size, size)
+        address, here = into.data_ptr(), RING - start - HEADER.size
+        _memmove(address, ring.data + start + HEADER.size, size if size < here else here)
+        if size > here:
+            _memmove(address + here, ring.data, size - here)
         ring.at = end
         if end - words[TAKEN] > RING // 4:  # what was taken need not be told before the other side wants for room
             self._publish(ring, TAKEN, WRITER_SLEEPS)
