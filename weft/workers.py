@@ -79,13 +79,9 @@ class Workers:
 
     def _make_link(self, planner: Planner, tell: Progress) -> list[str]:
         """Makes the link as fast as a multiple of the balance comes to here. A line on a link that isn't what it is."""
-        link, transport = self.config.link, self.config.transport
-        if self.config.ranks == 1:
-            told = [] if link.free else [f"--link {link}"]
-            told += [] if transport == "auto" else [f"--transport {transport}"]
-            return [f"{' and '.join(told)}: not used, as one rank sends nothing"] if told else []
-        if link.free:
-            return []
+        link = self.config.link
+        if self.config.ranks == 1 or link.free:
+            return self._unused()
         if link.times is not None:
             tell("looking for the balance", 0.0)
             rate = balance(
@@ -95,6 +91,14 @@ class Workers:
             self.controller.release([0])
         found = f", {link.times:g} times the balance found here" if link.times is not None else ""
         return [f"link {self.controller.link}, emulated{found}"]
+
+    def _unused(self) -> list[str]:
+        """A line on what one rank makes no use of."""
+        link, transport = self.config.link, self.config.transport
+        told = ([] if link.free else [f"--link {link}"]) + ([] if transport == "auto" else [f"--transport {transport}"])
+        if self.config.ranks > 1 or not told:
+            return []
+        return [f"{' and '.join(told)}: not used, as one rank sends nothing"]
 
     def _alone(self, planner: Planner) -> Callable[[str], float]:
         """Seconds of one side of a prompt by serial."""

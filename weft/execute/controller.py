@@ -115,12 +115,9 @@ class Controller:
         Raises `InputError` for what the user can change, `WorkerFailed` for the rest; no worker is left then.
         """
         begin, self._loaded = time.monotonic(), False
-        (self._folder.path / "link").unlink(missing_ok=True)  # what an earlier group has not sent yet
         try:
             hellos = self._bring_up()
             loaded = self._load(directory, model, progress or (lambda share: None))
-            if not self.link.free and self.link.times is None:
-                self.set_link(self.link)
             self._loaded = True
         except BaseException:
             self.stop()
@@ -129,6 +126,7 @@ class Controller:
 
     def _bring_up(self) -> list[p.Hello]:
         world, token = self.config.ranks, secrets.token_hex(32)
+        (self._folder.path / "link").unlink(missing_ok=True)  # what an earlier group has not sent yet
         self._socket = engine_socket(self._context, token)
         control = self.launcher.control_address(str(self._folder.path))
         self._socket.ipv6 = "[" in control
@@ -158,9 +156,10 @@ class Controller:
     def _introduce(self, hellos: Sequence[p.Hello], deadline: float) -> None:
         """Tells every rank where the others are."""
         said = dict(self._receive(p.Meeting, deadline) for _ in self._ranks)
-        near = self.launcher.one_machine and not self.config.link.paced
+        transport = self.config.transport
+        near = self.launcher.one_machine and not self.config.link.paced and transport in ("auto", "shm")
         meetings = [said[identity] for identity in self._ranks]
-        meets = introduced(hellos, meetings, self.machines, self.config.transport, near)
+        meets = introduced(hellos, meetings, self.machines, near, transport == "shm")
         for identity, meet in zip(self._ranks, meets, strict=True):
             self._send(identity, meet)
 
@@ -194,6 +193,8 @@ class Controller:
             elif isinstance(message, p.Loading):
                 layers[identity] = message.done / message.total
             progress(sum(layers.values()) / len(layers))
+        if not self.link.free and self.link.times is None:
+            self.set_link(self.link)
         return [ready[identity] for identity in self._ranks]
 
     def set_link(self, link: Link) -> None:

@@ -23,27 +23,25 @@ def crowded(rank: Hello, hellos: Sequence[Hello], threads: int) -> bool:
 
 
 def introduced(
-    hellos: Sequence[Hello], meetings: Sequence[Meeting], machines: Sequence[int], transport: str, near: bool
+    hellos: Sequence[Hello], meetings: Sequence[Meeting], machines: Sequence[int], near: bool, must: bool
 ) -> list[Meet]:  # fmt: skip
     """For each rank where the others are, as it is to reach them, and the keys that it shares with them. `near`: ranks
-    of one machine may share memory. Raises `InputError` where they were to and can't."""
+    of one machine may share memory; `must`: all do. Raises `InputError` where they can't."""
     group, meets = new_key(), []
     by_rank = [replace(meeting, machine=machine) for meeting, machine in zip(meetings, machines, strict=True)]
     for rank, here in enumerate(hellos):
-        sharing = [
-            near and here.machine == there.machine and transport in ("auto", "shm") and _same(mine.name, other.name)
-            for there, other, mine in zip(hellos, by_rank, [by_rank[rank]] * len(by_rank), strict=True)
-        ]
+        sharing = [near and here.machine == there.machine for there in hellos]
+        sharing = [share and _same(by_rank[rank], other) for share, other in zip(sharing, by_rank, strict=True)]
         seen = [each if share else replace(each, name="") for each, share in zip(by_rank, sharing, strict=True)]
-        if transport == "shm" and not all(place.name for place in seen):
+        if must and not all(place.name for place in seen):
             raise InputError(f"--transport shm is for ranks that share memory; those on {_hosts(hellos)} don't")
         meets.append(Meet(seen, [pair_key(group, rank, other) for other in range(len(hellos))]))
     return meets
 
 
-def _same(one: str, other: str) -> bool:
-    """Whether sockets of these names reach each other: files do, others within their network namespace."""
-    return one.rpartition("/")[0] == other.rpartition("/")[0]
+def _same(one: Meeting, other: Meeting) -> bool:
+    """Whether their sockets reach each other: files do, others within their network namespace."""
+    return one.name.rpartition("/")[0] == other.name.rpartition("/")[0]
 
 
 def _hosts(hellos: Sequence[Hello]) -> str:

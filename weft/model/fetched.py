@@ -109,8 +109,7 @@ class FetchedCheckpoint(Checkpoint):
         return Wanted(file, start, size, size, 1)
 
     def _bring(self, wanted: Wanted) -> None:
-        line = " ".join(map(str, wanted))
-        if line in self._here or not wanted.length * wanted.times:
+        if (line := " ".join(map(str, wanted))) in self._here or not wanted.length * wanted.times:
             return
         self.forget()  # a file that is mapped need not show what is written then
         try:

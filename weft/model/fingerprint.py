@@ -75,36 +75,37 @@ def demand_same(directory: Path, files: Sequence[WeightFile]) -> None:
             f"{directory} would be read from {here[0]}, and the engine's machine has {there[0]}; copy that"
         )
     for file in files:
-        path = directory / file.name
-        if not path.is_file():
-            raise InputError(f"{path} is missing here; the engine's machine has it: copy it")
-        own = _of(path, bool(file.content))
-        parts = ("size", "header", "samples", "content")
-        what = next((name for name in parts if getattr(own, name) != getattr(file, name)), None)
-        if what is not None:
-            told = f"{own.size} bytes here, {file.size} there" if what == "size" else f"other {TOLD[what]}"
-            raise InputError(f"{path} is not the file that the engine's machine has ({told}); copy that one")
+        _demand_equal(directory / file.name, file)
+
+
+def _demand_equal(path: Path, file: WeightFile) -> None:
+    if not path.is_file():
+        raise InputError(f"{path} is missing here; the engine's machine has it: copy it")
+    own = _of(path, bool(file.content))
+    parts = ("size", "header", "samples", "content")
+    what = next((name for name in parts if getattr(own, name) != getattr(file, name)), None)
+    if what is not None:
+        told = f"{own.size} bytes here, {file.size} there" if what == "size" else f"other {TOLD[what]}"
+        raise InputError(f"{path} is not the file that the engine's machine has ({told}); copy that one")
 
 
 def cut_out(directory: Path, files: Sequence[WeightFile], wanted: Wanted) -> bytes:
     """The other side: these bytes of one of the files. Raises `InputError` for any that are not in it."""
     size = next((file.size for file in files if file.name == wanted.file), 0)
     last = wanted.start + (wanted.times - 1) * wanted.stride + wanted.length
-    whole = wanted.length * wanted.times
-    least, runs_too_many = (
-        min(wanted.start, wanted.length - 1, wanted.stride, wanted.times - 1),
-        wanted.times > MOST_RUNS,
-    )
-    if least < 0 or runs_too_many or last > size or whole > LARGEST:
+    whole, least = wanted.length * wanted.times, min(wanted.start, wanted.length - 1, wanted.stride, wanted.times - 1)
+    if least < 0 or wanted.times > MOST_RUNS or last > size or whole > LARGEST:
         raise InputError(f"a rank asked for bytes {wanted.start} to {last} of {wanted.file!r}, which isn't there")
     with (directory / wanted.file).open("rb") as file:
-        runs = []
-        for number in range(wanted.times):
-            file.seek(wanted.start + number * wanted.stride)
-            runs.append(file.read(wanted.length))
-    if sum(map(len, runs)) != whole:
+        data = b"".join(_run(file, wanted, number) for number in range(wanted.times))
+    if len(data) != whole:
         raise InputError(f"{directory / wanted.file} became shorter while it was read")
-    return b"".join(runs)
+    return data
+
+
+def _run(file: BinaryIO, wanted: Wanted, number: int) -> bytes:
+    file.seek(wanted.start + number * wanted.stride)
+    return file.read(wanted.length)
 
 
 def _of(path: Path, content: bool) -> WeightFile:
@@ -115,14 +116,19 @@ def _of(path: Path, content: bool) -> WeightFile:
             if length > min(size, LONGEST_HEADER):
                 raise InputError(f"{path} is truncated or corrupt; download the file again")
             header = hashlib.sha256(file.read(length)).hexdigest()
-            samples = hashlib.sha256()
-            for number in range(SAMPLES):
-                file.seek(8 + length + (size - 8 - length) * number // SAMPLES)
-                samples.update(file.read(SAMPLE))
+            samples = _sampled(file, 8 + length, size)
             whole = _hashed(file) if content else ""
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror})") from None
-    return WeightFile(path.name, size, header, samples.hexdigest(), whole)
+    return WeightFile(path.name, size, header, samples, whole)
+
+
+def _sampled(file: BinaryIO, start: int, stop: int) -> str:
+    samples = hashlib.sha256()
+    for number in range(SAMPLES):
+        file.seek(start + (stop - start) * number // SAMPLES)
+        samples.update(file.read(SAMPLE))
+    return samples.hexdigest()
 
 
 def _hashed(file: BinaryIO) -> str:

@@ -349,9 +349,8 @@ class Mesh:
         if self._thread.is_alive():
             self._thread.join(timeout=5)
         self._selector.close()
-        for guest in self._guests:
-            guest.close()
-        for each in (*self._listening, *self._pulses.values(), self._bell, self._woken):
+        closed: list[socket.socket | _Guest] = [*self._listening, *self._pulses.values(), *self._guests]
+        for each in (*closed, self._bell, self._woken):
             each.close()
         if self.place.name.startswith("/"):
             Path(self.place.name).unlink(missing_ok=True)

@@ -75,6 +75,7 @@ class StreamChannel(Channel):
 
     def _take(self, parcel: Parcel) -> bool:
         """What has come of it; False if nothing has."""
+        headed = parcel.moved >= HEADER.size
         try:
             count = self._in.recvmsg_into(_rest(memoryview(self._header), parcel))[0]
         except BlockingIOError:
@@ -83,13 +84,14 @@ class StreamChannel(Channel):
             count = 0
         if not count:
             raise self.gone()
-        headed = parcel.moved >= HEADER.size
         parcel.moved += count
-        if parcel.moved >= HEADER.size and not headed:
-            size, due = HEADER.unpack(self._header)
-            self.demand_size(parcel, size)
-            self._due, self._through = due, False
+        if not headed and parcel.moved >= HEADER.size:
+            self._begin(parcel, *HEADER.unpack(self._header))
         return True
+
+    def _begin(self, parcel: Parcel, size: int, due: float) -> None:
+        self.demand_size(parcel, size)
+        self._due, self._through = due, False
 
     def _held(self) -> float:
         """Seconds until what is here may be had; 0 if it may."""
