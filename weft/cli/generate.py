@@ -55,6 +55,8 @@ Examples:
 
   weft generate "def main(" --tp 2 --overlap iso:2/4 --compare
 
+  weft generate "def main(" --tp 2 --link 200mbit,5ms --compare      # as over such a link
+
   weft generate "def main(" --tp 2 --overlap iso:2 --timeline where-the-time-went.html
 """
 
