@@ -12,7 +12,7 @@ FIRST_GUESS = 400e6  # bits a second, where the search starts
 STEPS = 3  # each time from closer by: what messages take beside their bytes is in it then
 
 
-def balance(seconds: Callable[[str], float], set_rate: Callable[[float], None]) -> float:
+def balance(seconds: Callable[[str], float], set_rate: Callable[[float], object]) -> float:
     """Bits a second. `seconds`: of a prompt by serial, of one scope alone, "compute" or "network"; `set_rate`: makes
     the link so fast."""
     seconds("compute")  # warms up

@@ -21,6 +21,7 @@ from weft.execute.controller import Controller, RunOptions, RunResult, Started
 from weft.execute.protocol import Choice, Hello
 from weft.launch.launcher import Launcher
 from weft.launch.local import LocalLauncher
+from weft.links import Link
 from weft.plan.kept import keep, recall
 from weft.plan.planner import Plan, Planner
 from weft.program.batch import Batch, one_prompt
@@ -84,10 +85,10 @@ class Workers:
             return self._unused()
         if link.times is not None:
             tell("looking for the balance", 0.0)
-            rate = balance(
-                self._alone(planner), lambda rate: self.controller.set_link(replace(link.at(rate), delay=0.0))
-            )
-            self.controller.set_link(link.at(link.times * rate))
+            batch = one_prompt(min(BALANCE_TOKENS, self.config.max_length))
+            tokens = [13 * place % self.model.vocabulary for place in range(batch.tokens)]
+            plan = planner.like("serial", self.config.wire).plan(batch)
+            self.controller.set_link(link.at(link.times * self.balance(link, batch, tokens, plan)))
             self.controller.release([0])
         found = f", {link.times:g} times the balance found here" if link.times is not None else ""
         return [f"link {self.controller.link}, emulated{found}"]
@@ -100,12 +101,14 @@ class Workers:
             return []
         return [f"{' and '.join(told)}: not used, as one rank sends nothing"]
 
-    def _alone(self, planner: Planner) -> Callable[[str], float]:
-        """Seconds of one side of a prompt by serial."""
-        batch = one_prompt(min(BALANCE_TOKENS, self.config.max_length))
-        plan = planner.like("serial", self.config.wire).plan(batch)
-        tokens = [13 * place % self.model.vocabulary for place in range(batch.tokens)]
-        return lambda scope: median(self.probe(batch, tokens, plan, RunOptions(scope)).seconds for _ in range(3))
+    def balance(self, link: Link, batch: Batch, tokens: list[int], plan: Plan) -> float:
+        """Bits a second at which the messages of serial's plan alone take as long as its computation alone, over a link
+        of this kind. It is left at another speed. Memory must hold nothing."""
+
+        def seconds(scope: str) -> float:
+            return median(self.probe(batch, tokens, plan, RunOptions(scope)).seconds for _ in range(3))
+
+        return balance(seconds, lambda rate: self.controller.set_link(replace(link.at(rate), delay=0.0)))
 
     def _learn(self, planner: Planner, tell: Progress, recalibrate: bool) -> list[str]:
         """Costs as they were kept, or measured now."""

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from weft.balance import balance
 from weft.bench.machine import cores_of, prefill_flops
 from weft.compare import Comparing, Measured, Variant
 from weft.config import ModelConfig, available_cores, positive
 from weft.engine import Engine
 from weft.errors import InputError
-from weft.execute.controller import RunOptions
 from weft.launch.namespaces import NamespaceLauncher
 from weft.links import NO_LINK, Link
 from weft.opening import open_engine
 from weft.plan.calibrate import MOST
 from weft.program.batch import Batch, Segment
 from weft.program.strategy import AUTO, Strategy, canonical
-from weft.timeline.timeline import median
 
 FEW_SLOTS = 16  # sequences that calibration likes to have
 
@@ -187,11 +184,7 @@ class Bench:
             return None
         self.watch(self._done, self._all, f"{batch.tokens} tokens: looking for the balance")
         plan = engine.planner.like("serial", self.grid.wires[0]).plan(batch)
-
-        def seconds(scope: str) -> float:
-            return median(engine.probe(batch, ids, plan, RunOptions(scope)).seconds for _ in range(2))
-
-        return balance(seconds, lambda rate: engine.workers.controller.set_link(replace(times.at(rate), delay=0.0)))
+        return engine.workers.balance(times, batch, ids, plan)
 
     def _point(
         self, engine: Engine, launcher: NamespaceLauncher | None, batch: Batch, ids: list[int], link: Link,

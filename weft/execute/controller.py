@@ -21,7 +21,6 @@ from weft.execute import protocol as p
 from weft.execute.places import crowded, introduced, numbered_machines
 from weft.launch.folder import Folder
 from weft.launch.launcher import Launcher
-from weft.launch.namespaces import NamespaceLauncher
 from weft.launch.sockets import bind, engine_socket
 from weft.links import Link
 from weft.model.fingerprint import cut_out, fingerprint
@@ -142,7 +141,7 @@ class Controller:
         self._ranks = sorted(hellos, key=lambda identity: hellos[identity].place)
         by_rank = [hellos[identity] for identity in self._ranks]
         self._admit(by_rank)
-        self.machines = numbered_machines(by_rank, self.launcher.one_machine)
+        self.machines = numbered_machines(by_rank, self.launcher.shares_memory)
         for rank, identity in enumerate(self._ranks):
             gloo, threads = self.config.transport == "gloo", self.config.threads
             shared = self.config.cores is None and crowded(by_rank[rank], by_rank, threads)
@@ -157,7 +156,7 @@ class Controller:
         """Tells every rank where the others are."""
         said = dict(self._receive(p.Meeting, deadline) for _ in self._ranks)
         transport = self.config.transport
-        near = self.launcher.one_machine and not self.config.link.paced and transport in ("auto", "shm")
+        near = self.launcher.shares_memory and not self.config.link.paced and transport in ("auto", "shm")
         meetings = [said[identity] for identity in self._ranks]
         meets = introduced(hellos, meetings, self.machines, near, transport == "shm")
         for identity, meet in zip(self._ranks, meets, strict=True):
@@ -200,8 +199,7 @@ class Controller:
     def set_link(self, link: Link) -> None:
         """Has the ranks' messages take what they would over this link, from the next run on."""
         self.link = link
-        if isinstance(self.launcher, NamespaceLauncher):
-            self.launcher.shape(link.rate)
+        if self.launcher.shape(link.rate):
             return
         shared = str(self._folder.path / "link") if link.shared else ""
         for identity in self._ranks if len(self._ranks) > 1 else ():

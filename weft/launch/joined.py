@@ -150,8 +150,12 @@ class JoinedLauncher:
         return f"between machines: {self.host} {' '.join(machine.here.address for machine in self._used)}"
 
     one_clock = False
-    one_machine = True  # where they are, they may share memory
+    shares_memory = True
     may_change = True
+
+    def shape(self, rate: float | None) -> bool:
+        """The machines' links are as they are."""
+        return False
 
     def control_address(self, folder: str) -> str:
         """One that other machines reach."""

@@ -29,8 +29,12 @@ class Launcher(Protocol):
         ...
 
     @property
-    def one_machine(self) -> bool:
-        """False if workers are to talk as if on several machines, wherever they are."""
+    def shares_memory(self) -> bool:
+        """True if workers of one machine may share its memory; False if they are to talk as if on several."""
+        ...
+
+    def shape(self, rate: float | None) -> bool:
+        """Makes the links between workers so fast, bits a second, or as fast as they go; False if it has no way to."""
         ...
 
     meanwhile: Callable[[], None]  # set by who starts workers: called again and again while that waits for machines

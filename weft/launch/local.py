@@ -32,7 +32,7 @@ class LocalLauncher:
     command: Sequence[str] = (sys.executable, "-P", "-m", "weft.execute.worker")  # -P: nothing of this folder
 
     one_clock = True
-    one_machine = True
+    shares_memory = True
     may_change = False
     first_place = 0  # of the ranks that are started here
 
@@ -72,6 +72,10 @@ class LocalLauncher:
     def data_address(self, index: int) -> str:
         """Where other ranks reach this one."""
         return "127.0.0.1"
+
+    def shape(self, rate: float | None) -> bool:
+        """Loopback is as it is."""
+        return False
 
     def data_port(self, index: int) -> int:
         """Its port there; 0 leaves it to the system."""

@@ -41,7 +41,7 @@ def demand_namespaces() -> None:
 class NamespaceLauncher(LocalLauncher):
     """Each worker in a namespace of its own; two are joined directly, more by a bridge in one more namespace."""
 
-    one_machine = False
+    shares_memory = False
 
     def __init__(self, rate: float | None = None) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class NamespaceLauncher(LocalLauncher):
             _in(name, "ip", "link", "set", device, "up")
             self._ends.append((name, device))
 
-    def shape(self, rate: float | None) -> None:
+    def shape(self, rate: float | None) -> bool:
         """Sets the speed of every link, bits a second, also while workers run; None is as fast as the kernel goes."""
         self.rate = rate
         for name, device in self._ends:
@@ -106,6 +106,7 @@ class NamespaceLauncher(LocalLauncher):
             if rate is not None:
                 shaped = ("tbf", "rate", f"{rate:.0f}bit", *BUCKET.split())
                 _in(name, "tc", "qdisc", "add", "dev", device, "root", *shaped)
+        return True
 
     def sent(self) -> list[int]:
         """Bytes that each worker's device has sent so far, headers included, as the kernel counts them."""

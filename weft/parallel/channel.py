@@ -25,13 +25,15 @@ LOOK = 0.05  # seconds between looks whether a peer is lost
 
 
 class Parcel:
-    """One tensor's bytes on their way. `moved`: of its header and bytes. `over`: sent, or there."""
+    """One tensor's bytes on their way. `moved`: of its header and bytes. `over`: sent, or there. `data`: the bytes, for
+    channels that want them as Python has them."""
 
-    __slots__ = ("moved", "over", "pump", "size", "tensor")
+    __slots__ = ("data", "moved", "over", "pump", "size", "tensor")
 
     def __init__(self, tensor: Tensor, pump: Pump) -> None:
         self.tensor, self.pump, self.size = tensor, pump, tensor.nbytes
         self.moved, self.over = 0, not self.size  # nothing needs no message
+        self.data: memoryview | None = None
 
     def wait(self) -> None:
         """Returns when it was sent, or has come. Raises `LinkLost`."""
@@ -92,7 +94,7 @@ class Channel:
         raise NotImplementedError
 
     def demand_size(self, parcel: Parcel, size: int) -> None:
-        """Before a byte is taken. Raises `LinkLost`."""
+        """Before anything is made of what came; no more of it is taken than was due. Raises `LinkLost`."""
         if parcel.size != size:
             raise LinkLost(f"rank {self.peer} sent {size} bytes where {parcel.size} were due")
 

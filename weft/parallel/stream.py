@@ -98,10 +98,8 @@ class StreamChannel(Channel):
         if not self._due:
             return 0.0
         seconds = self._due - time.monotonic()
-        if (
-            seconds <= 0 and not self._through
-        ):  # not sooner: this rank's port takes what comes in the order of its coming
-            self._through = True
+        if seconds <= 0 and not self._through:
+            self._through = True  # not sooner: this rank's port takes what comes in the order of its coming
             self._due = self._pacing.arrives(self._due, self.incoming[0].moved)
             seconds = self._due - time.monotonic()
         return max(0.0, seconds)
@@ -123,5 +121,7 @@ class StreamChannel(Channel):
 
 def _rest(header: memoryview, parcel: Parcel) -> list[memoryview]:
     """What is left of both."""
-    data, moved = memoryview(parcel.tensor.view(torch.uint8).numpy().data).cast("B"), parcel.moved
-    return [header[moved:], data] if moved < HEADER.size else [data[moved - HEADER.size :]]
+    if parcel.data is None:
+        parcel.data = memoryview(parcel.tensor.view(torch.uint8).numpy().data).cast("B")
+    moved = parcel.moved
+    return [header[moved:], parcel.data] if moved < HEADER.size else [parcel.data[moved - HEADER.size :]]
