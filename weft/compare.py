@@ -6,7 +6,7 @@ compares is the median of per-round ratios, and like is compared with like: each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -26,15 +26,25 @@ class Variant(NamedTuple):
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds of one round: computation alone, each wire's messages alone, and each variant."""
+    """Seconds of one round: computation alone, each wire's messages alone, what those take of a rank's computation
+    where its threads keep all its cores busy, and each variant."""
 
     compute_alone: float
     network_alone: dict[str, float]
+    taken: dict[str, float]
     seconds: dict[Variant, float]
 
     def bound(self, wire: str) -> float:
         """What no schedule of two lanes goes below."""
         return bound(self.compute_alone, self.network_alone[wire])
+
+    def floor(self, wire: str) -> float:
+        """The same, where sending takes time from computation."""
+        return bound(self.compute_alone + self.taken[wire], self.network_alone[wire])
+
+    def efficiency(self, variant: Variant, least: Callable[[str], float]) -> float | None:
+        """Against the bound or the floor."""
+        return overlap_efficiency(self.serial(variant.wire), self.seconds[variant], least(variant.wire))
 
     def serial(self, wire: str) -> float:
         """Seconds of serial on this wire."""
@@ -47,8 +57,9 @@ class Measured:
 
     Times in seconds. `exposed`: beyond computation alone. `bytes_on_wire`: as the program counts them, on the rank
     that sends most; `bytes_on_device`: as that rank's network device counts them, headers included, where it is one
-    that nothing else uses. `predicted`: seconds, from costs that were measured before. `timeline`: of the fastest
-    round.
+    that nothing else uses. `floor`: max(compute alone + the messages' processor time, network alone), the bound where
+    a rank's threads keep all its cores busy; `floor_efficiency`: against that. `predicted`: seconds, from costs that
+    were measured before. `timeline`: of the fastest round.
     """
 
     overlap: str
@@ -58,11 +69,13 @@ class Measured:
     compute_alone: float
     network_alone: float
     bound: float
+    floor: float
     serial_median: float
     saving: float
     saving_range: tuple[float, float]
     saving_bound: float
     overlap_efficiency: float | None
+    floor_efficiency: float | None
     exposed: float
     bytes_on_wire: int
     bytes_on_device: int | None
@@ -80,6 +93,8 @@ class Measured:
         """True if it saves more than can be saved: then something was measured wrongly, or the machine drifted."""
         return self.overlap != "serial" and self.saving > self.saving_bound + TOLERANCE
 
+
+ALONE = ("compute", "network", "beside")  # runs of one side
 
 # Of a saving, in parts of serial's time: what runs of one round differ by on a quiet machine.
 TOLERANCE = 0.02
@@ -109,7 +124,8 @@ class Comparing:
         wires = list(dict.fromkeys(variant.wire for variant in variants))
         both = list(dict.fromkeys([*(Variant("serial", wire) for wire in wires), *variants]))
         self._planners = {variant: engine.planner.like(*variant) for variant in both}
-        self._alone = [(Variant("serial", wire), "network") for wire in wires] + [(both[0], "compute")]
+        self._alone = [(Variant("serial", wire), part) for wire in wires for part in ("network", "beside")]
+        self._alone.append((both[0], "compute"))
         self._plan()
         self._best: dict[Variant, _Measurement] = {}  # of the rounds that count
         self._started = 0
@@ -124,9 +140,16 @@ class Comparing:
             self._correct({variant: run.result for (variant, part), run in done.items() if part == "both"})
             return
         both = {variant: done[same, "both"] for variant, same in self._run_as.items()}
-        network = {variant.wire: run.result.seconds for (variant, part), run in done.items() if part == "network"}
-        [compute] = [run.result.seconds for (_, part), run in done.items() if part == "compute"]
-        self.rounds.append(Round(compute, network, {variant: run.result.seconds for variant, run in both.items()}))
+        alone = {part: {v.wire: run.result for (v, p), run in done.items() if p == part} for part in ALONE}
+        [compute] = alone["compute"].values()
+        threads = self._engine.config.threads
+        self.rounds.append(
+            Round(
+                compute.seconds, {wire: result.seconds for wire, result in alone["network"].items()},
+                {wire: max(result.processor) / threads for wire, result in alone["beside"].items()},
+                {variant: run.result.seconds for variant, run in both.items()},
+            )
+        )  # fmt: skip
         for variant, run in both.items():
             if run.result.seconds <= self._best.get(variant, run).result.seconds:
                 self._best[variant] = run
@@ -157,8 +180,6 @@ class Comparing:
     def _measured(self, variant: Variant, fastest: _Measurement) -> Measured:
         rounds, wire, best, device = self.rounds, variant.wire, fastest.result, fastest.device
         savings = [1 - r.seconds[variant] / r.serial(wire) for r in rounds]
-        efficiencies = [overlap_efficiency(r.serial(wire), r.seconds[variant], r.bound(wire)) for r in rounds]
-        measured = [value for value in efficiencies if value is not None]
         most = max(range(len(best.bytes_sent)), key=lambda rank: best.bytes_sent[rank])
         assert best.timeline is not None
         plan, planner, title = self._plans[variant], self._planners[variant], f"{variant.overlap}, wire {wire}"
@@ -167,15 +188,23 @@ class Comparing:
             overlap=variant.overlap, wire=wire, plan=plan.describe(),
             seconds=[r.seconds[variant] for r in rounds], compute_alone=median(r.compute_alone for r in rounds),
             network_alone=median(r.network_alone[wire] for r in rounds), bound=median(r.bound(wire) for r in rounds),
+            floor=median(r.floor(wire) for r in rounds),
             serial_median=median(r.serial(wire) for r in rounds), saving=median(savings),
             saving_range=(min(savings), max(savings)),
             saving_bound=median(1 - r.bound(wire) / r.serial(wire) for r in rounds),
-            overlap_efficiency=median(measured) if measured else None,
+            overlap_efficiency=_median(r.efficiency(variant, r.bound) for r in rounds),
+            floor_efficiency=_median(r.efficiency(variant, r.floor) for r in rounds),
             exposed=median(r.seconds[variant] - r.compute_alone for r in rounds),
             bytes_on_wire=best.bytes_sent[most], bytes_on_device=device[most] if device is not None else None,
             predicted=plan.predicted.seconds if plan.predicted else None,
             timeline=replace(best.timeline, title=title), predicted_timeline=predicted,
         )  # fmt: skip
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    """Of those that there are."""
+    there = [value for value in values if value is not None]
+    return median(there) if there else None
 
 
 def compare(

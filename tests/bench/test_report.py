@@ -20,9 +20,11 @@ MODEL = {"name": "tiny", "layers": 2}
 def measured(overlap: str, seconds: float, possible: float = 0.4) -> Measured:
     return Measured(
         overlap=overlap, wire="exact", plan="", seconds=[seconds] * 3, compute_alone=0.6, network_alone=0.4, bound=0.6,
-        serial_median=1.0, saving=1 - seconds, saving_range=(0.9 - seconds, 1.1 - seconds), saving_bound=possible,
-        overlap_efficiency=(1 - seconds) / possible, exposed=seconds - 0.6, bytes_on_wire=1_000_000,
-        bytes_on_device=1_010_000, predicted=seconds * 1.1, timeline=replace(TIMELINE, title=overlap),
+        floor=0.62, serial_median=1.0, saving=1 - seconds, saving_range=(0.9 - seconds, 1.1 - seconds),
+        saving_bound=possible,
+        overlap_efficiency=(1 - seconds) / possible, floor_efficiency=(1 - seconds) / 0.38,
+        exposed=seconds - 0.6, bytes_on_wire=1_000_000, bytes_on_device=1_010_000, predicted=seconds * 1.1,
+        timeline=replace(TIMELINE, title=overlap),
         predicted_timeline=None,
     )  # fmt: skip
 
@@ -41,7 +43,10 @@ POINTS = [point("1gbit", 0.7), point("200mbit", 0.65), point("none", 0.9, 0.12)]
 
 def test_conclusion_and_flags() -> None:
     line = conclusion(POINTS)
-    assert "overlap efficiency 0.83 in the median of 3 points (0.75 to 0.87), saving up to 35.0%" in line
+    assert (
+        "overlap efficiency 0.83 in the median of 3 points (0.75 to 0.87), to the floor 0.79, saving up to 35.0%"
+        in line
+    )
     assert "marked !" not in line
     assert "1 saving marked ! exceed what is possible by more than 2%" in conclusion([point("1gbit", 0.5)])
     assert measured("iso:2", 0.5).above_ceiling and not measured("iso:2", 0.59).above_ceiling

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -222,10 +223,34 @@ def test_lanes_alone(split) -> None:
     program = ranks.plan(batch, "iso:2")
     both = ranks.run(batch, prompt, program)[0]
     compute = ranks.run(batch, prompt, program, scope=Scope.COMPUTE)[0]
-    network = ranks.run(batch, prompt, program, scope=Scope.NETWORK)[0]
-    for result, lanes in ((both, {"compute", "network"}), (compute, {"compute"}), (network, {"network"})):
+    network, beside = (ranks.run(batch, prompt, program, scope=scope)[0] for scope in (Scope.NETWORK, Scope.BESIDE))
+    for result, lanes in (
+        (both, {"compute", "network"}), (compute, {"compute"}), (network, {"network"}), (beside, {"network"}),
+    ):  # fmt: skip
         ran = {step.lane for step, (_, stop) in zip(program, result.spans, strict=True) if stop > 0}
         assert ran == lanes
+
+
+def test_messages_alone_on_the_threads_that_send_beside_a_computation(split) -> None:
+    """Also the urgent ones: what they take of the processor is then what a computation loses."""
+    ranks, prompt = split("llama", (1.0, 1.0)), prompt_of(64)
+    program, by = ranks.plan(one_prompt(64), "serial"), set[str]()
+    group = ranks.parts[0][1].group
+    exchange = group.exchange
+
+    def watched(*what: object) -> None:
+        by.add(threading.current_thread().name)
+        exchange(*what)
+
+    group.exchange = watched
+    try:
+        ranks.run(one_prompt(64), prompt, program, scope=Scope.NETWORK)
+        assert "weft-network-lane" not in by
+        by.clear()
+        ranks.run(one_prompt(64), prompt, program, scope=Scope.BESIDE)
+        assert by == {"weft-network-lane"}
+    finally:
+        del group.exchange
 
 
 def test_a_message_is_sent_once_for_every_collective(split) -> None:

@@ -33,7 +33,7 @@ def machine(truth: Costs, noise: float = 0.0) -> Probe:
 
     def probe(batch: Batch, program: Program, wire: str, part: str) -> Sample:
         timeline = simulate(program, batch, truth, wire)
-        if part == "network":
+        if part in ("network", "beside"):
             timeline = _back_to_back(timeline)
         elif part == "compute":
             alone = replace(truth, contention=Contention())

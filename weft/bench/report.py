@@ -17,7 +17,7 @@ from weft.compare import TOLERANCE, Measured
 from weft.timeline.page import ZOOM, document, legend_line, panels
 from weft.timeline.timeline import Timeline, median
 
-COLUMNS = ("overlap", "wire", "seconds", "predicted", "saved", "range", "possible", "efficiency",
+COLUMNS = ("overlap", "wire", "seconds", "predicted", "saved", "range", "possible", "efficiency", "to floor",
            "exposed ms", "MB sent", "by the device")  # fmt: skip
 
 
@@ -37,7 +37,8 @@ def cells(measured: Measured) -> tuple[str, ...]:
         m.overlap, m.wire, f"{m.median:.3f}", "–" if m.predicted is None else f"{m.predicted:.3f}",
         "" if is_serial else f"{m.saving:.1%}{flag}",
         "" if is_serial else f"{low:.1%} to {high:.1%}", f"{m.saving_bound:.1%}",
-        "" if is_serial or m.overlap_efficiency is None else f"{m.overlap_efficiency:.2f}", f"{m.exposed * 1e3:.1f}",
+        *("" if is_serial or value is None else f"{value:.2f}" for value in (m.overlap_efficiency, m.floor_efficiency)),
+        f"{m.exposed * 1e3:.1f}",
         f"{m.bytes_on_wire / 1e6:.2f}", "–" if m.bytes_on_device is None else f"{m.bytes_on_device / 1e6:.2f}",
     )  # fmt: skip
 
@@ -57,7 +58,8 @@ def bounds(point: Point, machine: Mapping[str, Any]) -> str:
     for serial in (m for m in point.measured if m.overlap == "serial"):
         rate = serial.bytes_on_wire * 8 / serial.network_alone / 1e6 if serial.network_alone else 0.0
         line += f"; network alone {serial.network_alone:.3f} s on wire {serial.wire}: {rate:.0f} Mbit/s"
-        line += f"; bound {serial.bound:.3f} s; serial {serial.serial_median:.3f} s"
+        line += f"; bound {serial.bound:.3f} s, floor with the messages' processor time {serial.floor:.3f} s"
+        line += f"; serial {serial.serial_median:.3f} s"
     return line
 
 
@@ -68,7 +70,9 @@ def conclusion(points: Sequence[Point]) -> str:
         return "Nothing was communicated, so there was nothing to hide."
     middle, count = median(hidden), _points(len(hidden))
     line = f"Best strategy of each point: overlap efficiency {middle:.2f} in the median of {count}"
-    line += f" ({min(hidden):.2f} to {max(hidden):.2f}), saving up to {max(p.best.saving for p in points):.1%}."
+    to_floor = [p.best.floor_efficiency for p in points if p.best.floor_efficiency is not None]
+    line += f" ({min(hidden):.2f} to {max(hidden):.2f}){f', to the floor {median(to_floor):.2f}' if to_floor else ''}"
+    line += f", saving up to {max(p.best.saving for p in points):.1%}."
     wrong = sum(m.above_ceiling for p in points for m in p.measured)
     if wrong:
         line += (

@@ -9,6 +9,7 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import psutil
@@ -121,6 +122,22 @@ def _links() -> list[Finding]:
     return [
         Finding("shaped links", not missing, "yes" if not missing else "missing: " + ", ".join(missing),
                 "benchmarks over a link of known speed, between network namespaces"),
+        *_tcp(Path("/proc/sys/net/ipv4")),
+    ]  # fmt: skip
+
+
+def _tcp(settings: Path) -> list[Finding]:
+    """What the system does to a connection between machines: it is one for each way. Nothing where it doesn't say."""
+    try:
+        slow = (settings / "tcp_slow_start_after_idle").read_text().strip() != "0"
+        most = int((settings / "tcp_wmem").read_text().split()[2])
+    except (OSError, ValueError, IndexError):
+        return []
+    starts = "messages between machines" + "; sysctl -w net.ipv4.tcp_slow_start_after_idle=0 keeps speed" * slow
+    return [
+        Finding("TCP after pauses", not slow, "starts slowly again" if slow else "as fast as before", starts),
+        Finding("TCP buffers", True, f"{most / 2**20:.3g} MiB",
+                f"up to {most * 8 / 0.01 / 1e9:.2g} Gbit/s between machines 10 ms apart and back"),
     ]  # fmt: skip
 
 

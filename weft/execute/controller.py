@@ -39,7 +39,7 @@ M = TypeVar("M", bound=p.ToEngine)
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What to bring back besides tokens. `scope`: "both", or one side alone: "compute" or "network"."""
+    """What to bring back besides tokens. `scope`: "both", or one side alone, see `executor.Scope`."""
 
     scope: str = "both"
     timeline: bool = False

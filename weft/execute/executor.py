@@ -38,6 +38,12 @@ class Scope(StrEnum):
     BOTH = "both"
     COMPUTE = "compute"  # a rank's own partial stands in for the sum: same work, meaningless numbers
     NETWORK = "network"  # the same messages, with nothing computed
+    BESIDE = "beside"  # that, on the threads which send beside a computation, and which never wait in a loop
+
+    @property
+    def computes(self) -> bool:
+        """False where messages travel alone."""
+        return self not in (Scope.NETWORK, Scope.BESIDE)
 
 
 @dataclass(frozen=True)
@@ -208,7 +214,7 @@ class _Pass:
         self.told: list[Tensor] = []
 
     def all_steps(self) -> Result:
-        if self.scope is Scope.NETWORK:
+        if not self.scope.computes:
             self.residual.commit()  # before the clock matters
         try:
             for now, urgent in self._steps():
@@ -216,7 +222,7 @@ class _Pass:
                     self._send(now, urgent)
                 elif now.step.kind in COLLECTIVES:
                     self._collective(now, urgent)
-                elif self.scope is not Scope.NETWORK:
+                elif self.scope.computes:
                     self._compute(now)
         finally:
             for waiting in self.pending.values():
@@ -317,7 +323,7 @@ class _Pass:
 
     def _outgoing(self, kind: Kind, stage: StageFunctions, rows: Rows) -> Tensor:
         """What travels: all of it is this rank's partial, or the rows that it entered."""
-        if self.scope is Scope.NETWORK:
+        if not self.scope.computes:
             return self._stand_in(kind, rows)
         if kind is Kind.GATHER and not self.partials.has(stage, rows):
             assert not self.part.width, "a rank with a part of the vocabulary, and a program without its head"
@@ -326,6 +332,7 @@ class _Pass:
 
     def _submit(self, now: _Now, tensor: Tensor, urgent: bool) -> None:
         lane, work = now.step.lane, partial(self._communicate, now, tensor)
+        urgent = urgent and self.scope is not Scope.BESIDE
         self.pending[now.number] = self.latest[lane] = self.lanes.submit(lane, work, urgent)
 
     def _nothing_travels(self, number: int, step: Step) -> None:
@@ -338,7 +345,7 @@ class _Pass:
         touches on a rank that has sent it, nor on one that receives it before it is there."""
         number, step, place, _, extent = now
         self._wait(number, step)
-        sends = self.group.rank in step.ranks and self.scope is not Scope.NETWORK
+        sends = self.group.rank in step.ranks and self.scope.computes
         tensor = self.residual.stream(place + 1, extent.rows) if sends else self.residual.left_by(place, extent)
         if self.scope is Scope.COMPUTE:
             if not sends:

@@ -27,7 +27,7 @@ EXTENTS = ((2048, 8), (1024, 8), (512, 8), (256, 8), (256, 2))
 SOME_BYTES = 256 << 10  # of a sum, by which algorithms are told apart
 STOPGAPS = ((256, 2), (128, 2), (64, 1))
 
-# Runs a program on a batch of any tokens: (batch, program, wire, "both", "compute" or "network").
+# Runs a program on a batch of any tokens: (batch, program, wire, which side of it: `executor.Scope`).
 Probe = Callable[[Batch, Program, str, str], Sample]
 
 
@@ -100,7 +100,7 @@ def _sums(subject: Subject, most: int, sizes: list[int]) -> Iterator[Trial]:
             yield _run(subject, by_name(algorithm), n, 2, scope="network", algorithm=algorithm)
     for wire in subject.elements:
         for n in sizes:
-            yield _run(subject, "network", n, 2 if n <= 16 else 1, wire=wire, scope="network")
+            yield _run(subject, "network", n, 2 if n <= 16 else 1, wire=wire, scope="beside")
 
 
 def _run(

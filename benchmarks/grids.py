@@ -1,0 +1,172 @@
+"""What files of `weft bench --json` come to, as tables and in a line each: overlap efficiency, predictions, and `auto`
+against the best fixed strategy.
+
+The best fixed one of a point is chosen on half of its rounds and compared on the others, both ways round: the same
+rounds would flatter it. Reads what was measured; measures nothing.
+
+    python benchmarks/grids.py benchmarks/rounds/grid-*.json
+    python benchmarks/grids.py benchmarks/rounds/plans-*.json --plans
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from weft.program.strategy import AUTO
+from weft.timeline.timeline import median
+
+WITHIN = 0.05  # of the best fixed strategy
+
+Run = dict[str, Any]
+
+
+class Point(NamedTuple):
+    """What was run at one place of a grid: by strategy."""
+
+    hidden: int
+    runs: dict[str, Run]
+
+    @property
+    def serial(self) -> Run:
+        """Without overlap."""
+        return self.runs["serial"]
+
+    @property
+    def fixed(self) -> list[str]:
+        """Strategies but `auto`."""
+        return [name for name in self.runs if name != AUTO]
+
+    @property
+    def best(self) -> Run:
+        """The overlapped one that saves most."""
+        return max((run for name, run in self.runs.items() if name != "serial"), key=lambda run: run["saving"])
+
+    @property
+    def link(self) -> str:
+        """With its share of balance."""
+        balance = self.serial["balance"]
+        return self.serial["link"] + (f" ({balance:g})" if balance else "")
+
+    @property
+    def prompts(self) -> str:
+        """Tokens, and prompts where there are several."""
+        tokens, prompts = self.serial["tokens"], self.serial["prompts"]
+        return f"{tokens} in {prompts}" if prompts > 1 else str(tokens)
+
+    def auto_over_best(self) -> float | None:
+        """Seconds of `auto` over those of the best fixed one, chosen on the other rounds; None without `auto`."""
+        if AUTO not in self.runs or len(self.serial["seconds"]) < 2:
+            return None
+        rounds = range(len(self.serial["seconds"]))
+        halves = [[n for n in rounds if n % 2 == half] for half in (0, 1)]
+        ratios = []
+        for choose, compare in (halves, halves[::-1]):
+            best = min(self.fixed, key=lambda name: self._seconds(name, choose))
+            ratios.append(self._seconds(AUTO, compare) / self._seconds(best, compare))
+        return sum(ratios) / 2
+
+    def _seconds(self, name: str, rounds: Sequence[int]) -> float:
+        return median(self.runs[name]["seconds"][n] for n in rounds)
+
+
+def points_of(path: Path) -> Iterator[Point]:
+    """A file's, in its order."""
+    data = json.loads(path.read_text())
+    place = ("tokens", "tp", "prompts", "link", "wire")
+    for _, runs in groupby(data["runs"], key=lambda run: tuple(run[name] for name in place)):
+        yield Point(data["model"]["hidden"], {run["overlap"]: run for run in runs})
+
+
+def efficiencies(points: Sequence[Point]) -> Iterator[str]:
+    """A row a point: what each strategy saves of what is possible."""
+    names = [name for name in points[0].runs if name != "serial"]
+    yield _row("hidden size, tokens", "link (x balance)", "serial", "possible", *(f"`{n}` saves" for n in names),
+               "efficiency", "to floor")  # fmt: skip
+    yield _row(*["---"] * (6 + len(names)))
+    for point in points:
+        serial, best = point.serial, point.best
+        yield _row(
+            f"{point.hidden}, {point.prompts}", point.link, f"{serial['median']:.2f} s",
+            f"{best['saving_bound']:.1%}", *(f"{point.runs[name]['saving']:.1%}" for name in names),
+            f"{best['overlap_efficiency']:.2f}", f"{best['floor_efficiency']:.2f}",
+        )  # fmt: skip
+
+
+def plans(points: Sequence[Point]) -> Iterator[str]:
+    """A row a point: what `auto` came to, beside the best fixed one, and predictions."""
+    yield _row("hidden", "tokens", "link (x balance)", "serial, s", "possible", "`auto`", "best fixed", "auto / best",
+               "serial predicted", "auto predicted")  # fmt: skip
+    yield _row(*["---"] * 10)
+    for point in points:
+        auto, serial = point.runs[AUTO], point.serial
+        best = min((point.runs[name] for name in point.fixed), key=lambda run: run["median"])
+        ratio = point.auto_over_best()
+        yield _row(
+            str(point.hidden), point.prompts, point.link, f"{serial['median']:.4f}", f"{serial['saving_bound']:.0%}",
+            f"`{auto['plan'].split(' · ')[0]}` {auto['saving']:.1%}", f"`{best['overlap']}` {best['saving']:.1%}",
+            "" if ratio is None else f"{ratio:.3f}", f"{_off(serial):+.0%}", f"{_off(auto):+.0%}",
+        )  # fmt: skip
+
+
+def hiding(points: Sequence[Point]) -> Iterator[str]:
+    """How much of what could be hidden was."""
+    best = [point.best for point in points]
+    yield "the best strategy of each: efficiency " + _spread(best, "overlap_efficiency")
+    yield "the same, to the floor (messages' processor time counted): " + _spread(best, "floor_efficiency")
+    if any(AUTO in point.runs for point in points):
+        autos = [point.runs[AUTO] for point in points if AUTO in point.runs]
+        yield "auto alone: efficiency " + _spread(autos, "overlap_efficiency")
+    bound_by_processor = [p.best for p in points if p.serial["floor"] > 1.01 * p.serial["bound"]]
+    if bound_by_processor:
+        yield f"where the floor is above the bound ({len(bound_by_processor)} points): to the floor " + _spread(
+            bound_by_processor, "floor_efficiency"
+        )
+
+
+def planning(points: Sequence[Point]) -> Iterator[str]:
+    """How right predictions and choices were."""
+    errors = [abs(_off(run)) for point in points for run in point.runs.values() if run["predicted"]]
+    right = sum(error <= 0.2 for error in errors) / len(errors)
+    yield f"predicted against measured: median {median(errors):.1%}, {right:.0%} of {len(errors)} within 20%"
+    ratios = [ratio for point in points if (ratio := point.auto_over_best()) is not None]
+    if ratios:
+        close = sum(ratio <= 1 + WITHIN for ratio in ratios)
+        yield (
+            f"auto over the best fixed one of the other half of the rounds: {median(ratios):.3f} in the median, "
+            f"within {WITHIN:.0%} at {close} of {len(ratios)} points, worst {max(ratios):.3f}"
+        )
+    wrong = sum(run["above_ceiling"] for point in points for run in point.runs.values())
+    yield f"savings above what is possible: {wrong}"
+
+
+def _spread(runs: Sequence[Run], name: str) -> str:
+    values = [run[name] for run in runs if run.get(name) is not None]
+    return f"{median(values):.2f} in the median, {min(values):.2f} to {max(values):.2f}" if values else "none"
+
+
+def _off(run: Run) -> float:
+    return float(run["predicted"] / run["median"] - 1)
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """See the file's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--plans", action="store_true", help="a row says what auto came to, not what each one saves")
+    args = parser.parse_args()
+    points = [point for path in args.files for point in points_of(path)]
+    table, hidden = (plans(points), []) if args.plans else (efficiencies(points), list(hiding(points)))
+    print("\n".join([*table, "", f"{len(points)} points", *hidden, *planning(points)]))
+
+
+if __name__ == "__main__":
+    main()
