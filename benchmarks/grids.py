@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from weft.program.strategy import AUTO
 from weft.timeline.timeline import median
 
 WITHIN = 0.05  # of the best fixed strategy
+EFFICIENCY, FLOOR = "overlap_efficiency", "floor_efficiency"
 
 Run = dict[str, Any]
 
@@ -41,10 +42,9 @@ class Point(NamedTuple):
         """Strategies but `auto`."""
         return [name for name in self.runs if name != AUTO]
 
-    @property
-    def best(self) -> Run:
-        """The overlapped one that saves most."""
-        return max((run for name, run in self.runs.items() if name != "serial"), key=lambda run: run["saving"])
+    def best(self, names: Iterable[str]) -> Run:
+        """That of these overlapped ones which saves most."""
+        return max((self.runs[name] for name in names if name != "serial"), key=lambda run: run["saving"])
 
     @property
     def link(self) -> str:
@@ -57,6 +57,16 @@ class Point(NamedTuple):
         """Tokens, and prompts where there are several."""
         tokens, prompts = self.serial["tokens"], self.serial["prompts"]
         return f"{tokens} in {prompts}" if prompts > 1 else str(tokens)
+
+    @property
+    def once(self) -> list[Run]:
+        """Each run once: strategies of one plan share theirs."""
+        return list({run["plan"]: run for run in reversed(self.runs.values())}.values())
+
+    @property
+    def auto_is_fixed(self) -> bool:
+        """True where `auto` came to a fixed strategy's plan: then their runs are the same."""
+        return AUTO in self.runs and any(self.runs[AUTO]["plan"] == self.runs[name]["plan"] for name in self.fixed)
 
     def auto_over_best(self) -> float | None:
         """Seconds of `auto` over those of the best fixed one, chosen on the other rounds; None without `auto`."""
@@ -89,11 +99,11 @@ def efficiencies(points: Sequence[Point]) -> Iterator[str]:
                "efficiency", "to floor")  # fmt: skip
     yield _row(*["---"] * (6 + len(names)))
     for point in points:
-        serial, best = point.serial, point.best
+        serial, best = point.serial, point.best(point.runs)
         yield _row(
             f"{point.hidden}, {point.prompts}", point.link, f"{serial['median']:.2f} s",
             f"{best['saving_bound']:.1%}", *(f"{point.runs[name]['saving']:.1%}" for name in names),
-            f"{best['overlap_efficiency']:.2f}", f"{best['floor_efficiency']:.2f}",
+            *("" if best.get(name) is None else f"{best[name]:.2f}" for name in (EFFICIENCY, FLOOR)),
         )  # fmt: skip
 
 
@@ -102,7 +112,7 @@ def plans(points: Sequence[Point]) -> Iterator[str]:
     yield _row("hidden", "tokens", "link (x balance)", "serial, s", "possible", "`auto`", "best fixed", "auto / best",
                "serial predicted", "auto predicted")  # fmt: skip
     yield _row(*["---"] * 10)
-    for point in points:
+    for point in (point for point in points if AUTO in point.runs):
         auto, serial = point.runs[AUTO], point.serial
         best = min((point.runs[name] for name in point.fixed), key=lambda run: run["median"])
         ratio = point.auto_over_best()
@@ -115,22 +125,21 @@ def plans(points: Sequence[Point]) -> Iterator[str]:
 
 def hiding(points: Sequence[Point]) -> Iterator[str]:
     """How much of what could be hidden was."""
-    best = [point.best for point in points]
-    yield "the best strategy of each: efficiency " + _spread(best, "overlap_efficiency")
-    yield "the same, to the floor (messages' processor time counted): " + _spread(best, "floor_efficiency")
-    if any(AUTO in point.runs for point in points):
-        autos = [point.runs[AUTO] for point in points if AUTO in point.runs]
-        yield "auto alone: efficiency " + _spread(autos, "overlap_efficiency")
-    bound_by_processor = [p.best for p in points if p.serial["floor"] > 1.01 * p.serial["bound"]]
-    if bound_by_processor:
-        yield f"where the floor is above the bound ({len(bound_by_processor)} points): to the floor " + _spread(
-            bound_by_processor, "floor_efficiency"
-        )
+    best = [point.best(point.runs) for point in points]
+    yield "the best strategy of each: efficiency " + _spread(best, EFFICIENCY)
+    yield "the best fixed one: efficiency " + _spread(
+        [point.best(point.fixed) for point in points if len(point.fixed) > 1], EFFICIENCY
+    )
+    yield "auto: efficiency " + _spread([point.runs[AUTO] for point in points if AUTO in point.runs], EFFICIENCY)
+    above = [run for run in best if run.get("floor", 0.0) > 1.01 * run["bound"]]
+    yield f"where the floor is over 1% above the bound ({len(above)} points): best to the floor " + _spread(
+        above, FLOOR
+    )
 
 
 def planning(points: Sequence[Point]) -> Iterator[str]:
     """How right predictions and choices were."""
-    errors = [abs(_off(run)) for point in points for run in point.runs.values() if run["predicted"]]
+    errors = [abs(_off(run)) for point in points for run in point.once if run["predicted"]]
     right = sum(error <= 0.2 for error in errors) / len(errors)
     yield f"predicted against measured: median {median(errors):.1%}, {right:.0%} of {len(errors)} within 20%"
     ratios = [ratio for point in points if (ratio := point.auto_over_best()) is not None]
@@ -138,7 +147,8 @@ def planning(points: Sequence[Point]) -> Iterator[str]:
         close = sum(ratio <= 1 + WITHIN for ratio in ratios)
         yield (
             f"auto over the best fixed one of the other half of the rounds: {median(ratios):.3f} in the median, "
-            f"within {WITHIN:.0%} at {close} of {len(ratios)} points, worst {max(ratios):.3f}"
+            f"within {WITHIN:.0%} at {close} of {len(ratios)} points, worst {max(ratios):.3f}; "
+            f"at {sum(point.auto_is_fixed for point in points)} it is a fixed one, with the same run"
         )
     wrong = sum(run["above_ceiling"] for point in points for run in point.runs.values())
     yield f"savings above what is possible: {wrong}"

@@ -27,7 +27,8 @@ EXTENTS = ((2048, 8), (1024, 8), (512, 8), (256, 8), (256, 2))
 SOME_BYTES = 256 << 10  # of a sum, by which algorithms are told apart
 STOPGAPS = ((256, 2), (128, 2), (64, 1))
 
-# Runs a program on a batch of any tokens: (batch, program, wire, which side of it: `executor.Scope`).
+# Runs a program on a batch of any tokens: (batch, program, wire, "both", or one side alone: "compute", "network", or
+# "beside": messages on the threads that send beside a computation).
 Probe = Callable[[Batch, Program, str, str], Sample]
 
 

@@ -257,7 +257,7 @@ class _Network:
         fitted = Contention(
             small=self._processor(sizes[0]), fixed=fixed, per_byte=per_byte, wake=self._wake(), burst=self.burst
         )
-        # Part of that is waiting in a loop for something to do, by which nothing is lost beside a computation.
+        # Part of that falls into pauses of the computation, where nothing is lost by it.
         part = self._lost_part(replace(costs, contention=fitted))
         fitted = replace(fitted, small=part * fitted.small, fixed=part * fitted.fixed, per_byte=part * fitted.per_byte)
         corrected = replace(costs, contention=fitted)
