@@ -43,7 +43,8 @@ def test_a_shaped_pair_is_as_fast_as_said_and_bytes_agree(packaged) -> None:
         before = launcher.sent()[0]
         _, measured = compare(llm.engine, tokens, ["iso:2"], rounds=2)
         on_device = launcher.sent()[0] - before
-        counted = measured.bytes_on_wire * 3 * 3  # a warm-up and two rounds of serial, iso and network alone
+        runs = 4  # serial, iso:2, the messages alone and what their threads take beside a computation
+        counted = measured.bytes_on_wire * runs * 3  # a warm-up and two rounds
         assert on_device == pytest.approx(counted, rel=0.03)
         assert measured.bytes_on_wire >= 10 * 512 * 256 * 4  # of the last layer, the wanted row alone
         by_line_rate = measured.bytes_on_wire * 8 / 40e6
