@@ -29,7 +29,7 @@ from rich.table import Table
 from weft.batching.params import SamplingParams
 from weft.config import available_cores, processor_name
 from weft.engine import Engine
-from weft.execute.controller import RunOptions
+from weft.execute.results import RunOptions
 from weft.opening import open_engine
 from weft.plan.planner import Plan
 from weft.program.batch import one_prompt

@@ -24,7 +24,7 @@ from rich.table import Table
 from weft.bench.machine import cores_of
 from weft.config import processor_name
 from weft.engine import Engine
-from weft.execute.controller import RunOptions
+from weft.execute.results import RunOptions
 from weft.links import Link
 from weft.opening import open_engine
 from weft.program.batch import one_prompt

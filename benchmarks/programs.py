@@ -26,7 +26,7 @@ from models import random_llama
 from weft import LLM, SamplingParams
 from weft.config import ModelConfig
 from weft.execute import protocol as p
-from weft.execute.controller import RunOptions
+from weft.execute.results import RunOptions
 from weft.model.blueprint import Blueprint
 from weft.model.families import blueprint_of
 from weft.model.shares import shares_of

@@ -25,7 +25,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from weft import LLM, SamplingParams
-from weft.execute.controller import RunOptions
+from weft.execute.results import RunOptions
 from weft.hub import PACKAGED
 from weft.program.batch import one_prompt
 from weft.timeline.timeline import median

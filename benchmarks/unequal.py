@@ -17,7 +17,7 @@ from models import SIZES, random_llama
 
 from weft import LLM
 from weft.bench.machine import cores_of
-from weft.execute.controller import RunOptions
+from weft.execute.results import RunOptions
 from weft.program.batch import one_prompt
 from weft.timeline.timeline import median
 

@@ -18,7 +18,7 @@ import torch
 from tests.tiny import Checkpoints, prompt_of
 from weft import LLM, InputError, SamplingParams
 from weft.errors import WorkerFailed
-from weft.execute.controller import RunOptions
+from weft.execute.results import RunOptions
 from weft.llm import Prompt, RequestOutput
 from weft.program.batch import one_prompt
 
@@ -221,7 +221,7 @@ def test_workers_that_keep_dying_end_with_one_line(packaged: Path, monkeypatch: 
             return submit(*arguments)  # type: ignore[arg-type]
 
         monkeypatch.setattr(llm.engine.workers.controller, "submit", dying)
-        with pytest.raises(WorkerFailed, match="workers were lost 4 times within a minute; .*SIGKILL"):
+        with pytest.raises(WorkerFailed, match="ranks were lost 4 times within a minute; .*SIGKILL"):
             llm.generate("x", GREEDY)
 
 

@@ -48,6 +48,8 @@ def test_who_owns_threads() -> None:
         "weft/text.py",  # a tokenizer is read while workers start
         "weft/grammar.py",  # a lock: who asks for a schema that is compiled just now waits for it
         "weft/launch/joined.py",  # an event, by which a start that waits is interrupted
+        "weft/launch/sockets.py",  # takes what ZeroMQ tells of strangers, which would hold it up else
+        "weft/launch/machine.py",  # looks at a model's files, which may take long, and gives signs of life meanwhile
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from weft.batching.params import SamplingParams, shown
 from weft.config import EngineConfig, ModelConfig
-from weft.errors import InputError
+from weft.errors import InputError, NoRoom
 from weft.execute.protocol import Hello, Loaded
 from weft.model.families import blueprint_of
 from weft.model.shares import shard_bytes, shares_of
@@ -84,7 +84,7 @@ def memory_tokens(hellos: Sequence[Hello], loaded: Sequence[Loaded]) -> int:
 
 
 def demand_memory(model: ModelConfig, config: EngineConfig, hellos: Sequence[Hello]) -> None:
-    """Raises `InputError` before anything is loaded if the weights of a machine's ranks can't fit into its memory."""
+    """Raises `NoRoom` before anything is loaded if the weights of a machine's ranks can't fit into its memory."""
     size = NUMBER_BYTES[config.dtype]
     blueprint = blueprint_of(model)
     needed = [shard_bytes(blueprint, share, lambda _: size) for share in shares_of(blueprint, config.shares)]
@@ -93,10 +93,11 @@ def demand_memory(model: ModelConfig, config: EngineConfig, hellos: Sequence[Hel
         here, free = sum(needed[rank] for rank in ranks), min(hellos[rank].free for rank in ranks)
         if config.device == "cpu" and here > free:
             count = f"{len(ranks)} of {config.ranks}" if len(machines) > 1 else config.ranks
-            raise InputError(
+            raise NoRoom(
                 f"the weights need {here / 2**30:.1f} GiB in {config.dtype} for {count} ranks on "
                 f"{hellos[ranks[0]].host}, and {free / 2**30:.1f} GiB are free there; use a smaller model, --dtype "
-                "bfloat16, other --shares, or more machines or memory"
+                "bfloat16, other --shares, or more machines or memory",
+                ranks[0],
             )
 
 

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from random import Random
 
 from weft.config import EngineConfig, ModelConfig, processor_name
-from weft.execute.controller import RunOptions, RunResult
+from weft.execute.results import RunOptions, RunResult
 from weft.model.families import blueprint_of
 from weft.parallel.sizes import LIKELIEST_BYTES, ONE_SHOT_BYTES, algorithms, element_bytes
 from weft.plan.calibrate import MOST, calibrate

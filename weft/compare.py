@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from weft.engine import Engine
-from weft.execute.controller import RunOptions, RunResult
+from weft.execute.results import RunOptions, RunResult
 from weft.program.batch import Batch, one_prompt
 from weft.program.steps import Program
 from weft.timeline.timeline import Timeline, bound, median, overlap_efficiency

@@ -22,7 +22,7 @@ from weft.batching.scheduled import Scheduled
 from weft.calibration import granule_of
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, WorkerFailed, WorkerLost, in_a_line
-from weft.execute.controller import RunOptions, RunResult
+from weft.execute.results import RunOptions, RunResult
 from weft.grammar import Grammar
 from weft.launch.launcher import Launcher
 from weft.model.families import blueprint_of

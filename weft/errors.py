@@ -7,6 +7,14 @@ class InputError(ValueError):
     """Something that the user gave can't be used: one line with what was given, what is allowed, what to do."""
 
 
+class NoRoom(InputError):
+    """The machine of rank `rank` has less memory than its part of the model takes."""
+
+    def __init__(self, line: str, rank: int) -> None:
+        super().__init__(line)
+        self.rank = rank
+
+
 class LinkLost(RuntimeError):
     """A rank can't reach another one."""
 

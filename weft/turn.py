@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from weft.batching.scheduled import Scheduled
-from weft.execute.controller import RunResult, Submitted
+from weft.execute.results import RunResult, Submitted
 from weft.plan.planner import Plan
 
 

@@ -17,8 +17,9 @@ from weft.batching.scheduled import CopyPrefix, Move
 from weft.calibration import key_of, measured
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import GivenUp, Interrupted, WorkerFailed, WorkerLost, told
-from weft.execute.controller import Controller, RunOptions, RunResult, Started
+from weft.execute.controller import Controller
 from weft.execute.protocol import Choice, Hello
+from weft.execute.results import RunOptions, RunResult, Started
 from weft.launch.launcher import Launcher
 from weft.launch.local import LocalLauncher
 from weft.links import Link
@@ -56,23 +57,40 @@ class Workers:
         """The first time: brings the group up and, where they are needed, has the planner learn its costs; `by_speed`:
         and once more, with parts of the model that follow from them. Lines for whoever should know.
 
-        Raises `InputError` and `WorkerFailed`; nothing is left running then.
+        Other machines that are lost meanwhile are waited for, or others in their place. Raises `InputError` and
+        `WorkerFailed`; nothing is left running then.
         """
         try:
             if self.controller.launcher.may_change:
                 self._ready()  # no other machine is waited for in vain
-            self._bring_up(lambda share: tell("loading", share))
-            notices = self._make_link(planner, tell)
-            if not (self.config.ranks > 1 and (recalibrate or by_speed or self.config.overlap == AUTO)):
-                return notices
-            notices += self._learn(planner, tell, recalibrate)
-            return notices + (self._share(planner, tell, recalibrate) if by_speed else [])
-        except WorkerLost as error:
-            self.controller.close()
-            raise WorkerFailed(f"a worker ended while the model was loaded: {told(error)}") from None
+            while True:
+                try:
+                    return self._started(planner, tell, recalibrate, by_speed)
+                except (WorkerLost, WorkerFailed) as error:
+                    self._try_again(error)
         except BaseException:
             self.controller.close()
             raise
+
+    def _started(self, planner: Planner, tell: Progress, recalibrate: bool, by_speed: bool) -> list[str]:
+        self._bring_up(lambda share: tell("loading", share))
+        notices = self._make_link(planner, tell)
+        if not (self.config.ranks > 1 and (recalibrate or by_speed or self.config.overlap == AUTO)):
+            return notices
+        notices += self._learn(planner, tell, recalibrate)
+        return notices + (self._share(planner, tell, recalibrate) if by_speed else [])
+
+    def _try_again(self, error: WorkerLost | WorkerFailed) -> None:
+        """After a start that failed: raises, if that will not pass."""
+        self.up = False
+        if isinstance(error, Interrupted) or not self.controller.launcher.may_change:
+            if isinstance(error, WorkerLost):
+                raise WorkerFailed(f"a rank ended while the model was loaded: {told(error)}") from None
+            raise error
+        self.controller.stop()
+        self.restarts.failed()
+        self.controller.launcher.told(f"the ranks are started again: {told(error)}")
+        self._pause(self.restarts.pause)
 
     def _bring_up(self, progress: Callable[[float], None] | None = None) -> None:
         self.started = self.controller.start(self.directory, self.model, progress)
@@ -170,7 +188,7 @@ class Workers:
         while not self.up:
             self.controller.stop()
             if self.restarts.hopeless and not self.controller.launcher.may_change:
-                raise GivenUp(f"workers were lost {len(self.restarts)} times within a minute; the last: {error}")
+                raise GivenUp(f"ranks were lost {len(self.restarts)} times within a minute; the last: {error}")
             self.on_lost(error)
             try:
                 self._pause(self.restarts.pause)
@@ -197,4 +215,5 @@ class Workers:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             self._waiting()
+            self.controller.launcher.attend()
             time.sleep(0.05)

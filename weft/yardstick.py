@@ -21,7 +21,7 @@ from platformdirs import user_cache_path
 from weft.calibration import key_of
 from weft.config import EngineConfig, ModelConfig, available_cores
 from weft.engine import Engine
-from weft.execute.controller import RunOptions
+from weft.execute.results import RunOptions
 from weft.launch.local import LocalLauncher
 from weft.plan.planner import Planner
 from weft.program.batch import Batch, Segment, one_prompt

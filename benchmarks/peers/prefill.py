@@ -32,7 +32,7 @@ from rich.table import Table
 from weft import LLM
 from weft.balance import balance
 from weft.bench.machine import describe
-from weft.execute.controller import RunOptions
+from weft.execute.results import RunOptions
 from weft.launch.namespaces import NamespaceLauncher
 from weft.links import links_of
 from weft.program.batch import one_prompt

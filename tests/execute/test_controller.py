@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.outlines import decoder_outline
-from weft.execute.controller import Controller, RunOptions, Submitted
+from weft.execute.controller import Controller
 from weft.execute.protocol import Chosen, Done
+from weft.execute.results import RunOptions, Submitted
 from weft.program.batch import one_prompt
 from weft.program.build import build
 from weft.program.strategy import Strategy

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from tests.processes import Command, free_port
 from tests.server.running import Running, running
 from weft import LLM, SamplingParams
+from weft.engine import Engine
 from weft.errors import InputError
-from weft.execute import controller
+from weft.execute import sending
 from weft.launch.addresses import interface_of, parse_address
 from weft.launch.joined import SILENT, JoinedLauncher
 from weft.model.fingerprint import Wanted, WeightFile, cut_out
@@ -60,13 +62,14 @@ def test_a_rank_that_joined_is_started_again_and_machines_may_change(packaged: P
         while server.service.state != "restarting":
             assert time.monotonic() - begin < 2.0
             time.sleep(0.01)
-        assert re.search(r"the worker on \S+ \(127.0.0.1\): .*SIGKILL", server.service.reason)
+        assert re.search(r"\S+ \(127.0.0.1\): rank 1 \(process \d+\) was ended by SIGKILL", server.service.reason)
         assert ask(server) == expected
         assert used.end(signal.SIGTERM) == 130
         assert ask(server) == expected, "the other machine takes its place"
         spare.until("starting rank 1")
         server.service.close()
         spare.until("as it was told to")
+        assert "stands by" in spare.said and "stands by" not in used.said
 
 
 def test_a_lost_machine_is_one_loss_and_is_waited_for(packaged: Path) -> None:
@@ -97,7 +100,7 @@ def test_a_lost_machine_is_one_loss_and_is_waited_for(packaged: Path) -> None:
             metrics = http.get("/metrics").text
     assert re.search(r"^weft:restarts_total\S* 1.0$", metrics, re.MULTILINE)
     told = " ".join(said)
-    assert said[0].startswith("the workers are started again: ")
+    assert said[0].startswith("the ranks are started again: ")
     assert "waiting for 1 more machine to join at 127.0.0.1" in told and "there again" in told
     assert "gloo" not in told
 
@@ -128,12 +131,21 @@ def test_long_work_is_no_silence(packaged: Path) -> None:
 
 
 def test_who_has_another_token_is_not_heard() -> None:
-    port = free_port()
-    launcher = JoinedLauncher(f"127.0.0.1:{port}", 0, TOKEN, lambda line: None)
+    """Both sides say so."""
+    port, said = free_port(), list[str]()
+    launcher = JoinedLauncher(f"127.0.0.1:{port}", 0, TOKEN, said.append)
     with joining(port, "another") as stranger:
-        stranger.until("doesn't answer: WEFT_TOKEN is not the one", 20)
-        assert launcher._there(0.0) == []
+        stranger.until("takes no hand-shake: WEFT_TOKEN is not the one", 20)
+        end = time.monotonic() + 5
+        while not said:
+            assert launcher._hub.there(0.0) == [] and time.monotonic() < end
+    assert said == ["a machine tried to join with another token than this server's, and is not heard"]
     launcher.close()
+
+
+def test_a_server_that_is_not_there_is_said_so() -> None:
+    with joining(free_port()) as early:
+        early.until("no server answers at 127.0.0.1:", 20)
 
 
 def test_a_machine_may_have_the_model_elsewhere(packaged: Path, tmp_path: Path) -> None:
@@ -144,7 +156,7 @@ def test_a_machine_may_have_the_model_elsewhere(packaged: Path, tmp_path: Path) 
         assert ask(server)
 
 
-def test_a_model_that_is_missing_there_is_said_so(packaged: Path, tmp_path: Path) -> None:
+def test_a_model_that_went_away_here_is_said_so(packaged: Path, tmp_path: Path) -> None:
     port = free_port()
     launcher = JoinedLauncher(f"127.0.0.1:{port}", 0, TOKEN, lambda line: None)
     here = tmp_path / "model"
@@ -155,20 +167,8 @@ def test_a_model_that_is_missing_there_is_said_so(packaged: Path, tmp_path: Path
         machine.until("as it was told to")
 
 
-def test_a_model_that_was_named_is_not_fetched(packaged: Path, tmp_path: Path) -> None:
-    port = free_port()
-    launcher = JoinedLauncher(f"127.0.0.1:{port}", 0, TOKEN, lambda line: None)
-    shutil.copytree(packaged, tmp_path / "there")
-    with joining(port, TOKEN, str(tmp_path / "there")) as machine:
-        threading.Thread(target=launcher._awaited, args=(1,), daemon=True).start()  # answers
-        machine.until("waiting for work", 20)
-        shutil.rmtree(tmp_path / "there")
-        with pytest.raises(InputError, match=r"rank 0, on .*has no directory .*leave that out: then it comes from"):
-            LLM(packaged, num_threads=1, launcher=launcher)
-
-
-def test_another_checkpoint_is_told_from_the_same(packaged: Path, tmp_path: Path) -> None:
-    """By its header; and where only numbers differ, if that was asked for."""
+def other_models(packaged: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """With other tensors; and with another number in one place that no sample is of."""
     other, changed = tmp_path / "other", tmp_path / "changed"
     for directory in (other, changed):
         shutil.copytree(packaged, directory)
@@ -177,20 +177,101 @@ def test_another_checkpoint_is_told_from_the_same(packaged: Path, tmp_path: Path
     with (changed / "model.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)  # beside all samples
         file.write(b"\x07")
+    return other, changed
 
-    def engine(there: Path, content: bool = False) -> None:
-        port = free_port()
-        launcher = JoinedLauncher(f"127.0.0.1:{port}", 0, TOKEN, lambda line: None)
-        with joining(port, TOKEN, str(there)):
-            open_engine(packaged, threads=1, launcher=launcher, check_content=content).close()
 
-    with pytest.raises(
-        InputError, match=r"other/model\.safetensors is not the file that the engine's machine has \(\d+ b"
-    ):
-        engine(other)
-    engine(changed)
-    with pytest.raises(InputError, match=r"changed/model\.safetensors is not the file .*\(other numbers\)"):
-        engine(changed, content=True)
+class Opening:
+    """An engine that is being opened on a thread, and waits for machines; closed at the end of a `with`."""
+
+    def __init__(self, model: Path, launcher: JoinedLauncher, ranks: int, **options: Any) -> None:
+        self.engines: list[Engine] = []
+        self._launcher = launcher
+        make = partial(open_engine, model, ranks=ranks, threads=1, overlap="serial", launcher=launcher, **options)
+        self._thread = threading.Thread(target=lambda: self.engines.append(make()))
+        self._thread.start()
+
+    def __enter__(self) -> Opening:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._launcher.interrupted.set()
+        self._thread.join(60)
+        for engine in self.engines:
+            engine.close()
+
+    @property
+    def waits(self) -> bool:
+        return self._thread.is_alive()
+
+    def opened(self) -> Engine:
+        self._thread.join(60)
+        return self.engines[0]
+
+
+def token_of(engine: Engine) -> int:
+    request = engine.add([1, 2, 3], SamplingParams(temperature=0, max_tokens=1))
+    while request.sequences[0].finish_reason is None:
+        engine.step()
+    return request.sequences[0].output[0]
+
+
+def test_a_machine_with_another_model_is_refused_and_the_server_waits_on(packaged: Path, tmp_path: Path) -> None:
+    """Before the first start, and beside a group that is complete; whichever of its files differs is named, and a
+    machine that has the right one takes its place."""
+    other, changed = other_models(packaged, tmp_path)
+    port, said = free_port(), list[str]()
+    launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, TOKEN, said.append)
+    reason = r"other/model\.safetensors is not the file that the engine's machine has \(\d+ b"
+    with Opening(packaged, launcher, 2) as opening:
+        with joining(port, TOKEN, str(other)) as wrong:
+            assert wrong.child.wait(30) == 2
+            assert re.search(reason, wrong.said)
+        assert opening.waits
+        with joining(port, TOKEN, str(changed)) as right, joining(port, TOKEN, str(other)) as late:
+            engine = opening.opened()
+            assert "starting rank 1" in right.said
+            end = time.monotonic() + 20
+            while late.child.poll() is None:
+                engine.look()
+                assert time.monotonic() < end
+            assert late.child.returncode == 2 and re.search(reason, late.said)
+            assert token_of(engine) >= 0 and engine.workers.restarts.total == 0
+    assert sum("is not used: " in line for line in said) == 2
+
+
+def test_what_only_loading_finds_refuses_the_machine_and_not_the_server(packaged: Path, tmp_path: Path) -> None:
+    """Numbers that differ where whole files are compared; one that has the same takes the place."""
+    _, changed = other_models(packaged, tmp_path)
+    port, said = free_port(), list[str]()
+    launcher = JoinedLauncher(f"127.0.0.1:{port}", 0, TOKEN, said.append)
+    with Opening(packaged, launcher, 1, check_content=True) as opening:
+        with joining(port, TOKEN, str(changed)) as wrong:
+            assert wrong.child.wait(60) == 2
+            assert re.search(r"changed/model\.safetensors is not the file .*\(other numbers\)", wrong.said)
+        assert opening.waits
+        with joining(port, TOKEN, str(packaged)):
+            assert opening.opened().workers.up
+    assert sum("is not used: " in line for line in said) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_machine_that_dies_while_it_loads_is_waited_for(packaged: Path, number: signal.Signals) -> None:
+    port, said = free_port(), list[str]()
+    launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, TOKEN, said.append)
+    with Opening(packaged, launcher, 2) as opening:
+        with joining(port) as machine:
+            machine.until("starting rank 1")
+            os.kill(worker_of(machine), number)
+            machine.until("rank 1 (process", 10)
+        with joining(port):
+            assert token_of(opening.opened()) >= 0
+    assert any("the ranks are started again: " in line and "rank 1 (process" in line for line in said)
+
+
+def test_a_directory_that_was_named_and_is_missing_is_said_so(packaged: Path, tmp_path: Path) -> None:
+    with joining(free_port(), TOKEN, str(tmp_path / "missing")) as machine:
+        assert machine.child.wait(30) == 2
+        assert "or leave MODEL out: then this machine's part comes from the server's" in machine.said
 
 
 @pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="needs a directory that only one process has")
@@ -200,15 +281,16 @@ def test_what_a_machine_lacks_comes_from_the_engines_once(
     """Its own part of it."""
     shutil.copytree(packaged, tmp_path / "model")
     port, asked, cache = free_port(), list[int](), tmp_path / "cache"
-    launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, TOKEN, lambda line: None)
+    said: list[str] = []
+    launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, TOKEN, said.append)
 
     def counted(directory: Path, files: list[WeightFile], wanted: Wanted) -> bytes:
         asked.append(wanted.length * wanted.times)
         return cut_out(directory, files, wanted)
 
-    monkeypatch.setattr(controller, "cut_out", counted)
+    monkeypatch.setattr(sending, "cut_out", counted)
     params, answers = SamplingParams(temperature=0, max_tokens=12), []
-    with Command("worker", "--join", f"127.0.0.1:{port}", WEFT_TOKEN=TOKEN, XDG_CACHE_HOME=str(cache)):
+    with Command("worker", "--join", f"127.0.0.1:{port}", WEFT_TOKEN=TOKEN, XDG_CACHE_HOME=str(cache)) as machine:
         monkeypatch.chdir(tmp_path)  # not that machine's
         options = {"tensor_parallel_size": 2, "num_threads": 1, "launcher": launcher, "overlap": "serial"}
         with LLM("/proc/self/cwd/model", **options) as llm:
@@ -216,6 +298,8 @@ def test_what_a_machine_lacks_comes_from_the_engines_once(
             [kept] = cache.glob("weft/checkpoints/*/model.safetensors")
             size, first = (packaged / "model.safetensors").stat().st_size, sum(asked)
             assert kept.stat().st_size == size and 0.3 * size < first < 0.8 * size
+            machine.until("MB fetched in ")
+            assert any("fetches its part of it from here" in line for line in said)
             llm.engine.workers.restart(RuntimeError("once more"))
             answers.append(llm.generate("def main(", params)[0].outputs[0].token_ids)
     assert sum(asked) == first

@@ -105,7 +105,7 @@ def test_a_fetch_that_is_broken_off_goes_on(there: Path, tmp_path: Path, monkeyp
 )  # fmt: skip
 def test_nothing_else_is_given_out(there: Path, wanted: Wanted) -> None:
     (there / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="a rank asked for bytes"):
+    with pytest.raises(LookupError, match="a rank asked for bytes"):
         cut_out(there, fingerprint(there), wanted)
 
 

@@ -258,12 +258,12 @@ def _launcher(
 def _invite(out: Console, launcher: JoinedLauncher, model: str | None, others: int) -> None:
     """Says what to run on other machines; nobody is invited to what can't run."""
     blueprint_of(ModelConfig.from_directory(locate(model)))
-    shown = "…" if os.environ.get(TOKEN_VARIABLE) else launcher.token  # who set it knows it
     at_the_hub = model is not None and not Path(model).is_dir()
     named = f" {shlex.quote(model)}" if model is not None and at_the_hub else ""
-    command = f"{TOKEN_VARIABLE}={shown} weft worker --join {shlex.quote(launcher.address)}{named}"
-    out.print(f"on {others} other machine{'s' if others > 1 else ''}, run:")
-    out.print(f"  {command}", markup=False, soft_wrap=True)
+    command, chosen = f"weft worker --join {shlex.quote(launcher.address)}{named}", bool(os.environ.get(TOKEN_VARIABLE))
+    where = f"on {others} other machine{'s' if others > 1 else ''}"
+    out.print(f"{where}, with this one's {TOKEN_VARIABLE} in the environment, run:" if chosen else f"{where}, run:")
+    out.print("  " + ("" if chosen else f"{TOKEN_VARIABLE}={launcher.token} ") + command, markup=False, soft_wrap=True)
     if model is not None and not at_the_hub:
         out.print(
             "with the model's directory behind it, if it is elsewhere there; without the model it comes from here"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -13,18 +14,22 @@ from rich.console import Console
 
 from weft.errors import InputError
 from weft.hub import locate
-from weft.launch.joined import Machine
 from weft.launch.launcher import MODEL_VARIABLE, TOKEN_VARIABLE
+from weft.launch.machine import Machine
+from weft.model.fingerprint import agree
 
 HELP = """Be a rank of a server on another machine: weft serve --join-address prints what to run.
 
 Waits for the server, starts a rank when it is told to, starts it again after it was lost, and waits on when the server
-ends. MODEL says where this machine has the model; default: where the server has it. The token is in the environment,
-because a command line is seen by everyone.
+ends. MODEL says where this machine has the model; default: where the server has it, and where that is no directory
+here, this machine's part of it is fetched from the server, once. The token is in the environment, because a command
+line is seen by everyone.
 
-Example:
+Examples:
 
-  WEFT_TOKEN=… weft worker --join 10.0.0.1:7000 ./llama
+  WEFT_TOKEN=secret weft worker --join 10.0.0.1:7000
+
+  WEFT_TOKEN=secret weft worker --join 10.0.0.1:7000 ./llama --address eth1
 """
 
 
@@ -49,15 +54,24 @@ def worker(
     if not token:
         raise InputError(f"{TOKEN_VARIABLE} is not in the environment; weft serve --join-address prints it")
     if model is not None:
-        os.environ[MODEL_VARIABLE] = str(Path(locate(model)).resolve())
-    machine = Machine(
-        join, token, address, lambda line: out.print(line, style="dim", markup=False, soft_wrap=True), rank_port
-    )
+        os.environ[MODEL_VARIABLE] = str(_located(model).resolve())
+
+    def told(line: str) -> None:
+        out.print(line, style="dim", markup=False, soft_wrap=True)
+
+    machine = Machine(join, token, address, told, partial(agree, given=os.environ.get(MODEL_VARIABLE)), rank_port)
     signal.signal(signal.SIGTERM, _interrupted)
     try:
         machine.serve()
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def _located(model: str) -> Path:
+    try:
+        return locate(model)
+    except InputError as error:
+        raise InputError(f"{error}; or leave MODEL out: then this machine's part comes from the server's") from None
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:

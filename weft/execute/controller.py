@@ -9,25 +9,24 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import zmq
 
 from weft.config import EngineConfig, ModelConfig
-from weft.errors import InputError, WorkerFailed, WorkerLost
+from weft.errors import InputError, NoRoom, WorkerFailed, WorkerLost
 from weft.execute import protocol as p
 from weft.execute.places import crowded, introduced, numbered_machines
+from weft.execute.results import TOKENS_ALONE, RunOptions, RunResult, Started, Submitted, timeline_of
+from weft.execute.sending import Sending
 from weft.launch.folder import Folder
 from weft.launch.launcher import Launcher
 from weft.launch.sockets import bind, engine_socket
 from weft.links import Link
-from weft.model.fingerprint import cut_out, fingerprint
+from weft.model.fingerprint import Held, Wanted, fingerprint, terms_of
 from weft.program.batch import Batch
-from weft.program.stages import COLLECTIVES
 from weft.program.steps import Form, Program
-from weft.timeline.timeline import Event, Timeline
 
 START_SECONDS = 120.0  # to import torch and to say hello, on a loaded machine
 LOOK_MILLISECONDS = 100  # how often the processes are looked at while a message is awaited
@@ -35,55 +34,6 @@ FORMS = 64  # of programs that a worker keeps
 LOOK_SECONDS = 0.5  # and while messages come: machines that joined want to hear that the engine lives
 
 M = TypeVar("M", bound=p.ToEngine)
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What to bring back besides tokens. `scope`: "both", or one side alone, see `executor.Scope`."""
-
-    scope: str = "both"
-    timeline: bool = False
-    checksums: bool = False
-    logits: bool = False
-
-
-@dataclass(frozen=True)
-class Submitted:
-    """A run under way."""
-
-    number: int
-    program: Program
-    options: RunOptions
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a batch gave. `seconds`: of the program, the slowest rank's; `sampling`: of choosing tokens after it.
-    `processor`, `bytes_sent` and `checksums`: for each rank.
-
-    `compute` and `network`: seconds that the lanes were busy, of the rank that computed longest and of the one whose
-    collectives took shortest, because they held the least waiting for others.
-    """
-
-    chosen: list[p.Chosen]
-    seconds: float
-    sampling: float
-    processor: list[float]
-    compute: float
-    network: float
-    bytes_sent: list[int]
-    timeline: Timeline | None
-    checksums: list[list[int]]
-    logits: bytes
-
-
-@dataclass(frozen=True)
-class Started:
-    """What each rank said when it came and when it was ready, and how long that took in seconds."""
-
-    hellos: tuple[p.Hello, ...]
-    loaded: tuple[p.Loaded, ...]
-    seconds: float
 
 
 class Controller:
@@ -99,14 +49,13 @@ class Controller:
         self._folder = Folder()
         self._socket: zmq.Socket[bytes] | None = None
         self._ranks: list[bytes] = []  # identities, by rank
-        self._hosts: dict[bytes, str] = {}  # where they are
         self._forms: OrderedDict[Form, int] = OrderedDict()  # those that the workers know
         self.link = config.link  # a multiple of the balance is none yet
         self.machines: list[int] = []  # of each rank a number, equal for ranks of one machine
         self._number = 0
         self._done: dict[int, dict[bytes, p.Done]] = {}  # what ranks said, by the number of the run
         self._looked = 0.0  # when the processes were looked at
-        self._loaded = False
+        self._loaded = self._complete = False  # the model, now, and ever
 
     def start(self, directory: Path, model: ModelConfig, progress: Callable[[float], None] | None = None) -> Started:
         """Starts the workers and loads the model on them. `progress` is given the share that is done, 0 to 1.
@@ -115,9 +64,12 @@ class Controller:
         """
         begin, self._loaded = time.monotonic(), False
         try:
+            files = fingerprint(directory, self.config.check_content) if self.launcher.may_change else []
+            held = Held(str(directory), files)
+            self.launcher.demand(terms_of(held))
             hellos = self._bring_up()
-            loaded = self._load(directory, model, progress or (lambda share: None))
-            self._loaded = True
+            loaded = self._load(held, model, progress or (lambda share: None))
+            self._loaded = self._complete = True
         except BaseException:
             self.stop()
             raise
@@ -135,12 +87,9 @@ class Controller:
         self.launcher.start(world, self.config.threads, address, token)
         deadline = time.monotonic() + START_SECONDS
         hellos = {i: hello for i, hello in (self._receive(p.Hello, deadline) for _ in range(world))}
-        if any(hello.version != p.VERSION for hello in hellos.values()):
-            raise InputError(f"a worker runs another version of weft; this engine speaks protocol {p.VERSION}")
-        self._hosts = {identity: f"{hello.host} ({hello.address})" for identity, hello in hellos.items()}
         self._ranks = sorted(hellos, key=lambda identity: hellos[identity].place)
         by_rank = [hellos[identity] for identity in self._ranks]
-        self._admit(by_rank)
+        self._admit_all(by_rank)
         self.machines = numbered_machines(by_rank, self.launcher.shares_memory)
         for rank, identity in enumerate(self._ranks):
             gloo, threads = self.config.transport == "gloo", self.config.threads
@@ -151,6 +100,19 @@ class Controller:
         for _ in range(world):
             self._receive(p.Joined, deadline)
         return by_rank
+
+    def _admit_all(self, hellos: Sequence[p.Hello]) -> None:
+        """Looks at those that have come. Raises `InputError`, or `WorkerLost` where another machine may do better."""
+        for rank, hello in enumerate(hellos):
+            if hello.version != p.VERSION:
+                reason = f"it runs another version of weft; this engine speaks protocol {p.VERSION}"
+                self._blame(rank, reason)
+                raise InputError(f"rank {rank}: {reason}")
+        try:
+            self._admit(hellos)
+        except NoRoom as error:
+            self._blame(error.rank, str(error), not self._complete)
+            raise
 
     def _introduce(self, hellos: Sequence[p.Hello], deadline: float) -> None:
         """Tells every rank where the others are."""
@@ -168,33 +130,49 @@ class Controller:
         threads = self.config.threads
         return list(self.config.cores[rank * threads : (rank + 1) * threads])
 
-    def _load(self, directory: Path, model: ModelConfig, progress: Callable[[float], None]) -> list[p.Loaded]:
+    def _load(self, held: Held, model: ModelConfig, progress: Callable[[float], None]) -> list[p.Loaded]:
         config = self.config
         self._forms.clear()
         self._done.clear()
-        files = fingerprint(directory, config.check_content) if self.launcher.may_change else []
         for identity in self._ranks:
             self._send(
                 identity,
                 p.Load(
-                    str(directory), model, list(config.shares), config.dtype, config.device, config.reproducible,
-                    config.max_length, config.slots, files,
+                    held.directory, model, list(config.shares), config.dtype, config.device, config.reproducible,
+                    config.max_length, config.slots, held.files,
                 ),
             )  # fmt: skip
         layers = dict.fromkeys(self._ranks, 0.0)
         ready: dict[bytes, p.Loaded] = {}
+        sending: dict[bytes, Sending] = {}
         while len(ready) < len(self._ranks):
             identity, message = self._next()
             if isinstance(message, p.Loaded):
                 ready[identity] = message
+                if identity in sending:
+                    sending[identity].over()
             elif isinstance(message, p.Fetch):
-                self._send(identity, p.Brought(cut_out(directory, files, message.wanted)))
+                self._bring(identity, message.wanted, held, sending, layers[identity])
             elif isinstance(message, p.Loading):
                 layers[identity] = message.done / message.total
             progress(sum(layers.values()) / len(layers))
         if not self.link.free and self.link.times is None:
             self.set_link(self.link)
         return [ready[identity] for identity in self._ranks]
+
+    def _bring(
+        self, identity: bytes, wanted: Wanted, held: Held, sending: dict[bytes, Sending], share: float
+    ) -> None:  # fmt: skip
+        """To a rank on a machine that has not got the model, what it asks for of it."""
+        rank = self._ranks.index(identity)
+        other = self.launcher.elsewhere(rank)
+        assert other is not None, "ranks of this machine read the model themselves"
+        if identity not in sending:
+            sending[identity] = Sending(held, other, self.launcher.told)
+        try:
+            self._send(identity, p.Brought(sending[identity].cut_out(wanted, share)))
+        except LookupError as error:
+            self._blame(rank, str(error))
 
     def set_link(self, link: Link) -> None:
         """Has the ranks' messages take what they would over this link, from the next run on."""
@@ -207,14 +185,14 @@ class Controller:
 
     def run(
         self, batch: Batch, tokens: Sequence[int], choices: Sequence[p.Choice], program: Program, wire: str,
-        options: RunOptions = RunOptions(),
+        options: RunOptions = TOKENS_ALONE,
     ) -> RunResult:  # fmt: skip
         """Runs a program on every rank. Raises `WorkerLost` if a rank ends meanwhile."""
         return self.collect(self.submit(batch, tokens, choices, program, wire, options))
 
     def submit(
         self, batch: Batch, tokens: Sequence[int], choices: Sequence[p.Choice], program: Program, wire: str,
-        options: RunOptions = RunOptions(), follows: Sequence[int] = (),
+        options: RunOptions = TOKENS_ALONE, follows: Sequence[int] = (),
     ) -> Submitted:  # fmt: skip
         """Has every rank run a program after what it was given before. `follows`: see `protocol.Run`."""
         self._number += 1
@@ -235,7 +213,7 @@ class Controller:
             answers[0].chosen, max(a.seconds for a in answers), max(a.sampling for a in answers),
             [a.processor for a in answers],
             max(a.lanes[0] for a in answers), min(a.lanes[1] for a in answers), [a.bytes_sent for a in answers],
-            _timeline(submitted.program, answers, self.launcher.one_clock) if submitted.options.timeline else None,
+            timeline_of(submitted.program, answers, self.launcher.one_clock) if submitted.options.timeline else None,
             [a.checksums for a in answers], answers[0].logits,
         )  # fmt: skip
 
@@ -342,7 +320,8 @@ class Controller:
             self._meanwhile()
         self._demand_workers()
         if deadline is not None and time.monotonic() > deadline:
-            raise WorkerFailed(f"the workers were not ready within {START_SECONDS:.0f} s; is the machine overloaded?")
+            way = ", or is the way to this one closed" if self.launcher.may_change else ""
+            raise WorkerFailed(f"ranks were not ready within {START_SECONDS:.0f} s; is a machine overloaded{way}?")
 
     def _demand_workers(self) -> None:
         """Raises if a worker has ended, hangs or is silent."""
@@ -354,11 +333,20 @@ class Controller:
 
     def _failed(self, identity: bytes, message: p.Failed) -> None:
         if message.kind in ("input", "memory"):
-            several = self.launcher.may_change and identity in self._ranks
-            where = f"rank {self._ranks.index(identity)}, on {self._hosts[identity]}: " if several else ""
-            raise InputError(where + message.message)
+            if not self._loaded and identity in self._ranks:
+                lacking = message.kind == "memory" and self._complete  # it was enough once, and may be again
+                self._blame(self._ranks.index(identity), message.message, not lacking)
+            raise InputError(message.message)
         self._await_death()
         raise (WorkerLost if message.kind == "link" else WorkerFailed)(message.message)
+
+    def _blame(self, rank: int, reason: str, for_good: bool = True) -> None:
+        """If it is the fault of another machine: doesn't use that any more, or only tells it, and raises
+        `WorkerLost`, because another one may take its place."""
+        if (other := self.launcher.elsewhere(rank)) is None:
+            return
+        other.refuse(reason) if for_good else other.say(reason)
+        raise WorkerLost(f"rank {rank}, on {other}: {reason}")
 
     def _await_death(self) -> None:
         """A rank whose peer has died may say so before the death is seen, and what killed it. Raises then."""
@@ -366,26 +354,3 @@ class Controller:
         while time.monotonic() < deadline:
             self._demand_workers()
             time.sleep(0.01)
-
-
-def _timeline(program: Program, answers: Sequence[p.Done], one_clock: bool) -> Timeline:
-    """All ranks' spans on one clock, from the first beginning on.
-
-    Ranks of one machine share its clock. On several machines a collective ends for all ranks at about the same time:
-    the first one sets the others' clocks.
-    """
-    collectives = (step.number for step in program if step.kind in COLLECTIVES)
-    first = next((number for number in collectives if all(answer.spans[number][1] > 0 for answer in answers)), None)
-    clocks = [0.0 if one_clock or first is None else answer.spans[first][1] for answer in answers]
-    zeros = [
-        min((start - clock for start, stop in answer.spans if stop > 0), default=0.0)
-        for answer, clock in zip(answers, clocks, strict=True)
-    ]
-    begin = min(zeros, default=0.0)
-    events = [
-        Event(rank, step.lane, step.kind, step.stage, step.rows, start - clock - begin, stop - clock - begin)
-        for rank, (answer, clock) in enumerate(zip(answers, clocks, strict=True))
-        for step, (start, stop) in zip(program, answer.spans, strict=True)
-        if stop > 0
-    ]
-    return Timeline(tuple(events), "measured")

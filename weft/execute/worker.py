@@ -46,7 +46,7 @@ from weft.model.checkpoint import Checkpoint
 from weft.model.decoder import Decoder
 from weft.model.families import blueprint_of
 from weft.model.fetched import FetchedCheckpoint
-from weft.model.fingerprint import Wanted, demand_same
+from weft.model.fingerprint import Held, Wanted, held_here
 from weft.model.kernels import packed_weights_work
 from weft.model.rope import Rope
 from weft.model.shares import shard_bytes, shares_of
@@ -198,17 +198,8 @@ class Worker:
 
     def _checkpoint(self, m: p.Load) -> Checkpoint:
         """The model's on this machine, which need not be the engine's; where it has none, the engine's machine's."""
-        given = os.environ.get(MODEL_VARIABLE)
-        directory = Path(given or m.directory)
-        if directory.is_dir():
-            demand_same(directory, m.files)
-            return Checkpoint(directory)
-        if given or not m.files:
-            raise InputError(
-                f"{socket.gethostname()} has no directory {directory}; say where it is, as in weft worker MODEL, "
-                "or leave that out: then it comes from the engine's machine"
-            )
-        return FetchedCheckpoint(m.files, self._fetch)
+        directory = held_here(Held(m.directory, m.files), os.environ.get(MODEL_VARIABLE))
+        return Checkpoint(directory) if directory is not None else FetchedCheckpoint(m.files, self._fetch)
 
     def _fetch(self, wanted: Wanted) -> bytes:
         self.say(p.Fetch(wanted))

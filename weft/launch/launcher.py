@@ -14,6 +14,18 @@ MODEL_VARIABLE = "WEFT_MODEL"  # where the model is, if not where the engine has
 LEASE_VARIABLE = "WEFT_LEASE"  # set by a launcher that holds the worker's standard input open while it lives
 
 
+class Other(Protocol):
+    """Another machine, on which a rank is."""
+
+    def say(self, line: str) -> None:
+        """Says a line to whoever runs it."""
+        ...
+
+    def refuse(self, reason: str) -> None:
+        """Doesn't use it any more, and says why, there and here."""
+        ...
+
+
 class Launcher(Protocol):
     """Starts the worker command some number of times. `link_name`: of the link between the workers, for who keeps
     measurements of it."""
@@ -38,10 +50,23 @@ class Launcher(Protocol):
         ...
 
     meanwhile: Callable[[], None]  # set by who starts workers: called again and again while that waits for machines
+    told: Callable[[str], None]  # what goes on, in words, for who runs this
 
     @property
     def may_change(self) -> bool:
         """True if what is missing may come back, or be replaced, while one waits: other machines."""
+        ...
+
+    def demand(self, terms: bytes) -> None:
+        """What other machines must have; whoever looks after them there can read it. Before `start`."""
+        ...
+
+    def elsewhere(self, place: int) -> Other | None:
+        """The machine of the rank at this place, if it is another one."""
+        ...
+
+    def attend(self) -> None:
+        """Answers other machines, where nothing else is wanted of it for a while. Raises `Interrupted`."""
         ...
 
     def control_address(self, folder: str) -> str:

@@ -17,7 +17,7 @@ from typing import IO
 
 import psutil
 
-from weft.launch.launcher import LEASE_VARIABLE, PLACE_VARIABLE, TOKEN_VARIABLE
+from weft.launch.launcher import LEASE_VARIABLE, PLACE_VARIABLE, TOKEN_VARIABLE, Other
 
 CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGSYS)
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
@@ -40,11 +40,22 @@ class LocalLauncher:
         self._children: list[subprocess.Popen[bytes]] = []
         self._logs: list[IO[bytes]] = []
         self.meanwhile: Callable[[], None] = lambda: None  # nothing here has to be waited for
+        self.told: Callable[[str], None] = lambda line: None
 
     @property
     def link_name(self) -> str:
         """Of the device that the workers talk over."""
         return "loopback"
+
+    def demand(self, terms: bytes) -> None:
+        """There is no other machine."""
+
+    def elsewhere(self, place: int) -> Other | None:
+        """None."""
+        return None
+
+    def attend(self) -> None:
+        """Nobody asks."""
 
     def control_address(self, folder: str) -> str:
         """A socket of the file system, which network namespaces share too."""
@@ -102,9 +113,11 @@ class LocalLauncher:
 
     def dead(self) -> list[str]:
         """A line for each child that has ended, or that is stopped."""
-        codes = [(child.pid, _code(child)) for child in self._children]
-        ended = [f"worker {pid} {_how(code)}" for pid, code in codes if code is not None]
-        return ended + [f"worker {child.pid} is stopped" for child in self._children if _stopped(child)]
+        names = [f"rank {place} (process {child.pid})" for place, child in enumerate(self._children, self.first_place)]
+        codes = [_code(child) for child in self._children]
+        ended = [f"{name} {_how(code)}" for name, code in zip(names, codes, strict=True) if code is not None]
+        stopped = [name for name, child in zip(names, self._children, strict=True) if _stopped(child)]
+        return ended + [f"{name} is stopped" for name in stopped]
 
     def crashed(self) -> bool:
         """True if a child has ended by its own fault: with an exit code, or a signal that processors send."""

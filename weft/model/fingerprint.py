@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from weft.errors import InputError
 
@@ -35,6 +37,27 @@ class WeightFile(msgspec.Struct, frozen=True):
     header: str
     samples: str
     content: str = ""
+
+
+class Held(msgspec.Struct, frozen=True):
+    """Where the engine's machine has a checkpoint, and its files."""
+
+    directory: str
+    files: list[WeightFile]
+
+
+def terms_of(held: Held) -> bytes:
+    """For `agree`, on another machine. Files are not compared whole before they are loaded, as that takes long."""
+    files = [replace(file, content="") for file in held.files]
+    return msgspec.msgpack.encode(Held(held.directory, files))
+
+
+def agree(terms: bytes, given: str | None) -> str:
+    """How this machine comes by the model, in words. `given`: its directory, if one was named. Raises `InputError`."""
+    directory = held_here(msgspec.msgpack.decode(terms, type=Held), given)
+    if directory is None:
+        return "this machine has not got the model: its part of it will come from the server's"
+    return f"the model in {directory} is the same as the server's"
 
 
 class Wanted(NamedTuple):
@@ -64,6 +87,21 @@ def fingerprint(directory: Path, content: bool = False) -> list[WeightFile]:
     return [_of(directory / name, content) for name in weight_files(directory)]
 
 
+def held_here(held: Held, given: str | None) -> Path | None:
+    """The directory from which another machine reads the same: the one that it was `given`, or the one of that name;
+    None: it has none, and fetches its part. Raises `InputError` if that is another checkpoint, or none."""
+    directory = Path(given or held.directory)
+    if directory.is_dir():
+        demand_same(directory, held.files)
+        return directory
+    if given or not held.files:
+        raise InputError(
+            f"{socket.gethostname()} has no directory {directory}; say where it is, as in weft worker MODEL, or leave "
+            "that out: then it comes from the engine's machine"
+        )
+    return None
+
+
 def demand_same(directory: Path, files: Sequence[WeightFile]) -> None:
     """Raises `InputError` that names the first file of a directory that is not as another machine has it."""
     for file in files:
@@ -90,12 +128,12 @@ def _demand_equal(path: Path, file: WeightFile) -> None:
 
 
 def cut_out(directory: Path, files: Sequence[WeightFile], wanted: Wanted) -> bytes:
-    """The other side: these bytes of one of the files. Raises `InputError` for any that are not in it."""
+    """The other side: these bytes of one of the files. Raises `LookupError` for any that are not in it."""
     size = next((file.size for file in files if file.name == wanted.file), 0)
     last = wanted.start + (wanted.times - 1) * wanted.stride + wanted.length
     whole, least = wanted.length * wanted.times, min(wanted.start, wanted.length - 1, wanted.stride, wanted.times - 1)
     if least < 0 or wanted.times > MOST_RUNS or last > size or whole > LARGEST:
-        raise InputError(f"a rank asked for bytes {wanted.start} to {last} of {wanted.file!r}, which isn't there")
+        raise LookupError(f"a rank asked for bytes {wanted.start} to {last} of {wanted.file!r}, which isn't there")
     with (directory / wanted.file).open("rb") as file:
         data = b"".join(_run(file, wanted, number) for number in range(wanted.times))
     if len(data) != whole:

@@ -230,7 +230,7 @@ class Service:
             self.abort()
         except BaseException as error:  # what kept it from loading; workers that can't be kept alive; our mistakes
             self.state, self.reason, self.error = State.FAILED, str(error) or type(error).__name__, error
-            if self._settled.is_set():  # else it ends the command, which says so itself
+            if self._settled.is_set() and not self._closing:  # else it ends the command, which says so itself
                 self._told(f"the engine has failed: {self.reason}")
             self._settled.set()
             self.abort(f"the engine has failed: {self.reason}")
@@ -262,7 +262,7 @@ class Service:
             grown = self._step(engine)
         if self.state is State.RESTARTING:
             self.state, self.reason = State.READY, ""
-            self._told("the workers are there again")
+            self._told("the ranks are there again")
         self._deliver(engine, grown)
 
     def _step(self, engine: Engine) -> list[Sequence]:
@@ -278,7 +278,7 @@ class Service:
     def _lost(self, error: Exception) -> None:
         if self.state is State.READY:
             self.state = State.RESTARTING
-        self.tell(f"the workers are started again: {error}", f"the workers are started again: {told(error)}")
+        self.tell(f"the ranks are started again: {error}", f"the ranks are started again: {told(error)}")
 
     def tell(self, line: str, more: str = "") -> None:
         """Says what goes on: to whoever runs the server, and, while it is not ready, to whoever asks for its state.
@@ -290,7 +290,7 @@ class Service:
     def _meanwhile(self, engine: Engine) -> None:
         """While workers are started again, which may take as long as a machine is missing."""
         if self._closing:
-            raise Interrupted("interrupted while workers were started")
+            raise Interrupted("interrupted while ranks were started")
         self._obey(wait=False)
         self._deliver(engine, engine.expire())
 

@@ -1,0 +1,217 @@
+"""Machines that join an engine, its side: who is there, and whether they meet its terms. The other side is machine.py.
+
+    machine -> hub   Here (twice a second), Agreed, Unfit, WorkerEnded
+    hub -> machine   Known (to every Here), Terms, Begin, Say, End, Refuse
+
+Knows addresses; knows nothing of workers, or of models: what a machine has to agree to are bytes here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import zmq
+
+from weft.errors import InputError
+from weft.launch.addresses import endpoint
+from weft.launch.sockets import TurnedAway, engine_socket
+
+EVERY = 0.5  # seconds between signs of life
+SILENT = 4.0  # seconds after which a machine, or the engine, counts as gone
+SAID_AGAIN = 60.0  # seconds after which it is said once more that somebody was turned away
+VERSION = 3
+
+
+class Here(msgspec.Struct, tag=True, frozen=True):
+    """A machine lives. `name`: of its host; `address`: where other ranks reach it. `version`: of these messages."""
+
+    name: str
+    address: str
+    version: int = 0
+
+
+class Agreed(msgspec.Struct, tag=True, frozen=True):
+    """The machine meets the terms of this number. `how`: in words."""
+
+    number: int
+    how: str = ""
+
+
+class Unfit(msgspec.Struct, tag=True, frozen=True):
+    """It doesn't, and goes."""
+
+    reason: str
+
+
+class WorkerEnded(msgspec.Struct, tag=True, frozen=True):
+    """The machine's worker of group `number` has ended, or can't go on; `crashed`: by its own fault."""
+
+    reason: str
+    number: int
+    crashed: bool = False
+
+
+class Known(msgspec.Struct, tag=True, frozen=True):
+    """The engine lives."""
+
+
+class Terms(msgspec.Struct, tag=True, frozen=True):
+    """What a machine must have: it looks, and answers."""
+
+    number: int
+    data: bytes
+
+
+class Begin(msgspec.Struct, tag=True, frozen=True):
+    """Start a worker that joins this address with this token. `number`: of the group, to tell it from earlier ones."""
+
+    address: str
+    token: str
+    threads: int
+    place: int
+    number: int
+
+
+class Say(msgspec.Struct, tag=True, frozen=True):
+    """A line for whoever runs the machine."""
+
+    line: str
+
+
+class End(msgspec.Struct, tag=True, frozen=True):
+    """End the worker."""
+
+
+class Refuse(msgspec.Struct, tag=True, frozen=True):
+    """The machine can't be used as it is, and need not wait."""
+
+    reason: str
+
+
+ToHub = Here | Agreed | Unfit | WorkerEnded
+ToMachine = Known | Terms | Begin | Say | End | Refuse
+encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(ToHub).decode
+
+
+class RemoteMachine:
+    """One that has joined."""
+
+    def __init__(self, hub: Hub, identity: bytes, here: Here) -> None:
+        self.hub, self.identity, self.here = hub, identity, here
+        self.heard = 0.0  # seconds, monotonic
+        self.fit = False  # it meets the terms
+        self.ended: WorkerEnded | None = None  # what it said of its worker's end
+        self.failed = 0  # groups with it that ended soon
+        self.spare = False  # it was told that it stands by
+
+    def __str__(self) -> str:
+        return f"{self.here.name} ({self.here.address})"
+
+    def send(self, message: ToMachine) -> None:
+        """One that is gone says so by its silence."""
+        with suppress(zmq.ZMQError):
+            self.hub.socket.send_multipart([self.identity, encode(message)])
+
+    def say(self, line: str) -> None:
+        """Says a line there."""
+        self.send(Say(line))
+
+    def refuse(self, reason: str) -> None:
+        """Doesn't use it any more, and says why, on both sides."""
+        self.send(Refuse(reason))
+        self.hub.turn_away(self, reason)
+
+
+class Hub:
+    """Listens for machines. `joined` is called with each that has come and meets the terms, once."""
+
+    def __init__(self, host: str, port: int, token: str, joined: Callable[[RemoteMachine], None]) -> None:
+        self.told: Callable[[str], None] = lambda line: None
+        self._joined = joined
+        self._context: zmq.Context[Any] = zmq.Context()
+        self.socket = engine_socket(self._context, token)
+        self._machines: dict[bytes, RemoteMachine] = {}
+        self._unused: set[bytes] = set()  # who speaks another version, or was turned away
+        self._terms = Terms(0, b"")
+        self._said = -SAID_AGAIN
+        try:
+            self.socket.ipv6 = ":" in host
+            self.socket.bind(endpoint(host, port))
+        except zmq.ZMQError as error:
+            self.socket.close(0)
+            self._context.term()
+            raise InputError(f"--join-address {host}:{port} can't be used ({error}); choose another port") from None
+        self._turned_away = TurnedAway(self.socket)
+
+    def demand(self, terms: bytes) -> None:
+        """From now on only machines that agree to these count; all are asked."""
+        self._terms = Terms(self._terms.number + 1, terms)
+        for machine in self._machines.values():
+            machine.fit = False
+            machine.send(self._terms)
+
+    def there(self, since: float) -> list[RemoteMachine]:
+        """Machines that are fit and were heard since then (seconds, monotonic), in the order of their coming."""
+        self.listen(0)
+        now = time.monotonic()
+        self._machines = {i: m for i, m in self._machines.items() if now - m.heard < SILENT}
+        return [machine for machine in self._machines.values() if machine.fit and machine.heard >= since]
+
+    def listen(self, milliseconds: int) -> None:
+        """To what is said within this time, and without waiting to what was said."""
+        while self.socket.poll(milliseconds):
+            milliseconds = 0
+            identity, data = self.socket.recv_multipart()
+            try:
+                message = _decode(data)
+            except msgspec.MsgspecError:
+                message = Here("", "")
+            if identity not in self._unused:
+                self._hear(identity, message)
+        if self._turned_away.any() and time.monotonic() - self._said > SAID_AGAIN:
+            self._said = time.monotonic()
+            self.told("a machine tried to join with another token than this server's, and is not heard")
+
+    def _hear(self, identity: bytes, message: ToHub) -> None:
+        if isinstance(message, Here):
+            self._greet(identity, message)
+        elif (machine := self._machines.get(identity)) is None:
+            return
+        elif isinstance(message, WorkerEnded):
+            machine.ended = message
+        elif isinstance(message, Unfit):
+            self.turn_away(machine, message.reason)
+        elif message.number == self._terms.number and not machine.fit:
+            machine.fit = True
+            self._joined(machine)
+
+    def _greet(self, identity: bytes, here: Here) -> None:
+        if here.version != VERSION:
+            other = RemoteMachine(self, identity, here)
+            if here.version > VERSION:  # who came before there was a way to say so waits on
+                other.send(Refuse("it runs another version of weft than the server; install the same on both"))
+            self.turn_away(other, "it runs another version of weft")
+            return
+        if (machine := self._machines.get(identity)) is None:
+            machine = self._machines[identity] = RemoteMachine(self, identity, here)
+            if self._terms.number:
+                machine.send(self._terms)
+        machine.heard = time.monotonic()
+        machine.send(Known())
+
+    def turn_away(self, machine: RemoteMachine, reason: str) -> None:
+        """Doesn't hear it any more."""
+        self._machines.pop(machine.identity, None)
+        self._unused.add(machine.identity)
+        self.told(f"{machine} is not used: {reason}")
+
+    def close(self) -> None:
+        """Lets go of the address."""
+        self._turned_away.close()
+        self.socket.close(200)  # milliseconds for the last words
+        self._context.term()
