@@ -94,7 +94,8 @@ class Controller:
         for rank, identity in enumerate(self._ranks):
             gloo, threads = self.config.transport == "gloo", self.config.threads
             shared = self.config.cores is None and crowded(by_rank[rank], by_rank, threads)
-            self._send(identity, p.Assign(rank, world, threads, gloo, shared, self._cores(rank)))
+            before = self.machines[:rank].count(self.machines[rank])
+            self._send(identity, p.Assign(rank, world, threads, gloo, shared, self._cores(rank), before))
         if world > 1:
             self._introduce(by_rank, deadline)
         for _ in range(world):

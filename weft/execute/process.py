@@ -28,6 +28,23 @@ def pin(cores: list[int]) -> None:
             os.sched_setaffinity(int(thread), cores)
 
 
+def settle(cores: list[int]) -> None:
+    """Moves this thread to one of these cores, and leaves it free to go. Ranks that a message woke on one core would
+    take turns there for some ten milliseconds, until the system parts them: docs/log.md."""
+    if cores and hasattr(os, "sched_setaffinity"):
+        allowed = os.sched_getaffinity(0)
+        with suppress(OSError):  # somebody has taken them away
+            os.sched_setaffinity(0, cores)
+            os.sched_setaffinity(0, allowed)
+
+
+def own_cores(before: int, threads: int) -> list[int]:
+    """Of those that this process may use, the ones of a rank before which so many others come."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    return sorted(os.sched_getaffinity(0))[before * threads : (before + 1) * threads]
+
+
 def free_memory(own: Path = OWN_GROUPS, groups: Path = GROUPS) -> int:
     """Bytes that this process may still take: what the machine has free, and what the limits of its control groups,
     a container's say, leave of it. Files that are only cached count as free."""

@@ -12,7 +12,7 @@ from weft.config import ModelConfig
 from weft.model.fingerprint import Wanted, WeightFile
 from weft.program.steps import Form
 
-VERSION = 8
+VERSION = 9
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
@@ -31,7 +31,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 class Assign(msgspec.Struct, tag=True, frozen=True):
     """You are this rank. `gloo`: carries messages. `crowded`: other ranks want the same cores. `cores`: pin to these;
-    None leaves it to the system."""
+    None leaves it to the system. `before`: ranks of this machine that come before this one."""
 
     rank: int
     world: int
@@ -39,6 +39,7 @@ class Assign(msgspec.Struct, tag=True, frozen=True):
     gloo: bool
     crowded: bool
     cores: list[int] | None = None
+    before: int = 0
 
 
 class Meeting(msgspec.Struct, tag=True, frozen=True):

@@ -37,7 +37,9 @@ from weft.execute.process import (
     give_back_freed_memory,
     keep_freed_memory,
     machine_name,
+    own_cores,
     pin,
+    settle,
 )
 from weft.execute.sampler import sample
 from weft.launch.launcher import LEASE_VARIABLE, MODEL_VARIABLE, PLACE_VARIABLE, TOKEN_VARIABLE
@@ -86,6 +88,7 @@ class Worker:
         self.lanes = ThreadLanes(torch.inference_mode)
         self.rank = self.world = 0
         self.spins = True
+        self.cores: list[int] = []  # on which computation begins; elsewhere than other ranks'
         self.mesh: Mesh | None = None
         self.transport: Transport | None = None
         self.store: Any = None  # gloo's meeting point; None without gloo
@@ -142,6 +145,8 @@ class Worker:
         torch.set_num_threads(message.threads)
         if message.cores:
             pin(message.cores)
+        elif self.spins:
+            self.cores = own_cores(message.before, message.threads)
         if self.world == 1:
             self._join(None)
             return
@@ -216,6 +221,7 @@ class Worker:
             model.forms[m.form_number] = m.form
         batch = Batch(tuple(Segment(*values) for values in m.segments))
         tokens = [self.chosen[row].token for row in m.follows] or m.tokens
+        settle(self.cores)
         sent, processor, begin = self.group.bytes_sent, time.process_time(), time.perf_counter()
         forward = model.decoder.begin(batch, tokens, model.slabs)
         program, codec = Program(model.forms[m.form_number], tuple(m.offsets)), codec_named(m.wire)

@@ -7,6 +7,7 @@ buffers hold don't wait for each other. Knows bytes, addresses and time; knows n
 
 from __future__ import annotations
 
+import os
 import select
 import time
 from _thread import get_ident
@@ -129,6 +130,8 @@ class Pump:
             if now >= patience:
                 self._sleep()
                 patience = 0.0
+            elif self.may_spin():
+                os.sched_yield()  # to a peer that was woken on this core: it would wait for the end of all the looking
 
     def _move(self) -> bool:
         moved = False

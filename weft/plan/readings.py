@@ -238,7 +238,8 @@ class _Network:
         if not (runs := self.samples.named(by_name(algorithm))):
             return Table.line(fixed, slope)
         (few, some), (usual, _) = self._few_and_some(algorithm), self._few_and_some(self.subject.algorithms[0])
-        a_byte = max(0.0, some - few) / ((runs[-1].rows - runs[0].rows) * self.row) * slope / self.slope
+        a_byte = max(0.0, some - few) / ((runs[-1].rows - runs[0].rows) * self.row)
+        a_byte *= slope / self.slope if self.slope > 0 else 1.0  # on this wire
         return Table.line(max(0.3 * fixed, fixed + few - usual), slope if algorithm == "two-shot" else a_byte)
 
     def _few_and_some(self, algorithm: str) -> tuple[float, float]:
@@ -271,11 +272,11 @@ class _Network:
 
     def _slope(self, wire: str) -> float:
         """Seconds of one byte more on this wire."""
-        less, more = self.samples.sizes[-2:]
+        few, (less, more) = self.samples.sizes[0], self.samples.sizes[-2:]
         element = self.subject.width * self.subject.elements[wire]
-        short, long = (fmean(self._sums("network", n, wire)) for n in (less, more))
-        whole = long / (more * element)
-        return min(max((long - short) / ((more - less) * element), 0.7 * whole), whole)
+        shortest, short, long = (fmean(self._sums("network", n, wire)) for n in (few, less, more))
+        grown, whole = max(0.0, long - shortest) / (more * element), long / (more * element)
+        return min(max((long - short) / ((more - less) * element), 0.7 * grown), whole)
 
     def _burst(self) -> float:
         """Bytes that an idle link takes at once: how much faster a pass's first sum is than those back to back."""
@@ -288,8 +289,11 @@ class _Network:
         """Seconds that every sum takes beside its bytes: of one row, and of a few where their bytes hardly count."""
         seconds: list[float] = []
         for n in (n for n in self.samples.sizes if n <= FEW):
-            on_the_wire = self.slope * max(0.0, n * self.row * (self.subject.world - 1) - self.burst)
             sums = self._sums("serial", n)
+            at_once = (
+                self.burst * len(self.samples.of("serial", n)) / len(sums)
+            )  # a pass shares what an idle link takes
+            on_the_wire = self.slope * max(0.0, n * self.row * (self.subject.world - 1) - at_once)
             if not seconds or on_the_wire < 0.3 * fmean(sums):
                 seconds += [max(s - on_the_wire, 0.1 * s) for s in sums]
         return fmean(seconds)
