@@ -54,3 +54,19 @@ def test_any_speed_reads_back_nearly() -> None:
     link = Link.parse("1x").at(123_456_789.0)
     read = Link.parse(str(link)).rate
     assert read == pytest.approx(link.rate, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("0x", "'0x' is not above zero"), ("-3mbit", "is not above zero"), ("none,0ms", "a delay of zero out"),
+        ("200", "'200' has no unit, which is kbit, mbit, gbit or x"), ("200mbit,5", "'5' has no unit, which is us, ms"),
+        ("5ms", "'5ms' is a delay, and the speed goes before it, as in none,5ms"), ("200mb", "'mb' is no unit"),
+        ("200mbit,5ms,3ms", "'3ms' is one more speed, or one more delay"), ("200mbit,", "a part of it is empty"),
+        ("200MBIT", "'MBIT' is no unit"), ("fast", "'fast' isn't known there"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(text: str, fault: str) -> None:
+    with pytest.raises(InputError) as raised:
+        Link.parse(text)
+    assert fault in str(raised.value) and "write it like 500mbit" in str(raised.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,7 +48,7 @@ def test_what_was_measured_counts_more_than_what_is_guessed(packaged: Path, monk
         lambda model, config, link: Yardstick(0.001, 1e-6, "today") if config.ranks == 1 else None,
     )
     line = judged(engine_with(packaged, 10.0))  # type: ignore[arg-type]
-    assert line is not None and "; 1 rank (measured today): a prompt of 512 in 1 ms, then 0.001 ms a token" in line
+    assert line is not None and "; 1 rank (measured today): a prompt of 512 in 1 ms, then 0.001 ms a greedy" in line
     assert line.endswith(". --tp 1 would be faster")
 
 
@@ -78,7 +79,8 @@ def test_auto_takes_the_best_and_tries_once(packaged: Path, monkeypatch: pytest.
     for again in (False, True):
         with LLM(packaged, tensor_parallel_size="auto", max_model_len=600) as llm:
             [line] = [notice for notice in llm.engine.notices if notice.startswith("--tp auto takes")]
-            assert f"takes {llm.engine.config.ranks}. By the number of ranks: 1: a prompt of 512" in line
+            when = f", as measured {date.today()} (--recalibrate measures anew)" if again else ""
+            assert f"takes {llm.engine.config.ranks}. By the number of ranks{when}: 1: a prompt of 512" in line
             assert llm.generate("def main(", PARAMS)[0].outputs[0].token_ids
         assert tried == numbers, f"{'kept' if again else 'measured'}"
 
@@ -86,10 +88,11 @@ def test_auto_takes_the_best_and_tries_once(packaged: Path, monkeypatch: pytest.
 def test_auto_weighs_prompt_and_tokens(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelConfig.from_directory(packaged)
     configs = [EngineConfig.resolve(model, ranks=ranks, threads=1) for ranks in (1, 2, 4)]
-    known = {1: Yardstick(1.0, 0.001), 2: Yardstick(0.5, 0.004), 4: Yardstick(0.3, 0.01)}
+    known = {1: Yardstick(1.0, 0.001, "then"), 2: Yardstick(0.5, 0.004, "then"), 4: Yardstick(0.3, 0.01, "now")}
     monkeypatch.setattr(yardstick, "recalled", lambda model, config, link: known[config.ranks])
     best, line = best_of(packaged, model, configs, lambda what, share: None, again=False)
-    assert best.ranks == 2 and "4: a prompt of 512 in 300 ms, then 10 ms a token" in line
+    assert best.ranks == 2 and "4: a prompt of 512 in 300 ms, then 10 ms a greedy token" in line
+    assert "as measured then and now (" in line
 
 
 def test_what_is_measured_is_kept(packaged: Path) -> None:

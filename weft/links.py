@@ -61,7 +61,7 @@ class Link:
             return replace(self, delay=value * _UNITS[unit])
         if not first and part == "shared" and not self.shared:
             return replace(self, shared=True)
-        raise InputError(f"--link {text!r} is not a link: {part!r} isn't known there; write it like {_EXAMPLES}")
+        raise InputError(f"--link {text!r} is not a link: {_fault(part, first)}; write it like {_EXAMPLES}")
 
     @property
     def unlimited(self) -> bool:
@@ -94,6 +94,22 @@ class Link:
             yield f"{self.delay * 1e3:g}ms"
         if self.shared:
             yield "shared"
+
+
+def _fault(part: str, first: bool) -> str:
+    """What is wrong with a part that was not taken."""
+    if not (match := re.fullmatch(rf"([+-]?){_NUMBER}([a-z]*)", part, re.ASCII | re.IGNORECASE)):
+        return f"{part!r} isn't known there" if part else "a part of it is empty"
+    sign, number, unit = match.groups()
+    if not unit:
+        return f"{part!r} has no unit, which is {'kbit, mbit, gbit or x' if first else 'us, ms or s'}"
+    if unit not in (*_UNITS, "x"):
+        return f"{unit!r} is no unit; there are kbit, mbit, gbit and x, and us, ms and s"
+    if sign or not float(number):
+        return f"{part!r} is not above zero" + ("" if first else "; leave a delay of zero out")
+    if first:
+        return f"{part!r} is a delay, and the speed goes before it, as in none,{part}"
+    return f"{part!r} is one more speed, or one more delay"
 
 
 NO_LINK = Link()  # of its own: messages travel as they do

@@ -1,8 +1,7 @@
 """Are so many ranks worth it? A prompt and the tokens after it, by numbers of ranks.
 
 What ranks take is predicted from their costs, or measured and kept; fewer of them as well, where they were measured on
-this
-machine, else by what one of them alone would take. Knows engines, costs and files.
+this machine, else by what one of them alone would take. Knows engines, costs and files.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Yardstick(msgspec.Struct, frozen=True):
 
     def describe(self) -> str:
         """In words."""
-        return f"a prompt of {PROMPT} in {_in_words(self.prompt)}, then {_in_words(self.token)} a token"
+        return f"a prompt of {PROMPT} in {_in_words(self.prompt)}, then {_in_words(self.token)} a greedy token"
 
 
 def _in_words(seconds: float) -> str:
@@ -130,7 +129,7 @@ def best_of(
 ) -> tuple[EngineConfig, str]:  # fmt: skip
     """The number of ranks with which the usual request takes shortest, and a line on all of them. What was not measured
     on an earlier start, or is to be `again`, is now: each number is started once."""
-    found: dict[int, Yardstick] = {}
+    found, kept = dict[int, Yardstick](), list[str]()
     for config in configs:
         ranks, link = config.ranks, LocalLauncher().link_name
         known = None if again else recalled(model, config, link)
@@ -138,10 +137,13 @@ def best_of(
             progress(f"trying {ranks} rank{'s' if ranks > 1 else ''}", 0.0)
             with closing(Engine(directory, config, model, progress=progress)) as engine:
                 known = measured(engine)
+        else:
+            kept.append(known.when)
         found[ranks] = known
     best = min(configs, key=lambda config: found[config.ranks].seconds)
     told = "; ".join(f"{ranks}: {known.describe()}" for ranks, known in found.items())
-    return best, f"--tp auto takes {best.ranks}. By the number of ranks: {told}"
+    when = f", as measured {' and '.join(dict.fromkeys(kept))} (--recalibrate measures anew)" if kept else ""
+    return best, f"--tp auto takes {best.ranks}. By the number of ranks{when}: {told}"
 
 
 def with_ranks(config: EngineConfig, ranks: int) -> EngineConfig:

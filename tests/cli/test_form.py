@@ -15,7 +15,7 @@ FORM = {
         "--api-key", "--dtype", "--max-tokens", "--overlap", "--seed", "--shares", "--system", "--temperature",
         "--tensor-parallel-size", "--threads", "--top-p", "--tp", "--transport", "--url", "--wire", "model",
     ],
-    "doctor": ["--json"],
+    "doctor": ["--calibrations", "--json"],
     "generate": [
         "--compare", "--dtype", "--json", "--link", "--max-tokens", "--min-p", "--overlap", "--recalibrate",
         "--repetition-penalty", "--reproducible", "--seed", "--shares", "--stop", "--temperature",

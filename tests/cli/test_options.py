@@ -113,4 +113,4 @@ def test_a_worker_without_an_answer_says_which(packaged: Path) -> None:
     ):
         server.until("waiting for 1 more machine")
         machine.until("WEFT_TOKEN is not the one", 30)
-        alone.until("no server at 127.0.0.1", 30)
+        alone.until("no server answers at 127.0.0.1", 30)

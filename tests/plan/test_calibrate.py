@@ -14,9 +14,9 @@ from weft.plan.calibrate import BUDGET, Probe, calibrate
 from weft.plan.planner import Planner
 from weft.plan.readings import KERNEL, Sample, Subject
 from weft.program.batch import Batch, Segment, one_prompt
-from weft.program.stages import COMPUTE, NETWORK
+from weft.program.stages import COMPUTE, NETWORK, Kind
 from weft.program.steps import Program
-from weft.simulate.cost import Contention, Costs
+from weft.simulate.cost import Contention, Costs, Table
 from weft.simulate.run import simulate
 from weft.timeline.timeline import Timeline
 
@@ -34,7 +34,8 @@ def machine(truth: Costs, noise: float = 0.0) -> Probe:
     def probe(batch: Batch, program: Program, wire: str, part: str) -> Sample:
         timeline = simulate(program, batch, truth, wire)
         if part in ("network", "beside"):
-            timeline = _back_to_back(timeline)
+            empty = replace(truth, contention=replace(truth.contention, burst=0.0))  # nothing is saved up in between
+            timeline = _only(simulate(program, batch, empty, wire), NETWORK)
         elif part == "compute":
             alone = replace(truth, contention=Contention())
             timeline = _only(simulate(program, batch, alone, wire), COMPUTE)
@@ -59,11 +60,6 @@ def _only(timeline: Timeline, lane: str) -> Timeline:
     return Timeline(tuple(e for e in timeline.events if e.lane == lane), "measured")
 
 
-def _back_to_back(timeline: Timeline) -> Timeline:
-    """Each collective as long as without a pause before it: here there is no credit to lose."""
-    return _only(timeline, NETWORK)
-
-
 @pytest.mark.parametrize("times", [0.3, 1.0, 8.0])
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 def test_predictions_after_it_are_right(times: float, noise: float) -> None:
@@ -79,6 +75,25 @@ def test_predictions_after_it_are_right(times: float, noise: float) -> None:
                 )
                 assert real is not None and guess is not None
                 assert guess.seconds == pytest.approx(real.seconds, rel=0.1 + noise), (batch, strategy, wire)
+
+
+def test_a_delay_costs_no_bytes() -> None:
+    """A link that is long and not slow: every sum takes as long, and none of it is read as time of its bytes."""
+    near = costs(100.0)
+    wire = near.wires["exact"]
+    far = replace(wire, sums={"exchange": Table.line(5e-3, wire.per_byte)}, hop=Table.line(5e-3, wire.per_byte / 2))
+    truth = replace(near, wires={"exact": far})
+    found = calibrate(machine(truth, 0.02), replace(SUBJECT, elements={"exact": 4.0})).wires["exact"]
+    assert found.fixed == pytest.approx(5e-3, rel=0.03)
+    for size in (4096.0, 1e6, 4e6):
+        assert found.table(Kind.REDUCE, size).at(size) == pytest.approx(far.table(Kind.REDUCE, size).at(size), rel=0.05)
+
+
+def test_a_link_that_has_nothing_saved_up_makes_small_sums_no_dearer() -> None:
+    """Sixteen rows are few, but a whole pass of them is more than a bucket holds, and waits for it."""
+    truth = costs(0.5, contention=Contention(burst=70e3))
+    found = calibrate(machine(truth), replace(SUBJECT, elements={"exact": 4.0}))
+    assert found.wires["exact"].fixed == pytest.approx(0.3e-3, rel=0.35)
 
 
 def test_ranks_of_unequal_speed_are_told_apart() -> None:

@@ -28,6 +28,8 @@ from weft.launch.namespaces import demand_namespaces
 from weft.links import links_of
 from weft.timeline.files import demand_form, demand_writable, timelines_as, write
 
+WIDE = 150  # columns of the tables: in a narrow terminal lines are better wrapped than cells
+
 HELP = """Measure strategies, wires and links against each other with MODEL, on this machine.
 
 Lists are separated by commas, and every combination is measured, beside serial and both terms of the bound:
@@ -105,7 +107,7 @@ def _measure_and_tell(directory: Path, config: ModelConfig, grid: Grid, files: _
             measuring.run()
         except (KeyboardInterrupt, InputError, WorkerFailed) as error:
             ended = error
-    wide = max(Console().width, 126)  # the tables' width: in a narrow terminal lines are better wrapped than cells
+    wide = max(Console().width, WIDE)
     _show(Console(width=wide), measuring.points, files.machine)
     files.write(measuring.points, complete=ended is None)
     if isinstance(ended, KeyboardInterrupt):
@@ -203,7 +205,7 @@ def _show(console: Console, points: Sequence[Point], machine: dict[str, Any]) ->
             caption_justify="left",
         )
         for number, name in enumerate(COLUMNS):
-            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=number < 2)
+            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
         for measured in point.measured:
             table.add_row(*cells(measured), style="bold" if measured is point.best else "")
         console.print(table)

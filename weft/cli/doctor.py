@@ -24,10 +24,9 @@ Examples:
   weft doctor
 
   weft doctor --json
+
+  weft doctor --calibrations
 """
-
-
-SHOWN = 8  # calibrations
 
 
 @dataclass(frozen=True)
@@ -42,23 +41,25 @@ class Finding:
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+    calibrations: Annotated[bool, typer.Option("--calibrations", help="Each one that is kept, too.")] = False,
 ) -> None:
     """See HELP."""
-    checks = findings()
+    checks = findings(calibrations)
     if as_json:
         print(json.dumps({"weft": version("weft"), "findings": [asdict(finding) for finding in checks]}))
         return
     table = Table(title=f"weft {version('weft')} on this machine", expand=False)
     for column in ("", "what", "found", "what it is for"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")  # what is to be typed is not cut off
     for finding in checks:
         table.add_row("[green]✓[/]" if finding.ok else "[yellow]–[/]", finding.what, finding.value, finding.meaning)
     Console().print(table)
 
 
-def findings() -> list[Finding]:
-    """Everything that weft makes use of, in the order of weight."""
-    return [_system(), *_processor(), *_kernels(), *_devices(), *_links(), _hub(), *_calibrations()]
+def findings(calibrations: bool) -> list[Finding]:
+    """Everything that weft makes use of, in the order of weight. `calibrations`: each that is kept."""
+    kept = _each_calibration() if calibrations else []
+    return [_system(), *_processor(), *_kernels(), *_devices(), *_links(), _hub(), _calibrations(), *kept]
 
 
 def _system() -> Finding:
@@ -91,10 +92,15 @@ def _kernels() -> list[Finding]:
 
     packed, fused = packed_weights_work(), fused_attention_works()
     capability = torch.backends.cpu.get_cpu_capability()
-    fallback = f"plain products; --reproducible computes in blocks of {EXACT_BLOCK} rows, slower"
+    why = (
+        "MKL's change a row's bits with the batch on this processor"
+        if "USE_MKL=ON" in torch.__config__.show()
+        else ("a torch with MKL has them")
+    )
+    fallback = f"{why}; plain products instead, and --reproducible computes in blocks of {EXACT_BLOCK} rows, slower"
     return [
         Finding("instructions", True, capability, "vector instructions that torch uses"),
-        Finding("packed weights", packed, "MKL" if packed else "missing",
+        Finding("packed weights", packed, "MKL" if packed else "not used",
                 "products that lose nothing when the batch is cut" if packed else fallback),
         Finding("fused attention", fused, "yes" if fused else "missing",
                 "attention without a mask matrix" + ("" if fused else "; plain operations instead, slower")),
@@ -147,26 +153,33 @@ def _hub() -> Finding:
                    "models by id; HF_HUB_OFFLINE=1 keeps to the cache")  # fmt: skip
 
 
-def _calibrations() -> list[Finding]:
-    """What was measured on earlier starts, the newest first."""
+def _calibrations() -> Finding:
+    """How much was measured on earlier starts."""
     from weft.plan.kept import all_kept, folder
 
     kept = list(all_kept())
     if not kept:
         meaning = "weft measures what steps cost at the first start with several ranks and --overlap auto"
-        return [Finding("calibrations", True, "none yet", meaning)]
+        return Finding("calibrations", True, "none yet", meaning)
+    newest = next((f", the newest of {each.when[:16]}" for _, each in kept if each is not None), "")
+    meaning = f"what steps cost, in {folder()}; --calibrations lists them, --recalibrate measures anew"
+    return Finding("calibrations", True, f"{len(kept)} kept{newest}", meaning)
+
+
+def _each_calibration() -> list[Finding]:
+    """The newest first."""
+    from weft.plan.kept import all_kept
+
     lines = []
-    for path, calibration in kept[:SHOWN]:
+    for path, calibration in all_kept():
         if calibration is None:
             lines.append(Finding("calibration", False, path.name, "can't be read; it will be measured again"))
             continue
         key, costs = calibration.key, calibration.costs
         wire = next(iter(costs.wires.values()), None)
-        speed = f"; a sum {wire.fixed * 1e3:.2f} ms + {8e-6 / wire.per_byte:,.0f} Mbit/s" if wire else ""
+        speed = f"; a sum {wire.fixed * 1e3:.2f} ms + {wire.per_byte * 1e9:.3g} ns a byte" if wire else ""
         what = f"{key['model']}, {len(key['ranks'].split(','))} ranks, {key['link']}, {key['device']}"
         lines.append(
             Finding("calibration", True, f"{calibration.when[:16]}, {calibration.seconds:.1f} s", what + speed)
         )
-    if len(kept) > SHOWN:
-        lines.append(Finding("calibrations", True, f"{len(kept) - SHOWN} more", f"in {folder()}"))
     return lines

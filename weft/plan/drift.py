@@ -16,6 +16,7 @@ from weft.timeline.timeline import median
 SEEN = 7  # of the last batches the median decides: four in a row that differ are enough, three odd ones are not
 FEWEST = 4
 NOTICED = 0.12  # a smaller difference is noise
+TOLD = {False: 1.3, True: 2.0}  # smaller ones are nobody's concern; tokens one upon the other find all in the cache
 COUNTS = 0.1  # of what both lanes are busy: a lane that does and should do less says nothing
 
 
@@ -53,11 +54,13 @@ class Drift:
         return costs.scaled(*self.factors[small])
 
     def describe(self) -> str | None:
-        """One line on what has changed since the calibration; None if nothing has."""
+        """One line on what has changed by much since the calibration; None if nothing has."""
         said = [
-            f"{what} {factor:.2f} times as long in {'small' if small else 'large'} batches"
+            f"{what} takes {factor:.2f} times as long for {'tokens' if small else 'prompts'}"
             for small, factors in self.factors.items()
             for what, factor in zip(("computation", "communication"), factors, strict=True)
-            if factor != 1.0
+            if not 1 / TOLD[small] < factor < TOLD[small]
         ]
-        return "since the calibration: " + ", ".join(said) if said else None
+        if not said:
+            return None
+        return f"since the calibration {', '.join(said)}, and plans follow; --recalibrate measures anew"

@@ -290,9 +290,9 @@ class _Network:
         seconds: list[float] = []
         for n in (n for n in self.samples.sizes if n <= FEW):
             sums = self._sums("serial", n)
-            at_once = (
-                self.burst * len(self.samples.of("serial", n)) / len(sums)
-            )  # a pass shares what an idle link takes
+            # What an idle link takes at once is there again for the next row, and for more rows once in a pass.
+            passes = len(self.samples.of("serial", n))
+            at_once = self.burst * passes / len(sums) if seconds else self.burst
             on_the_wire = self.slope * max(0.0, n * self.row * (self.subject.world - 1) - at_once)
             if not seconds or on_the_wire < 0.3 * fmean(sums):
                 seconds += [max(s - on_the_wire, 0.1 * s) for s in sums]

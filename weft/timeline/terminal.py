@@ -29,11 +29,11 @@ def terminal(timeline: Timeline, width: int = 100) -> RenderableType:
     for that has the column of its middle."""
     begin = timeline.begin
     scale = timeline.seconds / width if timeline.events else 1.0
-    lines, styles = [_axis(timeline.seconds, width)], _styles(timeline)
+    lines, styles = [_heading(timeline), _axis(timeline.seconds, width)], _styles(timeline)
     for rank in timeline.ranks:
         for lane in timeline.lanes:
             lines.append(_row(timeline.lane(rank, lane), f"rank {rank} {lane:<8}", begin, scale, width, styles))
-    lines.append(_legend(timeline, styles))
+    lines.append(_legend(styles))
     return Group(*lines)
 
 
@@ -63,11 +63,13 @@ def _axis(seconds: float, width: int) -> Text:
     return Text(f"{label}0{'─' * (width - len(end) - 2)} {end}", style="dim")
 
 
-def _legend(timeline: Timeline, styles: dict[str, tuple[str, str]]) -> Text:
+def _heading(timeline: Timeline) -> Text:
+    return Text(f"{timeline.source}: {f'{timeline.title}: ' * bool(timeline.title)}{timeline.verdict()}")
+
+
+def _legend(styles: dict[str, tuple[str, str]]) -> Text:
     text = Text(" " * 16)
     for part, (letter, colour) in styles.items():
         text.append(f"{letter} {part}  ", style=colour)
-    text.append(f"{IDLE} idle\n", style="dim")
-    heading = f"{timeline.source}: {timeline.title}: " if timeline.title else f"{timeline.source}: "
-    text.append(f"{' ' * 16}{heading}{timeline.verdict()}")
+    text.append(f"{IDLE} idle", style="dim")
     return text

@@ -213,9 +213,13 @@ def bound(compute_alone: float, network_alone: float) -> float:
     return max(compute_alone, network_alone)
 
 
+LEAST_GAIN = 0.02  # of serial's time
+
+
 def overlap_efficiency(serial: float, measured: float, bound_seconds: float) -> float | None:
-    """(serial - measured) / (serial - bound): 1.0 is perfect. None where there is nothing to gain."""
-    if serial <= bound_seconds:
+    """(serial - measured) / (serial - bound): 1.0 is perfect. None where there is next to nothing to gain: what runs
+    differ by would be all that it says."""
+    if serial - bound_seconds < LEAST_GAIN * serial:
         return None
     return (serial - measured) / (serial - bound_seconds)
 
