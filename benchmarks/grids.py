@@ -94,7 +94,7 @@ def points_of(path: Path) -> Iterator[Point]:
 
 def efficiencies(points: Sequence[Point]) -> Iterator[str]:
     """A row a point: what each strategy saves of what is possible."""
-    names = [name for name in points[0].runs if name != "serial"]
+    names = list(dict.fromkeys(name for point in points for name in point.runs if name != "serial"))
     yield _row("hidden size, tokens", "link (x balance)", "serial", "possible", *(f"`{n}` saves" for n in names),
                "efficiency", "to floor")  # fmt: skip
     yield _row(*["---"] * (6 + len(names)))
@@ -102,7 +102,8 @@ def efficiencies(points: Sequence[Point]) -> Iterator[str]:
         serial, best = point.serial, point.best(point.runs)
         yield _row(
             f"{point.hidden}, {point.prompts}", point.link, f"{serial['median']:.2f} s",
-            f"{best['saving_bound']:.1%}", *(f"{point.runs[name]['saving']:.1%}" for name in names),
+            f"{best['saving_bound']:.1%}",
+            *(f"{point.runs[name]['saving']:.1%}" if name in point.runs else "" for name in names),
             *("" if best.get(name) is None else f"{best[name]:.2f}" for name in (EFFICIENCY, FLOOR)),
         )  # fmt: skip
 
@@ -119,7 +120,8 @@ def plans(points: Sequence[Point]) -> Iterator[str]:
         yield _row(
             str(point.hidden), point.prompts, point.link, f"{serial['median']:.4f}", f"{serial['saving_bound']:.0%}",
             f"`{auto['plan'].split(' · ')[0]}` {auto['saving']:.1%}", f"`{best['overlap']}` {best['saving']:.1%}",
-            "" if ratio is None else f"{ratio:.3f}", f"{_off(serial):+.0%}", f"{_off(auto):+.0%}",
+            "" if ratio is None else f"{ratio:.3f}",
+            *(f"{_off(run):+.0%}" if run["predicted"] else "" for run in (serial, auto)),
         )  # fmt: skip
 
 
@@ -140,8 +142,9 @@ def hiding(points: Sequence[Point]) -> Iterator[str]:
 def planning(points: Sequence[Point]) -> Iterator[str]:
     """How right predictions and choices were."""
     errors = [abs(_off(run)) for point in points for run in point.once if run["predicted"]]
-    right = sum(error <= 0.2 for error in errors) / len(errors)
-    yield f"predicted against measured: median {median(errors):.1%}, {right:.0%} of {len(errors)} within 20%"
+    if errors:
+        right = sum(error <= 0.2 for error in errors) / len(errors)
+        yield f"predicted against measured: median {median(errors):.1%}, {right:.0%} of {len(errors)} within 20%"
     ratios = [ratio for point in points if (ratio := point.auto_over_best()) is not None]
     if ratios:
         close = sum(ratio <= 1 + WITHIN for ratio in ratios)

@@ -18,7 +18,8 @@ from weft.admission import demand_memory, memory_tokens
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError
 from weft.execute.process import GROUPS, free_memory, machine_name
-from weft.execute.protocol import VERSION, Hello, Loaded
+from weft.execute.protocol import Hello, Loaded
+from weft.launch.launcher import VERSION
 from weft.model.families import blueprint_of
 from weft.model.shares import shard_bytes, shares_of
 

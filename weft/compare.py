@@ -6,7 +6,7 @@ compares is the median of per-round ratios, and like is compared with like: each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -41,10 +41,6 @@ class Round:
     def floor(self, wire: str) -> float:
         """The same, where sending takes time from computation."""
         return bound(self.compute_alone + self.taken[wire], self.network_alone[wire])
-
-    def efficiency(self, variant: Variant, least: Callable[[str], float]) -> float | None:
-        """Against the bound or the floor."""
-        return overlap_efficiency(self.serial(variant.wire), self.seconds[variant], least(variant.wire))
 
     def serial(self, wire: str) -> float:
         """Seconds of serial on this wire."""
@@ -177,6 +173,15 @@ class Comparing:
         """What the rounds came to so far (at least one), in the order of the variants, each wire's serial first."""
         return [self._measured(variant, self._best[variant]) for variant in self._plans]
 
+    def _efficiency(self, variant: Variant, least: Sequence[float]) -> float | None:
+        """Against the bound or the floor of each round."""
+        rounds = [
+            (r.serial(variant.wire), r.seconds[variant], each) for r, each in zip(self.rounds, least, strict=True)
+        ]
+        serial = median(serial for serial, _, _ in rounds)
+        saved, possible = (median(s - taken[place] for s, *taken in rounds) for place in (0, 1))
+        return overlap_efficiency(serial, serial - saved, serial - possible)
+
     def _measured(self, variant: Variant, fastest: _Measurement) -> Measured:
         rounds, wire, best, device = self.rounds, variant.wire, fastest.result, fastest.device
         savings = [1 - r.seconds[variant] / r.serial(wire) for r in rounds]
@@ -192,19 +197,13 @@ class Comparing:
             serial_median=median(r.serial(wire) for r in rounds), saving=median(savings),
             saving_range=(min(savings), max(savings)),
             saving_bound=median(1 - r.bound(wire) / r.serial(wire) for r in rounds),
-            overlap_efficiency=_median(r.efficiency(variant, r.bound) for r in rounds),
-            floor_efficiency=_median(r.efficiency(variant, r.floor) for r in rounds),
+            overlap_efficiency=self._efficiency(variant, [r.bound(wire) for r in rounds]),
+            floor_efficiency=self._efficiency(variant, [r.floor(wire) for r in rounds]),
             exposed=median(r.seconds[variant] - r.compute_alone for r in rounds),
             bytes_on_wire=best.bytes_sent[most], bytes_on_device=device[most] if device is not None else None,
             predicted=plan.predicted.seconds if plan.predicted else None,
             timeline=replace(best.timeline, title=title), predicted_timeline=predicted,
         )  # fmt: skip
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    """Of those that there are."""
-    there = [value for value in values if value is not None]
-    return median(there) if there else None
 
 
 def compare(

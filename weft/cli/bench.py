@@ -211,7 +211,8 @@ def _show(console: Console, points: Sequence[Point], machine: dict[str, Any]) ->
         console.print(table)
     if points:
         console.print(
-            "seconds: medians of rounds; saved, possible, efficiency: medians of each round's own", style="dim"
+            "seconds: medians of rounds; saved, possible: medians of each round's own; efficiency: of the two's seconds",
+            style="dim",
         )
         console.print(conclusion(points), style="bold")
         console.print(f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date']}")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import zmq
 
 from weft.config import EngineConfig, ModelConfig
@@ -21,10 +22,10 @@ from weft.execute.places import crowded, introduced, numbered_machines
 from weft.execute.results import TOKENS_ALONE, RunOptions, RunResult, Started, Submitted, timeline_of
 from weft.execute.sending import Sending
 from weft.launch.folder import Folder
-from weft.launch.launcher import Launcher
+from weft.launch.launcher import VERSION, Launcher
 from weft.launch.sockets import bind, engine_socket
 from weft.links import Link
-from weft.model.fingerprint import Held, Wanted, fingerprint, terms_of
+from weft.model.fingerprint import Fingerprints, Held, Wanted, WeightFile, terms_of
 from weft.program.batch import Batch
 from weft.program.steps import Form, Program
 
@@ -56,6 +57,7 @@ class Controller:
         self._done: dict[int, dict[bytes, p.Done]] = {}  # what ranks said, by the number of the run
         self._looked = 0.0  # when the processes were looked at
         self._loaded = self._complete = False  # the model, now, and ever
+        self._fingerprints = Fingerprints()
 
     def start(self, directory: Path, model: ModelConfig, progress: Callable[[float], None] | None = None) -> Started:
         """Starts the workers and loads the model on them. `progress` is given the share that is done, 0 to 1.
@@ -64,8 +66,7 @@ class Controller:
         """
         begin, self._loaded = time.monotonic(), False
         try:
-            files = fingerprint(directory, self.config.check_content) if self.launcher.may_change else []
-            held = Held(str(directory), files)
+            held = Held(str(directory), self._files(directory) if self.launcher.may_change else [])
             self.launcher.demand(terms_of(held))
             hellos = self._bring_up()
             loaded = self._load(held, model, progress or (lambda share: None))
@@ -86,7 +87,7 @@ class Controller:
         self.launcher.meanwhile = self._meanwhile
         self.launcher.start(world, self.config.threads, address, token)
         deadline = time.monotonic() + START_SECONDS
-        hellos = {i: hello for i, hello in (self._receive(p.Hello, deadline) for _ in range(world))}
+        hellos = self._hellos(world, deadline)
         self._ranks = sorted(hellos, key=lambda identity: hellos[identity].place)
         by_rank = [hellos[identity] for identity in self._ranks]
         self._admit_all(by_rank)
@@ -94,19 +95,46 @@ class Controller:
         for rank, identity in enumerate(self._ranks):
             gloo, threads = self.config.transport == "gloo", self.config.threads
             shared = self.config.cores is None and crowded(by_rank[rank], by_rank, threads)
-            before = self.machines[:rank].count(self.machines[rank])
-            self._send(identity, p.Assign(rank, world, threads, gloo, shared, self._cores(rank), before))
+            near = [other for other, hello in enumerate(by_rank) if hello.machine == by_rank[rank].machine]
+            place = len(near), near.index(rank)
+            self._send(identity, p.Assign(rank, world, threads, gloo, shared, self._cores(rank), *place))
         if world > 1:
             self._introduce(by_rank, deadline)
         for _ in range(world):
             self._receive(p.Joined, deadline)
         return by_rank
 
+    def _files(self, directory: Path) -> list[WeightFile]:
+        """What other machines must have of the model. Where they are compared whole, that takes long."""
+
+        def tick() -> None:
+            self._meanwhile()
+            self.launcher.attend()
+
+        return self._fingerprints.of(directory, self.config.check_content, tick)
+
+    def _hellos(self, world: int, deadline: float) -> dict[bytes, p.Hello]:
+        """Of every rank."""
+        hellos: dict[bytes, p.Hello] = {}
+        try:
+            while len(hellos) < world:
+                identity, hello = self._receive(p.Hello, deadline)
+                hellos[identity] = hello
+        except WorkerFailed:
+            for place in set(range(world)) - {hello.place for hello in hellos.values()}:
+                if (other := self.launcher.elsewhere(place)) is not None and time.monotonic() > deadline:
+                    other.doubt("this machine's rank did not reach the server: is the way to its ports open?")
+                    raise WorkerFailed(f"rank {place}, on {other}, said nothing for {START_SECONDS:.0f} s") from None
+            raise
+        if sorted(hello.place for hello in hellos.values()) != list(range(world)):
+            raise WorkerFailed("ranks came that were not asked for")
+        return hellos
+
     def _admit_all(self, hellos: Sequence[p.Hello]) -> None:
         """Looks at those that have come. Raises `InputError`, or `WorkerLost` where another machine may do better."""
         for rank, hello in enumerate(hellos):
-            if hello.version != p.VERSION:
-                reason = f"it runs another version of weft; this engine speaks protocol {p.VERSION}"
+            if hello.version != VERSION:
+                reason = f"it runs another version of weft; this engine speaks protocol {VERSION}"
                 self._blame(rank, reason)
                 raise InputError(f"rank {rank}: {reason}")
         try:
@@ -155,7 +183,7 @@ class Controller:
             elif isinstance(message, p.Fetch):
                 self._bring(identity, message.wanted, held, sending, layers[identity])
             elif isinstance(message, p.Loading):
-                layers[identity] = message.done / message.total
+                layers[identity] = message.done / max(1, message.total)
             progress(sum(layers.values()) / len(layers))
         if not self.link.free and self.link.times is None:
             self.set_link(self.link)
@@ -278,7 +306,7 @@ class Controller:
         assert self._socket is not None, "the group is not started"
         data = message if isinstance(message, bytes) else p.encode(message)
         try:
-            self._socket.send_multipart([identity, data])
+            self._socket.send_multipart([identity, data], zmq.NOBLOCK)  # who reads nothing is lost
         except zmq.ZMQError as error:
             self._demand_workers()
             raise WorkerLost(f"a worker can't be reached ({error})") from None
@@ -297,8 +325,12 @@ class Controller:
             self._look(deadline)
         while not self._socket.poll(LOOK_MILLISECONDS):
             self._look(deadline)
-        identity, data = self._socket.recv_multipart()
-        message = p.decode_to_engine(data)
+        identity, *frames = self._socket.recv_multipart()
+        try:
+            [data] = frames
+            message = p.decode_to_engine(data)
+        except (ValueError, msgspec.MsgspecError):
+            raise WorkerLost("a rank said what can't be understood") from None
         if isinstance(message, p.Failed):
             self._failed(identity, message)
         if isinstance(message, p.Lost) and self._loaded:  # a rank that loads may be silent for a while
@@ -319,6 +351,7 @@ class Controller:
         self._looked = time.monotonic()
         if not self._loaded:
             self._meanwhile()
+            self.launcher.attend()
         self._demand_workers()
         if deadline is not None and time.monotonic() > deadline:
             way = ", or is the way to this one closed" if self.launcher.may_change else ""
@@ -334,7 +367,9 @@ class Controller:
 
     def _failed(self, identity: bytes, message: p.Failed) -> None:
         if message.kind in ("input", "memory"):
-            if not self._loaded and identity in self._ranks:
+            if identity not in self._ranks:
+                raise WorkerFailed(message.message)
+            if not self._loaded:
                 lacking = message.kind == "memory" and self._complete  # it was enough once, and may be again
                 self._blame(self._ranks.index(identity), message.message, not lacking)
             raise InputError(message.message)

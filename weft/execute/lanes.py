@@ -7,6 +7,7 @@ submitted. Knows callables; knows nothing of tensors or steps.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
@@ -44,7 +45,8 @@ class _Task:
         self._done = threading.Lock()  # held until done: the cheapest event that Python has
         self._done.acquire()
 
-    def run(self) -> None:
+    def run(self, ended: Callable[[], None] = lambda: None) -> None:
+        """`ended` is called before whoever waits goes on."""
         # Let go of the work with the partial that it holds: whoever keeps the task for its end alone (the run, which
         # the work knows) would else keep every partial of the pass, in a cycle, until some garbage collection.
         work, self._work = self._work, None
@@ -54,6 +56,7 @@ class _Task:
         except BaseException as error:  # kept for the compute lane, which waits for it
             self._error = error
         finally:
+            ended()
             self._done.release()
 
     def wait(self) -> None:
@@ -68,6 +71,7 @@ class _Thread:
     def __init__(self, name: str, context: Callable[[], AbstractContextManager[object]]) -> None:
         self._context = context
         self._queue: SimpleQueue[_Task | None] = SimpleQueue()
+        self.processor = 0.0  # seconds, until its last task ended
         self._last: _Task | None = None
         self._thread = threading.Thread(target=self._run, name=f"weft-{name}-lane", daemon=True)
         self._thread.start()
@@ -82,7 +86,10 @@ class _Thread:
     def _run(self) -> None:
         with self._context():
             while (task := self._queue.get()) is not None:
-                task.run()
+                task.run(self._ended)
+
+    def _ended(self) -> None:
+        self.processor = time.thread_time()
 
     def close(self) -> None:
         self._queue.put(None)
@@ -104,6 +111,11 @@ class ThreadLanes:
             self._threads[lane] = _Thread(lane, self._context)
         self._threads[lane].submit(task, urgent)
         return task
+
+    @property
+    def processor(self) -> float:
+        """Processor seconds that the lanes' own threads have taken so far, when nothing is under way."""
+        return sum(thread.processor for thread in self._threads.values())
 
     def close(self) -> None:
         """Ends the threads after what is queued."""

@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -28,10 +29,11 @@ def pin(cores: list[int]) -> None:
             os.sched_setaffinity(int(thread), cores)
 
 
-def settle(cores: list[int]) -> None:
-    """Moves this thread to one of these cores, and leaves it free to go. Ranks that a message woke on one core would
-    take turns there for some ten milliseconds, until the system parts them: docs/log.md."""
-    if cores and hasattr(os, "sched_setaffinity"):
+def settle(cores: list[int], others: set[int]) -> None:
+    """Moves this thread to one of these cores if it is on one of the others, which are for ranks beside it, and leaves
+    it free to go. Ranks that a message woke on one core would take turns there for some ten milliseconds, until the
+    system parts them: docs/log.md."""
+    if cores and _core() in others:
         allowed = os.sched_getaffinity(0)
         with suppress(OSError):  # somebody has taken them away
             os.sched_setaffinity(0, cores)
@@ -43,6 +45,19 @@ def own_cores(before: int, threads: int) -> list[int]:
     if not hasattr(os, "sched_getaffinity"):
         return []
     return sorted(os.sched_getaffinity(0))[before * threads : (before + 1) * threads]
+
+
+def _core() -> int:
+    """Where this thread runs; -1 where the system doesn't say."""
+    try:
+        return int(_libc().sched_getcpu())
+    except (OSError, AttributeError):
+        return -1
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def free_memory(own: Path = OWN_GROUPS, groups: Path = GROUPS) -> int:

@@ -12,8 +12,6 @@ from weft.config import ModelConfig
 from weft.model.fingerprint import Wanted, WeightFile
 from weft.program.steps import Form
 
-VERSION = 9
-
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
     """A worker has come. `machine`: equal for workers that share memory; `free`: bytes of it that they may take;
@@ -31,7 +29,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 class Assign(msgspec.Struct, tag=True, frozen=True):
     """You are this rank. `gloo`: carries messages. `crowded`: other ranks want the same cores. `cores`: pin to these;
-    None leaves it to the system. `before`: ranks of this machine that come before this one."""
+    None leaves it to the system. `beside`: ranks of this machine; `place`: of this one among them."""
 
     rank: int
     world: int
@@ -39,7 +37,8 @@ class Assign(msgspec.Struct, tag=True, frozen=True):
     gloo: bool
     crowded: bool
     cores: list[int] | None = None
-    before: int = 0
+    beside: int = 1
+    place: int = 0
 
 
 class Meeting(msgspec.Struct, tag=True, frozen=True):
@@ -179,7 +178,7 @@ class Chosen(msgspec.Struct, frozen=True):
 
 class Done(msgspec.Struct, tag=True, frozen=True):
     """A program ended. `seconds`: of the program alone, on this rank; `sampling`: of choosing tokens after it;
-    `processor`: those of the process, all threads.
+    `processor`: those of the process, all threads; of messages beside a computation, those of their lanes' threads.
 
     `lanes`: seconds that the compute and the network lane were busy. `spans`: start and end of every step.
     """

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from weft.execute.process import (
     settle,
 )
 from weft.execute.sampler import sample
-from weft.launch.launcher import LEASE_VARIABLE, MODEL_VARIABLE, PLACE_VARIABLE, TOKEN_VARIABLE
+from weft.launch.launcher import LEASE_VARIABLE, MODEL_VARIABLE, PLACE_VARIABLE, TOKEN_VARIABLE, VERSION
 from weft.launch.sockets import worker_socket
 from weft.model.checkpoint import Checkpoint
 from weft.model.decoder import Decoder
@@ -88,7 +89,8 @@ class Worker:
         self.lanes = ThreadLanes(torch.inference_mode)
         self.rank = self.world = 0
         self.spins = True
-        self.cores: list[int] = []  # on which computation begins; elsewhere than other ranks'
+        self.cores: list[int] = []  # on which computation begins, rather than on those of other ranks
+        self.others: set[int] = set()
         self.mesh: Mesh | None = None
         self.transport: Transport | None = None
         self.store: Any = None  # gloo's meeting point; None without gloo
@@ -104,7 +106,7 @@ class Worker:
         """Until the engine says that it is over."""
         place = int(os.environ.get(PLACE_VARIABLE, "0"))
         here = socket.gethostname(), os.getpid(), self.address, machine_name(), free_memory(), available_cores()
-        self.say(p.Hello(p.VERSION, place, *here))
+        self.say(p.Hello(VERSION, place, *here))
         while True:
             data = self.control.recv()
             try:
@@ -146,7 +148,8 @@ class Worker:
         if message.cores:
             pin(message.cores)
         elif self.spins:
-            self.cores = own_cores(message.before, message.threads)
+            cores = [own_cores(place, message.threads) for place in range(message.beside)]
+            self.cores, self.others = cores[message.place], set(chain(*cores)) - set(cores[message.place])
         if self.world == 1:
             self._join(None)
             return
@@ -159,10 +162,13 @@ class Worker:
         assert self.mesh is not None, "the engine says who is there after it was told where this rank listens"
         self.mesh.join(self.rank, [Place(each.address, each.port, each.name) for each in m.places], m.keys, self._lost)
         if not m.places[0].store:
-            self._join(Direct(self.mesh, self.spins), [each.machine for each in m.places])
+            self._join(Direct(self.mesh, self.spins, self._settle), [each.machine for each in m.places])
             return
         store = self.store if self.rank == 0 else gloo.join_store(m.places[0].address, m.places[0].store)
         self._join(gloo.Gloo(self.rank, store), [each.machine for each in m.places])
+
+    def _settle(self) -> None:
+        settle(self.cores, self.others)
 
     def _pace(self, m: p.SetLink) -> None:
         assert isinstance(self.transport, Direct), "the engine paces weft's own transport"
@@ -221,12 +227,17 @@ class Worker:
             model.forms[m.form_number] = m.form
         batch = Batch(tuple(Segment(*values) for values in m.segments))
         tokens = [self.chosen[row].token for row in m.follows] or m.tokens
-        settle(self.cores)
-        sent, processor, begin = self.group.bytes_sent, time.process_time(), time.perf_counter()
+        self._settle()
+        scope = Scope(m.scope)
+
+        def processor_time() -> float:  # beside a computation messages take what their threads do
+            return self.lanes.processor if scope is Scope.BESIDE else time.process_time()
+
+        sent, processor, begin = self.group.bytes_sent, processor_time(), time.perf_counter()
         forward = model.decoder.begin(batch, tokens, model.slabs)
         program, codec = Program(model.forms[m.form_number], tuple(m.offsets)), codec_named(m.wire)
-        result = model.executor.run(program, forward, codec, Scope(m.scope), m.checksums)
-        seconds, processor = time.perf_counter() - begin, time.process_time() - processor
+        result = model.executor.run(program, forward, codec, scope, m.checksums)
+        seconds, processor = time.perf_counter() - begin, processor_time() - processor
         self.chosen, logits, begin = [], b"", time.perf_counter()
         if result.logits is not None and m.choices:
             exchange = partial(swap, self.group)

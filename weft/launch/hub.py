@@ -18,12 +18,17 @@ import zmq
 
 from weft.errors import InputError
 from weft.launch.addresses import endpoint
+from weft.launch.launcher import VERSION
 from weft.launch.sockets import TurnedAway, engine_socket
 
 EVERY = 0.5  # seconds between signs of life
 SILENT = 4.0  # seconds after which a machine, or the engine, counts as gone
 SAID_AGAIN = 60.0  # seconds after which it is said once more that somebody was turned away
-VERSION = 3
+CAME_BY = 3  # from this version on a machine can be told that it isn't used
+UNDECIDED = 2.0  # seconds after which it is said that a machine still looks at its files
+MOST = 256  # messages that are taken at a time
+LARGEST = 64 << 10  # bytes of a message
+LONGEST = 500  # letters of what a machine says of itself
 
 
 class Here(msgspec.Struct, tag=True, frozen=True):
@@ -98,28 +103,40 @@ encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(ToHub).decode
 
 
+def printable(text: str) -> str:
+    """As it can be shown on a terminal: a machine must not write there what it likes."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:LONGEST])
+
+
 class RemoteMachine:
     """One that has joined."""
 
     def __init__(self, hub: Hub, identity: bytes, here: Here) -> None:
-        self.hub, self.identity, self.here = hub, identity, here
-        self.heard = 0.0  # seconds, monotonic
+        self.hub, self.identity = hub, identity
+        self.name, self.address = printable(here.name) or "?", printable(here.address)
+        self.came = self.heard = time.monotonic()
+        self.undecided = False  # it was said that it still looks at its files
         self.fit = False  # it meets the terms
         self.ended: WorkerEnded | None = None  # what it said of its worker's end
         self.failed = 0  # groups with it that ended soon
         self.spare = False  # it was told that it stands by
 
     def __str__(self) -> str:
-        return f"{self.here.name} ({self.here.address})"
+        return f"{self.name} ({self.address})"
 
     def send(self, message: ToMachine) -> None:
-        """One that is gone says so by its silence."""
+        """One that is gone, or doesn't read, says so by its silence."""
         with suppress(zmq.ZMQError):
-            self.hub.socket.send_multipart([self.identity, encode(message)])
+            self.hub.socket.send_multipart([self.identity, encode(message)], zmq.NOBLOCK)
 
     def say(self, line: str) -> None:
         """Says a line there."""
         self.send(Say(line))
+
+    def doubt(self, line: str) -> None:
+        """Says a line there, and is used after others."""
+        self.failed += 1
+        self.say(line)
 
     def refuse(self, reason: str) -> None:
         """Doesn't use it any more, and says why, on both sides."""
@@ -134,7 +151,7 @@ class Hub:
         self.told: Callable[[str], None] = lambda line: None
         self._joined = joined
         self._context: zmq.Context[Any] = zmq.Context()
-        self.socket = engine_socket(self._context, token)
+        self.socket = engine_socket(self._context, token, LARGEST)
         self._machines: dict[bytes, RemoteMachine] = {}
         self._unused: set[bytes] = set()  # who speaks another version, or was turned away
         self._terms = Terms(0, b"")
@@ -158,18 +175,23 @@ class Hub:
     def there(self, since: float) -> list[RemoteMachine]:
         """Machines that are fit and were heard since then (seconds, monotonic), in the order of their coming."""
         self.listen(0)
-        now = time.monotonic()
-        self._machines = {i: m for i, m in self._machines.items() if now - m.heard < SILENT}
+        for machine in self._machines.values():
+            if not machine.fit and not machine.undecided and time.monotonic() - machine.came > UNDECIDED:
+                machine.undecided = True
+                self.told(f"{machine} is there, and still compares its model with the one here")
         return [machine for machine in self._machines.values() if machine.fit and machine.heard >= since]
 
     def listen(self, milliseconds: int) -> None:
         """To what is said within this time, and without waiting to what was said."""
-        while self.socket.poll(milliseconds):
+        for _ in range(MOST):
+            if not self.socket.poll(milliseconds):
+                break
             milliseconds = 0
-            identity, data = self.socket.recv_multipart()
+            identity, *frames = self.socket.recv_multipart()
             try:
+                [data] = frames
                 message = _decode(data)
-            except msgspec.MsgspecError:
+            except (ValueError, msgspec.MsgspecError):
                 message = Here("", "")
             if identity not in self._unused:
                 self._hear(identity, message)
@@ -185,7 +207,7 @@ class Hub:
         elif isinstance(message, WorkerEnded):
             machine.ended = message
         elif isinstance(message, Unfit):
-            self.turn_away(machine, message.reason)
+            self.turn_away(machine, printable(message.reason))
         elif message.number == self._terms.number and not machine.fit:
             machine.fit = True
             self._joined(machine)
@@ -193,11 +215,13 @@ class Hub:
     def _greet(self, identity: bytes, here: Here) -> None:
         if here.version != VERSION:
             other = RemoteMachine(self, identity, here)
-            if here.version > VERSION:  # who came before there was a way to say so waits on
+            if here.version >= CAME_BY:  # who came before there was a way to say so waits on
                 other.send(Refuse("it runs another version of weft than the server; install the same on both"))
             self.turn_away(other, "it runs another version of weft")
             return
         if (machine := self._machines.get(identity)) is None:
+            now = time.monotonic()
+            self._machines = {i: m for i, m in self._machines.items() if now - m.heard < SILENT}
             machine = self._machines[identity] = RemoteMachine(self, identity, here)
             if self._terms.number:
                 machine.send(self._terms)
@@ -212,6 +236,6 @@ class Hub:
 
     def close(self) -> None:
         """Lets go of the address."""
-        self._turned_away.close()
         self.socket.close(200)  # milliseconds for the last words
+        self._turned_away.ended()
         self._context.term()

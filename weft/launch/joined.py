@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from weft.errors import InputError, Interrupted
 from weft.launch.addresses import endpoint, interface_of, parse_address, resolved
-from weft.launch.hub import EVERY, SILENT, Begin, End, Hub, RemoteMachine
+from weft.launch.hub import EVERY, SILENT, Begin, End, Hub, RemoteMachine, printable
 from weft.launch.local import LocalLauncher
 
 LOOK_MILLISECONDS = 100
@@ -82,7 +82,7 @@ class JoinedLauncher:
     @property
     def link_name(self) -> str:
         """By the machines that are used: what was measured with others says nothing of these."""
-        return f"between machines: {self.host} {' '.join(machine.here.address for machine in self._used)}"
+        return f"between machines: {self.host} {' '.join(machine.address for machine in self._used)}"
 
     one_clock = False
     shares_memory = True
@@ -158,7 +158,7 @@ class JoinedLauncher:
         now, lines = time.monotonic(), self._children.dead()
         for machine in self._used:
             if (ended := machine.ended) is not None and ended.number == self._number:  # else of a group that is over
-                lines.append(f"{machine}: {ended.reason}")
+                lines.append(f"{machine}: {printable(ended.reason)}")
             elif now - machine.heard > SILENT:
                 lines.append(f"{machine} has been silent for {now - machine.heard:.0f} s")
         return lines
@@ -178,7 +178,7 @@ class JoinedLauncher:
         soon = time.monotonic() - self._begun < SOON
         for machine in self._used:
             machine.send(End())
-            machine.failed += soon
+            machine.failed += soon or machine.ended is not None
         self._used = []
         self._children.stop()
 

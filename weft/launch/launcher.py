@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+VERSION = 10  # of all that machines and their ranks say to each other; both sides speak the same, or not at all
 TOKEN_VARIABLE = "WEFT_TOKEN"  # in the environment: a command line is seen by everyone
 PLACE_VARIABLE = "WEFT_PLACE"  # of a worker in the order of ranks
 MODEL_VARIABLE = "WEFT_MODEL"  # where the model is, if not where the engine has it
@@ -23,6 +24,10 @@ class Other(Protocol):
 
     def refuse(self, reason: str) -> None:
         """Doesn't use it any more, and says why, there and here."""
+        ...
+
+    def doubt(self, line: str) -> None:
+        """Says a line there, and uses others rather than it."""
         ...
 
 

@@ -6,10 +6,11 @@ Knows processes and addresses; knows nothing of models: whether this machine has
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import msgspec
@@ -20,7 +21,6 @@ from weft.launch.addresses import endpoint, parse_address, resolved
 from weft.launch.hub import (
     EVERY,
     SILENT,
-    VERSION,
     Agreed,
     Begin,
     End,
@@ -36,7 +36,7 @@ from weft.launch.hub import (
     encode,
 )
 from weft.launch.joined import LOOK_MILLISECONDS, Placed
-from weft.launch.launcher import TOKEN_VARIABLE
+from weft.launch.launcher import TOKEN_VARIABLE, VERSION
 from weft.launch.sockets import Attempts, worker_socket
 
 UNANSWERED = 1.0  # seconds after which it is said why nobody has answered
@@ -65,51 +65,51 @@ class Machine:
         self._hub = address.removeprefix("tcp://")
         self._known: float | None = None  # when the engine was heard last
         self._number = 0  # of the group that the worker is in
-        self._checking: tuple[int, Future[str]] | None = None  # the terms' number, and what comes of it
-        self._checks = ThreadPoolExecutor(1, "weft-check")
+        self._checked: SimpleQueue[tuple[int, str, str]] = SimpleQueue()  # of terms: how they are met, or why not
+        self._unsaid, self._since = "", time.monotonic()  # why nobody answers, as it was said last, and since when
 
     def serve(self) -> None:
         """Until it is interrupted; then the worker is ended. Raises `InputError` if the engine doesn't want it."""
-        sent, unanswered, begin = 0.0, "", time.monotonic()
+        sent = 0.0
         try:
             while True:
                 now = time.monotonic()
                 if now - sent >= EVERY:
                     self._say(Here(socket.gethostname(), self.address, VERSION))
                     sent = now
-                if self._known is None and now - begin > UNANSWERED and (why := self._unanswered()) != unanswered:
-                    unanswered = why
-                    self._told(why)
+                self._say_why_nobody_answers(self._attempts.last())
                 if self._socket.poll(LOOK_MILLISECONDS):
                     self._obey(_decode(self._socket.recv()))
                 self._look()
         finally:
             self._children.stop()
             self._say(WorkerEnded("weft worker was ended", self._number))
-            self._checks.shutdown(wait=False, cancel_futures=True)
-            self._attempts.close()
             self._socket.close(500)  # milliseconds for the last words
+            self._attempts.close()
             self._context.term()
 
-    def _unanswered(self) -> str:
-        """Why nobody has answered so far."""
-        match self._attempts.last():
-            case "accepted":
-                return f"{self._hub} has taken the token, and is busy. Waiting"
-            case "refused":
-                return (
-                    f"{self._hub} can be reached but takes no hand-shake: {TOKEN_VARIABLE} is not the one that weft "
-                    "serve has there, or something else listens. Waiting"
-                )
-        return f"no server answers at {self._hub} yet: is weft serve running there with --join-address? Waiting"
+    def _say_why_nobody_answers(self, attempt: str) -> None:
+        """Once for each reason."""
+        if self._known is not None or time.monotonic() - self._since < UNANSWERED:
+            return
+        why = {
+            "accepted": f"{self._hub} has taken the token and doesn't answer: it is busy, or another version of weft",
+            "refused": f"{self._hub} can be reached but takes no hand-shake: {TOKEN_VARIABLE} is not the one that weft "
+            "serve has there, or something else listens",
+            "": f"no server answers at {self._hub} yet: is weft serve running there with --join-address?",
+        }[attempt]
+        if why != self._unsaid:
+            self._unsaid = why
+            self._told(f"{why} Waiting" if why.endswith("?") else f"{why}. Waiting")
 
     def _obey(self, message: ToMachine) -> None:
         if self._known is None:
+            self._unsaid = ""
             self._told(f"joined {self._hub} as {self.address}; waiting for work")
         self._known = time.monotonic()
         match message:
-            case Terms():
-                self._checking = message.number, self._checks.submit(self._check, message.data)
+            case Terms():  # a thread that may be kept for ever, by a disk that is gone, must not keep the process
+                threading.Thread(target=self._look_at, args=(message,), name="weft-check", daemon=True).start()
             case Say():
                 self._told(message.line)
             case Begin():
@@ -139,22 +139,28 @@ class Machine:
             self._children.stop()
             self._say(WorkerEnded("; ".join(lines), self._number, crashed))
             self._told("; ".join(lines + words))
-        if self._checking is not None and self._checking[1].done():
-            self._answer(*self._checking)
-            self._checking = None
+        with suppress(Empty):
+            self._answer(*self._checked.get_nowait())
         if self._known is not None and time.monotonic() - self._known > SILENT:
-            self._known = None
+            self._known, self._since = None, time.monotonic()
             if self._children.pids():
                 self._children.stop()
             self._told(f"{self._hub} has gone silent; waiting for it to come back")
 
-    def _answer(self, number: int, checked: Future[str]) -> None:
+    def _look_at(self, terms: Terms) -> None:
         try:
-            self._told(checked.result())
-            self._say(Agreed(number))
+            self._checked.put((terms.number, self._check(terms.data), ""))
         except InputError as error:
-            self._say(Unfit(str(error)))
-            raise
+            self._checked.put((terms.number, "", str(error)))
+        except Exception as error:  # whatever it is, both sides should know
+            self._checked.put((terms.number, "", f"its model can't be looked at ({type(error).__name__}: {error})"))
+
+    def _answer(self, number: int, how: str, why_not: str) -> None:
+        if why_not:
+            self._say(Unfit(why_not))
+            raise InputError(why_not)
+        self._told(how)
+        self._say(Agreed(number))
 
     def _say(self, message: ToHub) -> None:
         with suppress(zmq.ZMQError):

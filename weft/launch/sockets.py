@@ -17,10 +17,15 @@ from zmq.utils.monitor import recv_monitor_message
 
 from weft.errors import InputError
 
+LARGEST = 256 << 20  # bytes of a message: logits of a prompt
+HANDSHAKE_MILLISECONDS = 5000
 
-def engine_socket(context: zmq.Context[Any], token: str) -> zmq.Socket[bytes]:
-    """The engine's end: talks to many others, by identity."""
+
+def engine_socket(context: zmq.Context[Any], token: str, largest: int = LARGEST) -> zmq.Socket[bytes]:
+    """The engine's end: talks to many others, by identity. `largest`: bytes of a message, also of a stranger's, who may
+    announce any length before it has proved anything."""
     socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
+    socket.maxmsgsize, socket.handshake_ivl = largest, HANDSHAKE_MILLISECONDS
     public, secret = _keys(token, "engine")
     socket.curve_secretkey, socket.curve_publickey, socket.curve_server = secret, public, True
     socket.linger = 0
@@ -52,36 +57,42 @@ def bind(socket: zmq.Socket[bytes], address: str) -> None:
 
 
 class Attempts:
-    """What came of a worker's socket's attempts to connect. Made before it connects."""
+    """What came of a worker's socket's attempts to connect. Made before it connects, and asked again and again: what
+    nobody takes from ZeroMQ's monitor would in the end hold up its traffic."""
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
-        self._socket, self._last = socket, ""
+        self._last = ""
         refused = zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
-        self._events = socket.get_monitor_socket(zmq.Event.HANDSHAKE_SUCCEEDED | refused)
+        self._events = socket.get_monitor_socket(zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | refused)
 
     def last(self) -> str:
-        """ "accepted"; "refused", by whoever listens there; or "", as long as nobody does."""
+        """Whether it was "accepted", or "refused" by whoever listens there; empty, as long as nobody does."""
         while self._events.poll(0):
-            accepted = recv_monitor_message(self._events)["event"] == zmq.Event.HANDSHAKE_SUCCEEDED
-            self._last = "accepted" if accepted else "refused"
+            event = recv_monitor_message(self._events)["event"]
+            if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+                self._last = "accepted"
+            elif event != zmq.Event.DISCONNECTED:
+                self._last = "refused"
+            elif self._last == "accepted":  # one that was refused is disconnected too
+                self._last = ""
         return self._last
 
     def close(self) -> None:
-        """Before the socket is closed."""
-        self._socket.disable_monitor()
+        """After the socket was closed."""
         self._events.close(0)
 
 
 class TurnedAway:
     """Whether somebody tried to reach an engine's socket with another token.
 
-    Looked at by a thread of its own: what nobody takes from ZeroMQ's monitor would in the end hold up its traffic.
+    A thread of its own takes what ZeroMQ's monitor tells, which else would in the end hold up its traffic. It ends when
+    the socket is closed; to end the monitor before that could wait for the traffic, and for ever.
     """
 
     CRYPTOGRAPHIC = 0x11000001  # ZMQ_PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
-        self._socket, self._seen = socket, threading.Event()
+        self._seen = threading.Event()
         self._events = socket.get_monitor_socket(zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.MONITOR_STOPPED)
         self._thread = threading.Thread(target=self._watch, name="weft-turned-away", daemon=True)
         self._thread.start()
@@ -93,15 +104,16 @@ class TurnedAway:
         return seen
 
     def _watch(self) -> None:
-        while (message := recv_monitor_message(self._events))["event"] != zmq.Event.MONITOR_STOPPED:
-            if message["value"] == self.CRYPTOGRAPHIC:
-                self._seen.set()
-        self._events.close(0)
+        try:
+            while (message := recv_monitor_message(self._events))["event"] != zmq.Event.MONITOR_STOPPED:
+                if message["value"] == self.CRYPTOGRAPHIC:
+                    self._seen.set()
+        finally:
+            self._events.close(0)
 
-    def close(self) -> None:
-        """Before the socket is closed."""
-        self._socket.disable_monitor()
-        self._thread.join(1.0)
+    def ended(self) -> None:
+        """Waits until it has, after the socket was closed."""
+        self._thread.join()
 
 
 def _keys(token: str, role: str) -> tuple[bytes, bytes]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -72,7 +73,7 @@ class Wanted(NamedTuple):
 
 def weight_files(directory: Path) -> list[str]:
     """The files that the index names; without one that can be read, the only one. Others hold the same once more."""
-    if not (directory / SINGLE).is_file():  # first, as in transformers
+    if not os.path.isfile(directory / SINGLE):  # first, as in transformers
         try:
             named = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"].values()
             return sorted({str(name) for name in named})
@@ -82,16 +83,41 @@ def weight_files(directory: Path) -> list[str]:
     return [SINGLE]
 
 
-def fingerprint(directory: Path, content: bool = False) -> list[WeightFile]:
-    """Of all weights of a checkpoint. Raises `InputError` for a file that can't be read."""
-    return [_of(directory / name, content) for name in weight_files(directory)]
+def fingerprint(directory: Path, content: bool = False, tick: Callable[[], None] = lambda: None) -> list[WeightFile]:
+    """Of all weights of a checkpoint. `tick` is called again and again meanwhile. Raises `InputError` for a file that
+    can't be read."""
+    return [_of(directory / name, content, tick) for name in weight_files(directory)]
+
+
+class Fingerprints:
+    """The last one, as long as no file changes: whole files take long to compare."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._files: list[WeightFile] = []
+
+    def of(self, directory: Path, content: bool, tick: Callable[[], None]) -> list[WeightFile]:
+        """See `fingerprint`."""
+        key = directory, content, [_stamp(directory / name) for name in weight_files(directory)]
+        if key != self._key:
+            self._files = fingerprint(directory, content, tick)
+            self._key = key
+        return self._files
+
+
+def _stamp(path: Path) -> object:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None  # its reader says why
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def held_here(held: Held, given: str | None) -> Path | None:
     """The directory from which another machine reads the same: the one that it was `given`, or the one of that name;
     None: it has none, and fetches its part. Raises `InputError` if that is another checkpoint, or none."""
     directory = Path(given or held.directory)
-    if directory.is_dir():
+    if os.path.isdir(directory):  # False also for one that this user may not look into
         demand_same(directory, held.files)
         return directory
     if given or not held.files:
@@ -108,7 +134,7 @@ def demand_same(directory: Path, files: Sequence[WeightFile]) -> None:
         if Path(file.name).name != file.name:
             raise InputError(f"the engine's machine names {file.name!r}, which is no file of a directory")
     here, there = weight_files(directory), [file.name for file in files]
-    if files and here != there and (directory / here[0]).is_file():
+    if files and here != there and os.path.isfile(directory / here[0]):
         raise InputError(
             f"{directory} would be read from {here[0]}, and the engine's machine has {there[0]}; copy that"
         )
@@ -117,8 +143,8 @@ def demand_same(directory: Path, files: Sequence[WeightFile]) -> None:
 
 
 def _demand_equal(path: Path, file: WeightFile) -> None:
-    if not path.is_file():
-        raise InputError(f"{path} is missing here; the engine's machine has it: copy it")
+    if not os.path.isfile(path):
+        raise InputError(f"{path} is missing here, or can't be read; the engine's machine has it: copy it")
     own = _of(path, bool(file.content))
     parts = ("size", "header", "samples", "content")
     what = next((name for name in parts if getattr(own, name) != getattr(file, name)), None)
@@ -146,7 +172,7 @@ def _run(file: BinaryIO, wanted: Wanted, number: int) -> bytes:
     return file.read(wanted.length)
 
 
-def _of(path: Path, content: bool) -> WeightFile:
+def _of(path: Path, content: bool, tick: Callable[[], None] = lambda: None) -> WeightFile:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
@@ -154,24 +180,26 @@ def _of(path: Path, content: bool) -> WeightFile:
             if length > min(size, LONGEST_HEADER):
                 raise InputError(f"{path} is truncated or corrupt; download the file again")
             header = hashlib.sha256(file.read(length)).hexdigest()
-            samples = _sampled(file, 8 + length, size)
-            whole = _hashed(file) if content else ""
+            samples = _sampled(file, 8 + length, size, tick)
+            whole = _hashed(file, tick) if content else ""
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror})") from None
     return WeightFile(path.name, size, header, samples, whole)
 
 
-def _sampled(file: BinaryIO, start: int, stop: int) -> str:
+def _sampled(file: BinaryIO, start: int, stop: int, tick: Callable[[], None]) -> str:
     samples = hashlib.sha256()
     for number in range(SAMPLES):
+        tick()
         file.seek(start + (stop - start) * number // SAMPLES)
         samples.update(file.read(SAMPLE))
     return samples.hexdigest()
 
 
-def _hashed(file: BinaryIO) -> str:
+def _hashed(file: BinaryIO, tick: Callable[[], None]) -> str:
     whole = hashlib.sha256()
     file.seek(0)
     while chunk := file.read(CHUNK):
+        tick()
         whole.update(chunk)
     return whole.hexdigest()

@@ -106,10 +106,12 @@ class Channel:
 
 class Pump:
     """All channels of a lane. `lost`: why the group is of no use any more, or None. The thread that makes it is the one
-    that computes: when it waits, it may look again and again for `spin` seconds; another one would take its time."""
+    that computes: when it waits, it may look again and again for `spin` seconds; another one would take its time. When
+    it has slept, `woken` is called: a message wakes whom it is for on its sender's core."""
 
-    def __init__(self, lost: Callable[[], str | None], spin: float) -> None:
+    def __init__(self, lost: Callable[[], str | None], spin: float, woken: Callable[[], None] = lambda: None) -> None:
         self.channels: list[Channel] = []
+        self._woken = woken
         self._lost, self._spin, self._computes = lost, spin, get_ident()
         self._on_time: set[int] = set()  # threads that are woken so
 
@@ -130,6 +132,8 @@ class Pump:
             if now >= patience:
                 self._sleep()
                 patience = 0.0
+                if self.may_spin():
+                    self._woken()
             elif self.may_spin():
                 os.sched_yield()  # to a peer that was woken on this core: it would wait for the end of all the looking
 

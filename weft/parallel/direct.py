@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from weft.parallel.channel import SPIN, Channel, Pump
 from weft.parallel.mesh import Connection, Mesh
@@ -13,16 +13,18 @@ from weft.parallel.transport import Wired
 
 
 class Direct:
-    """Over a mesh that has been joined. `spins`: each rank has a core of its own, which waiting may keep busy."""
+    """Over a mesh that has been joined. `spins`: each rank has a core of its own, which waiting may keep busy; `woken`:
+    see `Pump`."""
 
-    def __init__(self, mesh: Mesh, spins: bool = True) -> None:
+    def __init__(self, mesh: Mesh, spins: bool = True, woken: Callable[[], None] = lambda: None) -> None:
+        self._woken = woken
         self.rank, self._mesh, self._spin = mesh.rank, mesh, SPIN if spins else 0.0
         self._channels: list[Channel] = []
         self._pacing = Pacing()
 
     def open(self, purpose: str, peers: Sequence[int]) -> dict[int, Wired]:
         """Channels that one thread at a time moves."""
-        pump, made = Pump(lambda: self._mesh.lost, self._spin), dict[int, Wired]()
+        pump, made = Pump(lambda: self._mesh.lost, self._spin, self._woken), dict[int, Wired]()
         for peer, connection in self._mesh.connections(purpose, peers).items():
             made[peer] = channel = self._channel(peer, pump, connection)
             self._channels.append(channel)

@@ -74,6 +74,7 @@ def _runs(subject: Subject, most: int, deep: int) -> Iterator[Trial]:
     sizes = sorted({n for n in (1, 16, 64, 128, most // 2, most) if n <= most})
     for n in sizes:
         yield _run(subject, "serial", n, deep if n <= 16 else 2 if n <= 128 else 1)
+    yield from _sums(subject, most, sizes)
     parts = min(subject.slots, 16)
     if parts >= 4:
         edges = [most * i // parts for i in range(parts + 1)]
@@ -90,7 +91,7 @@ def _runs(subject: Subject, most: int, deep: int) -> Iterator[Trial]:
         if n >= 2 * subject.granule:
             yield _run(subject, "cut", n, 2, "iso:2")
             yield _run(subject, "computed", n, 2, "iso:2", scope="compute")
-    yield from _sums(subject, most, sizes)
+    # Here the round ends: a link saves up for the next one's small sums, which shall not wait for what was sent before.
 
 
 def _sums(subject: Subject, most: int, sizes: list[int]) -> Iterator[Trial]:

@@ -213,9 +213,9 @@ class _Network:
 
     def __init__(self, samples: Samples) -> None:
         self.samples, self.subject = samples, samples.subject
+        self.row = self.subject.width * self.subject.elements[self.subject.first_wire]  # bytes
         self.slopes = {wire: self._slope(wire) for wire in self.subject.elements}
         self.slope = self.slopes[self.subject.first_wire]
-        self.row = self.subject.width * self.subject.elements[self.subject.first_wire]  # bytes
         self.burst = self._burst()
 
     def wires(self) -> dict[str, WireCosts]:
@@ -272,7 +272,9 @@ class _Network:
 
     def _slope(self, wire: str) -> float:
         """Seconds of one byte more on this wire."""
-        few, (less, more) = self.samples.sizes[0], self.samples.sizes[-2:]
+        less, more = self.samples.sizes[-2:]
+        several = self.subject.world > 2  # then small sums go another way, which is shorter
+        few = next((n for n in self.samples.sizes if not several or n * self.row > self.subject.limit), more)
         element = self.subject.width * self.subject.elements[wire]
         shortest, short, long = (fmean(self._sums("network", n, wire)) for n in (few, less, more))
         grown, whole = max(0.0, long - shortest) / (more * element), long / (more * element)

@@ -242,6 +242,8 @@ class Service:
 
     def _load(self) -> None:
         def tell(what: str, share: float) -> None:
+            if self._closing:
+                raise Interrupted("interrupted while the model was loaded")
             self.reason, self.loaded = what, share
 
         engine = self._make(tell)

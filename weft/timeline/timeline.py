@@ -218,7 +218,7 @@ LEAST_GAIN = 0.02  # of serial's time
 
 def overlap_efficiency(serial: float, measured: float, bound_seconds: float) -> float | None:
     """(serial - measured) / (serial - bound): 1.0 is perfect. None where there is next to nothing to gain: what runs
-    differ by would be all that it says."""
+    differ by would be all that it says. For rounds, of their medians: to leave single rounds out would flatter."""
     if serial - bound_seconds < LEAST_GAIN * serial:
         return None
     return (serial - measured) / (serial - bound_seconds)
