@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tests.processes import Command, free_port
 from tests.server.running import Running, running
 from weft import LLM, SamplingParams
 from weft.engine import Engine
-from weft.errors import InputError
+from weft.errors import InputError, Interrupted
 from weft.execute import sending
 from weft.launch.addresses import interface_of, parse_address
 from weft.launch.joined import SILENT, JoinedLauncher
@@ -266,6 +267,35 @@ def test_a_machine_that_dies_while_it_loads_is_waited_for(packaged: Path, number
         with joining(port):
             assert token_of(opening.opened()) >= 0
     assert any("the ranks are started again: " in line and "rank 1 (process" in line for line in said)
+
+
+def test_a_start_is_interrupted_in_any_phase(packaged: Path) -> None:
+    """While machines are waited for, while ranks come, and while they load."""
+    for phase in ("waiting", "come", "loaded"):
+        port = free_port()
+        launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, TOKEN, lambda line: None)
+        reached, errors = threading.Event(), list[BaseException]()
+
+        def tell(what: str, share: float, reached: threading.Event = reached) -> None:
+            reached.set()
+
+        def start(launcher: JoinedLauncher = launcher, tell: Any = tell, errors: Any = errors) -> None:
+            try:
+                open_engine(packaged, ranks=2, threads=1, launcher=launcher, progress=tell).close()
+            except BaseException as error:
+                errors.append(error)
+
+        starting = threading.Thread(target=start)
+        starting.start()
+        with joining(port) if phase != "waiting" else nullcontext() as machine:
+            if phase == "come":
+                machine.until("starting rank 1")
+            elif phase == "loaded":
+                assert reached.wait(30)
+            launcher.interrupted.set()
+            starting.join(5)
+            assert not starting.is_alive(), phase
+            assert not errors or isinstance(errors[0], Interrupted), errors  # one that was done with loading is whole
 
 
 def test_a_directory_that_was_named_and_is_missing_is_said_so(packaged: Path, tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def _show(console: Console, points: Sequence[Point], machine: dict[str, Any]) ->
         console.print(table)
     if points:
         console.print(
-            "seconds: medians of rounds; saved, possible: medians of each round's own; efficiency: of the two's seconds",
+            "seconds: medians of rounds; saved, possible: medians of each round's own; efficiency: of both's seconds",
             style="dim",
         )
         console.print(conclusion(points), style="bold")

@@ -21,6 +21,7 @@ from weft.timeline.timeline import Timeline, median
 
 KERNEL = 1.2  # interrupts of the network's are on no process's account: measured, docs/log.md
 LEAST_LOST = 0.25  # of a collective's processor seconds: what is lost at least, whatever noise says
+SMALLEST_BURST = 64e3  # bytes: less is noise
 LARGEST_BURST = 1e6  # bytes: more than token buckets and buffers take
 STRAIGHT = 64  # rows from which on a stage's time is a straight line: noise must not be what cuts are chosen by
 FEW = 16  # rows: their sums are hardly more than what every sum takes
@@ -281,10 +282,14 @@ class _Network:
         return min(max((long - short) / ((more - less) * element), 0.7 * grown), whole)
 
     def _burst(self) -> float:
-        """Bytes that an idle link takes at once: how much faster a pass's first sum is than those back to back."""
-        most = self.samples.sizes[-1]
-        first = median(_collectives(sample.timeline)[0] for sample in self.samples.of("serial", most))
-        saved = (fmean(self._sums("network", most)) - first) / self.slope if self.slope > 0 else 0.0
+        """Bytes that an idle link takes at once: how much faster a pass's first sum is than those back to back. Of the
+        smallest sums that are more than that, where it is most of the difference."""
+        saved = 0.0
+        for n in (n for n in self.samples.sizes if n * self.row >= SMALLEST_BURST or n == self.samples.sizes[-1]):
+            first = median(_collectives(sample.timeline)[0] for sample in self.samples.of("serial", n))
+            saved = (fmean(self._sums("network", n)) - first) / self.slope if self.slope > 0 else 0.0
+            if saved < 0.8 * n * self.row:
+                break
         return min(max(0.0, saved), LARGEST_BURST)
 
     def _fixed(self) -> float:
