@@ -58,6 +58,8 @@ def test_a_rank_that_joined_is_started_again_and_machines_may_change(packaged: P
     ):  # fmt: skip
         expected = ask(server)
         used, spare = (first, other) if "starting rank 1" in first.said else (other, first)
+        spare.until("stands by")
+        assert "stands by" not in used.said
         os.kill(worker_of(used), signal.SIGKILL)
         begin = time.monotonic()
         while server.service.state != "restarting":
@@ -70,7 +72,6 @@ def test_a_rank_that_joined_is_started_again_and_machines_may_change(packaged: P
         spare.until("starting rank 1")
         server.service.close()
         spare.until("as it was told to")
-        assert "stands by" in spare.said and "stands by" not in used.said
 
 
 def test_a_lost_machine_is_one_loss_and_is_waited_for(packaged: Path) -> None:
