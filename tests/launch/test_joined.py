@@ -40,7 +40,14 @@ def joining(port: int, token: str = TOKEN, *options: str) -> Command:
 
 
 def worker_of(machine: Command) -> int:
-    return int(psutil.Process(machine.child.pid).children()[0].pid)
+    """Once it runs the worker's program: one that is stopped before that keeps its launcher waiting for it."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        for child in psutil.Process(machine.child.pid).children():
+            if "weft.execute.worker" in child.cmdline():
+                return int(child.pid)
+        time.sleep(0.005)
+    raise AssertionError("no worker was started")
 
 
 def ask(server: Running) -> str:
