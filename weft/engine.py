@@ -27,10 +27,10 @@ from weft.grammar import Grammar
 from weft.launch.launcher import Launcher
 from weft.model.families import blueprint_of
 from weft.plan.budget import Budget
+from weft.plan.calibrate import TooSlow
 from weft.plan.planner import Plan, Planner
 from weft.program.batch import Batch, Segment
 from weft.requests import Requests, blame
-from weft.simulate.cost import Costs
 from weft.text import Tokenizer, reading_tokenizer
 from weft.turn import Flight, Turn
 from weft.workers import Progress, Workers
@@ -87,11 +87,13 @@ class Engine:
         """The checkpoint's, if it has one."""
         return self.requests.tokenizer
 
-    def calibrate(self, wires: tuple[str, ...], watch: Callable[[float], None] = lambda share: None) -> Costs:
-        """Measures what steps cost on these ranks, between requests, in at most 5 s; plans follow from it then on."""
-        costs = self.workers.calibrate(self.probe, wires, watch)
-        self.planner.learn(costs)
-        return costs
+    def calibrate(self, wires: tuple[str, ...], watch: Callable[[float], None] = lambda share: None) -> None:
+        """Measures what steps cost on these ranks, between requests, in some 5 s; plans follow from it then on. Over a
+        link that is too slow for that nothing is known of them."""
+        try:
+            self.planner.learn(self.workers.calibrate(self.probe, wires, watch))
+        except TooSlow:
+            self.planner.learn(None)
 
     def add(
         self, prompt: ReadOnly[int], params: SamplingParams, priority: int = 0, owner: str = "",

@@ -39,8 +39,9 @@ class Link:
     @classmethod
     def parse(cls, text: str) -> Link:
         """Raises `InputError`."""
-        first, *rest = text.removeprefix(_PREFIX).split(",")
-        link = cls(shaped=text.startswith(_PREFIX))
+        lower = text.lower()
+        first, *rest = lower.removeprefix(_PREFIX).split(",")
+        link = cls(shaped=lower.startswith(_PREFIX))
         for number, part in enumerate([first, *rest]):
             link = link._with(part.strip(), number == 0, text)
         if link.shaped and (link.free or link.delay or link.shared):

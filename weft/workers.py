@@ -16,13 +16,14 @@ from weft.balance import balance
 from weft.batching.scheduled import CopyPrefix, Move
 from weft.calibration import key_of, measured
 from weft.config import EngineConfig, ModelConfig
-from weft.errors import GivenUp, Interrupted, WorkerFailed, WorkerLost, told
+from weft.errors import GivenUp, InputError, Interrupted, WorkerFailed, WorkerLost, told
 from weft.execute.controller import Controller
 from weft.execute.protocol import Choice, Hello
 from weft.execute.results import RunOptions, RunResult, Started
 from weft.launch.launcher import Launcher
 from weft.launch.local import LocalLauncher
 from weft.links import Link
+from weft.plan.calibrate import TooSlow
 from weft.plan.kept import keep, recall
 from weft.plan.planner import Plan, Planner
 from weft.program.batch import Batch, one_prompt
@@ -137,12 +138,17 @@ class Workers:
             planner.learn(kept.costs)
             return []
         begin = time.monotonic()
-        costs = self.calibrate(self.probe, (self.config.wire,), lambda share: tell("measuring costs", share))
+        try:
+            costs = self.calibrate(self.probe, (self.config.wire,), lambda share: tell("measuring costs", share))
+        except TooSlow as error:
+            return [f"the ranks' link is too slow to measure what steps cost ({error}): auto is serial"]
         planner.learn(costs)
         return [] if by_chance else list(filter(None, [why, keep(key, costs, time.monotonic() - begin)]))
 
     def _share(self, planner: Planner, tell: Progress, recalibrate: bool) -> list[str]:
         """Starts again with parts of the model that take the ranks equally long, if that is worth it."""
+        if planner.costs is None:
+            raise InputError("--shares auto needs to know what steps cost, and the link is too slow to measure it")
         shares = planner.shares_by_speed(self.config.shares)
         line = f"shares by speed: {','.join(f'{share:g}' for share in shares)}"
         if min(shares) >= ALIKE:
@@ -153,10 +159,11 @@ class Workers:
         return [line, *self._learn(planner, tell, recalibrate)]
 
     def calibrate(self, probe: Probe, wires: tuple[str, ...], watch: Callable[[float], None]) -> Costs:
-        """Measures what steps cost on these ranks, for these wires, in at most 5 s."""
-        costs = measured(probe, self.model, self.config, wires, self.controller.machines, watch)
-        self.controller.release(list(range(self.config.slots)))  # the memory of what was only tried
-        return costs
+        """Measures what steps cost on these ranks, for these wires, in some 5 s. Raises `TooSlow`."""
+        try:
+            return measured(probe, self.model, self.config, wires, self.controller.machines, watch)
+        finally:
+            self.controller.release(list(range(self.config.slots)))  # the memory of what was only tried
 
     def move(self, moves: Iterable[Move]) -> None:
         """Does with their memory what the batcher decided; new ones have none."""

@@ -22,6 +22,7 @@ from weft.config import EngineConfig, ModelConfig, available_cores
 from weft.engine import Engine
 from weft.execute.results import RunOptions
 from weft.launch.local import LocalLauncher
+from weft.links import NO_LINK
 from weft.plan.planner import Planner
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.simulate.cost import ComputeCosts, Contention, Costs, Table
@@ -94,14 +95,20 @@ def predicted(planner: Planner) -> Yardstick:
 
 
 def alone(planner: Planner) -> Yardstick:
-    """One of the ranks with the whole model, as if all that it computes grew with its part of it."""
+    """One of the ranks with the whole model, as if all that it computes grew with its part of it, which is the most."""
+    assert planner.costs is not None, "nothing can be predicted without costs"
+    return predicted(_computing(planner, planner.costs.world))
+
+
+def _computing(planner: Planner, times: float) -> Planner:
+    """Of a rank that computes so many times as long, and sends nothing."""
     assert planner.costs is not None, "nothing can be predicted without costs"
     costs = planner.costs
-    rank = ComputeCosts.slowest(costs.ranks).scaled(costs.world)
+    rank = ComputeCosts.slowest(costs.ranks).scaled(times)
     free = Table((0.0, 1e6), (0.0, 0.0))
     wires = {name: replace(wire, sums={"exchange": free}, hop=free) for name, wire in costs.wires.items()}
     whole = Costs((rank,), wires, Contention(), costs.width, costs.logits, 1)
-    return predicted(Planner(planner.outline, "serial", planner.wire, planner.granule, whole))
+    return Planner(planner.outline, "serial", planner.wire, planner.granule, whole)
 
 
 def judged(engine: Engine) -> str | None:
@@ -112,9 +119,17 @@ def judged(engine: Engine) -> str | None:
     known = {ranks: recalled(engine.model, with_ranks(config, ranks), link) for ranks in range(1, config.ranks)}
     own, fewer = predicted(planner), {ranks: each for ranks, each in known.items() if each is not None}
     ranks = min(fewer, key=lambda ranks: fewer[ranks].seconds, default=1)
-    other = fewer.get(ranks) or alone(planner)
-    name = f"{ranks} rank{'s' if ranks > 1 else ''} (measured {other.when})" if fewer else "one of them alone, about"
-    line = f"{config.ranks} ranks (predicted): {own.describe()}; {name}: {other.describe()}"
+    line = f"{config.ranks} ranks (predicted): {own.describe()}; "
+    if fewer:
+        other = fewer[ranks]
+        line += f"{ranks} rank{'s' if ranks > 1 else ''} (measured {other.when}): {other.describe()}"
+    else:
+        other, least = alone(planner), predicted(_computing(planner, 1.0))
+        prompts, tokens = (
+            f"{_in_words(a)} to {_in_words(b)}" for a, b in ((least.prompt, other.prompt), (least.token, other.token))
+        )
+        line += f"one of them alone: a prompt in {prompts}, then {tokens} a token"
+        line += "" if other.seconds < WORTH * own.seconds else "; --tp auto measures it" * config.link.free
     return line + (f". --tp {ranks} would be faster" if other.seconds < WORTH * own.seconds else "")
 
 
@@ -149,7 +164,8 @@ def best_of(
 def with_ranks(config: EngineConfig, ranks: int) -> EngineConfig:
     """The same cores for another number of ranks."""
     threads = max(1, config.threads * config.ranks // ranks)
-    return replace(config, ranks=ranks, shares=(1.0,) * ranks, threads=threads)
+    fewer = replace(config, ranks=ranks, shares=(1.0,) * ranks, threads=threads)
+    return fewer if ranks > 1 else replace(fewer, link=NO_LINK, transport="auto")  # one rank sends nothing
 
 
 def _path(model: ModelConfig, config: EngineConfig, link: str) -> Path:

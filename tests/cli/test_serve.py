@@ -93,7 +93,10 @@ def test_mistakes_end_with_a_line_and_code_2(
         for options, says in (
             (["--port", port], f"port {port} of 127.0.0.1 can't be used"),
             (["--host", "0.0.0.0"], "give --api-key"),
-            (["--host", "not.a.host.invalid", "--allow-anyone"], "the host 'not.a.host.invalid' is not known"),
+            (
+                ["--host", "not.a.host.invalid", "--allow-anyone"],
+                "network device 'not.a.host.invalid' is known",
+            ),
             (["--api-key", ""], "an API key is empty"),
             ([str(tmp_path)], "config.json is missing"),
             (["--tp", "2", "--shares", "1"], "--shares gives 1 numbers for 2 ranks"),

@@ -78,7 +78,7 @@ def test_a_rank_that_joined_is_started_again_and_machines_may_change(packaged: P
         assert ask(server) == expected, "the other machine takes its place"
         spare.until("starting rank 1")
         server.service.close()
-        spare.until("as it was told to")
+        spare.until("the server has ended")
 
 
 def test_a_lost_machine_is_one_loss_and_is_waited_for(packaged: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_model_that_went_away_here_is_said_so(packaged: Path, tmp_path: Path) 
     with joining(port) as machine:
         with pytest.raises(InputError, match=r"model\.safetensors can't be read \(No such file"):
             LLM(here, num_threads=1, launcher=_Removing(launcher, here))
-        machine.until("as it was told to")
+        machine.until("the server has ended")
 
 
 def other_models(packaged: Path, tmp_path: Path) -> tuple[Path, Path]:

@@ -225,7 +225,7 @@ def _report(console: Console, llm: LLM, timing: _Timing, comparison: list[Measur
     table.add_row("answer", answer)
     table.add_row("plan", plan.describe())
     if plan.predicted is not None:
-        table.add_row("predicted", f"its computation and messages {plan.predicted.describe()}")
+        table.add_row("predicted", f"for the prompt's pass: {plan.predicted.describe()}")
     console.print(table)
     for notice in [*llm.engine.notices, *filter(None, [llm.engine.planner.drift.describe()])]:
         console.print(notice, style="dim")

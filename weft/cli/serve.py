@@ -102,7 +102,13 @@ CONTENT = Annotated[
     bool, typer.Option("--check-content", help="With --join-address: compare weights whole, not by their headers.")
 ]
 LOCAL = Annotated[int, typer.Option(help="With --join-address: ranks on this machine.")]
-JOINED = Annotated[str | None, typer.Option(help="HOST:PORT at which ranks on other machines join (weft worker).")]
+JOINED = Annotated[
+    str | None,
+    typer.Option(
+        help="HOST:PORT at which ranks on other machines join (weft worker). Their token: WEFT_TOKEN in the "
+        "environment, else a new one at each start."
+    ),
+]
 
 
 def serve_command(

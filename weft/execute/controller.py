@@ -309,7 +309,8 @@ class Controller:
             self._socket.send_multipart([identity, data], zmq.NOBLOCK)  # who reads nothing is lost
         except zmq.ZMQError as error:
             self._demand_workers()
-            raise WorkerLost(f"a worker can't be reached ({error})") from None
+            rank = self._ranks.index(identity)
+            raise WorkerLost(f"rank {rank} can't be reached ({error}){self._where(rank)}") from None
 
     def _receive(self, kind: type[M], deadline: float | None = None) -> tuple[bytes, M]:
         """The next message of this kind, with its sender; others are of no interest at that moment."""
@@ -336,8 +337,13 @@ class Controller:
         if isinstance(message, p.Lost) and self._loaded:  # a rank that loads may be silent for a while
             if message.ended:
                 self._await_death()
-            raise WorkerLost(message.reason)
+            raise WorkerLost(message.reason + self._where(message.peer))
         return identity, message
+
+    def _where(self, rank: int) -> str:
+        """On which machine it is, if that is another one."""
+        other = self.launcher.elsewhere(rank)
+        return f" (rank {rank} is on {other})" if other is not None else ""
 
     def look(self) -> None:
         """Raises `WorkerLost` if a worker has ended or hangs; for the times when nothing is awaited."""

@@ -24,7 +24,6 @@ class Sending:
         self._begun = self._said = time.monotonic()
         self._bytes = 0
         told(f"{other} has not got the model and fetches its part of it from here")
-        other.say("this machine has not got the model: its part of it comes from the server's")
 
     def cut_out(self, wanted: Wanted, share: float) -> bytes:
         """These bytes. `share`: of the rank's layers that are loaded.

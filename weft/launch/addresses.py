@@ -45,7 +45,7 @@ def resolved(host: str, name: str) -> str:
         # An address of one link only says nothing without its device.
         device = f"%{socket.if_indextoname(int(address[3]))}" if len(address) > 3 and address[3] else ""
     except (OSError, UnicodeError) as error:
-        raise InputError(f"{name}: the host {host!r} is not known ({error}); give its address") from None
+        raise InputError(f"{name}: no host or network device {host!r} is known ({error}); give its address") from None
     return str(address[0]).partition("%")[0] + device
 
 

@@ -155,6 +155,7 @@ class Hub:
         self._machines: dict[bytes, RemoteMachine] = {}
         self._unused: set[bytes] = set()  # who speaks another version, or was turned away
         self._terms = Terms(0, b"")
+        self.refused = 0  # machines
         self._said = -SAID_AGAIN
         try:
             self.socket.ipv6 = ":" in host
@@ -166,7 +167,9 @@ class Hub:
         self._turned_away = TurnedAway(self.socket)
 
     def demand(self, terms: bytes) -> None:
-        """From now on only machines that agree to these count; all are asked."""
+        """From now on only machines that agree to these count; all are asked, once."""
+        if self._terms.number and terms == self._terms.data:
+            return
         self._terms = Terms(self._terms.number + 1, terms)
         for machine in self._machines.values():
             machine.fit = False
@@ -176,7 +179,7 @@ class Hub:
         """Machines that are fit and were heard since then (seconds, monotonic), in the order of their coming."""
         self.listen(0)
         for machine in self._machines.values():
-            if not machine.fit and not machine.undecided and time.monotonic() - machine.came > UNDECIDED:
+            if not (machine.fit or machine.undecided or machine.heard < machine.came + UNDECIDED):
                 machine.undecided = True
                 self.told(f"{machine} is there, and still compares its model with the one here")
         return [machine for machine in self._machines.values() if machine.fit and machine.heard >= since]
@@ -184,7 +187,9 @@ class Hub:
     def listen(self, milliseconds: int) -> None:
         """To what is said within this time, and without waiting to what was said."""
         for _ in range(MOST):
-            if not self.socket.poll(milliseconds):
+            if not self.socket.poll(milliseconds):  # all that was said is heard: who said nothing is gone
+                now = time.monotonic()
+                self._machines = {i: m for i, m in self._machines.items() if now - m.heard < SILENT}
                 break
             milliseconds = 0
             identity, *frames = self.socket.recv_multipart()
@@ -220,8 +225,6 @@ class Hub:
             self.turn_away(other, "it runs another version of weft")
             return
         if (machine := self._machines.get(identity)) is None:
-            now = time.monotonic()
-            self._machines = {i: m for i, m in self._machines.items() if now - m.heard < SILENT}
             machine = self._machines[identity] = RemoteMachine(self, identity, here)
             if self._terms.number:
                 machine.send(self._terms)
@@ -230,6 +233,7 @@ class Hub:
 
     def turn_away(self, machine: RemoteMachine, reason: str) -> None:
         """Doesn't hear it any more."""
+        self.refused += 1
         self._machines.pop(machine.identity, None)
         self._unused.add(machine.identity)
         self.told(f"{machine} is not used: {reason}")

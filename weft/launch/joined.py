@@ -119,11 +119,11 @@ class JoinedLauncher:
     def _awaited(self, count: int) -> list[RemoteMachine]:
         """So many machines that have given a sign of life from now on: one that is gone may look alive for a while."""
         self._hub.listen(0)  # what was said before is no sign of life now
-        begin, said = time.monotonic(), 0
+        begin, said = time.monotonic(), (0, 0)
         while len(there := self._hub.there(begin)) < count:
             missing = count - len(there)
-            if missing != said and time.monotonic() - begin > 2 * EVERY:
-                said = missing
+            if (missing, self._hub.refused) != said and time.monotonic() - begin > 2 * EVERY:
+                said = missing, self._hub.refused
                 self.told(f"waiting for {missing} more machine{'s' if missing > 1 else ''} to join at {self.address}")
             self.meanwhile()
             self.attend(LOOK_MILLISECONDS)
@@ -185,4 +185,6 @@ class JoinedLauncher:
     def close(self) -> None:
         """Lets go of the address."""
         self.stop()
+        for machine in self._hub.there(0.0):
+            machine.say("the server has ended; waiting for it to come back")
         self._hub.close()

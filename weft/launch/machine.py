@@ -96,6 +96,7 @@ class Machine:
             "accepted": f"{self._hub} has taken the token and doesn't answer: it is busy, or another version of weft",
             "refused": f"{self._hub} can be reached but takes no hand-shake: {TOKEN_VARIABLE} is not the one that weft "
             "serve has there, or something else listens",
+            "reached": f"something listens at {self._hub} that is no weft serve's --join-address: is the port right?",
             "": f"no server answers at {self._hub} yet: is weft serve running there with --join-address?",
         }[attempt]
         if why != self._unsaid:
@@ -115,8 +116,9 @@ class Machine:
             case Begin():
                 self._begin(message)
             case End():
-                self._children.stop()
-                self._told("the worker has ended, as it was told to; waiting for work")
+                if self._children.pids():
+                    self._children.stop()
+                    self._told("the rank has ended, as the server asked; waiting for work")
             case Refuse():
                 raise InputError(f"{self._hub} doesn't use this machine: {message.reason}")
             case Known():

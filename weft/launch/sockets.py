@@ -63,14 +63,18 @@ class Attempts:
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self._last = ""
         refused = zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
-        self._events = socket.get_monitor_socket(zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | refused)
+        turns = zmq.Event.CONNECTED | zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
+        self._events = socket.get_monitor_socket(turns | refused)
 
     def last(self) -> str:
-        """Whether it was "accepted", or "refused" by whoever listens there; empty, as long as nobody does."""
+        """Whether it was "accepted", or "refused" by whoever listens there, or only "reached" somebody who says
+        nothing; empty, as long as nobody listens."""
         while self._events.poll(0):
             event = recv_monitor_message(self._events)["event"]
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
                 self._last = "accepted"
+            elif event == zmq.Event.CONNECTED:
+                self._last = self._last or "reached"
             elif event != zmq.Event.DISCONNECTED:
                 self._last = "refused"
             elif self._last == "accepted":  # one that was refused is disconnected too

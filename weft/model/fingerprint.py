@@ -57,8 +57,8 @@ def agree(terms: bytes, given: str | None) -> str:
     """How this machine comes by the model, in words. `given`: its directory, if one was named. Raises `InputError`."""
     directory = held_here(msgspec.msgpack.decode(terms, type=Held), given)
     if directory is None:
-        return "this machine has not got the model: its part of it will come from the server's"
-    return f"the model in {directory} is the same as the server's"
+        return "no directory of the model here: what is missing of this machine's part comes from the server's, once"
+    return f"the model in {directory} is the server's, by its files' sizes, headers and samples"
 
 
 class Wanted(NamedTuple):

@@ -24,6 +24,7 @@ MOST = 2048  # rows that suffice
 # The largest number of rows, and the layers that are run with few rows: weights that were not used for a while are
 # read from memory, so few rows want many layers. The second ones are for machines that can't afford SEVERAL rounds.
 EXTENTS = ((2048, 8), (1024, 8), (512, 8), (256, 8), (256, 2))
+SLOWEST = 2.0  # seconds of a run of a few rows: a round has some thirty runs, and most of more rows
 SOME_BYTES = 256 << 10  # of a sum, by which algorithms are told apart
 STOPGAPS = ((256, 2), (128, 2), (64, 1))
 
@@ -32,8 +33,15 @@ STOPGAPS = ((256, 2), (128, 2), (64, 1))
 Probe = Callable[[Batch, Program, str, str], Sample]
 
 
+class TooSlow(Exception):
+    """Measuring what steps cost would take minutes."""
+
+
 def calibrate(probe: Probe, subject: Subject, watch: Callable[[float], None] = lambda done: None) -> Costs:
-    """Costs of these ranks on this link. `watch` is told the share that is done, 0 to 1."""
+    """Costs of these ranks on this link. `watch` is told the share that is done, 0 to 1.
+
+    Raises `TooSlow` for a link over which that would take minutes.
+    """
     begin = time.monotonic()
     runs = tuple(_runs(subject, *_extent(probe, subject)))
     samples, number, first = Samples(subject, runs), 0, time.monotonic()
@@ -43,7 +51,7 @@ def calibrate(probe: Probe, subject: Subject, watch: Callable[[float], None] = l
 
     while number < ROUNDS:
         a_round = (time.monotonic() - first) / number if number else 0.0
-        if until(time.monotonic() + a_round) > 1:
+        if number and until(time.monotonic() + a_round) > 1:
             break
         for index, run in enumerate(runs):
             samples.add(run, probe(run.batch, run.program, run.wire, run.scope))
@@ -55,9 +63,11 @@ def calibrate(probe: Probe, subject: Subject, watch: Callable[[float], None] = l
 def _extent(probe: Probe, subject: Subject) -> tuple[int, int]:
     """How many rows and layers can be afforded, found on a few."""
     rows = min(64, subject.length)
-    run = _run(subject, "scout", rows, 2)
-    for _ in range(2):  # the first one warms up
+    for few in (1, rows, rows):  # the first ones warm up
+        run = _run(subject, "scout", few, 2)
         sample = probe(run.batch, run.program, run.wire, run.scope)
+        if sample.seconds > SLOWEST:
+            raise TooSlow(f"{few} row{'s' if few > 1 else ''} of two layers took {sample.seconds:.1f} s")
     a_row = sample.seconds / rows / min(2, subject.outline.layers)
     affordable = [
         (most, deep)

@@ -108,11 +108,11 @@ class Planner:
         """A planner of the same model, granule and costs for another strategy and wire, as comparisons need them."""
         return Planner(self.outline, overlap, wire, self.granule, self.costs, self.drift)
 
-    def learn(self, costs: Costs) -> None:
-        """Takes new costs; plans made from earlier ones are forgotten."""
+    def learn(self, costs: Costs | None) -> None:
+        """Takes new costs, or none; plans made from earlier ones are forgotten."""
         self.costs, self.drift = costs, Drift()
         self._known.clear()
-        if self.overlap == AUTO:
+        if self.overlap == AUTO and costs is not None:
             self.plan(one_prompt(1000))  # so that the first prompt need not wait for what all searches share
 
     def observe(self, plan: Plan, batch: Batch, compute: float, network: float) -> bool:

@@ -282,15 +282,16 @@ class _Network:
         return min(max((long - short) / ((more - less) * element), 0.7 * grown), whole)
 
     def _burst(self) -> float:
-        """Bytes that an idle link takes at once: how much faster a pass's first sum is than those back to back. Of the
+        """Bytes that an idle link takes at once: what a pass's first sum lacks of all that its bytes would take. Of the
         smallest sums that are more than that, where it is most of the difference."""
-        saved = 0.0
+        saved, least = 0.0, fmean(self._sums("serial", self.samples.sizes[0]))
         for n in (n for n in self.samples.sizes if n * self.row >= SMALLEST_BURST or n == self.samples.sizes[-1]):
             first = median(_collectives(sample.timeline)[0] for sample in self.samples.of("serial", n))
-            saved = (fmean(self._sums("network", n)) - first) / self.slope if self.slope > 0 else 0.0
-            if saved < 0.8 * n * self.row:
+            size = n * self.row
+            saved = (least + size * self.slope - first) / self.slope if self.slope > 0 else 0.0
+            if saved < 0.8 * size:
                 break
-        return min(max(0.0, saved), LARGEST_BURST)
+        return min(saved, LARGEST_BURST) if saved > 1.5 * self.row else 0.0  # less is in `least`: a row's own bytes
 
     def _fixed(self) -> float:
         """Seconds that every sum takes beside its bytes: of one row, and of a few where their bytes hardly count."""

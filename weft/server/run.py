@@ -109,6 +109,8 @@ class Server(uvicorn.Server):
         self.should_exit, self.force_exit = True, self._signals > 2
         if self._signals == 1:
             self.service.drain()
+            if self.service.busy:
+                self.service.tell(f"ending: requests under way have {self.drain:g} s; one more signal ends them now")
             asyncio.get_running_loop().call_later(self.drain, self.service.abort)
         else:
             self.service.abort()

@@ -184,6 +184,11 @@ class Service:
         if self.state is not State.FAILED:
             self.state = State.DRAINING
 
+    @property
+    def busy(self) -> bool:
+        """Whether requests are under way, or wait."""
+        return bool(self._tickets)
+
     def abort(self, reason: str = "the server is shutting down") -> None:
         """Tells all requests under way that they can't be finished."""
         for ticket in list(self._tickets.values()):
