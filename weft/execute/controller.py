@@ -176,6 +176,8 @@ class Controller:
         sending: dict[bytes, Sending] = {}
         while len(ready) < len(self._ranks):
             identity, message = self._next()
+            if identity not in layers:
+                continue
             if isinstance(message, p.Loaded):
                 ready[identity] = message
                 if identity in sending:
@@ -316,7 +318,7 @@ class Controller:
         """The next message of this kind, with its sender; others are of no interest at that moment."""
         while True:
             identity, message = self._next(deadline)
-            if isinstance(message, kind):
+            if isinstance(message, kind) and (not self._ranks or identity in self._ranks):
                 return identity, message
 
     def _next(self, deadline: float | None = None) -> tuple[bytes, p.ToEngine]:
