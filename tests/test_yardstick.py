@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from contextlib import closing
 from datetime import date
@@ -11,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 
 from tests.outlines import decoder_outline
+from tests.processes import free_port
 from tests.simulate.costs import costs
 from weft import LLM, InputError, SamplingParams, yardstick
 from weft.config import EngineConfig, ModelConfig, available_cores
 from weft.launch.joined import JoinedLauncher
+from weft.links import Link
 from weft.opening import open_engine
 from weft.plan.planner import Planner
 from weft.yardstick import Yardstick, alone, best_of, counts, judged, measured, predicted, recalled, with_ranks
@@ -56,6 +59,18 @@ def test_one_of_them_alone_has_all_to_compute_and_nothing_to_send() -> None:
     whole = alone(Planner(decoder_outline(6), "serial", "exact", 1, costs(1.0)))
     known = predicted(Planner(decoder_outline(6), "serial", "exact", 1, costs(1e9)))  # over a link that takes nothing
     assert whole.prompt == pytest.approx(2 * known.prompt, rel=0.1) and whole.token < 2 * known.token
+
+
+def test_alone_is_a_range_and_no_link_is_of_one_rank(packaged: Path) -> None:
+    line = str(judged(engine_with(packaged, 10.0)))  # type: ignore[arg-type]
+    found = re.search(r"alone: a prompt in ([\d.]+) ms to ([\d.]+) ms, then ([\d.]+) ms to ([\d.]+) ms a token", line)
+    assert found is not None, line
+    least, most, fast, slow = map(float, found.groups())
+    assert most == pytest.approx(2 * least, rel=0.1) and fast < slow and line.endswith("--tp auto measures it")
+    model = ModelConfig.from_directory(packaged)
+    far = EngineConfig.resolve(model, ranks=2, threads=1, link=Link.parse("none,5ms"), transport="tcp")
+    near = EngineConfig.resolve(model, ranks=2, threads=1)
+    assert with_ranks(far, 1) == with_ranks(near, 1)
 
 
 def test_the_same_cores_for_fewer_ranks(packaged: Path) -> None:
@@ -136,7 +151,7 @@ def test_a_multiple_of_the_balance_is_found(packaged: Path) -> None:
 def test_links_that_can_not_be_kept(packaged: Path) -> None:
     with pytest.raises(InputError, match="leave out --transport gloo"):
         LLM(packaged, tensor_parallel_size=2, link="1x", transport="gloo")
-    launcher = JoinedLauncher("127.0.0.1:39871", 1, "token", lambda line: None)
+    launcher = JoinedLauncher(f"127.0.0.1:{free_port()}", 1, "token", lambda line: None)
     with closing(launcher), pytest.raises(InputError, match="for ranks of this machine"):
         LLM(packaged, tensor_parallel_size=2, link="1x", launcher=launcher)
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.outlines import decoder_outline
 from tests.simulate.costs import RANK, costs
-from weft.plan.calibrate import BUDGET, Probe, calibrate
+from weft.plan.calibrate import BUDGET, Probe, TooSlow, calibrate
 from weft.plan.planner import Planner
 from weft.plan.readings import KERNEL, Sample, Subject
 from weft.program.batch import Batch, Segment, one_prompt
@@ -94,6 +94,34 @@ def test_a_link_that_has_nothing_saved_up_makes_small_sums_no_dearer() -> None:
     truth = costs(0.5, contention=Contention(burst=70e3))
     found = calibrate(machine(truth), replace(SUBJECT, elements={"exact": 4.0}))
     assert found.wires["exact"].fixed == pytest.approx(0.3e-3, rel=0.35)
+
+
+@pytest.mark.parametrize("delay", [2e-3, 20e-3])
+def test_what_an_idle_link_saves_up_is_found_beside_a_delay(delay: float) -> None:
+    truth = costs(0.5, contention=Contention(burst=70e3))
+    wire = truth.wires["exact"]
+    far = replace(wire, sums={"exchange": Table.line(delay, wire.per_byte)}, hop=Table.line(delay, wire.per_byte / 2))
+    truth = replace(truth, wires={"exact": far})
+    found = calibrate(machine(truth, 0.02), replace(SUBJECT, elements={"exact": 4.0}))
+    assert found.contention.burst == pytest.approx(70e3, rel=0.2)
+    for strategy in ("serial", "iso:2"):
+        real, guess = (
+            Planner(OUTLINE, strategy, "exact", 1, known).plan(one_prompt(512)).predicted for known in (truth, found)
+        )
+        assert real is not None and guess is not None and guess.seconds == pytest.approx(real.seconds, rel=0.05)
+
+
+def test_a_link_that_is_too_slow_is_said_to_be() -> None:
+    """Before minutes have gone by: one row tells."""
+    asked: list[int] = []
+
+    def slow(batch: Batch, program: Program, wire: str, part: str) -> Sample:
+        asked.append(batch.tokens)
+        return Sample(2.1, [0.0, 0.0], Timeline((), "measured"))
+
+    with pytest.raises(TooSlow, match="1 row of two layers took 2.1 s"):
+        calibrate(slow, SUBJECT)
+    assert asked == [1]
 
 
 def test_ranks_of_unequal_speed_are_told_apart() -> None:
