@@ -28,7 +28,7 @@ PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 def engine_with(packaged: Path, times: float, ranks: int = 2) -> SimpleNamespace:
     """What `judged` looks at."""
     model = ModelConfig.from_directory(packaged)
-    launcher = SimpleNamespace(link_name="somewhere")
+    launcher = SimpleNamespace(link_name="somewhere", may_change=False)
     return SimpleNamespace(
         config=EngineConfig.resolve(model, ranks=ranks, threads=1), model=model,
         planner=Planner(decoder_outline(6), "auto", "exact", 1, costs(times)),

@@ -129,8 +129,10 @@ def judged(engine: Engine) -> str | None:
             f"{_in_words(a)} to {_in_words(b)}" for a, b in ((least.prompt, other.prompt), (least.token, other.token))
         )
         line += f"one of them alone: a prompt in {prompts}, then {tokens} a token"
-        line += "" if other.seconds < WORTH * own.seconds else "; --tp auto measures it" * config.link.free
-    return line + (f". --tp {ranks} would be faster" if other.seconds < WORTH * own.seconds else "")
+    if other.seconds < WORTH * own.seconds:
+        return f"{line}. --tp {ranks} would be faster"
+    several = engine.workers.controller.launcher.may_change  # --tp auto is for one machine
+    return line if fewer or several else f"{line}; --tp auto measures it"
 
 
 def counts(model: ModelConfig) -> list[int]:

@@ -95,7 +95,7 @@ def _kernels() -> list[Finding]:
     why = (
         "MKL's change a row's bits with the batch on this processor"
         if "USE_MKL=ON" in torch.__config__.show()
-        else ("a torch with MKL has them")
+        else "a torch with MKL has them"
     )
     fallback = f"{why}; plain products instead, and --reproducible computes in blocks of {EXACT_BLOCK} rows, slower"
     return [

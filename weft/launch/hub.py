@@ -40,10 +40,9 @@ class Here(msgspec.Struct, tag=True, frozen=True):
 
 
 class Agreed(msgspec.Struct, tag=True, frozen=True):
-    """The machine meets the terms of this number. `how`: in words."""
+    """The machine meets the terms of this number."""
 
     number: int
-    how: str = ""
 
 
 class Unfit(msgspec.Struct, tag=True, frozen=True):

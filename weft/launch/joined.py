@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from weft.errors import InputError, Interrupted
 from weft.launch.addresses import endpoint, interface_of, parse_address, resolved
-from weft.launch.hub import EVERY, SILENT, Begin, End, Hub, RemoteMachine, printable
+from weft.launch.hub import EVERY, SILENT, Begin, End, Hub, RemoteMachine, WorkerEnded, printable
 from weft.launch.local import LocalLauncher
 
 LOOK_MILLISECONDS = 100
@@ -132,7 +132,7 @@ class JoinedLauncher:
     def attend(self, milliseconds: int = 0) -> None:
         """Answers machines for so long, or what they have said. Raises `Interrupted`."""
         if self.interrupted.is_set():
-            raise Interrupted("interrupted while waiting for machines to join")
+            raise Interrupted("interrupted while ranks were started")
         self._hub.listen(milliseconds)
 
     def _joined(self, machine: RemoteMachine) -> None:
@@ -157,7 +157,7 @@ class JoinedLauncher:
         self._hub.listen(0)
         now, lines = time.monotonic(), self._children.dead()
         for machine in self._used:
-            if (ended := machine.ended) is not None and ended.number == self._number:  # else of a group that is over
+            if (ended := self._ended(machine)) is not None:
                 lines.append(f"{machine}: {printable(ended.reason)}")
             elif now - machine.heard > SILENT:
                 lines.append(f"{machine} has been silent for {now - machine.heard:.0f} s")
@@ -169,16 +169,19 @@ class JoinedLauncher:
 
     def crashed(self) -> bool:
         """Of any rank, here or there."""
-        return self._children.crashed() or any(
-            m.ended is not None and m.ended.number == self._number and m.ended.crashed for m in self._used
-        )
+        ended = (self._ended(machine) for machine in self._used)
+        return self._children.crashed() or any(each is not None and each.crashed for each in ended)
+
+    def _ended(self, machine: RemoteMachine) -> WorkerEnded | None:
+        """What it said of the end of its worker in this group, not of one that is over."""
+        return machine.ended if machine.ended is not None and machine.ended.number == self._number else None
 
     def stop(self) -> None:
         """Ends all workers; machines stay joined."""
         soon = time.monotonic() - self._begun < SOON
         for machine in self._used:
             machine.send(End())
-            machine.failed += soon or machine.ended is not None
+            machine.failed += soon or self._ended(machine) is not None
         self._used = []
         self._children.stop()
 

@@ -49,19 +49,12 @@ class Bucket:
             if self._map is None:
                 self._idle = idle = max(self._idle, first) + size / self.rate
             else:
-                self._take()
+                fcntl.flock(self._file, fcntl.LOCK_EX)
                 before: float = _IDLE.unpack_from(self._map)[0]
                 idle = max(before, first) + size / self.rate
                 _IDLE.pack_into(self._map, 0, idle)
                 fcntl.flock(self._file, fcntl.LOCK_UN)
             return max(last, idle - BURST / self.rate)
-
-    def _take(self) -> None:
-        """The lock of all ranks, which is held for a microsecond: to sleep for it would take fifty."""
-        while True:
-            with suppress(BlockingIOError):
-                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.sched_yield()
 
     def close(self) -> None:
         """Lets go of what is shared."""
