@@ -9,7 +9,7 @@ from random import Random
 from weft.config import EngineConfig, ModelConfig, processor_name
 from weft.execute.results import RunOptions, RunResult
 from weft.model.families import blueprint_of
-from weft.parallel.sizes import LIKELIEST_BYTES, ONE_SHOT_BYTES, algorithms, element_bytes
+from weft.parallel.sizes import LIKELIEST_BYTES, ONE_SHOT_BYTES, algorithms, row_bytes
 from weft.plan.calibrate import MOST, calibrate
 from weft.plan.planner import Plan
 from weft.plan.readings import Sample, Subject
@@ -49,7 +49,7 @@ def subject_of(
     return Subject(
         outline=blueprint.outline, width=model.hidden, logits=LIKELIEST_BYTES, world=config.ranks,
         length=config.max_length, slots=config.max_sequences, limit=ONE_SHOT_BYTES, algorithms=algorithms(machines),
-        elements={wire: element_bytes(wire, config.dtype) for wire in wires},
+        elements={wire: row_bytes(wire, config.dtype, model.hidden) / model.hidden for wire in wires},
         window=blueprint.window, granule=granule_of(config),
     )  # fmt: skip
 

@@ -221,7 +221,7 @@ def _max_length(fields: dict[str, Any]) -> int:
     return length
 
 
-WIRES = ("exact", "bf16")
+WIRES = ("exact", "bf16", "int8", "int4")  # from the most exact one on
 TRANSPORTS = ("auto", "shm", "tcp", "gloo")
 DTYPES = ("float32", "bfloat16")
 

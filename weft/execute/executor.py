@@ -19,6 +19,7 @@ from torch import Tensor
 
 from weft.execute.draws import Slice
 from weft.execute.lanes import Lanes, Pending
+from weft.execute.owed import Owed
 from weft.execute.residual import Residual
 from weft.execute.sampler import likeliest
 from weft.model.decoder import Decoder, Extent, Forward, StageFunctions
@@ -26,7 +27,7 @@ from weft.parallel.allreduce import all_gather, all_reduce, hand_over, reduce_sc
 from weft.parallel.codec import Codec, codec_named
 from weft.parallel.group import Group
 from weft.program.batch import Rows
-from weft.program.stages import COLLECTIVES, COMPUTE, Kind, Outline
+from weft.program.stages import COLLECTIVES, COMPUTE, SUMS, Kind, Outline
 from weft.program.steps import Form, Program, Step
 
 FORMS = 64  # that are kept as the walk wants them
@@ -209,6 +210,8 @@ class _Pass:
         self.pending: dict[int, Pending] = {}
         self.latest: dict[str, Pending] = {}  # of each lane
         self.residual = Residual(owner.decoder, owner.outline, self.prepared.narrow_from, forward)
+        wires = {step.wire for block in program.form.blocks for step in block.steps} - {""}
+        self.owed = Owed(self.residual) if any(c.error for c in (codec, *map(codec_named, wires))) else None
         self.inputs, self.bodies, self.partials = _Tensors(), _Bodies(), _Tensors()
         self.logits: Tensor | None = None
         self.told: list[Tensor] = []
@@ -365,15 +368,16 @@ class _Pass:
         begin, step = time.perf_counter(), now.step
         group = self.groups[step.lane, () if step.to else step.ranks]
         codec = codec_named(step.wire) if step.wire else self.codec
+        owed = self.owed.of(now.place, now.extent) if self.owed and step.kind in SUMS else None
         match step.kind:
             case Kind.SEND:
                 hand_over(group, codec, tensor, step.ranks, step.to)
             case Kind.GATHER:
                 self.told = swap(group, likeliest(tensor, self.part.first))
             case Kind.REDUCE:
-                all_reduce(group, codec, tensor, step.algorithm)
+                all_reduce(group, codec, tensor, step.algorithm, owed)
             case Kind.REDUCE_SCATTER:
-                reduce_scatter(group, codec, tensor)
+                reduce_scatter(group, codec, tensor, owed)
             case Kind.ALL_GATHER:
                 all_gather(group, codec, tensor)
         if self.with_checksums and step.kind in (Kind.REDUCE, Kind.ALL_GATHER):  # what all ranks hold alike

@@ -34,7 +34,7 @@ class Residual:
         self.outline, self.forward = outline, forward
         self._rows, self._kept = forward.batch.tokens, len(forward.batch.wanted_rows)
         self._some = self._kept < self._rows
-        self._narrow_from = narrow_from if self._some else len(outline.stages)  # where all are wanted, all go on
+        self.narrow_from = narrow_from if self._some else len(outline.stages)  # where all are wanted, all go on
         self.hidden = decoder.empty_hidden(self._rows)
         self.kept = decoder.empty_hidden(self._kept) if self._some else self.hidden
         self._lagging = outline.lags
@@ -44,6 +44,10 @@ class Residual:
     def _wanted(self) -> Tensor:
         """Places of the wanted rows."""
         return torch.tensor(self.forward.batch.wanted_rows, dtype=torch.long, device=self.hidden.device)
+
+    def leaves_alone(self, place: int) -> bool:
+        """Whether wanted rows alone leave the stage at this place."""
+        return place >= self.narrow_from
 
     def commit(self) -> None:
         """Has the system give the memory, where nothing is computed that would."""
@@ -56,23 +60,23 @@ class Residual:
 
     def put(self, place: int, stage: StageFunctions, extent: Extent, total: Tensor) -> None:
         """A stage's contribution to what leaves it: there, or there once a later step may read it."""
-        self._sums.append(_Sum(place, stage, extent, total, place >= self._narrow_from))
+        self._sums.append(_Sum(place, stage, extent, total, self.leaves_alone(place)))
 
     def stream(self, place: int, rows: Rows) -> Tensor:
         """What a stage reads of some rows of the batch, with all that has come to them."""
-        narrow = place > self._narrow_from
+        narrow = place > self.narrow_from
         self._absorb(rows, self.outline.input_until(place), narrow)
         return self._view(self.wanted(rows) if narrow else rows, narrow)
 
     def left_by(self, place: int, extent: Extent) -> Tensor:
         """Where what a stage and those before it left of some rows is, or comes to from other ranks."""
-        return self._view(extent.leaves, place >= self._narrow_from)
+        return self._view(extent.leaves, self.leaves_alone(place))
 
     def read(self, place: int, rows: Rows) -> Tensor:
         """The same; and where wanted rows go on alone from this stage on, they are taken out. All rows are left to a
         stage that remembers them."""
         stream = self.stream(place, rows)
-        if place != self._narrow_from:
+        if place != self.narrow_from:
             return stream
         leaves = self.wanted(rows)
         taken = self.pick(stream, rows)

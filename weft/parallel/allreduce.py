@@ -9,6 +9,9 @@ hierarchical  the first rank of each machine sums for it; these swap, and send i
 An element's sum is p0 + p1 + p2 + … in each, so it depends neither on the algorithm nor on where the batch was cut;
 where several ranks share one of several machines, theirs are summed first. Every rank decodes the same bytes, its own
 contribution included, so all end with the same bits.
+
+What encoding takes from a rank's partial it owes, and adds to its next partial of the same rows (error feedback): all
+sums of a layer end in one stream, so what one lacks the next one brings, and errors don't add up over the layers.
 Knows groups and codecs; knows nothing of stages.
 
 Shapes: T rows, M width, N ranks.
@@ -27,83 +30,100 @@ from weft.parallel.sizes import usual_algorithm
 from weft.parallel.transport import Transfer
 
 
-def all_reduce(group: Group, codec: Codec, partial_TM: Tensor, algorithm: str = "") -> Tensor:
+def all_reduce(
+    group: Group, codec: Codec, partial_TM: Tensor, algorithm: str = "", owed_TM: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """The sum of every rank's partial [T, M], the same bits on all of them. May reuse the partial's memory.
 
-    `algorithm`: one of those above; without it the size decides.
+    `algorithm`: one of those above; without it the size decides. `owed_TM`: what this rank owes of these rows, before
+    and after.
     """
     if group.world == 1:
         return partial_TM
+    encoded = _encoded(codec, partial_TM, owed_TM)
     if group.world > 2 and not algorithm:
-        algorithm = usual_algorithm(group.world, codec.empty(partial_TM[:1]).nbytes * partial_TM.shape[0])
-    return _ALGORITHMS[algorithm or "exchange"](group, codec, partial_TM)
+        algorithm = usual_algorithm(group.world, encoded.nbytes)
+    return _ALGORITHMS[algorithm or "exchange"](group, codec, partial_TM, encoded)
 
 
-def one_shot(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
-    """Gathers all partials and sums them here."""
-    encoded, receiving = _gathering(group, codec, partial_TM, group.peers)
-    wait_all([group.send(encoded[group.rank], peer) for peer in group.peers])  # before the sum takes its place
+def _encoded(codec: Codec, partial_TM: Tensor, owed_TM: Tensor | None) -> Tensor:
+    """The partial with what is owed, as it travels; then what is owed after that."""
+    if owed_TM is not None:
+        partial_TM += owed_TM
+    encoded = codec.encode(partial_TM)
+    if owed_TM is not None:
+        codec.decode(encoded, owed_TM)
+        torch.sub(partial_TM, owed_TM, out=owed_TM)
+    return encoded
+
+
+def _one_shot(group: Group, codec: Codec, partial_TM: Tensor, own: Tensor) -> Tensor:
+    """Gathers all partials and sums them here. `own`: the partial, encoded."""
+    encoded, receiving = _gathering(group, codec, partial_TM, own, group.peers)
+    wait_all([group.send(own, peer) for peer in group.peers])  # before the sum takes its place
     _sum_in_order(group, codec, partial_TM, encoded, receiving)
     codec.settle(partial_TM)
     return partial_TM
 
 
-def exchange(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
+def _exchange(group: Group, codec: Codec, partial_TM: Tensor, own: Tensor) -> Tensor:
     """Swaps whole partials with the only other rank. Two terms give the same bits in either order."""
-    received, encoded = codec.empty(partial_TM), codec.encode(partial_TM)
-    group.exchange(encoded, received, 1 - group.rank)
-    codec.decode(encoded, partial_TM)
+    received = codec.empty(partial_TM)
+    group.exchange(own, received, 1 - group.rank)
+    codec.decode(own, partial_TM)
     codec.add(partial_TM, received, partial_TM)
     return partial_TM
 
 
-def two_shot(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
+def _two_shot(group: Group, codec: Codec, partial_TM: Tensor, own: Tensor) -> Tensor:
     """Sums one shard of the rows here and fetches the others' sums. Shards may be empty."""
-    reduce_scatter(group, codec, partial_TM)
+    _sum_shards(group, codec, partial_TM, own)
     return all_gather(group, codec, partial_TM)
 
 
-def star(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
+def _star(group: Group, codec: Codec, partial_TM: Tensor, own: Tensor) -> Tensor:
     """Rank 0 sums for all."""
     if group.rank == 0:
-        encoded, receiving = _gathering(group, codec, partial_TM, group.peers)
+        encoded, receiving = _gathering(group, codec, partial_TM, own, group.peers)
         _sum_in_order(group, codec, partial_TM, encoded, receiving)
         return _spread(group, codec, partial_TM, group.peers)
-    return _have_summed(group, codec, partial_TM, 0)
+    return _have_summed(group, codec, partial_TM, own, 0)
 
 
-def hierarchical(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
+def _hierarchical(group: Group, codec: Codec, partial_TM: Tensor, own: Tensor) -> Tensor:
     """First inside each machine, then between their first ranks."""
     mine = next(ranks for ranks in group.machines if group.rank in ranks)
     if group.rank != mine[0]:
-        return _have_summed(group, codec, partial_TM, mine[0])
+        return _have_summed(group, codec, partial_TM, own, mine[0])
     others = mine[1:]
-    encoded, receiving = _gathering(group, codec, partial_TM, others)
+    encoded, receiving = _gathering(group, codec, partial_TM, own, others)
     _add_up(codec, partial_TM, mine, encoded, receiving)
     between = group.among([ranks[0] for ranks in group.machines])
     all_reduce(between, codec, partial_TM)
     return _spread(group, codec, partial_TM, others)
 
 
-_ALGORITHMS: dict[str, Callable[[Group, Codec, Tensor], Tensor]] = {
-    "exchange": exchange, "one-shot": one_shot, "two-shot": two_shot, "star": star, "hierarchical": hierarchical,
+_ALGORITHMS: dict[str, Callable[[Group, Codec, Tensor, Tensor], Tensor]] = {
+    "exchange": _exchange, "one-shot": _one_shot, "two-shot": _two_shot, "star": _star, "hierarchical": _hierarchical,
 }  # fmt: skip
 
 _Encoded = dict[int, Tensor]  # by rank
 _Receiving = dict[int, Transfer]
 
 
-def _gathering(group: Group, codec: Codec, rows_TM: Tensor, peers: Sequence[int]) -> tuple[_Encoded, _Receiving]:
+def _gathering(
+    group: Group, codec: Codec, rows_TM: Tensor, own: Tensor, peers: Sequence[int]
+) -> tuple[_Encoded, _Receiving]:
     """What these ranks send of the rows, on its way, and this rank's own."""
     encoded = {peer: codec.empty(rows_TM) for peer in peers}
     receiving = {peer: group.receive(buffer, peer) for peer, buffer in encoded.items()}
-    encoded[group.rank] = codec.encode(rows_TM)
+    encoded[group.rank] = own
     return encoded, receiving
 
 
-def _have_summed(group: Group, codec: Codec, partial_TM: Tensor, by: int) -> Tensor:
+def _have_summed(group: Group, codec: Codec, partial_TM: Tensor, own: Tensor, by: int) -> Tensor:
     """Another rank sums."""
-    group.send(codec.encode(partial_TM), by).wait()
+    group.send(own, by).wait()
     total = codec.landing(partial_TM)
     group.receive(total, by).wait()
     codec.decode(total, partial_TM)
@@ -125,15 +145,19 @@ def shard(rank: int, world: int, rows: int) -> slice:
     return slice(start, start + (size + 1 if rank < larger else size))
 
 
-def reduce_scatter(group: Group, codec: Codec, partial_TM: Tensor) -> Tensor:
-    """The sum, in rank order, of this rank's shard of the rows: a view of the partial, whose other rows are left."""
-    shards = torch.tensor_split(partial_TM, group.world)
-    mine = shards[group.rank]
+def reduce_scatter(group: Group, codec: Codec, partial_TM: Tensor, owed_TM: Tensor | None = None) -> Tensor:
+    """The sum, in rank order, of this rank's shard of the rows: a view of the partial, whose other rows are left.
+    `owed_TM`: as in `all_reduce`."""
     if group.world == 1:
-        return mine
-    encoded, receiving = _gathering(group, codec, mine, group.peers)
-    outgoing = {peer: codec.encode(shards[peer]) for peer in group.peers}  # kept until they are sent
-    sending = [group.send(each, peer) for peer, each in outgoing.items()]
+        return partial_TM
+    return _sum_shards(group, codec, partial_TM, _encoded(codec, partial_TM, owed_TM))
+
+
+def _sum_shards(group: Group, codec: Codec, partial_TM: Tensor, own: Tensor) -> Tensor:
+    """Each rank its own."""
+    mine, outgoing = torch.tensor_split(partial_TM, group.world)[group.rank], torch.tensor_split(own, group.world)
+    encoded, receiving = _gathering(group, codec, mine, outgoing[group.rank], group.peers)
+    sending = [group.send(outgoing[peer], peer) for peer in group.peers]
     _sum_in_order(group, codec, mine, encoded, receiving)
     wait_all(sending)
     return mine

@@ -13,12 +13,16 @@ from torch import Tensor
 
 from weft.config import WIRES
 from weft.errors import InputError
+from weft.parallel.quantised import Quantised
 
 
 class Codec(Protocol):
-    """One wire format. `values` are [rows, width], contiguous, in the computation's dtype."""
+    """One wire format. `values` are [rows, width], contiguous, in the computation's dtype; what is sent has a row for each
+    of theirs, which depends on that row alone. `error`: how far a number may be off, in parts of itself, or of the
+    largest number of its group on wires that have some (parallel/quantised.py)."""
 
     name: str
+    error: float
 
     def empty(self, values: Tensor) -> Tensor:
         """A buffer for what `encode(values)` of another rank would be."""
@@ -48,7 +52,7 @@ class Codec(Protocol):
 class Exact:
     """The computation's own numbers."""
 
-    name = "exact"
+    name, error = "exact", 0.0
 
     def empty(self, values: Tensor) -> Tensor:
         return torch.empty_like(values)
@@ -73,7 +77,7 @@ class Exact:
 class BFloat16:
     """Half the bytes of float32: 8 bits of mantissa, the same range."""
 
-    name = "bf16"
+    name, error = "bf16", 1 / 256
 
     def empty(self, values: Tensor) -> Tensor:
         return torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
@@ -94,7 +98,9 @@ class BFloat16:
         torch.add(left, encoded, out=out)
 
 
-_CODECS: dict[str, Codec] = {"exact": Exact(), "bf16": BFloat16()}
+_CODECS: dict[str, Codec] = {
+    "exact": Exact(), "bf16": BFloat16(), "int8": Quantised("int8"), "int4": Quantised("int4"),
+}  # fmt: skip
 assert tuple(_CODECS) == WIRES
 
 
