@@ -116,7 +116,7 @@ def measure_algorithms(model: str, given: argparse.Namespace) -> None:
 
 def by_two_shot(plan: Plan) -> Plan:
     """The same plan with other sums."""
-    return replace(plan, program=plan.program.by(lambda _: "two-shot"))
+    return replace(plan, program=plan.program.summed_by(lambda _: "two-shot"))
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from weft.program.steps import Program
 from weft.program.strategy import GRANULE, Strategy
 from weft.simulate.cost import Costs
 
-COSTS = 5  # counts what of them was given another meaning
+COSTS = 6  # counts what of them was given another meaning
 
 
 def key_of(model: ModelConfig, config: EngineConfig, link: str) -> dict[str, str]:

@@ -15,6 +15,7 @@ from weft.execute.results import RunOptions, RunResult
 from weft.program.batch import Batch, one_prompt
 from weft.program.steps import Program
 from weft.timeline.timeline import Timeline, bound, median, overlap_efficiency
+from weft.wires import allowed
 
 
 class Variant(NamedTuple):
@@ -22,6 +23,11 @@ class Variant(NamedTuple):
 
     overlap: str
     wire: str
+
+    @property
+    def like(self) -> str:
+        """The wire whose serial, and whose bound, it is held against: the least exact one that it may use."""
+        return allowed(self.wire)[-1]
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,11 @@ class Round:
         """Seconds of serial on this wire."""
         return self.seconds[Variant("serial", wire)]
 
+    def times_exact(self, variant: Variant) -> float | None:
+        """How many times as fast as serial with all sums exact, if that was run."""
+        exact = self.seconds.get(Variant("serial", "exact"))
+        return None if exact is None else exact / self.seconds[variant]
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -55,12 +66,16 @@ class Measured:
     that sends most; `bytes_on_device`: as that rank's network device counts them, headers included, where it is one
     that nothing else uses. `floor`: max(compute alone + the messages' processor time, network alone), the bound where
     a rank's threads keep all its cores busy; `floor_efficiency`: against that. `predicted`: seconds, from costs that
-    were measured before. `timeline`: of the fastest round.
+    were measured before. `timeline`: of the fastest round. `like`: see `Variant`; `times_exact`: how many times as fast
+    as serial with all sums exact. `why`: see `Plan`.
     """
 
     overlap: str
     wire: str
+    like: str
     plan: str
+    why: list[str]
+    times_exact: float | None
     seconds: list[float]
     compute_alone: float
     network_alone: float
@@ -117,7 +132,9 @@ class Comparing:
         sent: Callable[[], list[int]] | None = None,
     ) -> None:  # fmt: skip
         self._engine, self._batch, self._tokens, self._sent = engine, batch, tokens, sent
-        wires = list(dict.fromkeys(variant.wire for variant in variants))
+        wires = list(dict.fromkeys(variant.like for variant in variants))
+        if any(variant.like != variant.wire for variant in variants):
+            wires = list(dict.fromkeys(["exact", *wires]))
         both = list(dict.fromkeys([*(Variant("serial", wire) for wire in wires), *variants]))
         self._planners = {variant: engine.planner.like(*variant) for variant in both}
         self._alone = [(Variant("serial", wire), part) for wire in wires for part in ("network", "beside")]
@@ -176,21 +193,24 @@ class Comparing:
     def _efficiency(self, variant: Variant, least: Sequence[float]) -> float | None:
         """Against the bound or the floor of each round."""
         rounds = [
-            (r.serial(variant.wire), r.seconds[variant], each) for r, each in zip(self.rounds, least, strict=True)
+            (r.serial(variant.like), r.seconds[variant], each) for r, each in zip(self.rounds, least, strict=True)
         ]
         serial = median(serial for serial, _, _ in rounds)
         saved, possible = (median(s - taken[place] for s, *taken in rounds) for place in (0, 1))
         return overlap_efficiency(serial, serial - saved, serial - possible)
 
     def _measured(self, variant: Variant, fastest: _Measurement) -> Measured:
-        rounds, wire, best, device = self.rounds, variant.wire, fastest.result, fastest.device
+        rounds, wire, best, device = self.rounds, variant.like, fastest.result, fastest.device
+        times_exact = [times for times in (r.times_exact(variant) for r in rounds) if times is not None]
         savings = [1 - r.seconds[variant] / r.serial(wire) for r in rounds]
         most = max(range(len(best.bytes_sent)), key=lambda rank: best.bytes_sent[rank])
         assert best.timeline is not None
-        plan, planner, title = self._plans[variant], self._planners[variant], f"{variant.overlap}, wire {wire}"
+        plan, planner = self._plans[variant], self._planners[variant]
+        title = f"{variant.overlap}, wire {variant.wire}"
         predicted = planner.predict(plan, self._batch, title) if plan.predicted else None
         return Measured(
-            overlap=variant.overlap, wire=wire, plan=plan.describe(),
+            overlap=variant.overlap, wire=variant.wire, like=wire, plan=plan.describe(), why=plan.why(),
+            times_exact=median(times_exact) if times_exact else None,
             seconds=[r.seconds[variant] for r in rounds], compute_alone=median(r.compute_alone for r in rounds),
             network_alone=median(r.network_alone[wire] for r in rounds), bound=median(r.bound(wire) for r in rounds),
             floor=median(r.floor(wire) for r in rounds),

@@ -15,6 +15,7 @@ from typing import Any
 
 from weft.errors import InputError
 from weft.links import NO_LINK, Link
+from weft.wires import allowed
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,6 @@ def _max_length(fields: dict[str, Any]) -> int:
     return length
 
 
-WIRES = ("exact", "bf16", "int8", "int4")  # from the most exact one on
 TRANSPORTS = ("auto", "shm", "tcp", "gloo")
 DTYPES = ("float32", "bfloat16")
 
@@ -277,7 +277,7 @@ class EngineConfig:
             raise InputError(f"--shares gives {len(shares)} numbers for {ranks} ranks; give one a rank, as in 2,1")
         if not all(0 < share < float("inf") for share in shares):
             raise InputError(f"--shares {','.join(map(str, shares))}: every share must be a number above 0")
-        one_of(wire, "--wire", WIRES)
+        allowed(wire)
         one_of(transport, "--transport", TRANSPORTS)
         if link.shaped and transport == "shm":
             raise InputError(f"--link {link}: ranks are as on several machines there; leave out --transport shm")

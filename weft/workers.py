@@ -31,6 +31,7 @@ from weft.program.strategy import AUTO
 from weft.restarts import Restarts
 from weft.simulate.cost import Costs
 from weft.timeline.timeline import median
+from weft.wires import needed
 
 Progress = Callable[[str, float], None]  # what goes on, and the share of it that is done
 Probe = Callable[[Batch, list[int], Plan, RunOptions], RunResult]  # runs a batch of new prompts
@@ -139,7 +140,7 @@ class Workers:
             return []
         begin = time.monotonic()
         try:
-            costs = self.calibrate(self.probe, (self.config.wire,), lambda share: tell("measuring costs", share))
+            costs = self.calibrate(self.probe, needed(self.config.wire), lambda share: tell("measuring costs", share))
         except TooSlow as error:
             return [f"the ranks' link is too slow to measure what steps cost ({error}): auto is serial"]
         planner.learn(costs)

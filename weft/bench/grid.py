@@ -25,6 +25,7 @@ from weft.opening import open_engine
 from weft.plan.calibrate import MOST
 from weft.program.batch import Batch, Segment
 from weft.program.strategy import AUTO, Strategy, canonical
+from weft.wires import needed
 
 FEW_SLOTS = 16  # sequences that calibration likes to have
 
@@ -79,6 +80,12 @@ class Grid:
     def variants(self) -> list[Variant]:
         """Strategies on wires."""
         return [Variant(canonical(overlap), wire) for wire in self.wires for overlap in self.overlaps]
+
+    @property
+    def wires_needed(self) -> tuple[str, ...]:
+        """All on which anything travels, serial with all sums exact included where wires are chosen."""
+        chosen = ("exact",) if any(variant.like != variant.wire for variant in self.variants) else ()
+        return tuple(dict.fromkeys([*chosen, *(each for wire in self.wires for each in needed(wire))]))
 
     @property
     def shaped(self) -> bool:
@@ -183,7 +190,7 @@ class Bench:
         if times is None or engine.config.ranks == 1:
             return None
         self.watch(self._done, self._all, f"{batch.tokens} tokens: looking for the balance")
-        plan = engine.planner.like("serial", self.grid.wires[0]).plan(batch)
+        plan = engine.planner.like("serial", self.grid.wires_needed[0]).plan(batch)
         return engine.workers.balance(times, batch, ids, plan)
 
     def _point(
@@ -197,7 +204,7 @@ class Bench:
             engine.workers.controller.set_link(there)
         if ranks > 1:
             self.watch(self._done, self._all, f"{batch.tokens} tokens, {ranks} ranks, link {text}: measuring costs")
-            engine.calibrate(grid.wires)
+            engine.calibrate(grid.wires_needed)
         comparing = Comparing(engine, batch, ids, grid.variants, launcher.sent if launcher else None)
         try:
             for number in range(grid.rounds + 1):

@@ -33,7 +33,7 @@ def saving_plot(group: Sequence[Point]) -> str:
     speeds = [megabits(point.link) or 0.0 for point in group]
 
     def draw(axes: Any) -> None:
-        for wire in dict.fromkeys(m.wire for m in group[0].measured):
+        for wire in dict.fromkeys(m.like for m in group[0].measured):
             ceiling = [100 * point.serial(wire).saving_bound for point in group]
             axes.plot(speeds, ceiling, color=INK, linestyle="--", label=f"possible, {wire}")
         for number, variant in enumerate(_variants(group)):

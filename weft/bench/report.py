@@ -18,7 +18,7 @@ from weft.timeline.page import ZOOM, document, legend_line, panels
 from weft.timeline.timeline import Timeline, median
 
 COLUMNS = ("overlap", "wire", "seconds", "predicted", "saved", "range", "possible", "efficiency", "to floor",
-           "exposed ms", "MB sent", "by the device")  # fmt: skip
+           "exposed ms", "MB sent", "by the device", "x exact")  # fmt: skip
 
 
 def as_json(machine: Mapping[str, Any], model: Mapping[str, Any], points: Sequence[Point], complete: bool) -> str:
@@ -40,6 +40,7 @@ def cells(measured: Measured) -> tuple[str, ...]:
         *("" if is_serial or value is None else f"{value:.2f}" for value in (m.overlap_efficiency, m.floor_efficiency)),
         f"{m.exposed * 1e3:.1f}",
         f"{m.bytes_on_wire / 1e6:.2f}", "–" if m.bytes_on_device is None else f"{m.bytes_on_device / 1e6:.2f}",
+        "–" if m.times_exact is None else f"{m.times_exact:.2f}",
     )  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def report(machine: Mapping[str, Any], model: Mapping[str, Any], points: Sequenc
 
 def timelines(point: Point) -> list[Timeline]:
     """Serial's, what was predicted for the best variant, and the best's own, named by where they were measured."""
-    serial, best = point.serial(point.best.wire), point.best
+    serial, best = point.serial(point.best.like), point.best
     shown = [serial.timeline, best.predicted_timeline, best.timeline] if best is not serial else [serial.timeline]
     return [replace(line, title=f"{line.title}: {heading(point)}") for line in shown if line is not None]
 

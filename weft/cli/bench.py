@@ -21,12 +21,13 @@ from weft.bench.machine import describe
 from weft.bench.plot import groups, saving_plot
 from weft.bench.report import COLUMNS, as_json, bounds, cells, conclusion, heading, most_to_hide, report, timelines
 from weft.cli.options import numbers, relative_shares, words
-from weft.config import WIRES, ModelConfig, one_of
+from weft.config import ModelConfig
 from weft.errors import InputError, WorkerFailed
 from weft.hub import locate
 from weft.launch.namespaces import demand_namespaces
 from weft.links import links_of
 from weft.timeline.files import demand_form, demand_writable, timelines_as, write
+from weft.wires import allowed
 
 WIDE = 150  # columns of the tables: in a narrow terminal lines are better wrapped than cells
 
@@ -60,7 +61,7 @@ def bench(
     overlap: Annotated[
         str, typer.Option(help="Strategies; see docs/strategies.md. serial is always measured.")
     ] = "iso:2,iso:3,auto",
-    wire: Annotated[str, typer.Option(help="How partials travel: exact, bf16.")] = "exact",
+    wire: Annotated[str, typer.Option(help="How partials travel: exact, bf16, int8, int4, auto:int8.")] = "exact",
     prompts: Annotated[int, typer.Option(help="Prompts that the tokens of a batch are divided over.")] = 1,
     mixed: Annotated[bool, typer.Option("--mixed", help="Prompts of random lengths instead of even ones.")] = False,
     rounds: Annotated[int, typer.Option(help="Rounds of each point, one more to warm up not counted.")] = 5,
@@ -83,7 +84,7 @@ def bench(
         shares=relative_shares(shares),
     )  # fmt: skip
     for name in grid.wires:
-        one_of(name, "--wire", WIRES)
+        allowed(name)
     for option, path in (("--json", json_file), ("--html", html), ("--plot", plot), ("--timeline", timeline)):
         demand_writable(path, option)
     if timeline is not None:
@@ -209,6 +210,9 @@ def _show(console: Console, points: Sequence[Point], machine: dict[str, Any]) ->
         for measured in point.measured:
             table.add_row(*cells(measured), style="bold" if measured is point.best else "")
         console.print(table)
+        for measured in (m for m in point.measured if m.like != m.wire):
+            for line in (f"{measured.overlap}, {measured.wire}: {measured.plan}", *measured.why):
+                console.print(line, style="dim")
     if points:
         console.print(
             "seconds: medians of rounds; saved, possible: medians of each round's own; efficiency: of both's seconds",

@@ -35,7 +35,7 @@ DTYPE = Annotated[
 OVERLAP = Annotated[
     str, typer.Option(help="auto, serial, iso:2, iso:2/4, iso@300,700, tiles:4, …; see docs/strategies.md.")
 ]
-WIRE = Annotated[str, typer.Option(help="How partials travel: exact or bf16.")]
+WIRE = Annotated[str, typer.Option(help="How partials travel: exact, bf16, int8, int4, or auto:int8.")]
 TRANSPORT = Annotated[
     str, typer.Option(help="Between ranks: shm, tcp, gloo; auto: shared memory on one machine, else TCP.")
 ]

@@ -18,8 +18,9 @@ from weft.plan.planner import Plan, Planner
 from weft.program.batch import Batch, Segment
 from weft.program.strategy import Strategy
 from weft.simulate.cost import Costs
-from weft.simulate.hardware import WIRES, Device, Hardware, Products, Shard, costs_of
+from weft.simulate.hardware import Device, Hardware, Products, Shard, costs_of
 from weft.timeline.timeline import Timeline
+from weft.wires import allowed, needed
 
 GIB = 2**30
 USABLE = 0.92  # of a device's memory: the rest is the runtime's
@@ -46,8 +47,7 @@ class Question:
         positive(self.prompts, "--prompts")
         positive(self.decoding, "--decoding")
         for wire in self.wires:
-            if wire not in WIRES:
-                raise InputError(f"--wire {wire!r} is not known; allowed: {', '.join(WIRES)}")
+            allowed(wire)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,11 @@ class Outlook:
         return self._costs(self.group)
 
     def _costs(self, group: Hardware) -> Costs:
-        return costs_of(group, [shard_of(self.blueprint, part) for part in self.parts], self.question.wires)
+        return costs_of(group, [shard_of(self.blueprint, part) for part in self.parts], self._wires)
+
+    @property
+    def _wires(self) -> list[str]:
+        return list(dict.fromkeys(each for wire in self.question.wires for each in needed(wire)))
 
     def planner(self, overlap: str, wire: str, costs: Costs | None = None) -> Planner:
         """A planner on these costs."""

@@ -56,15 +56,13 @@ def rate(bytes_a_second: float) -> str:
 
 
 def remarks(outlook: Outlook) -> list[str]:
-    """Memory, where overlap stops paying, and what wires are not built yet: a line each."""
+    """Memory, and where overlap stops paying: a line each."""
     tokens = max(outlook.question.tokens)
     said = [f"memory on the fullest device with {tokens} tokens: {room(outlook.memory[tokens])}"]
     for wire in outlook.question.wires if outlook.group.world > 1 else ():
         until = outlook.pays_until(tokens, wire)
         where = "overlap pays on no link" if until is None else f"overlap pays on links up to {rate(until)}"
         said.append(f"{where}, {tokens} tokens, wire {wire}")
-    if unbuilt := [wire for wire in outlook.question.wires if wire in ("int8", "int4")]:
-        said.append(f"wire {', '.join(unbuilt)}: predicted only, weft doesn't send it yet")
     return said
 
 

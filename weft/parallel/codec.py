@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from weft.config import WIRES
 from weft.errors import InputError
 from weft.parallel.quantised import Quantised
+from weft.wires import WIRES
 
 
 class Codec(Protocol):

@@ -135,7 +135,7 @@ class Quantised:
         """[T, M] in float32."""
         layout = layout_of(self.name, width)
         views, rows = _Views(encoded, layout), encoded.shape[0]
-        codes = self._unpacked(views.codes).unflatten(1, (layout.groups, self._group))
+        codes = self._unpacked(views.codes).view(rows, layout.groups, self._group)
         scales = views.scales.float()
         numbers = torch.mul(codes, scales[..., None])
         if not scales.sum().isfinite():

@@ -125,5 +125,5 @@ def _run(
         subject.outline.of(min(subject.outline.layers, layers)), narrows=False
     )  # layers are to take alike
     program = build(Strategy.parse(strategy), outline, batch, subject.granule)
-    program = program.by(lambda _: algorithm) if algorithm else program
+    program = program.summed_by(lambda _: algorithm) if algorithm else program
     return Trial(name, rows, batch, program, wire or subject.first_wire, scope)

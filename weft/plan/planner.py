@@ -7,20 +7,22 @@ before they are used and kept by the batch's shape.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from weft.plan.drift import Drift, Factors
 from weft.plan.search import Estimate, Search
+from weft.plan.wiring import Sum, Wiring, sums_of, travels
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.build import build
 from weft.program.check import check
 from weft.program.stages import Kind, Outline
-from weft.program.steps import Program
+from weft.program.steps import Program, Step
 from weft.program.strategy import AUTO, Strategy, canonical
 from weft.simulate.cost import Costs
 from weft.simulate.run import simulate
 from weft.timeline.timeline import Timeline, bound
+from weft.wires import allowed, needed
 
 KEPT = 256  # plans
 
@@ -56,18 +58,41 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen for one batch, and what that is predicted to take, where costs are known."""
+    """What was chosen for one batch, and what that is predicted to take, where costs are known. `wire`: of all sums whose
+    steps name no other; `exposed`: see `search.Judged`."""
 
     strategy: Strategy
     program: Program
     wire: str
     predicted: Prediction | None = None
+    exposed: Mapping[Sum, float] = field(default_factory=dict)
 
     def describe(self) -> str:
-        """One line: strategy, chunks of each part, steps, wire."""
+        """One line: strategy, chunks of each part, steps, wires."""
         first = [step for block in self.program.form.blocks for step in block.steps if step.layer == 0]
         parts = [f"{part} {self._rows(part)}" for part in dict.fromkeys(step.part for step in first)]
-        return f"{self.strategy} · {' · '.join(parts)} · {len(self.program)} steps · wire {self.wire}"
+        return f"{self.strategy} · {' · '.join(parts)} · {len(self.program)} steps · {self._wires()}"
+
+    def _wires(self) -> str:
+        """The usual one, and the sums that travel on others."""
+        form, by_wire = self.program.form, dict[str, list[str]]()
+        steps = {step for block in form.blocks for step in block.steps if step.wire and travels(step)}
+        for part, chunk in sums_of(form):
+            for wire in {step.wire for step in steps if (step.part, step.chunk, step.wanted) == (part, chunk, False)}:
+                by_wire.setdefault(wire, []).append(f"{part} {self.program.rows[chunk]}")
+        return " · ".join([f"wire {self.wire}", *(f"{wire}: {', '.join(sums)}" for wire, sums in by_wire.items())])
+
+    def why(self) -> list[str]:
+        """A line for each sum that could have travelled on a more exact wire, which says what that would have cost."""
+        return [
+            f"{part} {self.program.rows[chunk]} travels as {self._wire_of(part, chunk)}: exposed for "
+            f"{seconds * 1e3:.1f} ms longer on the next more exact wire"
+            for (part, chunk), seconds in self.exposed.items()
+        ]  # fmt: skip
+
+    def _wire_of(self, part: str, chunk: int) -> str:
+        steps = (step for block in self.program.form.blocks for step in block.steps if travels(step))
+        return next((s.wire for s in steps if (s.part, s.chunk) == (part, chunk) and s.wire), self.wire)
 
     def _rows(self, part: str) -> str:
         """The first layer's chunks, and the tiles of its tails if there are any."""
@@ -89,6 +114,7 @@ class Planner:
         drift: Drift | None = None,
     ) -> None:  # fmt: skip
         self.outline, self.wire, self.granule, self.costs = outline, wire, granule, costs
+        self.wires = allowed(wire)
         self.overlap = canonical(overlap)
         self.drift = drift or Drift()
         self.search = Search(outline, granule)
@@ -161,33 +187,39 @@ class Planner:
         return self.granule > 1 or Strategy.parse(self.overlap).requests
 
     def _make(self, batch: Batch) -> Plan:
-        predicted = None
         strategy = Strategy() if self.overlap == AUTO else Strategy.parse(self.overlap)
-        if self.costs is not None and self.wire in self.costs.wires:
-            costs = self._costs_for(batch)
-            if self.overlap == AUTO:
-                judged = self.search.best(batch, costs, self.wire)
-            else:
-                judged = self.search.judge(strategy, batch, costs, self.wire)
-            strategy, factors = judged.strategy, self.drift.factors[self._small(batch)]
-            predicted = Prediction(
-                judged.lanes, factors, judged.serial.seconds, judged.serial.compute, judged.serial.network
-            )
-        program = build(strategy, self.outline, batch, self.granule)
-        if predicted is not None:
-            program = self._by_cost(program, batch)
-        check(program, self.outline, batch)
-        return Plan(strategy, program, self.wire, predicted)
-
-    def _by_cost(self, program: Program, batch: Batch) -> Program:
-        """Each sum by the algorithm that is cheapest for its bytes."""
+        if not self.knows_costs:
+            wiring = Wiring(self.wires[-1])
+            program = wiring.on(build(strategy, self.outline, batch, self.granule))
+            check(program, self.outline, batch)
+            return Plan(strategy, program, wiring.usual)
         costs = self._costs_for(batch)
-        way = costs.wires[self.wire]
-        if len(way.sums) == 1:
+        if self.overlap == AUTO:
+            judged = self.search.best(batch, costs, self.wires)
+        else:
+            judged = self.search.judge(strategy, batch, costs, self.wires)
+        factors, serial = self.drift.factors[self._small(batch)], judged.serial
+        predicted = Prediction(judged.lanes, factors, serial.seconds, serial.compute, serial.network)
+        program, usual = build(judged.strategy, self.outline, batch, self.granule), judged.wiring.usual
+        program = self._by_cost(judged.wiring.on(program), batch, costs, usual)
+        check(program, self.outline, batch)
+        return Plan(judged.strategy, program, usual, predicted, judged.exposed)
+
+    @property
+    def knows_costs(self) -> bool:
+        """Of all wires that it may use."""
+        return self.costs is not None and set(needed(self.wire)) <= set(self.costs.wires)
+
+    def _by_cost(self, program: Program, batch: Batch, costs: Costs, usual: str) -> Program:
+        """Each sum by the algorithm that is cheapest for its bytes."""
+        if len(costs.wires[usual].sums) == 1:
             return program
-        return program.by(
-            lambda step: way.cheapest(costs.size(way, step.kind, program.rows[step.chunk], batch, step.wanted))
-        )
+
+        def cheapest(step: Step) -> str:
+            way = costs.wires[step.wire or usual]
+            return way.cheapest(costs.size(way, step.kind, program.rows[step.chunk], batch, step.wanted))
+
+        return program.summed_by(cheapest)
 
     def _costs_for(self, batch: Batch) -> Costs:
         """The costs, corrected for what was observed of batches like this one."""
@@ -197,5 +229,5 @@ class Planner:
     def _small(self, batch: Batch) -> bool:
         """True for batches whose sums take one hop, as those of decoding do."""
         assert self.costs is not None
-        wire = self.costs.wires.get(self.wire)
+        wire = self.costs.wires.get(self.wires[-1])
         return wire is not None and wire.element * self.costs.width * batch.tokens <= wire.limit

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from weft.program.batch import Batch
 from weft.program.stages import COMPUTE, NETWORK, Kind, Outline
 from weft.program.steps import Program
-from weft.simulate.cost import ComputeCosts, Contention, Costs, Table, WireCosts
+from weft.simulate.cost import NOTHING, ComputeCosts, Contention, Costs, Table, WireCosts
 from weft.simulate.run import simulate
 from weft.timeline.timeline import Timeline, median
 
@@ -25,7 +25,6 @@ SMALLEST_BURST = 64e3  # bytes: less is noise
 LARGEST_BURST = 1e6  # bytes: more than token buckets and buffers take
 STRAIGHT = 64  # rows from which on a stage's time is a straight line: noise must not be what cuts are chosen by
 FEW = 16  # rows: their sums are hardly more than what every sum takes
-NOTHING = Table((1.0,), (0.0,))
 
 
 class Sample(NamedTuple):
@@ -119,7 +118,7 @@ def read(samples: Samples) -> Costs:
     subject, network = samples.subject, _Network(samples)
     ranks = tuple(_Rank(samples, rank).costs() for rank in range(subject.world))
     costs = Costs(ranks, network.wires(), Contention(), subject.width, subject.logits, subject.world)
-    return replace(costs, contention=network.contention(costs))
+    return network.beside_computation(costs)
 
 
 class _Rank:
@@ -224,14 +223,28 @@ class _Network:
 
         Seconds of a byte are from the largest sums, back to back; those of a sum without bytes from small ones.
         """
-        fixed = self._fixed()
+        usual = self._fixed()
+        fixed = {wire: max(0.3 * usual, usual + self._longer(wire)) for wire in self.slopes}
         return {
             wire: WireCosts(
-                {name: self._line(name, fixed, slope) for name in self.subject.algorithms}, self.subject.limit,
-                Table.line(fixed, slope / 2), self.subject.elements[wire],
+                {name: self._line(name, fixed[wire], slope) for name in self.subject.algorithms}, self.subject.limit,
+                Table.line(fixed[wire], slope / 2), self.subject.elements[wire],
             )
             for wire, slope in self.slopes.items()
         }  # fmt: skip
+
+    def _bytes(self, rows: int, wire: str) -> float:
+        """Of a partial of so many rows."""
+        return rows * self.subject.width * self.subject.elements[wire]
+
+    def _longer(self, wire: str) -> float:
+        """Seconds that a sum takes longer on this wire than on the first one, beside its bytes."""
+        few = self.samples.sizes[0]
+        own, first = (
+            fmean(self._sums("network", few, each)) - self.slopes[each] * self._bytes(few, each)
+            for each in (wire, self.subject.first_wire)
+        )
+        return own - first
 
     def _line(self, algorithm: str, fixed: float, slope: float) -> Table:
         """What a sum takes by an algorithm. `fixed`: without its bytes, by the usual one of a few bytes; `slope`: of a
@@ -249,8 +262,8 @@ class _Network:
         few, some = (fmean(self._sums(name, run.rows)) for run in self.samples.named(name))
         return few, some
 
-    def contention(self, costs: Costs) -> Contention:
-        """From what sums take of the processor, and from programs cut in two."""
+    def beside_computation(self, costs: Costs) -> Costs:
+        """With what sums take from computation, from what they take of the processor and from programs cut in two."""
         sizes = self.samples.sizes
         middle, most = next((n for n in sizes if n * self.row > self.subject.limit), sizes[-1]), sizes[-1]
         some, many = self._processor(middle), self._processor(most)
@@ -264,7 +277,21 @@ class _Network:
         fitted = replace(fitted, small=part * fitted.small, fixed=part * fitted.fixed, per_byte=part * fitted.per_byte)
         corrected = replace(costs, contention=fitted)
         turns = [self._turn(corrected, run) for run in self.samples.named("cut")]
-        return replace(fitted, turn=max(0.0, median(turns)) if turns else 0.0)
+        contention = replace(fitted, turn=max(0.0, median(turns)) if turns else 0.0)
+        wires = {name: wire.coded(self._codec(name, contention, part)) for name, wire in costs.wires.items()}
+        return replace(costs, contention=contention, wires=wires)
+
+    def _codec(self, wire: str, contention: Contention, part: float) -> Table:
+        """What sums on this wire take of the processor beyond what those on the first one do for as many bytes;
+        `part` of it is lost to computation."""
+        if wire == self.subject.first_wire:
+            return NOTHING
+        sizes, costs = self.samples.sizes, WireCosts({}, self.subject.limit, NOTHING, 1.0)
+        points = {0.0: 0.0}
+        for rows in (sizes[0], sizes[-1]):
+            size = self._bytes(rows, wire)
+            points[size] = max(0.0, part * self._processor(rows, wire) - contention.taken(costs, size, 0.0))
+        return Table(tuple(points), tuple(points.values()))
 
     def _sums(self, name: str, rows: int, wire: str | None = None) -> list[float]:
         """Sums' seconds. Back to back, the first one is left out: it found the link idle."""
@@ -306,9 +333,9 @@ class _Network:
                 seconds += [max(s - on_the_wire, 0.1 * s) for s in sums]
         return fmean(seconds)
 
-    def _processor(self, rows: int) -> float:
+    def _processor(self, rows: int, wire: str | None = None) -> float:
         """Processor seconds of one sum of so many rows, from runs that do nothing but communicate."""
-        runs = self.samples.of("network", rows)
+        runs = self.samples.of("network", rows, wire)
         return median(
             KERNEL * max(sample.processor) / sum(event.rank == 0 for event in sample.timeline.events)
             for sample in runs

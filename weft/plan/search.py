@@ -7,12 +7,14 @@ costs; knows nothing of how costs were measured. About 0.13 ms a candidate, of w
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate, pairwise
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from weft.plan.wiring import Sum, Wiring, sums_of
 from weft.program.batch import Batch, Rows
 from weft.program.build import weave
 from weft.program.stages import Kind, Outline
@@ -25,7 +27,8 @@ TRIALS = 12  # candidates that are judged at most: keeps a plan under 2 ms
 LEAST_ROWS = 32  # of a chunk: below, costs are mostly waits for turns of the processor
 WORTH = 0.025  # of serial's time: a smaller gain than this is not worth the risk that costs are a little wrong
 UNSURE = 0.5  # of what a collective takes beside its bytes: the least certain of all costs
-SIMPLER = 0.01  # of the time: what a more complicated plan must gain over a simpler one
+SIMPLER = 0.01  # of the time: what a more complicated plan must gain over a simpler one, or a less exact one
+MARGIN = 0.08  # by which a link may be slower than it was, and what was to hide still hides
 
 INFINITE = float("inf")
 
@@ -41,11 +44,14 @@ class Estimate(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """A strategy, and what it and serial are predicted to take."""
+    """A strategy, and what it and serial are predicted to take, serial on the least exact wire that is allowed. `exposed`:
+    seconds that the pass would take longer with one of these sums on the next more exact wire."""
 
     strategy: Strategy
     lanes: Estimate
     serial: Estimate
+    wiring: Wiring
+    exposed: Mapping[Sum, float] = MappingProxyType({})
 
 
 class _LaidPass(NamedTuple):
@@ -70,22 +76,25 @@ class Search:
     def __init__(self, outline: Outline, granule: int = 1) -> None:
         self.outline, self.granule = outline, granule
 
-    def estimate(self, batch: Batch, cuts: Cuts, costs: Costs, wire: str) -> Estimate:
+    def estimate(self, batch: Batch, cuts: Cuts, costs: Costs, wiring: Wiring) -> Estimate:
         """What a pass with these cuts takes. Raises KeyError for a wire without costs."""
-        return self.laid_out(batch, cuts, costs, wire, {}).estimate
+        return self.laid_out(batch, cuts, costs, wiring, {}).estimate
 
-    def judge(self, strategy: Strategy, batch: Batch, costs: Costs, wire: str) -> Judged:
-        """What a strategy takes. Raises `InputError` if its cuts don't fit the batch."""
-        cuts = place(strategy, batch, self.granule)
-        serial = self.estimate(batch, Cuts(), costs, wire)
-        return Judged(strategy, serial if cuts == Cuts() else self.estimate(batch, cuts, costs, wire), serial)
+    def judge(self, strategy: Strategy, batch: Batch, costs: Costs, wires: Sequence[str]) -> Judged:
+        """What a strategy takes, on the most exact of these wires that hide. Raises `InputError` if its cuts don't fit
+        the batch."""
+        cuts, least = place(strategy, batch, self.granule), Wiring(wires[-1])
+        serial = self.estimate(batch, Cuts(), costs, least)
+        lanes = serial if cuts == Cuts() else self.estimate(batch, cuts, costs, least)
+        return self._as_exact_as_hides(Judged(strategy, lanes, serial, least), batch, costs, wires)
 
     def laid_out(
-        self, batch: Batch, cuts: Cuts, costs: Costs, wire: str, earlier: _Known, limit: float = INFINITE
+        self, batch: Batch, cuts: Cuts, costs: Costs, wiring: Wiring, earlier: _Known, limit: float = INFINITE
     ) -> _LaidPass:  # fmt: skip
         """The pass; `earlier`: what steps take that were in earlier candidates. Raises `_TooLong` where its lanes alone
         take longer than `limit`."""
-        program, way, pace = weave(self.outline, batch.tokens, cuts), costs.wires[wire], costs.pace
+        program, wire = wiring.on(weave(self.outline, batch.tokens, cuts)), wiring.usual
+        way, pace = costs.wires[wire], costs.pace
         structure = structure_of(program.form, way.fused)
         each: list[Taken] = []
         for work, chunk in structure.works:
@@ -99,9 +108,43 @@ class Search:
         laid = lay_out(structure, each, between, ROUNDS)
         return _LaidPass(pace.begin.at(batch.tokens), laid)
 
-    def best(self, batch: Batch, costs: Costs, wire: str) -> Judged:
-        """The strategy that is predicted to be fastest; serial where little is gained."""
-        return _Searching(self, batch, costs, wire).best()
+    def best(self, batch: Batch, costs: Costs, wires: Sequence[str]) -> Judged:
+        """The strategy that is predicted to be fastest, on the most exact of these wires on which it is; serial where
+        little is gained."""
+        least = _Searching(self, batch, costs, wires[-1]).best()
+        if len(wires) > 1:
+            exact = _Searching(self, batch, costs, wires[0]).best()
+            if exact.lanes.seconds * (1 - WORTH) <= least.lanes.seconds:
+                return exact._replace(serial=least.serial)
+        return self._as_exact_as_hides(least, batch, costs, wires)
+
+    def _as_exact_as_hides(self, least: Judged, batch: Batch, costs: Costs, wires: Sequence[str]) -> Judged:
+        """The same strategy with each sum on the most exact wire on which the pass takes hardly longer, also should the
+        network be slower than it is said to be. `least`: with all sums on the last of the wires."""
+        if len(wires) == 1:
+            return least
+        cuts, careful = place(least.strategy, batch, self.granule), costs.scaled(1.0, 1 + MARGIN)
+        known = {wire: _Known() for wire in wires}  # by the usual one
+
+        def seconds(wiring: Wiring) -> float:
+            return self.laid_out(batch, cuts, careful, wiring, known[wiring.usual]).seconds
+
+        base, limit = least.wiring.usual, seconds(least.wiring) * (1 + SIMPLER)
+        for wire in wires[:-1]:  # all of them alike, first: most of the way at once
+            if seconds(Wiring(wire)) <= limit:
+                base = wire
+                break
+        others, exposed = dict[Sum, str](), dict[Sum, float]()
+        for each in sums_of(weave(self.outline, batch.tokens, cuts).form):
+            for wire in wires[: wires.index(base)]:
+                longer = seconds(Wiring(base, {**others, each: wire})) - limit
+                if longer <= 0:
+                    others[each] = wire
+                    break
+                exposed[each] = longer
+        wiring = Wiring(base, others)
+        lanes = self.estimate(batch, cuts, costs, wiring)
+        return Judged(least.strategy, lanes, least.serial, wiring, {e: s for e, s in exposed.items() if e not in others})
 
 
 class _TooLongError(Exception):
@@ -120,7 +163,7 @@ class _Searching:
     """One search: candidates and what they are predicted to take."""
 
     def __init__(self, search: Search, batch: Batch, costs: Costs, wire: str) -> None:
-        self.search, self.batch, self.costs, self.wire = search, batch, costs, wire
+        self.search, self.batch, self.costs, self.wiring = search, batch, costs, Wiring(wire)
         self.tried: dict[Cuts, _Tried] = {}
         self.known: _Known = {}
         self.fewest = INFINITE  # seconds so far
@@ -139,14 +182,14 @@ class _Searching:
                 if tried.seconds + self._risk(cuts) < (1 - WORTH) * serial.seconds
             ]
             judged = min(safe)[2] if safe else serial
-        return Judged(judged.strategy, judged.laid.estimate, alone)
+        return Judged(judged.strategy, judged.laid.estimate, alone, self.wiring)
 
     def _risk(self, cuts: Cuts) -> float:
         """Seconds that a plan may take longer than predicted for the collectives that it has more than serial."""
         layer = [stage for stage in self.search.outline.layer if stage.collective is Kind.REDUCE]
         sums = sum(len(cuts.ordered if stage.ordered else cuts.others) + 1 for stage in layer)
         a_layer = sums * cuts.tiles * (2 if cuts.scattered else 1)
-        fixed = self.costs.wires[self.wire].fixed + self.costs.contention.fixed
+        fixed = self.costs.wires[self.wiring.usual].fixed + self.costs.contention.fixed
         return UNSURE * (a_layer - len(layer)) * self.search.outline.layers * fixed
 
     def _try(self, strategy: Strategy) -> float:
@@ -162,7 +205,7 @@ class _Searching:
         return self.tried[cuts].seconds
 
     def _judge(self, strategy: Strategy, cuts: Cuts) -> _Tried:
-        laid = self.search.laid_out(self.batch, cuts, self.costs, self.wire, self.known, self.fewest)
+        laid = self.search.laid_out(self.batch, cuts, self.costs, self.wiring, self.known, self.fewest)
         self.tried[cuts] = _Tried(laid.seconds, strategy, laid)
         self.fewest = min(self.fewest, laid.seconds)
         return self.tried[cuts]

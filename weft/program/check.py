@@ -17,14 +17,13 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from weft.config import WIRES
 from weft.program.batch import Batch, Rows, Segment
 from weft.program.divided import demand_ranks, demand_whole, representatives
 from weft.program.progress import Arrival, Progress, covered, once
-from weft.program.stages import ALGORITHMS, COLLECTIVES, COMPUTE, Kind, Outline, Stage
+from weft.program.stages import ALGORITHMS, COLLECTIVES, COMPUTE, ROWS_TRAVEL, Kind, Outline, Stage
 from weft.program.steps import Block, Form, Issued, Program, ProgramError
+from weft.wires import WIRES
 
-ROWS_TRAVEL = COLLECTIVES - {Kind.GATHER}
 PROVEN = 256  # of which it is remembered
 
 

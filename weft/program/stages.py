@@ -35,8 +35,9 @@ class Kind(StrEnum):
         return NETWORK if self in COLLECTIVES else COMPUTE
 
 
-SUMS = frozenset({Kind.REDUCE, Kind.REDUCE_SCATTER})
 COLLECTIVES = frozenset({Kind.REDUCE, Kind.REDUCE_SCATTER, Kind.ALL_GATHER, Kind.GATHER, Kind.SEND})
+ROWS_TRAVEL = COLLECTIVES - {Kind.GATHER}
+SUMS = frozenset({Kind.REDUCE, Kind.REDUCE_SCATTER})
 
 
 @dataclass(frozen=True)

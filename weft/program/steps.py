@@ -176,14 +176,14 @@ class Program:
         """Of each chunk."""
         return tuple([Rows(self.offsets[first], self.offsets[last]) for first, last in self.form.chunks])
 
-    def by(self, choose: Callable[[Step], str]) -> Program:
-        """The same, with each sum by the algorithm that is chosen for it."""
-
-        def chosen(step: Step) -> Step:
-            return step._replace(algorithm=choose(step)) if step.kind is Kind.REDUCE else step
-
-        blocks = (replace(block, steps=tuple(map(chosen, block.steps))) for block in self.form.blocks)
+    def by(self, change: Callable[[Step], Step]) -> Program:
+        """The same, with each step as it is changed, which is not in its place."""
+        blocks = (replace(block, steps=tuple(map(change, block.steps))) for block in self.form.blocks)
         return replace(self, form=replace(self.form, blocks=tuple(blocks)))
+
+    def summed_by(self, choose: Callable[[Step], str]) -> Program:
+        """The same, with each sum by the algorithm that is chosen for it."""
+        return self.by(lambda step: step._replace(algorithm=choose(step)) if step.kind is Kind.REDUCE else step)
 
     def __len__(self) -> int:
         return len(self.form)

@@ -63,6 +63,9 @@ class Table:
         return (*sizes, 2 * sizes[-1])
 
 
+NOTHING = Table((1.0,), (0.0,))
+
+
 @dataclass(frozen=True)
 class ComputeCosts:
     """One rank's computation, in seconds.
@@ -138,6 +141,7 @@ class WireCosts:
     `sums`: by algorithm, see parallel/allreduce.py; up to `limit` bytes one counts as small. `hop`: one message from
     each rank to each other, as reduce-scatter, all-gather and the logits' gather need it. `element`: bytes of one
     number on the wire. `fused`: the sum takes the norm that follows it along, so that the next body goes without.
+    `codec`: of the compute lane's processor, that a collective takes beyond what its bytes do (see `Contention`).
     """
 
     sums: dict[str, Table]
@@ -145,6 +149,7 @@ class WireCosts:
     hop: Table
     element: float
     fused: bool = False
+    codec: Table = NOTHING
 
     def table(self, kind: Kind, size: float, algorithm: str = "") -> Table:
         """The one that holds for a collective on `size` bytes, by an algorithm or by the cheapest one."""
@@ -173,6 +178,10 @@ class WireCosts:
         sums = {algorithm: table.scaled(factor) for algorithm, table in self.sums.items()}
         return replace(self, sums=sums, hop=self.hop.scaled(factor))
 
+    def coded(self, codec: Table) -> WireCosts:
+        """The same, where coding takes so much of the compute lane's processor."""
+        return replace(self, codec=codec)
+
 
 @dataclass(frozen=True)
 class Contention:
@@ -196,7 +205,7 @@ class Contention:
     def taken(self, wire: WireCosts, size: float, seconds: float) -> float:
         """Seconds of the compute lane that a collective of `size` bytes takes away, if it is hidden whole."""
         own = self.small if size <= wire.limit else self.fixed + self.per_byte * size
-        return own + self.part * seconds
+        return own + wire.codec.at(size) + self.part * seconds
 
 
 SHARED = Contention(part=0.5)

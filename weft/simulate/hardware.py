@@ -18,14 +18,13 @@ from typing import Any
 import msgspec
 
 from weft.errors import InputError
-from weft.parallel.sizes import LIKELIEST_BYTES
+from weft.parallel.sizes import LIKELIEST_BYTES, NUMBER_BYTES, row_bytes
 from weft.simulate.cost import ComputeCosts, Contention, Costs, Table, WireCosts
 
 PACKAGED = Path(__file__).with_name("catalogue.toml")
 SMALL_SUM = 64 * 1024  # bytes up to which a sum is small
 HIGHEST = 1e6  # rows or bytes at which tables end; they go on straight
-# Bytes of a number; None: those of the computation. Integers come in groups of 128 with a scale of four bytes.
-WIRES: dict[str, float | None] = {"exact": None, "bf16": 2.0, "int8": 1 + 4 / 128, "int4": 0.5 + 4 / 128}
+_DTYPES = {size: dtype for dtype, size in NUMBER_BYTES.items()}
 
 
 class Assumed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -225,15 +224,15 @@ class Shard:
 
 
 def costs_of(group: Hardware, shards: Sequence[Shard], wires: Sequence[str]) -> Costs:
-    """What steps cost on this hardware. Wires are those of WIRES."""
-    itemsize = group.devices[0].itemsize
+    """What steps cost on this hardware. Raises KeyError for a wire that is not known."""
+    dtype, hidden = _DTYPES[group.devices[0].itemsize], shards[0].hidden
     ranks = tuple(_rank(group, device, shard) for device, shard in zip(group.devices, shards, strict=True))
     same = len({(d, s) for d, s in zip(group.devices, shards, strict=True)}) == 1
     device = group.devices[0]
     part = group.source.assumption(device, "share") / max(1, device.cores)
     return Costs(
-        ranks[:1] if same else ranks, {name: _wire(group, WIRES[name] or itemsize) for name in wires},
-        Contention(part=part), shards[0].hidden, LIKELIEST_BYTES, group.world,
+        ranks[:1] if same else ranks, {name: _wire(group, row_bytes(name, dtype, hidden) / hidden) for name in wires},
+        Contention(part=part), hidden, LIKELIEST_BYTES, group.world,
     )  # fmt: skip
 
 

@@ -1,0 +1,50 @@
+"""Which wire each of a program's sums travels on.
+
+A sum has the same one in all layers, but for the last layer's of wanted rows alone: they are few, and no later sum makes
+up for what they lack, so they don't go below LAST. Knows programs and wires by name; knows nothing of costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from weft.program.stages import ROWS_TRAVEL
+from weft.program.steps import Form, Program, Step
+from weft.wires import WIRES
+
+LAST = "int8"
+Sum = tuple[str, int]  # the part that it is of, and the number of its chunk
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """`usual`: of all sums but those in `others`."""
+
+    usual: str
+    others: Mapping[Sum, str] = field(default_factory=dict)
+
+    def of(self, step: Step) -> str:
+        """The wire of a collective."""
+        wire = self.others.get((step.part, step.chunk), self.usual)
+        return LAST if step.wanted and WIRES.index(wire) > WIRES.index(LAST) else wire
+
+    def on(self, program: Program) -> Program:
+        """The same program, travelling so."""
+
+        def wired(step: Step) -> Step:
+            wire = self.of(step) if travels(step) else self.usual
+            return step._replace(wire=wire) if wire != self.usual else step
+
+        return program if not self.others and self.usual != WIRES[-1] else program.by(wired)
+
+
+def travels(step: Step) -> bool:
+    """Whether a wire makes a difference to it."""
+    return step.kind in ROWS_TRAVEL
+
+
+def sums_of(form: Form) -> list[Sum]:
+    """Those of a form, in the order in which they are issued first."""
+    steps = (step for block in form.blocks for step in block.steps if travels(step))
+    return list(dict.fromkeys((step.part, step.chunk) for step in steps))
