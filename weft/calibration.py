@@ -17,6 +17,7 @@ from weft.program.batch import Batch
 from weft.program.steps import Program
 from weft.program.strategy import GRANULE, Strategy
 from weft.simulate.cost import Costs
+from weft.wires import needed
 
 COSTS = 6  # counts what of them was given another meaning
 
@@ -29,7 +30,7 @@ def key_of(model: ModelConfig, config: EngineConfig, link: str) -> dict[str, str
     return {
         "weft": f"{version('weft')}, costs {COSTS}",
         "model": f"{model.model_type} {'x'.join(map(str, shape))} {config.dtype}",
-        "ranks": ",".join(f"{share:g}" for share in config.shares), "wire": config.wire,
+        "ranks": ",".join(f"{share:g}" for share in config.shares), "wires": ",".join(needed(config.wire)),
         "link": f"{link}, {config.transport}, {config.link}",
         "device": f"{processor_name()}, {threads}" + (", pinned" if config.cores else ""),
         "kernels": "reproducible" if config.reproducible else "fastest",

@@ -209,7 +209,7 @@ class Comparing:
         title = f"{variant.overlap}, wire {variant.wire}"
         predicted = planner.predict(plan, self._batch, title) if plan.predicted else None
         return Measured(
-            overlap=variant.overlap, wire=variant.wire, like=wire, plan=plan.describe(), why=plan.why(),
+            overlap=variant.overlap, wire=variant.wire, like=wire, plan=plan.describe(), why=list(plan.why),
             times_exact=median(times_exact) if times_exact else None,
             seconds=[r.seconds[variant] for r in rounds], compute_alone=median(r.compute_alone for r in rounds),
             network_alone=median(r.network_alone[wire] for r in rounds), bound=median(r.bound(wire) for r in rounds),

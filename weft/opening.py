@@ -19,6 +19,7 @@ from weft.launch.launcher import Launcher
 from weft.launch.namespaces import NamespaceLauncher
 from weft.links import NO_LINK, Link
 from weft.program.strategy import AUTO
+from weft.quality import within_limits
 from weft.text import generation_defaults
 from weft.workers import Progress
 from weft.yardstick import best_of, counts, judged
@@ -49,6 +50,7 @@ def open_engine(
         launcher = NamespaceLauncher()
     directory = locate(model)
     model_config = ModelConfig.from_directory(directory)
+    wire, left_out = within_limits(directory, wire)
     resolve = partial(
         EngineConfig.resolve, model_config, overlap=overlap, wire=wire, transport=transport, link=link,
         check_content=check_content, reproducible=reproducible, dtype=dtype, max_length=max_length,
@@ -63,7 +65,7 @@ def open_engine(
         given = tuple(shares) if shares and not isinstance(shares, str) else None
         config = resolve(ranks=ranks, shares=given, threads=threads)
     engine = Engine(directory, config, model_config, launcher, progress, recalibrate, share_by_speed=shares == AUTO)
-    engine.notices += [notice for notice in (line or judged(engine),) if notice]
+    engine.notices += [notice for notice in (line or judged(engine), *left_out) if notice]
     engine.notices += _proposed(directory)[1]
     return engine
 

@@ -31,7 +31,7 @@ from weft.program.strategy import AUTO
 from weft.restarts import Restarts
 from weft.simulate.cost import Costs
 from weft.timeline.timeline import median
-from weft.wires import needed
+from weft.wires import allowed, chosen_by_cost, needed
 
 Progress = Callable[[str, float], None]  # what goes on, and the share of it that is done
 Probe = Callable[[Batch, list[int], Plan, RunOptions], RunResult]  # runs a batch of new prompts
@@ -142,7 +142,9 @@ class Workers:
         try:
             costs = self.calibrate(self.probe, needed(self.config.wire), lambda share: tell("measuring costs", share))
         except TooSlow as error:
-            return [f"the ranks' link is too slow to measure what steps cost ({error}): auto is serial"]
+            chosen = chosen_by_cost(self.config.wire)
+            travel = f", and all sums travel as {allowed(self.config.wire)[-1]}" if chosen else ""
+            return [f"the ranks' link is too slow to measure what steps cost ({error}): auto is serial{travel}"]
         planner.learn(costs)
         return [] if by_chance else list(filter(None, [why, keep(key, costs, time.monotonic() - begin)]))
 

@@ -11,6 +11,7 @@ from tests.outlines import decoder_outline
 from tests.simulate.costs import RANK, costs
 from weft.plan.planner import Planner
 from weft.plan.search import Search
+from weft.plan.wiring import Wiring
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.build import build
 from weft.program.stages import COMPUTE
@@ -33,7 +34,7 @@ BATCHES = {
 def test_three_layers_tell_of_all(strategy: str, times: float) -> None:
     """What the search judges by is what the simulator says of the whole program."""
     batch, known = one_prompt(1000), costs(times, contention=Contention(fixed=5e-4, turn=2e-4, burst=1e5))
-    estimate = Search(OUTLINE).estimate(batch, place(Strategy.parse(strategy), batch), known, "exact")
+    estimate = Search(OUTLINE).estimate(batch, place(Strategy.parse(strategy), batch), known, Wiring("exact"))
     whole = simulate(build(Strategy.parse(strategy), OUTLINE, batch), batch, known, "exact")
     assert estimate.seconds == pytest.approx(whole.seconds + known.pace.begin.at(1000), rel=0.01)
     assert estimate.compute == pytest.approx(whole.busy(0, COMPUTE) + known.pace.begin.at(1000), rel=0.02)
@@ -65,9 +66,9 @@ def test_what_is_not_laid_out_would_not_have_been_chosen(
     way = base.wires["exact"]
     slow = replace(way, sums={"exchange": Table.line(fixed, way.per_byte)})
     known, search = replace(base, wires={"exact": slow}), Search(OUTLINE)
-    pruned = search.best(one_prompt(tokens), known, "exact")
+    pruned = search.best(one_prompt(tokens), known, ("exact",))
     monkeypatch.setattr(Structure, "bound", lambda structure, costs, credit: 0.0)
-    assert pruned.lanes.seconds <= 1.01 * search.best(one_prompt(tokens), known, "exact").lanes.seconds
+    assert pruned.lanes.seconds <= 1.01 * search.best(one_prompt(tokens), known, ("exact",)).lanes.seconds
 
 
 def test_serial_where_nothing_is_gained() -> None:

@@ -85,6 +85,7 @@ class Quantised:
         scales = self._scales(most, least)
         inverse = scales.reciprocal().masked_fill_(scales == 0, 0.0)
         codes = torch.mul(groups, inverse[..., None]).round_().view(rows, layout.padded)
+        encoded[:, -1].zero_()  # a row may end with a byte that holds nothing
         views.scales.copy_(scales)
         columns = places + _steps_to(layout.apart, GROUP_SET)
         codes.scatter_(1, columns, 0.0)
@@ -164,7 +165,8 @@ class Quantised:
         marked = (bits & _NO_NUMBER) == _NO_NUMBER
         told, coded = bits[marked], codes[marked].float()
         exponent = ((told & 0x7F) | torch.where(told < 0, 0x80, 0)) - 127
-        values = coded * torch.exp2(exponent.float())[:, None]
+        greatest = torch.finfo(torch.float32).max
+        values = (coded * torch.exp2(exponent.float())[:, None]).clamp(-greatest, greatest)
         values = values.masked_fill(coded == most, float("inf")).masked_fill(coded == -most, float("-inf"))
         numbers[marked] = values.masked_fill(coded == -most - 1, float("nan"))
 
@@ -174,14 +176,14 @@ def _set_apart(groups: Tensor, most: Tensor, least: Tensor, apart: int) -> Tenso
     in the set [T, k]."""
     rows, count, size = groups.shape
     largest, of_set = torch.maximum(most, -least), GROUP_SET // size
-    group = _argmax(pad(largest, (0, apart * of_set - count)).view(rows, apart, of_set))
-    columns = group + _steps_to(apart, of_set)
+    of_sets = pad(largest, (0, apart * of_set - count)).view(rows, apart, of_set)
+    columns = (_argmax(of_sets) + _steps_to(apart, of_set)).clamp_(max=count - 1)  # where all are zero, what was padded
     picked = groups.reshape(-1, size).index_select(0, (columns + _steps_to(rows, count)[:, None]).view(-1))
     place = _argmax(picked)
     picked.scatter_(1, place[:, None], 0.0)
     most.scatter_(1, columns, picked.amax(1).view(rows, apart))
     least.scatter_(1, columns, picked.amin(1).view(rows, apart))
-    return group * size + place.view(rows, apart)
+    return columns * size + place.view(rows, apart) - _steps_to(apart, GROUP_SET)
 
 
 def _argmax(values: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ before they are used and kept by the batch's shape.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from weft.plan.drift import Drift, Factors
 from weft.plan.search import Estimate, Search
-from weft.plan.wiring import Sum, Wiring, sums_of, travels
+from weft.plan.wiring import Wiring, reasons, sums_of, travels
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.build import build
 from weft.program.check import check
@@ -59,13 +59,13 @@ class Prediction:
 @dataclass(frozen=True)
 class Plan:
     """What was chosen for one batch, and what that is predicted to take, where costs are known. `wire`: of all sums whose
-    steps name no other; `exposed`: see `search.Judged`."""
+    steps name no other; `why`: of what travels on less exact wires than it might, a line for each wire."""
 
     strategy: Strategy
     program: Program
     wire: str
     predicted: Prediction | None = None
-    exposed: Mapping[Sum, float] = field(default_factory=dict)
+    why: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """One line: strategy, chunks of each part, steps, wires."""
@@ -81,18 +81,6 @@ class Plan:
             for wire in {step.wire for step in steps if (step.part, step.chunk, step.wanted) == (part, chunk, False)}:
                 by_wire.setdefault(wire, []).append(f"{part} {self.program.rows[chunk]}")
         return " · ".join([f"wire {self.wire}", *(f"{wire}: {', '.join(sums)}" for wire, sums in by_wire.items())])
-
-    def why(self) -> list[str]:
-        """A line for each sum that could have travelled on a more exact wire, which says what that would have cost."""
-        return [
-            f"{part} {self.program.rows[chunk]} travels as {self._wire_of(part, chunk)}: exposed for "
-            f"{seconds * 1e3:.1f} ms longer on the next more exact wire"
-            for (part, chunk), seconds in self.exposed.items()
-        ]  # fmt: skip
-
-    def _wire_of(self, part: str, chunk: int) -> str:
-        steps = (step for block in self.program.form.blocks for step in block.steps if travels(step))
-        return next((s.wire for s in steps if (s.part, s.chunk) == (part, chunk) and s.wire), self.wire)
 
     def _rows(self, part: str) -> str:
         """The first layer's chunks, and the tiles of its tails if there are any."""
@@ -203,7 +191,8 @@ class Planner:
         program, usual = build(judged.strategy, self.outline, batch, self.granule), judged.wiring.usual
         program = self._by_cost(judged.wiring.on(program), batch, costs, usual)
         check(program, self.outline, batch)
-        return Plan(judged.strategy, program, usual, predicted, judged.exposed)
+        why = reasons(judged.wiring, judged.exposed, self.wires, program)
+        return Plan(judged.strategy, program, usual, predicted, why)
 
     @property
     def knows_costs(self) -> bool:

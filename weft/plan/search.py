@@ -143,8 +143,7 @@ class Search:
                     break
                 exposed[each] = longer
         wiring = Wiring(base, others)
-        lanes = self.estimate(batch, cuts, costs, wiring)
-        return Judged(least.strategy, lanes, least.serial, wiring, {e: s for e, s in exposed.items() if e not in others})
+        return Judged(least.strategy, self.estimate(batch, cuts, costs, wiring), least.serial, wiring, exposed)
 
 
 class _TooLongError(Exception):

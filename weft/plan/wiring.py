@@ -6,7 +6,7 @@ up for what they lack, so they don't go below LAST. Knows programs and wires by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from weft.program.stages import ROWS_TRAVEL
@@ -37,6 +37,24 @@ class Wiring:
             return step._replace(wire=wire) if wire != self.usual else step
 
         return program if not self.others and self.usual != WIRES[-1] else program.by(wired)
+
+
+def reasons(wiring: Wiring, exposed: Mapping[Sum, float], wires: Sequence[str], program: Program) -> tuple[str, ...]:
+    """Why sums don't travel on more exact ones of these wires: a line for each wire. `exposed`: seconds that the pass
+    would take longer with that one of the sums on the next more exact one."""
+    by_wire: dict[str, list[Sum]] = {}
+    for each in exposed:
+        by_wire.setdefault(wiring.others.get(each, wiring.usual), []).append(each)
+    lines = []
+    for wire, sums in by_wire.items():
+        of_all = len(sums) == len(sums_of(program.form))
+        named = "all sums" if of_all else ", ".join(f"{part} {program.rows[chunk]}" for part, chunk in sums)
+        least, most = (f"{1e3 * pick(exposed[each] for each in sums):.1f}" for pick in (min, max))
+        milliseconds = least if least == most else f"{least} to {most}"
+        lines.append(
+            f"{named} as {wire}: on {wires[wires.index(wire) - 1]} each would be exposed, for {milliseconds} ms a prompt"
+        )
+    return tuple(lines)
 
 
 def travels(step: Step) -> bool:

@@ -1,0 +1,95 @@
+"""`weft bench quality`: what each wire does to the answers of the user's own model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from weft.bench.quality import TEXT, measure
+from weft.cli.options import words
+from weft.cli.terminal import bar
+from weft.config import positive
+from weft.errors import InputError
+from weft.hub import locate
+from weft.quality import Measured, Quality
+from weft.timeline.files import demand_writable, write
+from weft.wires import WIRES
+
+HELP = """Measure what each wire does to the answers of MODEL, against exact sums, on a text.
+
+The same windows of the text run on exact and on every other wire, and each position is compared: perplexity, the
+Kullback-Leibler divergence of the distributions of the next token, and how often the likeliest token is the same.
+What was found is kept: --wire auto:int8 and auto:int4 leave out a wire that exceeds its limit for the model.
+
+Examples:
+
+  weft bench quality
+
+  weft bench quality ./llama --tokens 32768 --wire int8,int4 --tp 2 --json quality.json
+
+  weft bench quality Qwen/Qwen3-0.6B --text my-text.txt
+"""
+
+
+def quality(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
+    wire: Annotated[str, typer.Option(help="Wires: bf16, int8, int4.")] = "bf16,int8,int4",
+    tokens: Annotated[int, typer.Option(help="Tokens of the text.")] = 16384,
+    text: Annotated[Path, typer.Option(help="Another text, UTF-8.", show_default=False)] = TEXT,
+    tp: Annotated[int, typer.Option("--tp", help="Number of ranks, 2 or more.")] = 2,
+    threads: Annotated[int | None, typer.Option(help="Threads of each rank; default: cores / ranks.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+) -> None:
+    """See HELP."""
+    wires = words(wire, "--wire")
+    for each in wires:
+        if each not in WIRES:
+            raise InputError(f"--wire {each!r} is not a wire; allowed: {', '.join(WIRES)}")
+    positive(tokens, "--tokens")
+    if tp < 2:
+        raise InputError(f"--tp {tp}: one rank sends nothing; give 2 or more")
+    if json_file is not None:
+        demand_writable(json_file, "--json")
+    directory = locate(model)
+    with bar(Console(stderr=True)) as progress:
+        task = progress.add_task("scoring the text", total=1.0)
+        measured = measure(
+            directory, wires, tp, tokens, text, threads, lambda share: progress.update(task, completed=share)
+        )
+    _show(measured)
+    if json_file is not None:
+        write(json_file, msgspec.json.format(msgspec.json.encode(measured), indent=1).decode() + "\n")
+
+
+def _show(measured: Measured) -> None:
+    table = Table(
+        box=SIMPLE_HEAD, title=f"{measured.text}, {measured.tokens} tokens, {measured.ranks} ranks", title_justify="left"
+    )
+    names = ("wire", "bytes", "perplexity", "above exact", "±", "limit", "divergence", "99%", "same token", "")
+    for number, name in enumerate(names):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for each in measured.wires:
+        table.add_row(*_cells(each), style="red" if each.exceeds else "")
+    console = Console(width=max(Console().width, 110))
+    console.print(table)
+    console.print(
+        "bytes: of a number; ±: standard error; divergence: Kullback-Leibler from exact, nats a token, in the mean and "
+        "at the 99th percentile",
+        style="dim",
+    )
+
+
+def _cells(each: Quality) -> tuple[str, ...]:
+    first = each.wire, f"{each.bytes:.3f}", f"{each.perplexity:.3f}"
+    if each.limit is None:
+        return (*first, "", "", "", "", "", "", "")
+    return (
+        *first, f"{each.above:+.3%}", f"{each.unsure:.3%}", f"{each.limit:.1%}", f"{each.divergence:.5f}",
+        f"{each.divergence_99:.4f}", f"{each.agreement:.2%}", "too much" if each.exceeds else "ok",
+    )  # fmt: skip
