@@ -31,10 +31,11 @@ from typing import Any
 import httpx2
 import psutil
 
+from weft.launch.keys import key_of
 from weft.launch.namespaces import NamespaceLauncher
 
 WEFT = (sys.executable, "-m", "weft.cli.main")
-TOKEN, PORT, JOIN = "between-us", 8000, 7000
+SECRET, PORT, JOIN = "a secret between us", 8000, 7000
 AWAY = 7.0  # seconds that a cable is out: longer than silence is forgiven
 PATIENCE = 60.0  # seconds until all is well again
 ASKED = {"prompt": "The for statement is used to", "max_tokens": 24, "temperature": 0, "ignore_eos": True}
@@ -58,9 +59,10 @@ class Machines:
 
     def _start(self, place: int, *arguments: str) -> subprocess.Popen[bytes]:
         command = [*self.network.prefix(place), *WEFT, *arguments]
+        token = key_of(SECRET).token if place else SECRET
         return subprocess.Popen(
             command, stdout=self._said, stderr=self._said, stdin=subprocess.DEVNULL,
-            env=os.environ | {"WEFT_TOKEN": TOKEN, "COLUMNS": "200"},
+            env=os.environ | {"WEFT_TOKEN": token, "COLUMNS": "200"},
         )  # fmt: skip
 
     def join(self) -> subprocess.Popen[bytes]:

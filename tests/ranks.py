@@ -32,6 +32,7 @@ from weft.parallel.gloo import Gloo
 from weft.parallel.group import Group
 from weft.parallel.handshake import new_key, pair_key
 from weft.parallel.mesh import Mesh
+from weft.parallel.tls import Identity
 from weft.parallel.transport import Transport
 from weft.program.batch import Batch, Segment
 from weft.program.build import build
@@ -73,12 +74,15 @@ class Threads:
             queue.put(None)
 
 
-def meshes(threads: Threads, memory: bool = True, address: str = "127.0.0.1") -> list[Mesh]:
-    """One a thread, joined; `memory`: ranks share theirs, else they talk over TCP."""
+def meshes(threads: Threads, memory: bool = True, address: str = "127.0.0.1", secured: bool = False) -> list[Mesh]:
+    """One a thread, joined; `memory`: ranks share theirs, else they talk over TCP, `secured` by TLS."""
     world, group = len(threads.queues), new_key()
-    made = [Mesh(address) for _ in range(world)]
+    own = [Identity() if secured else None for _ in range(world)]
+    made = [Mesh(address, identity=identity) for identity in own]
     places = [mesh.place if memory else mesh.place._replace(name="") for mesh in made]
-    threads.each(lambda r: made[r].join(r, places, [pair_key(group, r, other) for other in range(world)]))
+    shown = [identity.certificate if identity else b"" for identity in own]
+    keys = [[pair_key(group, rank, other) for other in range(world)] for rank in range(world)]
+    threads.each(lambda r: made[r].join(r, places, keys[r], certificates=shown))
     return made
 
 
@@ -91,7 +95,7 @@ def grouped(world: int, way: str = "shm") -> Iterator[tuple[Threads, list[Group]
             store = dist.HashStore()
             transports += [Gloo(rank, store) for rank in range(world)]
         else:
-            transports += [Direct(mesh) for mesh in meshes(threads, way == "shm")]
+            transports += [Direct(mesh) for mesh in meshes(threads, way == "shm", secured=way == "tls")]
         yield threads, threads.each(lambda rank: Group(transports[rank], range(world)))
     finally:
         for transport in transports:

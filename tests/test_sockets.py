@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from tests.processes import Command, free_port
+from weft.launch.keys import key_of
 from weft.parallel.gloo import host_store, join_store
 
 
@@ -45,11 +46,11 @@ def test_ranks_of_one_machine_meet_on_loopback(packaged: Path, ranks: int) -> No
 
 def test_machines_that_join_meet_at_the_address_that_was_given(packaged: Path) -> None:
     address, hub, port = own_address(), free_port(), free_port()
-    token = {"WEFT_TOKEN": "between-us"}
+    secret = "a secret between us"
     serve = "--tp", "2", "--threads", "1", "--overlap", "serial", "--port", str(port)
     with (
-        Command("worker", "--join", f"{address}:{hub}", **token) as machine,
-        Command("serve", *serve, "--join-address", f"{address}:{hub}", **token) as server,
+        Command("worker", "--join", f"{address}:{hub}", WEFT_TOKEN=key_of(secret).token) as machine,
+        Command("serve", *serve, "--join-address", f"{address}:{hub}", WEFT_TOKEN=secret) as server,
     ):
         server.until("for OpenAI's clients", 120)
         for process in (server, machine):

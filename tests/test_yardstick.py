@@ -151,7 +151,7 @@ def test_a_multiple_of_the_balance_is_found(packaged: Path) -> None:
 def test_links_that_can_not_be_kept(packaged: Path) -> None:
     with pytest.raises(InputError, match="leave out --transport gloo"):
         LLM(packaged, tensor_parallel_size=2, link="1x", transport="gloo")
-    launcher = JoinedLauncher(f"127.0.0.1:{free_port()}", 1, "token", lambda line: None)
+    launcher = JoinedLauncher(f"127.0.0.1:{free_port()}", 1, None, lambda line: None)
     with closing(launcher), pytest.raises(InputError, match="for ranks of this machine"):
         LLM(packaged, tensor_parallel_size=2, link="1x", launcher=launcher)
 

@@ -222,7 +222,7 @@ def _max_length(fields: dict[str, Any]) -> int:
     return length
 
 
-TRANSPORTS = ("auto", "shm", "tcp", "gloo")
+TRANSPORTS = ("auto", "shm", "tcp", "tls", "gloo")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -234,7 +234,8 @@ class EngineConfig:
     seconds between tokens that prompts should leave to whoever is answered meanwhile; None: throughput is all that
     counts. `shares`: relative sizes of the ranks' parts, one number a rank. `cores`: those that the
     ranks are pinned to, `threads` each in turn; None leaves it to the system. `transport`: of messages between ranks;
-    auto is shared memory on one machine and TCP between machines. `link`: over which they seem to travel.
+    auto is shared memory on one machine and TCP between machines, encrypted there but for `plain_data`; tls is TCP,
+    encrypted anywhere. `link`: over which they seem to travel.
     `check_content`: other machines' weights are compared whole, not by their headers alone.
     """
 
@@ -244,6 +245,7 @@ class EngineConfig:
     wire: str = "exact"
     transport: str = "auto"
     link: Link = NO_LINK
+    plain_data: bool = False
     check_content: bool = False
     reproducible: bool = False
     threads: int = 1
@@ -264,11 +266,10 @@ class EngineConfig:
     @classmethod
     def resolve(
         cls, model: ModelConfig, *, ranks: int = 1, shares: tuple[float, ...] | None = None, overlap: str = "auto",
-        wire: str = "exact", transport: str = "auto", link: Link = NO_LINK, check_content: bool = False,
-        reproducible: bool = False, threads: int | None = None, device: str = "cpu", dtype: str = "float32",
-        max_length: int | None = None,
-        max_sequences: int = 16, max_batch_tokens: int = 8192, prefixes: int = 16,
-        token_interval: float | None = None, cores: tuple[int, ...] | None = None,
+        wire: str = "exact", transport: str = "auto", link: Link = NO_LINK, plain_data: bool = False,
+        check_content: bool = False, reproducible: bool = False, threads: int | None = None, device: str = "cpu",
+        dtype: str = "float32", max_length: int | None = None, max_sequences: int = 16, max_batch_tokens: int = 8192,
+        prefixes: int = 16, token_interval: float | None = None, cores: tuple[int, ...] | None = None,
     ) -> EngineConfig:  # fmt: skip
         """Fills in what was left open; raises `InputError` for values that are not allowed."""
         positive(ranks, "--tp")
@@ -278,13 +279,7 @@ class EngineConfig:
         if not all(0 < share < float("inf") for share in shares):
             raise InputError(f"--shares {','.join(map(str, shares))}: every share must be a number above 0")
         allowed(wire)
-        one_of(transport, "--transport", TRANSPORTS)
-        if link.shaped and transport == "shm":
-            raise InputError(f"--link {link}: ranks are as on several machines there; leave out --transport shm")
-        if link.paced and transport not in ("auto", "tcp"):
-            raise InputError(
-                f"--link {link} is kept by weft's own transport over TCP; leave out --transport {transport}"
-            )
+        _demand_way(transport, link, plain_data)
         one_of(dtype, "--dtype", DTYPES)
         positive(max_sequences, "max_num_seqs")
         positive(max_batch_tokens, "max_num_batched_tokens")
@@ -298,8 +293,8 @@ class EngineConfig:
         if cores is not None and len(cores) < ranks * threads:
             raise InputError(f"{ranks} ranks of {threads} threads need {ranks * threads} cores, not {len(cores)}")
         return cls(
-            ranks, shares, overlap, wire, transport, link, check_content, reproducible, threads, device, dtype,
-            max_length or model.max_length, max_sequences, max_batch_tokens, prefixes,
+            ranks, shares, overlap, wire, transport, link, plain_data, check_content, reproducible, threads, device,
+            dtype, max_length or model.max_length, max_sequences, max_batch_tokens, prefixes,
             token_interval, cores,
         )  # fmt: skip
 
@@ -308,6 +303,17 @@ def positive(value: int | None, name: str) -> None:
     """Raises `InputError` unless `value` is None or a whole number from 1."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise InputError(f"{name} {value!r} is not allowed; give a whole number from 1")
+
+
+def _demand_way(transport: str, link: Link, plain_data: bool) -> None:
+    """Raises `InputError` for messages that can't travel so."""
+    one_of(transport, "--transport", TRANSPORTS)
+    if link.shaped and transport == "shm":
+        raise InputError(f"--link {link}: ranks are as on several machines there; leave out --transport shm")
+    if link.paced and transport not in ("auto", "tcp", "tls"):
+        raise InputError(f"--link {link} is kept by weft's own transport over TCP; leave out --transport {transport}")
+    if plain_data and transport == "tls":
+        raise InputError("--plain-data leaves plain what --transport tls encrypts; give one of them")
 
 
 def one_of(value: str, name: str, allowed: tuple[str, ...]) -> None:

@@ -31,7 +31,7 @@ def open_engine(
     reproducible: bool = False, threads: int | None = None, dtype: str = "float32", max_length: int | None = None,
     max_sequences: int = 16, max_batch_tokens: int = 8192, cores: Sequence[int] | None = None, prefixes: bool = True,
     token_interval: float | None = None, launcher: Launcher | None = None, progress: Progress | None = None,
-    recalibrate: bool = False, check_content: bool = False,
+    recalibrate: bool = False, check_content: bool = False, plain_data: bool = False,
 ) -> Engine:  # fmt: skip
     """The engine of a directory, a hub id, or the model in the package; options as `LLM` has them.
 
@@ -46,6 +46,10 @@ def open_engine(
         )
     if not link.free and launcher is not None and link.shaped != isinstance(launcher, NamespaceLauncher):
         raise InputError(f"--link {link} is not for this launcher, which has its own; leave it out")
+    if transport == "gloo" and launcher is not None and launcher.leaves_machine and not plain_data:
+        raise InputError(
+            "--transport gloo can't encrypt what leaves this machine; leave it out, or give --plain-data too"
+        )
     if link.shaped and launcher is None:
         launcher = NamespaceLauncher()
     directory = locate(model)
@@ -53,8 +57,9 @@ def open_engine(
     wire, left_out = within_limits(directory, wire)
     resolve = partial(
         EngineConfig.resolve, model_config, overlap=overlap, wire=wire, transport=transport, link=link,
-        check_content=check_content, reproducible=reproducible, dtype=dtype, max_length=max_length,
-        max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, cores=tuple(cores) if cores else None,
+        plain_data=plain_data, check_content=check_content, reproducible=reproducible, dtype=dtype,
+        max_length=max_length, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
+        cores=tuple(cores) if cores else None,
         prefixes=max_sequences if prefixes else 0, token_interval=token_interval,
     )  # fmt: skip
     line = None

@@ -1,7 +1,7 @@
 """What less exact wires do to a model's answers: figures, limits, and where they are kept.
 
-`weft bench quality` (bench/quality.py) measures them; `auto:` leaves out a wire that was found to exceed its limit for a
-model. Knows files and figures; measures nothing.
+`weft bench quality` (bench/quality.py) measures them; `auto:` leaves out a wire that was found to exceed its limit for
+a model. Knows files and figures; measures nothing.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ CODECS = 1  # counts what was measured of another form of the wires
 
 
 class Quality(msgspec.Struct, frozen=True):
-    """One wire's, on some text: perplexity; `above`: how much it is above exact's, as a part of that, with `unsure`, its
-    standard error; `divergence`: Kullback-Leibler's from exact's distributions of the next token, in nats, in the mean
-    and (`divergence_99`) at the 99th percentile; `agreement`: the part of positions where the likeliest token is the
-    same. `bytes`: of a number."""
+    """One wire's, on some text: perplexity; `above`: how much it is above exact's, as a part of that, with `unsure`,
+    its standard error; `divergence`: Kullback-Leibler's from exact's distributions of the next token, in nats, in the
+    mean and (`divergence_99`) at the 99th percentile; `agreement`: the part of positions where the likeliest token is
+    the same. `bytes`: of a number."""
 
     wire: str
     bytes: float

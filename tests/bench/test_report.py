@@ -19,7 +19,8 @@ MODEL = {"name": "tiny", "layers": 2}
 
 def measured(overlap: str, seconds: float, possible: float = 0.4) -> Measured:
     return Measured(
-        overlap=overlap, wire="exact", like="exact", plan="", why=[], times_exact=1 / seconds, seconds=[seconds] * 3, compute_alone=0.6, network_alone=0.4, bound=0.6,
+        overlap=overlap, wire="exact", like="exact", plan="", why=[], times_exact=1 / seconds,
+        seconds=[seconds] * 3, compute_alone=0.6, network_alone=0.4, bound=0.6,
         floor=0.62, serial_median=1.0, saving=1 - seconds, saving_range=(0.9 - seconds, 1.1 - seconds),
         saving_bound=possible,
         overlap_efficiency=(1 - seconds) / possible, floor_efficiency=(1 - seconds) / 0.38,

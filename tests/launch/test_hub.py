@@ -13,9 +13,11 @@ import zmq
 
 from tests.processes import free_port
 from weft.launch.hub import LARGEST, VERSION, Agreed, Here, Hub, RemoteMachine, Unfit, encode
+from weft.launch.keys import new_key
 from weft.launch.sockets import Attempts, worker_socket
 
-TOKEN = "between-us"
+KEY = new_key()
+TOKEN = KEY.token
 
 
 class Tried:
@@ -23,7 +25,7 @@ class Tried:
 
     def __init__(self) -> None:
         self.port, self.said, self.joined = free_port(), list[str](), list[RemoteMachine]()
-        self.hub = Hub("127.0.0.1", self.port, TOKEN, self.joined.append)
+        self.hub = Hub("127.0.0.1", self.port, KEY, self.joined.append)
         self.hub.told = self.said.append
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
 

@@ -58,7 +58,7 @@ def test_ranks_agree_and_cuts_do_not_matter(world, wire: str, algorithm) -> None
 
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("rows", [1, 200])
-@pytest.mark.parametrize("way", ["shm", "tcp", "gloo"])
+@pytest.mark.parametrize("way", ["shm", "tcp", "tls", "gloo"])
 def test_an_exchange_of_two_ranks(wire: str, rows: int, way: str) -> None:
     """The same bits on both, what they decode added up, however the rows are cut."""
     with grouped(2, way) as (threads, groups):
@@ -149,7 +149,7 @@ def test_what_a_wire_takes_the_next_sum_brings(world, wire: str, algorithm: str)
         for parts in rounds:
             pieces = zip(parts[rank].clone().split(cuts), total.split(cuts), owed.split(cuts), strict=True)
             for part, stream, debt in pieces:
-                stream += all_reduce(groups[rank], codec, part, algorithm, debt)
+                stream.add_(all_reduce(groups[rank], codec, part, algorithm, debt))
         return total
 
     whole = threads.each(lambda rank: all_of(rank, (40,)))

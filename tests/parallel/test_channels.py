@@ -13,7 +13,7 @@ from weft.errors import LinkLost
 from weft.parallel import ring
 from weft.parallel.group import Group, wait_all
 
-WAYS = ["shm", "tcp", "gloo"]
+WAYS = ["shm", "tcp", "tls", "gloo"]
 
 
 @pytest.fixture(params=WAYS, scope="module")
@@ -93,7 +93,7 @@ def test_nothing_is_no_message(two: tuple[Threads, list[Group]]) -> None:
     threads.each(rank)
 
 
-@pytest.mark.parametrize("way", ["shm", "tcp"])
+@pytest.mark.parametrize("way", ["shm", "tcp", "tls"])
 @pytest.mark.parametrize("sizes", [(100, 101), (100, 99), (70_000, 100), (100, 70_000)])
 def test_another_size_than_was_due_is_an_error(way: str, sizes: tuple[int, int]) -> None:
     with grouped(2, way) as (threads, groups):

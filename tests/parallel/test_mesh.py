@@ -22,7 +22,7 @@ from weft.parallel.group import Group
 from weft.parallel.listening import Place, of_system
 from weft.parallel.mesh import Mesh
 
-WAYS = ["shm", "tcp"]
+WAYS = ["shm", "tcp", "tls"]
 
 
 def joined(*, memory: bool = False, world: int = 2) -> tuple[Threads, list[Mesh]]:

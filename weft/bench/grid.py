@@ -44,6 +44,7 @@ class Grid:
     rounds: int = 5
     threads: int | None = None
     shares: tuple[float, ...] | None = None
+    transport: str = "auto"
 
     def demand(self, model: ModelConfig) -> None:
         """Raises `InputError` for what can't be measured with this model on this machine, before anything starts."""
@@ -169,8 +170,8 @@ class Bench:
         engine = open_engine(
             self.directory, ranks=ranks, threads=threads, launcher=launcher, shares=grid.shares,
             cores=cores_of(ranks, threads) if grid.emulated and ranks > 1 else None,
-            transport="tcp" if grid.emulated else "auto", max_length=length, overlap="serial",
-            max_sequences=max(grid.prompts, FEW_SLOTS), prefixes=False,
+            transport="tcp" if grid.emulated and grid.transport == "auto" else grid.transport, max_length=length,
+            overlap="serial", max_sequences=max(grid.prompts, FEW_SLOTS), prefixes=False,
         )  # fmt: skip
         with closing(engine):
             yield engine, launcher

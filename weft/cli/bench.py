@@ -67,6 +67,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Rounds of each point, one more to warm up not counted.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Threads of each rank; default: cores / ranks.")] = None,
     shares: Annotated[str | None, typer.Option(help="Relative sizes of the ranks' parts, as in 2,1.")] = None,
+    transport: Annotated[str, typer.Option(help="Between ranks: auto, shm, tcp, tls, gloo.")] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a report with plots and timelines to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write saving against link speed to this .svg file.")] = None,
@@ -81,7 +82,7 @@ def bench(
         tokens=numbers(tokens, "--tokens"), ranks=numbers(tp, "--tp"),
         links=links_of(link), overlaps=words(overlap, "--overlap"),
         wires=words(wire, "--wire"), prompts=prompts, mixed=mixed, rounds=rounds, threads=threads,
-        shares=relative_shares(shares),
+        shares=relative_shares(shares), transport=transport,
     )  # fmt: skip
     for name in grid.wires:
         allowed(name)

@@ -37,7 +37,7 @@ OVERLAP = Annotated[
 ]
 WIRE = Annotated[str, typer.Option(help="How partials travel: exact, bf16, int8, int4, or auto:int8.")]
 TRANSPORT = Annotated[
-    str, typer.Option(help="Between ranks: shm, tcp, gloo; auto: shared memory on one machine, else TCP.")
+    str, typer.Option(help="Between ranks: shm, tcp, tls, gloo; auto: shared memory on one machine, TLS to others.")
 ]
 LINK = Annotated[
     str, typer.Option(help="That ranks' messages seem to travel: 200mbit,5ms or 1x (of balance); shaped:200mbit.")

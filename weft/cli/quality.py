@@ -68,9 +68,8 @@ def quality(
 
 
 def _show(measured: Measured) -> None:
-    table = Table(
-        box=SIMPLE_HEAD, title=f"{measured.text}, {measured.tokens} tokens, {measured.ranks} ranks", title_justify="left"
-    )
+    title = f"{measured.text}, {measured.tokens} tokens, {measured.ranks} ranks"
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
     names = ("wire", "bytes", "perplexity", "above exact", "±", "limit", "divergence", "99%", "same token", "")
     for number, name in enumerate(names):
         table.add_column(name, justify="right" if number else "left", no_wrap=True)

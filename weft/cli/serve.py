@@ -101,12 +101,15 @@ PORTS = Annotated[
 CONTENT = Annotated[
     bool, typer.Option("--check-content", help="With --join-address: compare weights whole, not by their headers.")
 ]
+PLAIN = Annotated[
+    bool, typer.Option("--plain-data", help="With --join-address: don't encrypt what ranks send each other.")
+]
 LOCAL = Annotated[int, typer.Option(help="With --join-address: ranks on this machine.")]
 JOINED = Annotated[
     str | None,
     typer.Option(
-        help="HOST:PORT at which ranks on other machines join (weft worker). Their token: WEFT_TOKEN in the "
-        "environment, else a new one at each start."
+        help="HOST:PORT at which ranks on other machines join (weft worker). Their token is new at each start, or "
+        "follows from a secret in WEFT_TOKEN here."
     ),
 ]
 
@@ -139,6 +142,7 @@ def serve_command(
     client_timeout: PATIENCE = 30.0,
     drain: Annotated[float, typer.Option(help="Seconds that requests under way have when the server ends.")] = 30.0,
     join_address: JOINED = None, local_ranks: LOCAL = 1, rank_ports: PORTS = 0, check_content: CONTENT = False,
+    plain_data: PLAIN = False,
 ) -> None:  # fmt: skip
     """See HELP."""
     leave_torch_out()
@@ -150,7 +154,7 @@ def serve_command(
     _demand_guarded(host, bool(keys) or allow_anyone)
     with bound(host, port) as listening, bar(out) as showing:
         ranks = ranks_or_auto(tp)
-        launcher = _launcher(join_address, ranks, local_ranks, rank_ports, check_content)
+        launcher = _launcher(join_address, ranks, local_ranks, rank_ports, check_content or plain_data)
         warn_of_shared_cores(out, ranks if launcher is None else local_ranks)
 
         def make(tell: Progress) -> Engine:
@@ -161,7 +165,7 @@ def serve_command(
                 shares=shares_or_auto(shares), reproducible=reproducible, threads=threads, recalibrate=recalibrate,
                 max_length=max_model_len, max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens,
                 launcher=launcher, dtype=dtype, prefixes=prefix_caching, token_interval=token_interval,
-                check_content=check_content, progress=_both(tell, showing),
+                check_content=check_content, plain_data=plain_data, progress=_both(tell, showing),
             )  # fmt: skip
 
         def ready() -> None:
@@ -244,13 +248,13 @@ def _name(model: str | None) -> str:
 
 
 def _launcher(
-    join_address: str | None, ranks: int | Literal["auto"], local: int, ports: int, content: bool
+    join_address: str | None, ranks: int | Literal["auto"], local: int, ports: int, others: bool
 ) -> JoinedLauncher | None:  # fmt: skip
-    """For ranks on other machines."""
+    """For ranks on other machines. `others`: one more option was given that is for them alone."""
     if join_address is None:
-        if ports or local != 1 or content:
+        if ports or local != 1 or others:
             raise InputError(
-                "--rank-ports, --local-ranks and --check-content are for ranks on other machines: give "
+                "--rank-ports, --local-ranks, --check-content and --plain-data are for ranks on other machines: give "
                 "--join-address too"
             )
         return None
@@ -266,10 +270,9 @@ def _invite(out: Console, launcher: JoinedLauncher, model: str | None, others: i
     blueprint_of(ModelConfig.from_directory(locate(model)))
     at_the_hub = model is not None and not Path(model).is_dir()
     named = f" {shlex.quote(model)}" if model is not None and at_the_hub else ""
-    command, chosen = f"weft worker --join {shlex.quote(launcher.address)}{named}", bool(os.environ.get(TOKEN_VARIABLE))
-    where = f"on {others} other machine{'s' if others > 1 else ''}"
-    out.print(f"{where}, with this one's {TOKEN_VARIABLE} in the environment, run:" if chosen else f"{where}, run:")
-    out.print("  " + ("" if chosen else f"{TOKEN_VARIABLE}={launcher.token} ") + command, markup=False, soft_wrap=True)
+    command = f"{TOKEN_VARIABLE}={launcher.token} weft worker --join {shlex.quote(launcher.address)}{named}"
+    out.print(f"on {others} other machine{'s' if others > 1 else ''}, run:")
+    out.print(f"  {command}", markup=False, soft_wrap=True)
     if model is not None and not at_the_hub:
         out.print(
             "with the model's directory behind it, if it is elsewhere there; without the model it comes from here"

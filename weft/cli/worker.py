@@ -27,9 +27,9 @@ line is seen by everyone.
 
 Examples:
 
-  WEFT_TOKEN=secret weft worker --join 10.0.0.1:7000
+  WEFT_TOKEN=weft-… weft worker --join 10.0.0.1:7000
 
-  WEFT_TOKEN=secret weft worker --join 10.0.0.1:7000 ./llama --address eth1
+  WEFT_TOKEN=weft-… weft worker --join 10.0.0.1:7000 ./llama --address eth1
 """
 
 

@@ -5,7 +5,6 @@ Knows messages and processes; knows nothing of requests, text or plans. No torch
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -18,10 +17,11 @@ import zmq
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, NoRoom, WorkerFailed, WorkerLost
 from weft.execute import protocol as p
-from weft.execute.places import crowded, introduced, numbered_machines
+from weft.execute.places import crowded, encrypted, introduced, numbered_machines
 from weft.execute.results import TOKENS_ALONE, RunOptions, RunResult, Started, Submitted, timeline_of
 from weft.execute.sending import Sending
 from weft.launch.folder import Folder
+from weft.launch.keys import new_key
 from weft.launch.launcher import VERSION, Launcher
 from weft.launch.sockets import bind, engine_socket
 from weft.links import Link
@@ -77,15 +77,15 @@ class Controller:
         return Started(tuple(hellos), tuple(loaded), time.monotonic() - begin)
 
     def _bring_up(self) -> list[p.Hello]:
-        world, token = self.config.ranks, secrets.token_hex(32)
+        world, key = self.config.ranks, new_key()
         (self._folder.path / "link").unlink(missing_ok=True)  # what an earlier group has not sent yet
-        self._socket = engine_socket(self._context, token)
+        self._socket = engine_socket(self._context, key)
         control = self.launcher.control_address(str(self._folder.path))
         self._socket.ipv6 = "[" in control
         bind(self._socket, control)
         address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)  # with the port, where it was left open
         self.launcher.meanwhile = self._meanwhile
-        self.launcher.start(world, self.config.threads, address, token)
+        self.launcher.start(world, self.config.threads, address, key.token)
         deadline = time.monotonic() + START_SECONDS
         hellos = self._hellos(world, deadline)
         self._ranks = sorted(hellos, key=lambda identity: hellos[identity].place)
@@ -97,7 +97,8 @@ class Controller:
             shared = self.config.cores is None and crowded(by_rank[rank], by_rank, threads)
             near = [other for other, hello in enumerate(by_rank) if hello.machine == by_rank[rank].machine]
             place = len(near), near.index(rank)
-            self._send(identity, p.Assign(rank, world, threads, gloo, shared, self._cores(rank), *place))
+            secured = encrypted(self.config, self.launcher)
+            self._send(identity, p.Assign(rank, world, threads, gloo, secured, shared, self._cores(rank), *place))
         if world > 1:
             self._introduce(by_rank, deadline)
         for _ in range(world):

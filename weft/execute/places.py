@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from weft.config import EngineConfig
 from weft.errors import InputError
 from weft.execute.protocol import Hello, Meet, Meeting
+from weft.launch.launcher import Launcher
 from weft.parallel.handshake import new_key, pair_key
 
 
@@ -20,6 +22,11 @@ def numbered_machines(hellos: Sequence[Hello], together: bool) -> list[int]:
 def crowded(rank: Hello, hellos: Sequence[Hello], threads: int) -> bool:
     """Whether a rank's machine has fewer cores than its ranks have threads."""
     return threads * sum(hello.machine == rank.machine for hello in hellos) > rank.cores
+
+
+def encrypted(config: EngineConfig, launcher: Launcher) -> bool:
+    """Whether what ranks send each other is, but for what stays in a machine's memory."""
+    return config.transport == "tls" or (launcher.leaves_machine and not config.plain_data)
 
 
 def introduced(

@@ -28,13 +28,15 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 
 class Assign(msgspec.Struct, tag=True, frozen=True):
-    """You are this rank. `gloo`: carries messages. `crowded`: other ranks want the same cores. `cores`: pin to these;
-    None leaves it to the system. `beside`: ranks of this machine; `place`: of this one among them."""
+    """You are this rank. `gloo`: carries messages; `encrypted`: all that isn't in memory. `crowded`: other ranks want
+    the same cores. `cores`: pin to these; None leaves it to the system. `beside`: ranks of this machine; `place`: of
+    this one among them."""
 
     rank: int
     world: int
     threads: int
     gloo: bool
+    encrypted: bool
     crowded: bool
     cores: list[int] | None = None
     beside: int = 1
@@ -43,13 +45,15 @@ class Assign(msgspec.Struct, tag=True, frozen=True):
 
 class Meeting(msgspec.Struct, tag=True, frozen=True):
     """This rank listens here for the others. `name`: of its socket for ranks of the same machine, if it has one;
-    `store`: the port of gloo's meeting point, on rank 0. `machine`: equal for ranks of one, as the engine counts."""
+    `store`: the port of gloo's meeting point, on rank 0. `machine`: equal for ranks of one, as the engine counts.
+    `certificate`: what it shows, where connections are encrypted."""
 
     address: str
     port: int
     name: str = ""
     store: int = 0
     machine: int = 0
+    certificate: bytes = b""
 
 
 class Meet(msgspec.Struct, tag=True, frozen=True):

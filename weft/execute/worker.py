@@ -62,6 +62,7 @@ from weft.parallel.group import Group
 from weft.parallel.listening import Place
 from weft.parallel.mesh import Mesh
 from weft.parallel.pace import Pace
+from weft.parallel.tls import Identity
 from weft.parallel.transport import Transport
 from weft.program.batch import Batch, Segment
 from weft.program.stages import COMPUTE
@@ -153,14 +154,16 @@ class Worker:
         if self.world == 1:
             self._join(None)
             return
-        self.mesh, store = Mesh(self.address, self.port, self.folder), 0
+        identity, store = Identity() if message.encrypted else None, 0
+        self.mesh = Mesh(self.address, self.port, self.folder, identity)
         if message.gloo and self.rank == 0:
             self.store, store = gloo.host_store(self.address)
-        self.say(p.Meeting(*self.mesh.place, store))
+        self.say(p.Meeting(*self.mesh.place, store, certificate=identity.certificate if identity else b""))
 
     def _meet(self, m: p.Meet) -> None:
         assert self.mesh is not None, "the engine says who is there after it was told where this rank listens"
-        self.mesh.join(self.rank, [Place(each.address, each.port, each.name) for each in m.places], m.keys, self._lost)
+        places = [Place(each.address, each.port, each.name) for each in m.places]
+        self.mesh.join(self.rank, places, m.keys, self._lost, [each.certificate for each in m.places])
         if not m.places[0].store:
             self._join(Direct(self.mesh, self.spins, self._settle), [each.machine for each in m.places])
             return

@@ -18,6 +18,7 @@ import zmq
 
 from weft.errors import InputError
 from weft.launch.addresses import endpoint
+from weft.launch.keys import EngineKey
 from weft.launch.launcher import VERSION
 from weft.launch.sockets import TurnedAway, engine_socket
 
@@ -146,11 +147,11 @@ class RemoteMachine:
 class Hub:
     """Listens for machines. `joined` is called with each that has come and meets the terms, once."""
 
-    def __init__(self, host: str, port: int, token: str, joined: Callable[[RemoteMachine], None]) -> None:
+    def __init__(self, host: str, port: int, key: EngineKey, joined: Callable[[RemoteMachine], None]) -> None:
         self.told: Callable[[str], None] = lambda line: None
         self._joined = joined
         self._context: zmq.Context[Any] = zmq.Context()
-        self.socket = engine_socket(self._context, token, LARGEST)
+        self.socket = engine_socket(self._context, key, LARGEST)
         self._machines: dict[bytes, RemoteMachine] = {}
         self._unused: set[bytes] = set()  # who speaks another version, or was turned away
         self._terms = Terms(0, b"")

@@ -6,7 +6,6 @@ models.
 
 from __future__ import annotations
 
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from weft.errors import InputError, Interrupted
 from weft.launch.addresses import endpoint, interface_of, parse_address, resolved
 from weft.launch.hub import EVERY, SILENT, Begin, End, Hub, RemoteMachine, WorkerEnded, printable
+from weft.launch.keys import key_of, new_key
 from weft.launch.local import LocalLauncher
 
 LOOK_MILLISECONDS = 100
@@ -42,7 +42,8 @@ class Placed(LocalLauncher):
 
 
 class JoinedLauncher:
-    """`local` ranks on this machine, the rest on machines that join at HOST:PORT. `told`: progress, in words.
+    """`local` ranks on this machine, the rest on machines that join at HOST:PORT, with a `token` that follows from the
+    server's `secret`, or is new. `told`: progress, in words.
     `ports`: the first of those that ranks use on this machine; 0: any that are free.
 
     A machine that is missing is waited for; another one may take its place.
@@ -51,7 +52,7 @@ class JoinedLauncher:
     """
 
     def __init__(
-        self, address: str, local: int, token: str | None, told: Callable[[str], None], ports: int = 0
+        self, address: str, local: int, secret: str | None, told: Callable[[str], None], ports: int = 0
     ) -> None:  # fmt: skip
         self.host, port = parse_address(address, "--join-address")
         self.address = endpoint(self.host, port).removeprefix("tcp://")
@@ -61,9 +62,10 @@ class JoinedLauncher:
         self.local = local
         if ports and ports <= port <= ports + local:
             raise InputError(f"--rank-ports {ports} to {ports + local} and the port of --join-address overlap")
-        self.token = token or secrets.token_urlsafe(24)
+        key = key_of(secret) if secret else new_key()
+        self.token = key.token
         self._children, self._ports = Placed(self.host, ports + 1 if ports else 0), ports
-        self._hub = Hub(self.host, port, self.token, self._joined)
+        self._hub = Hub(self.host, port, key, self._joined)
         self.told = told
         self._used: list[RemoteMachine] = []
         self._number, self._begun = 0, 0.0  # of the group, and when it was started
@@ -85,6 +87,7 @@ class JoinedLauncher:
         return f"between machines: {self.host} {' '.join(machine.address for machine in self._used)}"
 
     one_clock = False
+    leaves_machine = True
     shares_memory = True
     may_change = True
 

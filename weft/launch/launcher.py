@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-VERSION = 10  # of all that machines and their ranks say to each other; both sides speak the same, or not at all
+VERSION = 11  # of all that machines and their ranks say to each other; both sides speak the same, or not at all
 TOKEN_VARIABLE = "WEFT_TOKEN"  # in the environment: a command line is seen by everyone
 PLACE_VARIABLE = "WEFT_PLACE"  # of a worker in the order of ranks
 MODEL_VARIABLE = "WEFT_MODEL"  # where the model is, if not where the engine has it
@@ -43,6 +43,11 @@ class Launcher(Protocol):
     @property
     def one_clock(self) -> bool:
         """True if all workers read the same clock."""
+        ...
+
+    @property
+    def leaves_machine(self) -> bool:
+        """True if messages between workers may leave this machine: then they are encrypted."""
         ...
 
     @property

@@ -32,6 +32,7 @@ class LocalLauncher:
     command: Sequence[str] = (sys.executable, "-P", "-m", "weft.execute.worker")  # -P: nothing of this folder
 
     one_clock = True
+    leaves_machine = False
     shares_memory = True
     may_change = False
     first_place = 0  # of the ranks that are started here

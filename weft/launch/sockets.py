@@ -1,44 +1,41 @@
-"""Sockets between processes of one group: encrypted, and authenticated by a token.
+"""Sockets between processes of one group: encrypted, and authenticated by a token (keys.py).
 
-Both ends derive the same keys from the token, and who doesn't have it can't say a word. Knows ZeroMQ; knows nothing of
-what is said.
+Who doesn't have the token can't say a word. Knows ZeroMQ; knows nothing of what is said.
 """
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from typing import Any
 
 import zmq
-from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
 from weft.errors import InputError
+from weft.launch.keys import EngineKey, engine_of
 
 LARGEST = 256 << 20  # bytes of a message: logits of a prompt
 HANDSHAKE_MILLISECONDS = 5000
 
 
-def engine_socket(context: zmq.Context[Any], token: str, largest: int = LARGEST) -> zmq.Socket[bytes]:
+def engine_socket(context: zmq.Context[Any], key: EngineKey, largest: int = LARGEST) -> zmq.Socket[bytes]:
     """The engine's end: talks to many others, by identity. `largest`: bytes of a message, also of a stranger's, who may
     announce any length before it has proved anything."""
     socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     socket.maxmsgsize, socket.handshake_ivl = largest, HANDSHAKE_MILLISECONDS
-    public, secret = _keys(token, "engine")
-    socket.curve_secretkey, socket.curve_publickey, socket.curve_server = secret, public, True
+    socket.curve_secretkey, socket.curve_publickey, socket.curve_server = key.secret, key.public, True
     socket.linger = 0
     socket.router_mandatory = True
     return socket
 
 
 def worker_socket(context: zmq.Context[Any], token: str) -> zmq.Socket[bytes]:
-    """Another's end. Only who knows the token can derive the key that the engine's end answers to."""
+    """Another's end, with keys of its own. Only the engine of this token can read it. Raises `InputError`."""
+    engine = engine_of(token)
     socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
-    public, secret = _keys(token, "worker")
-    socket.curve_secretkey, socket.curve_publickey = secret, public
-    socket.curve_serverkey = _keys(token, "engine")[0]
+    socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
+    socket.curve_serverkey = engine
     socket.linger = 1000
     return socket
 
@@ -118,9 +115,3 @@ class TurnedAway:
     def ended(self) -> None:
         """Waits until it has, after the socket was closed."""
         self._thread.join()
-
-
-def _keys(token: str, role: str) -> tuple[bytes, bytes]:
-    """A CURVE key pair (public, secret) that follows from the token."""
-    secret: bytes = z85.encode(hashlib.sha256(f"weft/{role}/{token}".encode()).digest())
-    return zmq.curve_public(secret), secret

@@ -17,8 +17,8 @@ from weft.wires import WIRES
 
 
 class Codec(Protocol):
-    """One wire format. `values` are [rows, width], contiguous, in the computation's dtype; what is sent has a row for each
-    of theirs, which depends on that row alone. `error`: how far a number may be off, in parts of itself, or of the
+    """One wire format. `values` are [rows, width], contiguous, in the computation's dtype; what is sent has a row for
+    each of theirs, which depends on that row alone. `error`: how far a number may be off, in parts of itself, or of the
     largest number of its group on wires that have some (parallel/quantised.py)."""
 
     name: str

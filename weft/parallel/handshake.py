@@ -6,7 +6,8 @@
 
 Each pair of ranks has a key of its own, from the engine over the control channel: so no member can pass for another.
 Messages have fixed lengths, and nothing of a hello is believed before its proof. It says also how what follows on the
-connection is secured; plain is all there is so far. Knows bytes; opens nothing. No torch.
+connection is secured: over TLS (tls.py) both sides have shown their certificates before any of this is said. Knows
+bytes; opens nothing. No torch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import secrets
 import struct
 from typing import NamedTuple
 
-PLAIN = 0  # what follows is not encrypted
+PLAIN, TLS = 0, 1  # how the connection is secured
 _HELLO = struct.Struct("<4sBBHH16s32s")  # magic, version, security, from, to, label, nonce
 _MAGIC, _VERSION = b"weft", 1
 _NONCE = _PROOF = 32
@@ -51,15 +52,15 @@ def label_of(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:16]
 
 
-def hello(rank: int, to: int, label: bytes) -> bytes:
+def hello(rank: int, to: int, label: bytes, security: int = PLAIN) -> bytes:
     """The first message."""
-    return _HELLO.pack(_MAGIC, _VERSION, PLAIN, rank, to, label, secrets.token_bytes(_NONCE))
+    return _HELLO.pack(_MAGIC, _VERSION, security, rank, to, label, secrets.token_bytes(_NONCE))
 
 
-def read_hello(said: bytes) -> Claim:
+def read_hello(said: bytes, security: int = PLAIN) -> Claim:
     """Of HELLO_BYTES. Raises `NotAMember`."""
-    magic, version, security, rank, to, label, _ = _HELLO.unpack(said)
-    if (magic, version, security) != (_MAGIC, _VERSION, PLAIN):
+    magic, version, secured, rank, to, label, _ = _HELLO.unpack(said)
+    if (magic, version, secured) != (_MAGIC, _VERSION, security):
         raise NotAMember("speaks another language")
     return Claim(rank, to, label)
 

@@ -12,6 +12,7 @@ import fcntl
 import os
 import selectors
 import socket
+import ssl
 import sys
 import termios
 import threading
@@ -36,6 +37,7 @@ from weft.parallel.listening import (
     towards,
     where_of,
 )
+from weft.parallel.tls import SIGN_BYTES, WAITS, Encryption, Identity
 
 EVERY = 0.25  # seconds between signs of life
 CUT = 1.5  # seconds of silence after which a peer counts as lost, if its system takes nothing in either
@@ -65,11 +67,12 @@ class Connection(NamedTuple):
 
 @dataclass(eq=False)
 class _Guest:
-    """A hand-shake that was begun. `said`: so far, of the message that is due."""
+    """A hand-shake that was begun. `shown`: whose certificate, over TLS; `said`: so far, of the message that is due."""
 
     socket: socket.socket
     local: bool
     until: float
+    shown: int | None = None
     said: bytearray = field(default_factory=bytearray)
     hello: bytes = b""
     challenge: bytes = b""
@@ -85,12 +88,16 @@ class _Guest:
 class Mesh:
     """This rank's connections to all others. `address`, `port`: where it listens; port 0 takes any that is free.
     `folder`: the engine's on this machine, which only this user may enter; else its socket there has a name that is no
-    file, which others may find.
+    file, which others may find. `identity`: what all but those over that socket are secured with; None: they are plain.
 
     Raises `InputError` for an address that can't be listened on.
     """
 
-    def __init__(self, address: str, port: int = 0, folder: str | None = None) -> None:
+    def __init__(
+        self, address: str, port: int = 0, folder: str | None = None, identity: Identity | None = None
+    ) -> None:  # fmt: skip
+        self._identity = identity
+        self._encryption: Encryption | None = None
         self._listening = [listen_at(address, port)]
         name = local_name(folder) if ring.available else ""
         if name:
@@ -121,11 +128,14 @@ class Mesh:
 
     def join(
         self, rank: int, places: Sequence[Place], keys: Sequence[bytes],
-        tell: Callable[[int, str, bool], None] = lambda peer, reason, ended: None,
+        tell: Callable[[int, str, bool], None] = lambda peer, reason, ended: None, certificates: Sequence[bytes] = (),
     ) -> None:  # fmt: skip
-        """Becomes this rank of those that listen at `places`. `keys`: shared with each. `tell`: (peer, why, whether it
-        has ended), again and again while one is lost, from a thread of the mesh's own. Raises `LinkLost`."""
+        """Becomes this rank of those that listen at `places`. `keys`: shared with each; `certificates`: of all, where
+        this one has an identity. `tell`: (peer, why, whether it has ended), again and again while one is lost, from a
+        thread of the mesh's own. Raises `LinkLost`."""
         self.rank, self._places, self._keys, self._tell = rank, places, keys, tell
+        if self._identity is not None:
+            self._encryption = Encryption(self._identity, rank, certificates)
         for listening in self._listening:
             listening.setblocking(False)
             self._selector.register(listening, selectors.EVENT_READ, self._accept)
@@ -167,6 +177,10 @@ class Mesh:
         while True:
             connection = towards(self._places[peer])
             try:
+                connection.settimeout(GUEST_SECONDS)
+                connection.connect(sockaddr(self._places[peer]))
+                if self._encryption is not None and not self._shares(peer):
+                    connection = self._encryption.reach(connection, peer)
                 self._introduce(connection, peer, label, memory)
                 return connection
             except (h.NotAMember, OSError) as error:
@@ -179,9 +193,7 @@ class Mesh:
                 time.sleep(0.05)
 
     def _introduce(self, connection: socket.socket, peer: int, label: bytes, memory: int | None) -> None:
-        connection.settimeout(GUEST_SECONDS)
-        connection.connect(sockaddr(self._places[peer]))
-        said = h.hello(self.rank, peer, label)
+        said = h.hello(self.rank, peer, label, _security(connection))
         connection.sendall(said)
         shown = h.proof(self._keys[peer], said, exactly(connection, h.CHALLENGE_BYTES))
         if memory is not None:
@@ -235,10 +247,11 @@ class Mesh:
     def _unheard(self, peer: int) -> bool:
         """Whether more than the last sign sent to a peer on another machine has not arrived at its system."""
         waiting, pulse = bytearray(4), self._pulses.get(peer)
+        sign = SIGN_BYTES if isinstance(pulse, ssl.SSLSocket) else 1
         if pulse is not None and pulse.family != socket.AF_UNIX:
             with suppress(OSError):
                 fcntl.ioctl(pulse, termios.TIOCOUTQ, waiting)
-        return int.from_bytes(waiting, sys.byteorder) > 1
+        return int.from_bytes(waiting, sys.byteorder) > sign
 
     def _listen_to_new_pulses(self) -> None:
         known = self._selector.get_map()
@@ -249,7 +262,7 @@ class Mesh:
     def _hear(self, peer: int) -> None:
         try:
             heard = self._pulses[peer].recv(4096)
-        except BlockingIOError:
+        except WAITS:
             return
         except OSError:
             heard = b""
@@ -275,6 +288,8 @@ class Mesh:
             if local and not is_own(connection):
                 connection.close()
                 return
+            if self._encryption is not None and not local:
+                connection = self._encryption.received(connection)
             guest = _Guest(connection, local, time.monotonic() + GUEST_SECONDS)
             if len(self._guests) == GUESTS:
                 self._dismiss(self._guests[0])
@@ -288,29 +303,36 @@ class Mesh:
             guest.close()
 
     def _answer(self, guest: _Guest) -> None:
-        """Goes on with a hand-shake."""
-        if guest not in self._guests:  # it was sent away for another one that came in the same moment
-            return
+        """Goes on with a hand-shake, as far as what has come goes."""
         try:
-            self._read(guest)
-            due = h.PROOF_BYTES if guest.hello else h.HELLO_BYTES
-            if len(guest.said) < due:
-                return
-            said, guest.said = bytes(guest.said), bytearray()
-            claimed = h.read_hello(guest.hello or said)
-            if claimed.to != self.rank or claimed.rank == self.rank or claimed.rank >= len(self._keys):
-                raise h.NotAMember("wants another rank")
-            key = self._keys[claimed.rank]
-            if not guest.hello:
-                guest.hello, guest.challenge = said, h.challenge(key, said)
-                guest.socket.send(guest.challenge)
-                return
-            h.demand_proof(key, guest.hello, guest.challenge, said)
-            self._let_in(guest, claimed)
-        except BlockingIOError:
+            while guest in self._guests:  # else it was let in, or sent away for another one that came in that moment
+                self._go_on(guest)
+        except WAITS:
             return
         except (OSError, h.NotAMember):
             self._dismiss(guest)
+
+    def _go_on(self, guest: _Guest) -> None:
+        if isinstance(guest.socket, ssl.SSLSocket) and guest.shown is None:
+            guest.socket.do_handshake()
+            assert self._encryption is not None, "who secures connections knows certificates"
+            guest.shown = self._encryption.peer_of(guest.socket)
+        self._read(guest)
+        if len(guest.said) < (h.PROOF_BYTES if guest.hello else h.HELLO_BYTES):
+            return
+        said, guest.said = bytes(guest.said), bytearray()
+        claimed = h.read_hello(guest.hello or said, _security(guest.socket))
+        if claimed.to != self.rank or claimed.rank == self.rank or claimed.rank >= len(self._keys):
+            raise h.NotAMember("wants another rank")
+        if guest.shown not in (None, claimed.rank):
+            raise h.NotAMember("shows another rank's certificate")
+        key = self._keys[claimed.rank]
+        if not guest.hello:
+            guest.hello, guest.challenge = said, h.challenge(key, said)
+            guest.socket.send(guest.challenge)
+            return
+        h.demand_proof(key, guest.hello, guest.challenge, said)
+        self._let_in(guest, claimed)
 
     def _read(self, guest: _Guest) -> None:
         """No byte more than the message that is due."""
@@ -357,6 +379,10 @@ class Mesh:
         for arrived in self._arrived.values():
             _close(arrived)
         self._arrived.clear()
+
+
+def _security(connection: socket.socket) -> int:
+    return h.TLS if isinstance(connection, ssl.SSLSocket) else h.PLAIN
 
 
 def _with_memory(bell: socket.socket, memory: int | None) -> Connection:

@@ -8,13 +8,13 @@ int8   127 steps up and down to the group's largest number
 int4   8 steps to the side where the largest number is, 7 to the other
 
 A number is off by half a step at most, with int4 by a whole one where it is opposite to the largest and as large, and
-the scale's own rounding adds 1/256 of that; what was kept apart is off by 1/256 of itself. Numbers below TINY may arrive
-as zero, and those from HUGE on as infinite. NaN and infinities arrive as such: the scale of their group is a power of
-two, which its bits tell in place of a number, and steps there are up to twice as wide and a little more.
+the scale's own rounding adds 1/256 of that; what was kept apart is off by 1/256 of itself. Numbers below TINY may
+arrive as zero, and those from HUGE on as infinite. NaN and infinities arrive as such: the scale of their group is a
+power of two, which its bits tell in place of a number, and steps there are up to twice as wide and a little more.
 Knows tensors; knows nothing of ranks or messages.
 
-Shapes: T rows, M width, G groups of K, k numbers apart. A row of what is sent: codes (of int4 those of the first half of
-the columns in the lower halves of bytes), G scales, k numbers, and a byte for each that says which of its set it is.
+Shapes: T rows, M width, G groups of K, k numbers apart. A row of what is sent: codes (of int4 those of the first half
+of the columns in the lower halves of bytes), G scales, k numbers, and a byte for each that says which of its set it is.
 """
 
 from __future__ import annotations
@@ -187,8 +187,8 @@ def _set_apart(groups: Tensor, most: Tensor, least: Tensor, apart: int) -> Tenso
 
 
 def _argmax(values: Tensor) -> Tensor:
-    """Where the largest ones of the last dimension are, nearly: those that are larger by less than 2^-17 count as alike,
-    of which it is the last. A largest number of whole ones is several times as fast as `argmax`."""
+    """Where the largest ones of the last dimension are, nearly: those that differ by less than 2^-17 count as alike, of
+    which it is the last. A largest number of whole ones is several times as fast as `argmax`."""
     size = values.shape[-1]
     low = (1 << (size - 1).bit_length()) - 1
     tagged = values.contiguous().view(torch.int32).bitwise_and(0x7FFFFFFF & ~low).bitwise_or_(_steps_to(size, 1).int())

@@ -1,19 +1,21 @@
 """Messages over TCP: one connection for what is sent and one for what is received.
 
 Two because sending and receiving on one hold its lock, and are slower by half for large messages. Each message goes
-with a header: its bytes, and when it may be had, where the link is paced. Knows sockets; knows nothing of who is on the
-other side.
+with a header: its bytes, and when it may be had, where the link is paced. Connections may be encrypted (tls.py). Knows
+sockets; knows nothing of who is on the other side.
 """
 
 from __future__ import annotations
 
 import select
 import socket
+import ssl
 import struct
 import time
 
 import torch
 
+from weft.parallel import tls
 from weft.parallel.channel import LOOK, Channel, Parcel, Pump
 from weft.parallel.pace import Pacing
 
@@ -51,8 +53,10 @@ class StreamChannel(Channel):
             self._begun, due = parcel, self._pacing.leaves(HEADER.size + parcel.size)
             self._sending = HEADER.pack(parcel.size, due)
         try:
-            parcel.moved += self._out.sendmsg(_rest(memoryview(self._sending), parcel))
-        except BlockingIOError:
+            rest = _rest(memoryview(self._sending), parcel)
+            out = self._out
+            parcel.moved += tls.send(out, rest) if isinstance(out, ssl.SSLSocket) else out.sendmsg(rest)
+        except tls.WAITS:
             return False
         except OSError:
             raise self.gone() from None
@@ -77,8 +81,9 @@ class StreamChannel(Channel):
         """What has come of it; False if nothing has."""
         headed = parcel.moved >= HEADER.size
         try:
-            count = self._in.recvmsg_into(_rest(memoryview(self._header), parcel))[0]
-        except BlockingIOError:
+            rest, into = _rest(memoryview(self._header), parcel), self._in
+            count = tls.receive(into, rest) if isinstance(into, ssl.SSLSocket) else into.recvmsg_into(rest)[0]
+        except tls.WAITS:
             return False
         except OSError:
             count = 0
@@ -111,6 +116,8 @@ class StreamChannel(Channel):
             return LOOK
         if self.incoming[0].moved == self.incoming[0].size + HEADER.size:
             return min(LOOK, self._held())
+        if isinstance(self._in, ssl.SSLSocket) and self._in.pending():
+            return 0.0
         poll.register(self._in, select.POLLIN)
         return LOOK
 

@@ -58,8 +58,8 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen for one batch, and what that is predicted to take, where costs are known. `wire`: of all sums whose
-    steps name no other; `why`: of what travels on less exact wires than it might, a line for each wire."""
+    """What was chosen for one batch, and what that is predicted to take, where costs are known. `wire`: of all sums
+    whose steps name no other; `why`: of what travels on less exact wires than it might, a line for each wire."""
 
     strategy: Strategy
     program: Program

@@ -44,8 +44,8 @@ class Estimate(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """A strategy, and what it and serial are predicted to take, serial on the least exact wire that is allowed. `exposed`:
-    seconds that the pass would take longer with one of these sums on the next more exact wire."""
+    """A strategy, and what it and serial are predicted to take, serial on the least exact wire that is allowed.
+    `exposed`: seconds that the pass would take longer with one of these sums on the next more exact wire."""
 
     strategy: Strategy
     lanes: Estimate

@@ -1,7 +1,7 @@
 """Which wire each of a program's sums travels on.
 
-A sum has the same one in all layers, but for the last layer's of wanted rows alone: they are few, and no later sum makes
-up for what they lack, so they don't go below LAST. Knows programs and wires by name; knows nothing of costs.
+A sum has the same one in all layers, but for the last layer's of wanted rows alone: they are few, and no later sum
+makes up for what they lack, so they don't go below LAST. Knows programs and wires by name; knows nothing of costs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def reasons(wiring: Wiring, exposed: Mapping[Sum, float], wires: Sequence[str], 
         least, most = (f"{1e3 * pick(exposed[each] for each in sums):.1f}" for pick in (min, max))
         milliseconds = least if least == most else f"{least} to {most}"
         lines.append(
-            f"{named} as {wire}: on {wires[wires.index(wire) - 1]} each would be exposed, for {milliseconds} ms a prompt"
+            f"{named} as {wire}: on {wires[wires.index(wire) - 1]} each would be exposed for {milliseconds} ms a pass"
         )
     return tuple(lines)
 
