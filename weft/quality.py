@@ -91,7 +91,8 @@ def within_limits(directory: Path, wire: str) -> tuple[str, list[str]]:
             break
     unknown = [each for each in left[1:] if each not in known and each != "bf16"]
     if unknown:
-        lines.append(f"what wire {' and '.join(unknown)} does to this model's answers isn't known: weft bench quality")
+        named = f"wires {' and '.join(unknown)} do" if len(unknown) > 1 else f"wire {unknown[0]} does"
+        lines.append(f"what {named} to this model's answers isn't known: weft bench quality measures it")
     return (f"auto:{left[-1]}" if len(left) > 1 else WIRES[0]), lines
 
 

@@ -2,11 +2,12 @@
 
     python benchmarks/peers/prefill.py                           483 M parameters, 512 tokens, unshaped and balance
     python benchmarks/peers/prefill.py --link none,200mbit --rounds 7 --json peers.json
+    python benchmarks/peers/prefill.py --shared --link 200mbit   both directions in 200 Mbit/s
 
-Five contestants, one after the other in every round, all kept loaded: weft on two ranks of one thread, serial and
-overlapped; transformers with tp_plan="auto" (torchrun, gloo) on two ranks of one thread in the same two network
+Six contestants, one after the other in every round, all kept loaded: weft on two ranks of one thread, serial,
+overlapped, and as it plans itself where sums may travel as int8; transformers with tp_plan="auto" (torchrun, gloo) on two ranks of one thread in the same two network
 namespaces, behind the same link; weft and transformers on one process of two threads. Needs root and iproute2. The
-greedy tokens must agree. Figures are medians, ratios medians of per-round ratios.
+greedy tokens must agree where sums are exact. Figures are medians, ratios medians of per-round ratios.
 """
 
 from __future__ import annotations
@@ -37,21 +38,23 @@ from weft.launch.namespaces import NamespaceLauncher
 from weft.links import links_of
 from weft.program.batch import one_prompt
 from weft.timeline.timeline import median
+from weft.wires import needed
 
 RANK = Path(__file__).with_name("rank.py")
+CHOSEN = "auto:int8"
 PORT = 29411  # inside the namespaces, where nothing else listens
 
 
 class Weft:
-    """A loaded engine and one strategy. Seconds are those of the slowest rank's program."""
+    """A loaded engine, one strategy and one wire. Seconds are those of the slowest rank's program."""
 
-    def __init__(self, llm: LLM, overlap: str) -> None:
-        self.engine, self.overlap = llm.engine, overlap
+    def __init__(self, llm: LLM, overlap: str, wire: str = "exact") -> None:
+        self.engine, self.overlap, self.wire = llm.engine, overlap, wire
 
     def prefill(self, ids: list[int]) -> tuple[float, int]:
         """Seconds and the token that follows."""
         batch = one_prompt(len(ids))
-        plan = self.engine.planner.like(self.overlap, "exact").plan(batch)
+        plan = self.engine.planner.like(self.overlap, self.wire).plan(batch)
         result = self.engine.probe(batch, ids, plan, RunOptions())
         return result.seconds, result.chosen[0].token
 
@@ -118,13 +121,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--link", default="none,1x", help="as for weft bench")
     parser.add_argument("--overlap", default="iso:2/4")
+    parser.add_argument("--shared", action="store_true", help="both directions share the link's rate")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     model, results = random_llama(given.model), []
     ids = torch.randint(1, 8000, (given.tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     with ExitStack() as stack:
-        launcher = NamespaceLauncher()
+        launcher = NamespaceLauncher(shared=given.shared)
         options = {"max_model_len": given.tokens + 1, "max_num_seqs": 1, "enable_prefix_caching": False}
         split = LLM(model, tensor_parallel_size=2, num_threads=1, cores=(0, 1), launcher=launcher, **options)
         stack.callback(split.close)
@@ -133,6 +137,7 @@ def main() -> None:
         contestants = {
             "weft, 2 ranks, serial": Weft(split, "serial"),
             f"weft, 2 ranks, {given.overlap}": Weft(split, given.overlap),
+            f"weft, 2 ranks, auto, {CHOSEN}": Weft(split, "auto", CHOSEN),
             "transformers, 2 ranks, tp_plan": Transformers(model, launcher),
             "weft, 1 process": Weft(alone, "serial"),
             "transformers, 1 process": Transformers(model, None),
@@ -148,9 +153,11 @@ def main() -> None:
         for link in links_of(given.link):
             there = link if link.times is None else link.at(link.times * balance(seconds, launcher.shape))
             launcher.shape(there.rate)
+            split.engine.calibrate(needed(CHOSEN))
             rounds = measure(contestants, ids, given.rounds)
-            show(f"{given.model}, {given.tokens} tokens, link {there}", rounds)
-            results.append({"link": str(there), "balance": link.times, "rounds": rounds})
+            shown = f"{there}, shared" if given.shared else str(there)
+            show(f"{given.model}, {given.tokens} tokens, link {shown}", rounds)
+            results.append({"link": shown, "balance": link.times, "rounds": rounds})
         machine = describe(split.engine.model, 1)
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     if given.json:
@@ -162,7 +169,7 @@ def measure(contestants: dict[str, Weft | Transformers], ids: list[int], rounds:
     kept = []
     for _ in range(rounds + 1):
         answers = {name: contestant.prefill(ids) for name, contestant in contestants.items()}
-        tokens = {token for _, token in answers.values()}
+        tokens = {token for name, (_, token) in answers.items() if CHOSEN not in name}
         assert len(tokens) == 1, f"they don't agree on the next token: {tokens}"
         kept.append({name: seconds for name, (seconds, _) in answers.items()})
     return kept[1:]

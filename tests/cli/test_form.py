@@ -9,8 +9,9 @@ from weft.cli.main import app
 FORM = {
     "bench": [
         "--html", "--json", "--link", "--mixed", "--overlap", "--plot", "--prompts", "--rounds", "--shares",
-        "--threads", "--timeline", "--tokens", "--tp", "--wire", "model",
+        "--threads", "--timeline", "--tokens", "--tp", "--transport", "--wire", "model",
     ],
+    "bench quality": ["--json", "--text", "--threads", "--tokens", "--tp", "--wire", "model"],
     "chat": [
         "--api-key", "--dtype", "--max-tokens", "--overlap", "--seed", "--shares", "--system", "--temperature",
         "--tensor-parallel-size", "--threads", "--top-p", "--tp", "--transport", "--url", "--wire", "model",
@@ -30,7 +31,7 @@ FORM = {
         "--allow-anyone", "--allow-origin", "--api-key", "--check-content", "--client-timeout", "--drain", "--dtype",
         "--host", "--join-address", "--link", "--local-ranks",
         "--max-body-bytes", "--max-model-len", "--max-num-batched-tokens", "--max-num-seqs", "--max-waiting",
-        "--overlap", "--port", "--prefix-caching", "--rank-ports", "--recalibrate", "--reproducible",
+        "--overlap", "--plain-data", "--port", "--prefix-caching", "--rank-ports", "--recalibrate", "--reproducible",
         "--request-timeout", "--served-model-name", "--shares", "--tensor-parallel-size", "--threads",
         "--token-interval", "--tp", "--transport", "--wire", "model",
     ],

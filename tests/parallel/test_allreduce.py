@@ -138,6 +138,26 @@ def test_bytes_are_counted(world, wire: str) -> None:
 
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("algorithm", ["", *ALGORITHMS[1:]])
+def test_a_large_row_changes_no_other(world, wire: str, algorithm: str) -> None:
+    """One a thousand times larger, and one that is not finite."""
+    threads, groups = world
+    codec, parts = codec_named(wire), partials(len(groups), 9, 192)
+
+    def all_of() -> torch.Tensor:
+        return threads.each(lambda rank: all_reduce(groups[rank], codec, parts[rank].clone(), algorithm))[-1]
+
+    before = all_of()
+    for part in parts:
+        part[4] *= 1000
+        part[6] = float("nan")
+    after = all_of()
+    rows = [0, 1, 2, 3, 5, 7, 8]
+    assert torch.equal(before[rows], after[rows]) and not torch.equal(before[4], after[4])
+    assert bool(after[6].isnan().all())
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("algorithm", ["", *ALGORITHMS[1:]])
 def test_what_a_wire_takes_the_next_sum_brings(world, wire: str, algorithm: str) -> None:
     """Ten sums of the same rows lack no more than one of them does, on all ranks alike, however the rows are cut."""
     threads, groups = world

@@ -26,7 +26,7 @@ BUCKET = f"burst {BURST} latency 200ms"
 # between pauses at a fraction of its speed.
 CONGESTION = "cubic"
 PREFIX = "weft"
-SUBNET = "10.213.77."  # inside the namespaces only
+SUBNET, MEDIUM = "10.213.77.", "10.213."  # inside the namespaces only
 
 
 def demand_namespaces() -> None:
@@ -39,14 +39,15 @@ def demand_namespaces() -> None:
 
 
 class NamespaceLauncher(LocalLauncher):
-    """Each worker in a namespace of its own; two are joined directly, more by a bridge in one more namespace."""
+    """Each worker in a namespace of its own; two are joined directly, more by a bridge in one more namespace. `shared`:
+    all directions share one rate, as on a radio."""
 
     shares_memory = False
 
-    def __init__(self, rate: float | None = None) -> None:
+    def __init__(self, rate: float | None = None, shared: bool = False) -> None:
         super().__init__()
         demand_namespaces()
-        self.rate = rate  # bits a second; None: as fast as the kernel goes
+        self.rate, self.shared = rate, shared  # bits a second; None: as fast as the kernel goes
         self._names: list[str] = []
         self._ends: list[tuple[str, str]] = []  # every (namespace, device) that sends
 
@@ -73,7 +74,9 @@ class NamespaceLauncher(LocalLauncher):
         for name in self._names:
             _ip("netns", "add", name)
             _in(name, "ip", "link", "set", "lo", "up")
-        if count == 2:
+        if self.shared:
+            self._build_medium(f"{PREFIX}-{os.getpid()}-hub", f"{PREFIX}-{os.getpid()}-air", count)
+        elif count == 2:
             self._wire(self._names[0], "data0", self._names[1], "data0")
         elif count > 2:
             self._build_bridge(f"{PREFIX}-{os.getpid()}-hub")
@@ -90,6 +93,29 @@ class NamespaceLauncher(LocalLauncher):
             self._wire(name, "data0", hub, f"port{index}")
             _in(hub, "ip", "link", "set", f"port{index}", "master", "bridge")
         self._names.append(hub)
+
+    def _build_medium(self, hub: str, air: str, count: int) -> None:
+        """A hub that sends all that comes from a worker through one shaped device, to a namespace that sends it back,
+        and only then to whom it is for."""
+        for name in (hub, air):
+            _ip("netns", "add", name)
+            for setting in ("ip_forward=1", "conf.all.rp_filter=0", "conf.default.rp_filter=0"):
+                _in(name, "sysctl", "-qw", f"net.ipv4.{setting}")
+        for index, name in enumerate(self._names):
+            self._wire(name, "data0", hub, f"port{index}")
+            _in(hub, "sysctl", "-qw", f"net.ipv4.conf.port{index}.proxy_arp=1")
+            _in(hub, *f"ip route add {SUBNET}{index + 1}/32 dev port{index}".split())
+            _in(hub, *f"ip rule add iif port{index} lookup 100".split())
+        self._ends.clear()
+        for there, back, net in (("out", "into", 1), ("return", "home", 2)):
+            left, right = ((hub, there), (air, back)) if net == 1 else ((air, there), (hub, back))
+            self._wire(left[0], left[1], right[0], right[1])
+            for (name, device), host in ((left, 1), (right, 2)):
+                _in(name, *f"ip address add {MEDIUM}{net}.{host}/24 dev {device}".split())
+        _in(hub, *f"ip route add default via {MEDIUM}1.2 dev out table 100".split())
+        _in(air, *f"ip route add {SUBNET}0/24 via {MEDIUM}2.2 dev return".split())
+        self._ends = [(hub, "out")]
+        self._names += [hub, air]
 
     def _wire(self, left: str, left_device: str, right: str, right_device: str) -> None:
         _in(left, "ip", "link", "add", left_device, "type", "veth", "peer", "name", right_device, "netns", right)

@@ -14,6 +14,7 @@ from itertools import accumulate, pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from weft.parallel.sizes import GROUPS
 from weft.plan.wiring import Sum, Wiring, sums_of
 from weft.program.batch import Batch, Rows
 from weft.program.build import weave
@@ -215,7 +216,8 @@ class _Searching:
         return min(b - a for a, b in pairwise(edges)) >= LEAST_ROWS * (cuts.tiles if cuts.tiles > 1 else 1)
 
     def _propose(self) -> Iterator[Strategy]:
-        """Tiles, scattered sums, cuts between sequences, cuts of equal time; more of a kind only where it leads."""
+        """Tiles, scattered sums, cuts between sequences, cuts of equal time; more of a kind only where it leads. No
+        scattered sums on wires of few bits: they would round inputs, and nothing makes up for that."""
         chunks = self._even_chunks()
         yield Strategy(chunks=2, other_chunks=4)
         yield _even(min(max(chunks, 3), 4), ahead=True)
@@ -225,7 +227,7 @@ class _Searching:
             yield _even(3, requests=True)
         if self._uneven():
             yield self._by_time([1.0] * chunks, 1)
-        if self._leads(Strategy(scattered=True), Strategy()):
+        if self.wiring.usual not in GROUPS and self._leads(Strategy(scattered=True), Strategy()):
             yield _even(4, scattered=True)
 
     def _even_chunks(self) -> int:
