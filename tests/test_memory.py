@@ -19,6 +19,7 @@ from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError
 from weft.execute.process import GROUPS, free_memory, machine_name
 from weft.execute.protocol import Hello, Loaded
+from weft.launch.keys import key_of
 from weft.launch.launcher import VERSION
 from weft.model.families import blueprint_of
 from weft.model.shares import shard_bytes, shares_of
@@ -178,12 +179,12 @@ def test_more_than_a_containers_limit_is_refused_before_the_kernel_kills(large: 
 @needs_groups
 def test_a_model_that_fits_only_over_two_machines_starts(large: Path) -> None:
     port = free_port()
-    token = {"WEFT_TOKEN": "between-us"}
+    secret = "a secret between us"
     with (
         limited(SIDE) as here, limited(SIDE) as there,
-        Command("worker", "--join", f"127.0.0.1:{port}", before=there, **token),
+        Command("worker", "--join", f"127.0.0.1:{port}", before=there, WEFT_TOKEN=key_of(secret).token),
         Command("serve", str(large), "--tp", "2", "--overlap", "serial", "--port", "0", "--threads", "1",
-                "--join-address", f"127.0.0.1:{port}", before=here, **token) as server,
+                "--join-address", f"127.0.0.1:{port}", before=here, WEFT_TOKEN=secret) as server,
     ):  # fmt: skip
         said = server.until("for OpenAI's clients", 120)
         url = said[said.rindex("http://") :].split()[0].rstrip("/")

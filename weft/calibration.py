@@ -12,7 +12,7 @@ from weft.model.families import blueprint_of
 from weft.parallel.sizes import LIKELIEST_BYTES, ONE_SHOT_BYTES, algorithms, row_bytes
 from weft.plan.calibrate import MOST, calibrate
 from weft.plan.planner import Plan
-from weft.plan.readings import Sample, Subject
+from weft.plan.samples import Sample, Subject
 from weft.program.batch import Batch
 from weft.program.steps import Program
 from weft.program.strategy import GRANULE, Strategy

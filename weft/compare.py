@@ -216,7 +216,7 @@ class Comparing:
             floor=median(r.floor(wire) for r in rounds),
             serial_median=median(r.serial(wire) for r in rounds), saving=median(savings),
             saving_range=(min(savings), max(savings)),
-            saving_bound=median(1 - r.bound(wire) / r.serial(wire) for r in rounds),
+            saving_bound=max(0.0, median(1 - r.bound(wire) / r.serial(wire) for r in rounds)),
             overlap_efficiency=self._efficiency(variant, [r.bound(wire) for r in rounds]),
             floor_efficiency=self._efficiency(variant, [r.floor(wire) for r in rounds]),
             exposed=median(r.seconds[variant] - r.compute_alone for r in rounds),

@@ -279,7 +279,7 @@ class EngineConfig:
         if not all(0 < share < float("inf") for share in shares):
             raise InputError(f"--shares {','.join(map(str, shares))}: every share must be a number above 0")
         allowed(wire)
-        _demand_way(transport, link, plain_data)
+        demand_way(transport, link, plain_data)
         one_of(dtype, "--dtype", DTYPES)
         positive(max_sequences, "max_num_seqs")
         positive(max_batch_tokens, "max_num_batched_tokens")
@@ -305,7 +305,7 @@ def positive(value: int | None, name: str) -> None:
         raise InputError(f"{name} {value!r} is not allowed; give a whole number from 1")
 
 
-def _demand_way(transport: str, link: Link, plain_data: bool) -> None:
+def demand_way(transport: str, link: Link, plain_data: bool = False) -> None:
     """Raises `InputError` for messages that can't travel so."""
     one_of(transport, "--transport", TRANSPORTS)
     if link.shaped and transport == "shm":

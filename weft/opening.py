@@ -54,7 +54,7 @@ def open_engine(
         launcher = NamespaceLauncher()
     directory = locate(model)
     model_config = ModelConfig.from_directory(directory)
-    wire, left_out = within_limits(directory, wire)
+    wire, left_out = within_limits(directory, wire, ranks if isinstance(ranks, int) else 2, dtype)
     resolve = partial(
         EngineConfig.resolve, model_config, overlap=overlap, wire=wire, transport=transport, link=link,
         plain_data=plain_data, check_content=check_content, reproducible=reproducible, dtype=dtype,
@@ -70,7 +70,8 @@ def open_engine(
         given = tuple(shares) if shares and not isinstance(shares, str) else None
         config = resolve(ranks=ranks, shares=given, threads=threads)
     engine = Engine(directory, config, model_config, launcher, progress, recalibrate, share_by_speed=shares == AUTO)
-    engine.notices += [notice for notice in (line or judged(engine), *left_out) if notice]
+    plain = "what ranks send each other is not encrypted, as --plain-data says" if plain_data else ""
+    engine.notices += [notice for notice in (line or judged(engine), plain, *left_out) if notice]
     engine.notices += _proposed(directory)[1]
     return engine
 

@@ -1,7 +1,7 @@
 """What less exact wires do to a model's answers: figures, limits, and where they are kept.
 
 `weft bench quality` (bench/quality.py) measures them; `auto:` leaves out a wire that was found to exceed its limit for
-a model. Knows files and figures; measures nothing.
+a model on as many ranks. Knows files and figures; measures nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from weft.model.fingerprint import fingerprint
 from weft.wires import WIRES, allowed, chosen_by_cost
 
 LIMITS = {"bf16": 0.001, "int8": 0.001, "int4": 0.015}  # of perplexity, above exact's
+SURE = 2.0  # standard errors by which a limit must be exceeded
+ENOUGH = 4000  # tokens: what fewer say is not kept
 CODECS = 1  # counts what was measured of another form of the wires
 
 
@@ -42,58 +44,72 @@ class Quality(msgspec.Struct, frozen=True):
 
     @property
     def exceeds(self) -> bool:
-        """The limit."""
-        return self.limit is not None and self.above > self.limit
+        """The limit, for sure."""
+        return self.limit is not None and self.above - SURE * self.unsure > self.limit
 
 
-class Measured(msgspec.Struct, frozen=True):
-    """Of one model on so many ranks; `when`, and on which text, of how many tokens."""
+class Assessment(msgspec.Struct, frozen=True):
+    """Of one model on so many ranks, computing in a `dtype`; `when`, and on which text, of how many tokens."""
 
     ranks: int
+    dtype: str
     text: str
     tokens: int
     when: str
     wires: list[Quality]
 
 
-def keep(directory: Path, measured: Measured) -> None:
-    """For later starts. Where that fails, they go without."""
+def keep(directory: Path, measured: Assessment) -> bool:
+    """For later starts: of each wire, number of ranks and dtype what was found on most tokens, lately. False for what
+    says too little; where the file can't be written, later starts go without."""
+    if measured.tokens < ENOUGH:
+        return False
+    known = {_key(each): each for each in recall(directory)}
+    for one in (msgspec.structs.replace(measured, wires=[quality]) for quality in measured.wires):
+        if _key(one) not in known or known[_key(one)].tokens <= one.tokens:
+            known[_key(one)] = one
     path = _path(directory)
-    known = [each for each in recall(directory) if (each.ranks, each.text) != (measured.ranks, measured.text)]
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(msgspec.json.encode([*known, measured]))
+        path.write_bytes(msgspec.json.encode(list(known.values())))
+    return True
 
 
-def recall(directory: Path) -> list[Measured]:
-    """What was measured of the model in this directory."""
+def recall(directory: Path) -> list[Assessment]:
+    """What was measured of the model in this directory, each of one wire."""
     try:
-        return msgspec.json.decode(_path(directory).read_bytes(), type=list[Measured])
+        return msgspec.json.decode(_path(directory).read_bytes(), type=list[Assessment])
     except (OSError, msgspec.MsgspecError):
         return []
 
 
-def within_limits(directory: Path, wire: str) -> tuple[str, list[str]]:
+def within_limits(directory: Path, wire: str, ranks: int, dtype: str) -> tuple[str, list[str]]:
     """The wire to use for this model, and lines for whoever asked for it: of a choice of wires none is left that was
-    found to exceed its limit. What was chosen outright is used."""
-    if not chosen_by_cost(wire):
+    found to exceed its limit, nor any less exact one. What was chosen outright is used."""
+    if not chosen_by_cost(wire) or ranks == 1:
         return wire, []
-    known = {quality.wire: (quality, each) for each in recall(directory) for quality in each.wires}
-    left, lines = allowed(wire), []
-    for each in left[1:]:
-        if each in known and known[each][0].exceeds:
-            quality, measured = known[each]
-            lines.append(
-                f"wire {each} is left out for this model: perplexity is {quality.above:.2%} above exact's, the limit "
-                f"{quality.limit:.1%} (weft bench quality, {measured.when})"
-            )
-            left = left[: left.index(each)]
-            break
-    unknown = [each for each in left[1:] if each not in known and each != "bf16"]
-    if unknown:
+    known = {each.wires[0].wire: each for each in recall(directory) if (each.ranks, each.dtype) == (ranks, dtype)}
+    wanted = allowed(wire)
+    worse = next((each for each in wanted[1:] if each in known and known[each].wires[0].exceeds), None)
+    left, lines = wanted[: wanted.index(worse)] if worse else wanted, list[str]()
+    if worse is not None:
+        quality, gone = known[worse].wires[0], wanted[len(left) :]
+        named = f"wire {worse} is" if len(gone) == 1 else f"wires {' and '.join(gone)} are"
+        lines.append(
+            f"{named} left out for this model: with {worse} perplexity is {quality.above:.2%} above exact's, the limit "
+            f"{quality.limit:.1%} (weft bench quality, {known[worse].when})"
+        )
+    if unknown := [each for each in left[1:] if each not in known and each != "bf16"]:
         named = f"wires {' and '.join(unknown)} do" if len(unknown) > 1 else f"wire {unknown[0]} does"
-        lines.append(f"what {named} to this model's answers isn't known: weft bench quality measures it")
+        lines.append(
+            f"what {named} to this model's answers on {ranks} ranks isn't known: weft bench quality --tp {ranks} "
+            "measures it"
+        )
     return (f"auto:{left[-1]}" if len(left) > 1 else WIRES[0]), lines
+
+
+def _key(measured: Assessment) -> tuple[str, int, str]:
+    return measured.wires[0].wire, measured.ranks, measured.dtype
 
 
 def _path(directory: Path) -> Path:

@@ -77,7 +77,8 @@ class Workers:
     def _started(self, planner: Planner, tell: Progress, recalibrate: bool, by_speed: bool) -> list[str]:
         self._bring_up(lambda share: tell("loading", share))
         notices = self._make_link(planner, tell)
-        if not (self.config.ranks > 1 and (recalibrate or by_speed or self.config.overlap == AUTO)):
+        chooses = self.config.overlap == AUTO or chosen_by_cost(self.config.wire)
+        if not (self.config.ranks > 1 and (recalibrate or by_speed or chooses)):
             return notices
         notices += self._learn(planner, tell, recalibrate)
         return notices + (self._share(planner, tell, recalibrate) if by_speed else [])

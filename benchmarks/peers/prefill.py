@@ -5,9 +5,10 @@
     python benchmarks/peers/prefill.py --shared --link 200mbit   both directions in 200 Mbit/s
 
 Six contestants, one after the other in every round, all kept loaded: weft on two ranks of one thread, serial,
-overlapped, and as it plans itself where sums may travel as int8; transformers with tp_plan="auto" (torchrun, gloo) on two ranks of one thread in the same two network
-namespaces, behind the same link; weft and transformers on one process of two threads. Needs root and iproute2. The
-greedy tokens must agree where sums are exact. Figures are medians, ratios medians of per-round ratios.
+overlapped, and as it plans itself where sums may travel as int8; transformers with tp_plan="auto" (torchrun, gloo) on
+two ranks of one thread in the same two network namespaces, behind the same link; weft and transformers on one process
+of two threads. Needs root and iproute2. The greedy tokens must agree where sums are exact. Figures are medians, ratios
+medians of per-round ratios.
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.test_joined import TOKEN, joining
+from tests.launch.test_joined import SECRET, joining
 from tests.processes import WEFT, Command, free_port, weft
 from weft.cli.options import ELSEWHERE
+from weft.launch.keys import new_key
 
 HARDWARE = "--hardware", "2x rtx4090", "--tokens", "128"
 
@@ -96,7 +97,7 @@ def test_the_line_to_run_elsewhere_says_where_the_model_comes_from(packaged: Pat
 def test_a_server_that_waits_for_a_machine_ends_at_the_first_signal(packaged: Path) -> None:
     port = free_port()
     with Command(
-        "serve", "--tp", "2", "--join-address", f"127.0.0.1:{port}", "--port", "0", WEFT_TOKEN=TOKEN
+        "serve", "--tp", "2", "--join-address", f"127.0.0.1:{port}", "--port", "0", WEFT_TOKEN=SECRET
     ) as server:
         server.until("waiting for 1 more machine")
         server.child.terminate()
@@ -108,8 +109,10 @@ def test_a_worker_without_an_answer_says_which(packaged: Path) -> None:
     port = free_port()
     with (
         joining(free_port()) as alone,
-        Command("serve", "--tp", "2", "--join-address", f"127.0.0.1:{port}", "--port", "0", WEFT_TOKEN=TOKEN) as server,
-        joining(port, "wrong") as machine,
+        Command(
+            "serve", "--tp", "2", "--join-address", f"127.0.0.1:{port}", "--port", "0", WEFT_TOKEN=SECRET
+        ) as server,
+        joining(port, new_key().token) as machine,
     ):
         server.until("waiting for 1 more machine")
         machine.until("WEFT_TOKEN is not the one", 30)

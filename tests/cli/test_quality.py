@@ -8,16 +8,17 @@ import math
 import shutil
 from contextlib import closing
 from pathlib import Path
+from random import random
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.processes import weft
-from weft.bench.quality import TEXT, measure
+from weft.bench.quality import TEXT, _Wire, measure
 from weft.errors import InputError
 from weft.opening import open_engine
-from weft.quality import LIMITS, Measured, Quality, keep, recall, within_limits
+from weft.quality import ENOUGH, LIMITS, Assessment, Quality, keep, recall, within_limits
 
 PINNED = "fdd3211b65d2a4c1ab8092e56f09628e349f00a92b97a2516125b4ae343bb157"
 
@@ -32,6 +33,7 @@ def test_table_and_file(tmp_path: Path) -> None:
     done = weft("bench", "quality", "--tokens", "1024", "--wire", "int8,int4", "--json", str(out), process=True)
     for part in ("northanger-abbey, 1022 tokens, 2 ranks", "perplexity", "same token", "divergence", "ok"):
         assert part in done.stdout
+    assert "not kept for auto: so few tokens say little" in done.stderr
     found = json.loads(out.read_text())
     exact, int8, int4 = found["wires"]
     assert (exact["wire"], exact["above"], exact["divergence"], exact["agreement"]) == ("exact", 0.0, 0.0, 1.0)
@@ -61,7 +63,7 @@ def test_perplexity_is_transformers(packaged: Path, tmp_path: Path) -> None:
         (["--wire", "int3"], "'int3' is not a wire; allowed: exact, bf16, int8, int4"),
         (["--wire", "auto:int8"], "'auto:int8' is not a wire"), (["--tp", "1"], "one rank sends nothing"),
         (["--tokens", "0"], "--tokens"), (["--text", "missing.txt"], "missing.txt can't be read"),
-        (["--tokens", "20"], "20 of this model's tokens, and a window is 512"), (["quality"], "'quality'"),
+        (["--tokens", "20"], "--tokens 20 is less than a window, which has 512"), (["quality"], "'quality'"),
         (["--json", "no/such/folder/x.json"], "--json"),
     ],
 )  # fmt: skip
@@ -86,33 +88,68 @@ def own(packaged: Path, tmp_path: Path) -> Path:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(directory / "model.safetensors")
-    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, directory / "model.safetensors")
+    save_file(
+        {name: tensor * (1 + random() / 100) for name, tensor in weights.items()}, directory / "model.safetensors"
+    )
     return directory
 
 
-def found(**above: float) -> Measured:
+def found(ranks: int = 2, tokens: int = ENOUGH, dtype: str = "float32", **above: float) -> Assessment:
     wires = [Quality(name, 1.0, 10.0, value, 0.0001, 0.001, 0.01, 0.99) for name, value in above.items()]
-    return Measured(2, "text", 1000, "2026-11-29", wires)
+    return Assessment(ranks, dtype, "text", tokens, "2026-11-29", wires)
+
+
+def chosen(directory: Path, wire: str, ranks: int = 2, dtype: str = "float32") -> tuple[str, list[str]]:
+    return within_limits(directory, wire, ranks, dtype)
 
 
 def test_a_wire_beyond_its_limit_is_left_out_and_said_so(own: Path) -> None:
-    assert recall(own) == [] and within_limits(own, "int4") == ("int4", [])
-    wire, lines = within_limits(own, "auto:int4")
-    assert wire == "auto:int4" and lines == [
-        "what wires int8 and int4 do to this model's answers isn't known: weft bench quality measures it"
-    ]
+    assert recall(own) == [] and chosen(own, "int4") == ("int4", []) == chosen(own, "int4", 1)
+    wire, lines = chosen(own, "auto:int4")
+    assert wire == "auto:int4" and len(lines) == 1
+    assert lines[0].startswith("what wires int8 and int4 do to this model's answers on 2 ranks isn't known: weft bench")
     keep(own, found(bf16=0.0, int8=0.0005, int4=0.016))
-    wire, lines = within_limits(own, "auto:int4")
+    wire, lines = chosen(own, "auto:int4")
     assert wire == "auto:int8" and len(lines) == 1
     assert lines[0].startswith(
-        "wire int4 is left out for this model: perplexity is 1.60% above exact's, the limit 1.5%"
+        "wire int4 is left out for this model: with int4 perplexity is 1.60% above exact's, the limit 1.5%"
     )
-    assert within_limits(own, "int4") == ("int4", []), "who asks for it outright gets it"
-    keep(own, found(bf16=0.0, int8=0.0005, int4=0.014))
-    assert within_limits(own, "auto:int4") == ("auto:int4", [])
-    keep(own, found(bf16=0.002, int8=0.0005))
-    wire, lines = within_limits(own, "auto:int8")
-    assert wire == "exact" and "wire bf16 is left out" in lines[0]
+    assert chosen(own, "int4") == ("int4", []), "who asks for it outright gets it"
+    keep(own, found(bf16=0.0, int8=0.0005, int4=0.015 + 0.0001))
+    assert chosen(own, "auto:int4") == ("auto:int4", []), "not for sure"
+    keep(own, found(bf16=0.002))
+    wire, lines = chosen(own, "auto:int4")
+    assert wire == "exact" and lines[0].startswith(
+        "wires bf16 and int8 and int4 are left out for this model: with bf16"
+    )
+
+
+def test_what_was_found_on_more_is_not_forgotten(own: Path) -> None:
+    """Nor does it say anything of other numbers of ranks, or of another type of computation."""
+    keep(own, found(int8=0.05, tokens=30_000))
+    keep(own, found(bf16=0.0))
+    keep(own, found(int8=0.0))
+    assert not keep(own, found(int8=0.0, tokens=ENOUGH - 1))
+    assert chosen(own, "auto:int8")[0] == "auto:bf16"
+    for ranks, dtype in ((4, "float32"), (2, "bfloat16")):
+        wire, lines = chosen(own, "auto:int8", ranks, dtype)
+        assert wire == "auto:int8" and f"on {ranks} ranks isn't known" in lines[0]
+    keep(own, found(int8=0.0, tokens=30_000))
+    assert chosen(own, "auto:int8") == ("auto:int8", []), "what is as good and newer counts"
+
+
+@pytest.mark.parametrize("figure", [float("nan"), float("inf"), 1e30])
+def test_answers_that_are_none_exceed_every_limit(own: Path, figure: float) -> None:
+    wire = _Wire("int8")
+    for _ in range(2):
+        wire.losses.append(torch.full((10,), figure, dtype=torch.float64))
+        wire.exact.append(torch.ones(10))
+        wire.divergences.append(torch.full((10,), figure))
+        wire.same.append(torch.zeros(10, dtype=torch.bool))
+    quality = wire.quality(1.0)
+    assert quality.exceeds
+    keep(own, Assessment(2, "float32", "text", ENOUGH, "2026-11-29", [quality]))
+    assert recall(own)[0].wires == [quality]
 
 
 def test_an_engine_keeps_to_it(own: Path) -> None:

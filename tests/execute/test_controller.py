@@ -19,7 +19,6 @@ class Heard:
     """What ranks say, in an order of the test's."""
 
     one_clock = True
-    leaves_machine = False
 
     def __init__(self, *said: tuple[bytes, int]) -> None:
         self._said = iter(said)

@@ -16,10 +16,12 @@ from zmq.utils import z85
 
 from tests.processes import Command, free_port
 from weft.errors import InputError
+from weft.execute.controller import Controller
+from weft.execute.protocol import Hello
 from weft.execute.results import RunOptions
 from weft.launch.joined import JoinedLauncher
 from weft.launch.keys import engine_of, key_of, new_key
-from weft.launch.launcher import TOKEN_VARIABLE
+from weft.launch.launcher import TOKEN_VARIABLE, VERSION
 from weft.opening import open_engine
 from weft.program.batch import one_prompt
 
@@ -101,6 +103,24 @@ def test_the_engines_key_is_its_own() -> None:
     assert key == again != other and new_key() != new_key()
     assert zmq.curve_public(key.secret) == key.public == engine_of(key.token)
     assert z85.decode(key.secret) not in engine_of(key.token) and SECRET not in key.token
+
+
+def test_a_place_is_for_who_has_its_ticket() -> None:
+    """A machine has those of its own ranks: it can't pass for another one's."""
+    key, world = new_key(), 2
+
+    def hello(place: int, ticket: str) -> Hello:
+        return Hello(VERSION, place, ticket, "host", 1, "address", "machine", 1, 1)
+
+    said = [
+        (b"wrong", hello(0, key.ticket(1))), (b"none", hello(0, "")), (b"other", hello(1, new_key().ticket(1))),
+        (b"beyond", hello(7, key.ticket(7))), (b"below", hello(-1, key.ticket(-1))), (b"one", hello(1, key.ticket(1))),
+        (b"again", hello(1, key.ticket(1))), (b"zero", hello(0, key.ticket(0))),
+    ]  # fmt: skip
+    controller = Controller.__new__(Controller)
+    controller._receive = lambda kind, deadline: said.pop(0)  # type: ignore[method-assign, assignment, return-value]
+    came = controller._hellos(world, key, 0.0)
+    assert {place: identity for place, (identity, _) in came.items()} == {0: b"zero", 1: b"one"}
 
 
 @pytest.mark.parametrize("command", ["worker", "serve"])

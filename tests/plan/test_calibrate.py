@@ -12,7 +12,8 @@ from tests.outlines import decoder_outline
 from tests.simulate.costs import RANK, costs
 from weft.plan.calibrate import BUDGET, Probe, TooSlow, calibrate
 from weft.plan.planner import Planner
-from weft.plan.readings import KERNEL, Sample, Subject
+from weft.plan.readings import KERNEL
+from weft.plan.samples import Sample, Subject
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.stages import COMPUTE, NETWORK, Kind
 from weft.program.steps import Program
@@ -49,7 +50,7 @@ def machine(truth: Costs, noise: float = 0.0) -> Probe:
             for e in timeline.events
         )
         sums = [e for e in events if e.lane is NETWORK and e.rank == 0]
-        size = {e: 4.0 * truth.width * e.rows.length for e in sums}
+        size = {e: truth.wires[wire].element * truth.width * e.rows.length for e in sums}
         stolen = sum(truth.contention.taken(truth.wires[wire], size[e], e.seconds) for e in sums) / KERNEL
         return Sample(timeline.seconds + 2e-4, [stolen] * 2, Timeline(events, "measured"))
 
@@ -75,6 +76,29 @@ def test_predictions_after_it_are_right(times: float, noise: float) -> None:
                 )
                 assert real is not None and guess is not None
                 assert guess.seconds == pytest.approx(real.seconds, rel=0.1 + noise), (batch, strategy, wire)
+
+
+@pytest.mark.parametrize("times", [0.2, 0.5, 1.0])
+def test_what_coding_costs_is_found_for_each_wire(times: float) -> None:
+    """Beside a sum's bytes: the same longer for every sum, and of the compute lane's processor."""
+    base = costs(times, contention=Contention(small=1e-4, fixed=2e-4, per_byte=2e-10))
+    exact = base.wires["exact"]
+    longer = Table.line(0.8e-3, exact.per_byte * 1.1)
+    coded = replace(exact, element=1.0, sums={"exchange": longer}, codec=Table((0.0, 1e6), (0.0, 3e-3)))
+    truth = replace(base, wires={"exact": exact, "int8": coded})
+    found = calibrate(machine(truth, 0.02), replace(SUBJECT, elements={"exact": 4.0, "int8": 1.0}))
+    assert found.wires["int8"].fixed == pytest.approx(0.8e-3, rel=0.15)
+    assert found.wires["exact"].fixed == pytest.approx(0.3e-3, rel=0.35)
+    assert found.wires["exact"].codec.at(1e6) == 0
+    for strategy in ("serial", "iso:2", "iso:3"):
+        for wire in ("exact", "int8"):
+            real, guess = (
+                Planner(OUTLINE, strategy, wire, 1, known).plan(one_prompt(1000)).predicted for known in (truth, found)
+            )
+            assert real is not None and guess is not None
+            assert guess.seconds == pytest.approx(real.seconds, rel=0.08), (strategy, wire)
+    beside = found.contention.taken(found.wires["int8"], 1e6, 0.0)
+    assert beside == pytest.approx(truth.contention.taken(coded, 1e6, 0.0), rel=0.35)
 
 
 def test_a_delay_costs_no_bytes() -> None:

@@ -63,7 +63,7 @@ def test_what_hides_stays_exact(times: float) -> None:
 def test_where_even_the_smallest_is_exposed_all_are_the_smallest(times: float) -> None:
     plan = planned(times, "auto:int8")
     assert wires_of(plan) == {"int8"} and len(plan.why) == 1
-    assert plan.why[0].startswith("all sums as int8: on bf16 each would be exposed for ")
+    assert plan.why[0].startswith("all sums as int8: on bf16 each alone would be exposed for ")
 
 
 @pytest.mark.parametrize("times", [0.1, 0.2, 0.3, 0.42, 0.5, 0.6, 0.7, 0.85, 1.0, 1.3])
@@ -88,7 +88,7 @@ def test_some_sums_only() -> None:
     mixed = [plan for times in range(20, 100, 4) if len(wires_of(plan := planned(times / 100, "auto:int8"))) > 1]
     assert len(mixed) >= 5
     for plan in mixed:
-        assert plan.why and all("each would be exposed for" in line for line in plan.why)
+        assert plan.why and all("each alone would be exposed" in line for line in plan.why)
         assert re.search(rf"wire {plan.wire} · \w+: (attention|mlp) \d+:\d+", plan.describe())
         assert parse(write(plan.program)) == plan.program, "wires are part of the step, and of its text"
 

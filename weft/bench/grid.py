@@ -16,7 +16,7 @@ from typing import Any
 
 from weft.bench.machine import cores_of, prefill_flops
 from weft.compare import Comparing, Measured, Variant
-from weft.config import ModelConfig, available_cores, positive
+from weft.config import ModelConfig, available_cores, demand_way, positive
 from weft.engine import Engine
 from weft.errors import InputError
 from weft.launch.namespaces import NamespaceLauncher
@@ -60,18 +60,23 @@ class Grid:
             if tokens < self.prompts:
                 raise InputError(f"--tokens {tokens} can't be divided over {self.prompts} prompts")
         for ranks in self.ranks:
-            positive(ranks, "--tp")
-            threads = self.threads_of(ranks)
-            if ranks * threads > available_cores():
-                raise InputError(
-                    f"--tp {ranks} with {threads} thread{'s' if threads > 1 else ''} a rank needs {ranks * threads} "
-                    f"cores, and {available_cores()} are there: ranks that share cores measure each other"
-                )
+            self._demand_cores(ranks)
+        for link in self.links:
+            demand_way(self.transport, link)
         if self.shaped and any(link.paced for link in self.links):
             raise InputError("--link: paced links and shaped ones can't be measured in one run; write shaped: with all")
         for overlap in self.overlaps:
             if overlap != AUTO and Strategy.parse(overlap).requests and self.prompts == 1:
                 raise InputError(f"--overlap {overlap} cuts between prompts, and there is one; give --prompts 2")
+
+    def _demand_cores(self, ranks: int) -> None:
+        positive(ranks, "--tp")
+        threads = self.threads_of(ranks)
+        if ranks * threads > available_cores():
+            raise InputError(
+                f"--tp {ranks} with {threads} thread{'s' if threads > 1 else ''} a rank needs {ranks * threads} "
+                f"cores, and {available_cores()} are there: ranks that share cores measure each other"
+            )
 
     def threads_of(self, ranks: int) -> int:
         """Of each rank."""
@@ -115,7 +120,7 @@ class Point:
     def best(self) -> Measured:
         """The fastest variant but serial, if there is another."""
         others = [m for m in self.measured if m.overlap != "serial"] or self.measured
-        return max(others, key=lambda m: m.saving)
+        return min(others, key=lambda m: m.median)
 
     def serial(self, wire: str) -> Measured:
         """Serial on this wire."""

@@ -1,7 +1,8 @@
 """Measures what each wire does to a model's answers: the same text on exact and on others, position by position.
 
-Every window of the text is a prompt whose rows are all scored; only wires differ, so what differs is theirs. Knows
-engines and texts; knows nothing of how figures are shown.
+Every window of the text is a prompt whose rows are scored, all of them, or with a large vocabulary the last ones, as
+many as LOGITS_BYTES hold; only wires differ, so what differs is theirs. Knows engines and texts; knows nothing of how
+figures are shown.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from datetime import date
-from math import exp
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +23,13 @@ from weft.execute.results import RunOptions
 from weft.opening import open_engine
 from weft.parallel.sizes import row_bytes
 from weft.program.batch import Batch, Segment
-from weft.quality import Measured, Quality, keep
+from weft.quality import Assessment, Quality, keep
+from weft.text import Tokenizer
 
 TEXT = Path(__file__).with_name("northanger-abbey.txt")  # chapters 1 to 10, 1803: in the public domain
 WINDOW = 512  # tokens
 LOGITS_BYTES = 128 << 20  # of one window's
+MOST = 1e30
 
 
 class _Answers:
@@ -56,26 +58,36 @@ class _Wire:
         self.same.append(answers.log.argmax(1) == exact.log.argmax(1))
 
     def quality(self, bytes_: float) -> Quality:
-        losses, exact, divergences = map(torch.cat, (self.losses, self.exact, self.divergences))
-        more = (losses - exact).double()
-        return Quality(
-            self.name, bytes_, exp(losses.double().mean()), exp(more.mean()) - 1,
-            float(more.std() / len(more) ** 0.5), float(divergences.clamp_min(0).mean()),
-            float(divergences.clamp_min(0).quantile(0.99)), float(torch.cat(self.same).double().mean()),
+        losses, divergences = torch.cat(self.losses), torch.cat(self.divergences)
+        # Positions of one window depend on each other: windows don't.
+        more = torch.stack([each.double().mean() for each in self.losses])
+        more -= torch.stack([each.double().mean() for each in self.exact])
+        unsure = more.std() / len(more) ** 0.5 if len(more) > 1 else more.abs().sum()
+        unsure = unsure.nan_to_num(0.0, 0.0)  # that is sure enough
+        figures = (
+            losses.double().mean().exp(), more.mean().expm1(), unsure, divergences.clamp_min(0).double().mean(),
+            divergences.clamp_min(0).quantile(0.99), torch.cat(self.same).double().mean(),
         )  # fmt: skip
+        return Quality(self.name, bytes_, *map(_written, figures))
+
+
+def _written(figure: Tensor) -> float:
+    """A number that a file can hold: of answers that are none, one beyond every limit."""
+    return float(figure.nan_to_num(MOST, MOST, -MOST).clamp(-MOST, MOST))
 
 
 def measure(
     directory: Path, wires: Sequence[str], ranks: int, tokens: int, text: Path = TEXT, threads: int | None = None,
     watch: Callable[[float], None] = lambda share: None,
-) -> Measured:  # fmt: skip
-    """Perplexity, divergence and agreement of each wire on the first `tokens` of a text, and kept for `auto:`.
+) -> Assessment:  # fmt: skip
+    """Perplexity, divergence and agreement of each wire on the first `tokens` of a text, in whole windows; kept for
+    `auto:`, where there are enough of them.
 
     Raises `InputError` for a text that is too short, or a model without a tokenizer.
     """
     model = ModelConfig.from_directory(directory)
+    windows = _windows(directory, model, text, tokens)
     with closing(open_engine(directory, ranks=ranks, threads=threads, overlap="serial", prefixes=False)) as engine:
-        windows = _windows(engine, model, text, tokens)
         found = [_Wire(wire) for wire in dict.fromkeys(["exact", *wires])]
         for number, window in enumerate(windows):
             exact: _Answers | None = None
@@ -86,26 +98,34 @@ def measure(
                 watch((number + (place + 1) / len(found)) / len(windows))
         a_number = {wire.name: row_bytes(wire.name, engine.config.dtype, model.hidden) / model.hidden for wire in found}
     scored = sum(len(losses) for losses in found[0].losses)
-    measured = Measured(
-        ranks, text.stem, scored, str(date.today()), [wire.quality(a_number[wire.name]) for wire in found]
+    measured = Assessment(
+        ranks,
+        engine.config.dtype,
+        text.stem,
+        scored,
+        str(date.today()),
+        [wire.quality(a_number[wire.name]) for wire in found],
     )
     keep(directory, measured)
     return measured
 
 
-def _windows(engine: Engine, model: ModelConfig, text: Path, tokens: int) -> list[list[int]]:
-    if engine.tokenizer is None:
-        raise InputError("weft bench quality needs a tokenizer, and this model has no tokenizer.json")
+def _windows(directory: Path, model: ModelConfig, text: Path, tokens: int) -> list[list[int]]:
+    if not (directory / "tokenizer.json").is_file():
+        raise InputError(f"weft bench quality needs a tokenizer, and {directory} has no tokenizer.json")
+    length = min(WINDOW, model.max_length)
+    if tokens < length:
+        raise InputError(f"--tokens {tokens} is less than a window, which has {length}; give more")
     try:
-        ids = engine.tokenizer.encode(text.read_text("utf-8"))[:tokens]
+        ids = Tokenizer(directory).encode(text.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--text {text} can't be read ({error})") from None
-    length = min(WINDOW, engine.config.max_length, model.max_length)
-    windows = [ids[start : start + length] for start in range(0, len(ids), length)]
-    whole = [window for window in windows if len(window) == length]
-    if not whole:
-        raise InputError(f"{text} has {len(ids)} of this model's tokens, and a window is {length}: give a longer one")
-    return whole
+    if len(ids) < length:
+        raise InputError(
+            f"--text {text} has {len(ids)} of this model's tokens, and a window {length}; give a longer one"
+        )
+    count = min(len(ids), tokens) // length
+    return [ids[number * length : (number + 1) * length] for number in range(count)]
 
 
 def _answers(engine: Engine, model: ModelConfig, window: list[int], wire: str) -> _Answers:

@@ -56,7 +56,7 @@ def bounds(point: Point, machine: Mapping[str, Any]) -> str:
     first = point.measured[0]
     line = f"compute alone {first.compute_alone:.3f} s: {point.gflops:.0f} GFLOP/s a rank"
     line += f" in matrix products, which reach {machine['gemm_gflops']:g} by themselves"
-    for serial in (m for m in point.measured if m.overlap == "serial"):
+    for serial in (m for m in point.measured if m.overlap == "serial" and m.like == m.wire):
         rate = serial.bytes_on_wire * 8 / serial.network_alone / 1e6 if serial.network_alone else 0.0
         line += f"; network alone {serial.network_alone:.3f} s on wire {serial.wire}: {rate:.0f} Mbit/s"
         line += f"; bound {serial.bound:.3f} s, floor with the messages' processor time {serial.floor:.3f} s"
@@ -68,7 +68,9 @@ def conclusion(points: Sequence[Point]) -> str:
     """What the whole grid comes to, in a line or two."""
     hidden = [p.best.overlap_efficiency for p in points if p.best.overlap_efficiency is not None]
     if not hidden:
-        return "Nothing was communicated, so there was nothing to hide."
+        sent = any(m.bytes_on_wire for p in points for m in p.measured)
+        why = "Where there was something to hide, no strategy but serial ran" if sent else "Nothing was communicated"
+        return f"{why}, so nothing was hidden." if sent else f"{why}, so there was nothing to hide."
     middle, count = median(hidden), _points(len(hidden))
     line = f"Best strategy of each point: overlap efficiency {middle:.2f} in the median of {count}"
     to_floor = [p.best.floor_efficiency for p in points if p.best.floor_efficiency is not None]

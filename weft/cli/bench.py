@@ -29,7 +29,7 @@ from weft.links import links_of
 from weft.timeline.files import demand_form, demand_writable, timelines_as, write
 from weft.wires import allowed
 
-WIDE = 150  # columns of the tables: in a narrow terminal lines are better wrapped than cells
+WIDE = 160  # columns of the tables: in a narrow terminal lines are better wrapped than cells
 
 HELP = """Measure strategies, wires and links against each other with MODEL, on this machine.
 

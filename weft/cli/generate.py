@@ -185,7 +185,7 @@ def _stream(llm: LLM, prompt: str, params: Any, show: bool) -> tuple[RequestOutp
 
 
 def _compared(errors: Console, llm: LLM, tokens: list[int], overlap: str, rounds: int = 5) -> list[Measured]:
-    """Serial first, then the strategy."""
+    """Serial first, on each wire that it is held against, then the strategy."""
     with bar(errors) as progress:
         task = progress.add_task("measuring", total=rounds + 1)
         return compare(llm.engine, tokens, [overlap], rounds, lambda: progress.advance(task))
@@ -193,7 +193,8 @@ def _compared(errors: Console, llm: LLM, tokens: list[int], overlap: str, rounds
 
 def _drawn(comparison: list[Measured]) -> list[Timeline]:
     """The strategy's timeline, what was predicted of it, and serial's."""
-    best, serial = comparison[-1], comparison[0]
+    best = comparison[-1]
+    serial = next(measured for measured in comparison if (measured.overlap, measured.wire) == ("serial", best.like))
     again = serial is best or best.plan.startswith("serial")  # the same runs
     shown = [best.timeline, best.predicted_timeline, None if again else serial.timeline]
     return [timeline for timeline in shown if timeline is not None]
@@ -205,7 +206,7 @@ def _as_json(llm: LLM, output: RequestOutput, timing: _Timing, comparison: list[
         "model": str(llm.engine.directory), "prompt": output.prompt, "text": first.text,
         "token_ids": first.token_ids, "finish_reason": first.finish_reason, "prompt_tokens": timing.prompt_tokens,
         "time_to_first_token": timing.first_token, "decode_tokens_per_second": timing.decode_rate,
-        "plan": plan.describe(), "predicted": None,
+        "plan": plan.describe(), "why": list(plan.why), "predicted": None,
     }  # fmt: skip
     if plan.predicted is not None:
         predicted = plan.predicted
@@ -224,6 +225,8 @@ def _report(console: Console, llm: LLM, timing: _Timing, comparison: list[Measur
     table.add_row("prompt", f"{timing.prompt_tokens} tokens, {timing.describe()}")
     table.add_row("answer", answer)
     table.add_row("plan", plan.describe())
+    for line in plan.why:
+        table.add_row("wires", line)
     if plan.predicted is not None:
         table.add_row("predicted", f"for the prompt's pass: {plan.predicted.describe()}")
     console.print(table)
@@ -237,12 +240,15 @@ def _report_comparison(console: Console, tokens: int, best: Measured) -> None:
     table = Table(title=f"prefill of {tokens} tokens, medians of {len(best.seconds)} rounds")
     for column in ("", "ms", "of serial"):
         table.add_column(column, justify="left" if not column else "right")
-    rows = {
-        "compute alone": best.compute_alone, "network alone": best.network_alone,
-        "bound: the larger one": best.bound, "serial": best.serial_median, best.overlap: best.median,
+    chosen = best.like != best.wire
+    on = f", {best.like}" if chosen else ""
+    rows = {"serial, exact": best.times_exact * best.median} if chosen and best.times_exact else {}
+    rows |= {
+        "compute alone": best.compute_alone, f"network alone{on}": best.network_alone,
+        "bound: the larger one": best.bound, f"serial{on}": best.serial_median, best.overlap: best.median,
     }  # fmt: skip
     # Medians of rounds' ratios, as in the line below the table.
-    larger = "compute alone" if best.compute_alone >= best.network_alone else "network alone"
+    larger = "compute alone" if best.compute_alone >= best.network_alone else f"network alone{on}"
     shares = dict.fromkeys((larger, "bound: the larger one"), 1 - best.saving_bound) | {best.overlap: 1 - best.saving}
     for name, seconds in rows.items():
         table.add_row(name, f"{seconds * 1e3:.2f}", f"{shares.get(name, seconds / best.serial_median):.0%}")

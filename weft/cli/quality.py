@@ -17,7 +17,7 @@ from weft.cli.terminal import bar
 from weft.config import positive
 from weft.errors import InputError
 from weft.hub import locate
-from weft.quality import Measured, Quality
+from weft.quality import ENOUGH, Assessment, Quality
 from weft.timeline.files import demand_writable, write
 from weft.wires import WIRES
 
@@ -63,11 +63,13 @@ def quality(
             directory, wires, tp, tokens, text, threads, lambda share: progress.update(task, completed=share)
         )
     _show(measured)
+    if measured.tokens < ENOUGH:
+        Console(stderr=True).print(f"not kept for auto: so few tokens say little; give --tokens {ENOUGH} or more")
     if json_file is not None:
         write(json_file, msgspec.json.format(msgspec.json.encode(measured), indent=1).decode() + "\n")
 
 
-def _show(measured: Measured) -> None:
+def _show(measured: Assessment) -> None:
     title = f"{measured.text}, {measured.tokens} tokens, {measured.ranks} ranks"
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
     names = ("wire", "bytes", "perplexity", "above exact", "±", "limit", "divergence", "99%", "same token", "")
@@ -78,8 +80,8 @@ def _show(measured: Measured) -> None:
     console = Console(width=max(Console().width, 110))
     console.print(table)
     console.print(
-        "bytes: of a number; ±: standard error; divergence: Kullback-Leibler from exact, nats a token, in the mean and "
-        "at the 99th percentile",
+        "bytes: of a number; ±: standard error, over windows; divergence: Kullback-Leibler from exact, nats a token, "
+        "in the mean and at the 99th percentile",
         style="dim",
     )
 

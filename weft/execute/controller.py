@@ -5,6 +5,7 @@ Knows messages and processes; knows nothing of requests, text or plans. No torch
 
 from __future__ import annotations
 
+import hmac
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from weft.execute.places import crowded, encrypted, introduced, numbered_machine
 from weft.execute.results import TOKENS_ALONE, RunOptions, RunResult, Started, Submitted, timeline_of
 from weft.execute.sending import Sending
 from weft.launch.folder import Folder
-from weft.launch.keys import new_key
+from weft.launch.keys import EngineKey, new_key
 from weft.launch.launcher import VERSION, Launcher
 from weft.launch.sockets import bind, engine_socket
 from weft.links import Link
@@ -85,20 +86,19 @@ class Controller:
         bind(self._socket, control)
         address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)  # with the port, where it was left open
         self.launcher.meanwhile = self._meanwhile
-        self.launcher.start(world, self.config.threads, address, key.token)
+        self.launcher.start(self.config.threads, address, [key.token_of(place) for place in range(world)])
         deadline = time.monotonic() + START_SECONDS
-        hellos = self._hellos(world, deadline)
-        self._ranks = sorted(hellos, key=lambda identity: hellos[identity].place)
-        by_rank = [hellos[identity] for identity in self._ranks]
+        hellos = self._hellos(world, key, deadline)
+        came = [hellos[place] for place in range(world)]
+        self._ranks, by_rank = [identity for identity, _ in came], [hello for _, hello in came]
         self._admit_all(by_rank)
         self.machines = numbered_machines(by_rank, self.launcher.shares_memory)
         for rank, identity in enumerate(self._ranks):
-            gloo, threads = self.config.transport == "gloo", self.config.threads
-            shared = self.config.cores is None and crowded(by_rank[rank], by_rank, threads)
+            gloo, secured = self.config.transport == "gloo", encrypted(self.config, self.launcher)
+            shared = self.config.cores is None and crowded(by_rank[rank], by_rank, self.config.threads)
             near = [other for other, hello in enumerate(by_rank) if hello.machine == by_rank[rank].machine]
-            place = len(near), near.index(rank)
-            secured = encrypted(self.config, self.launcher)
-            self._send(identity, p.Assign(rank, world, threads, gloo, secured, shared, self._cores(rank), *place))
+            how = world, self.config.threads, gloo, secured, shared
+            self._send(identity, p.Assign(rank, *how, self._cores(rank), len(near), near.index(rank)))
         if world > 1:
             self._introduce(by_rank, deadline)
         for _ in range(world):
@@ -114,21 +114,20 @@ class Controller:
 
         return self._fingerprints.of(directory, self.config.check_content, tick)
 
-    def _hellos(self, world: int, deadline: float) -> dict[bytes, p.Hello]:
-        """Of every rank."""
-        hellos: dict[bytes, p.Hello] = {}
+    def _hellos(self, world: int, key: EngineKey, deadline: float) -> dict[int, tuple[bytes, p.Hello]]:
+        """Of every rank, with its identity; each has the ticket of its place."""
+        hellos: dict[int, tuple[bytes, p.Hello]] = {}
         try:
             while len(hellos) < world:
                 identity, hello = self._receive(p.Hello, deadline)
-                hellos[identity] = hello
+                if 0 <= hello.place < world and hmac.compare_digest(key.ticket(hello.place), hello.ticket):
+                    hellos.setdefault(hello.place, (identity, hello))
         except WorkerFailed:
-            for place in set(range(world)) - {hello.place for hello in hellos.values()}:
+            for place in set(range(world)) - set(hellos):
                 if (other := self.launcher.elsewhere(place)) is not None and time.monotonic() > deadline:
                     other.doubt("this machine's rank did not reach the server: is the way to its ports open?")
                     raise WorkerFailed(f"rank {place}, on {other}, said nothing for {START_SECONDS:.0f} s") from None
             raise
-        if sorted(hello.place for hello in hellos.values()) != list(range(world)):
-            raise WorkerFailed("ranks came that were not asked for")
         return hellos
 
     def _admit_all(self, hellos: Sequence[p.Hello]) -> None:

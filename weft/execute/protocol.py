@@ -14,11 +14,12 @@ from weft.program.steps import Form
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """A worker has come. `machine`: equal for workers that share memory; `free`: bytes of it that they may take;
-    `cores`: that this one may use."""
+    """A worker has come. `ticket`: of its place, see launch/keys.py. `machine`: equal for workers that share memory;
+    `free`: bytes of it that they may take; `cores`: that this one may use."""
 
     version: int
     place: int  # in the order of ranks
+    ticket: str
     host: str
     pid: int
     address: str  # where other ranks reach it

@@ -84,9 +84,11 @@ class Worker:
     """Answers the engine's messages, one at a time."""
 
     def __init__(
-        self, control: zmq.Socket[bytes], address: str, port: int, folder: str | None, alarm: zmq.Socket[bytes]
+        self, control: zmq.Socket[bytes], address: str, port: int, folder: str | None, alarm: zmq.Socket[bytes],
+        ticket: str,
     ) -> None:  # fmt: skip
         self.control, self.address, self.port, self.folder, self.alarm = control, address, port, folder, alarm
+        self.ticket = ticket
         self.lanes = ThreadLanes(torch.inference_mode)
         self.rank = self.world = 0
         self.spins = True
@@ -107,7 +109,7 @@ class Worker:
         """Until the engine says that it is over."""
         place = int(os.environ.get(PLACE_VARIABLE, "0"))
         here = socket.gethostname(), os.getpid(), self.address, machine_name(), free_memory(), available_cores()
-        self.say(p.Hello(VERSION, place, *here))
+        self.say(p.Hello(VERSION, place, self.ticket, *here))
         while True:
             data = self.control.recv()
             try:
@@ -284,7 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--address", default="127.0.0.1", help="address at which other ranks reach this one")
     parser.add_argument("--port", type=int, default=0, help="port for them; 0: any that is free")
     given = parser.parse_args(arguments)
-    token = os.environ.pop(TOKEN_VARIABLE, "")
+    token, _, ticket = os.environ.pop(TOKEN_VARIABLE, "").partition(".")
     if not token:
         print(f"{TOKEN_VARIABLE} is not set; it holds the token that the engine printed", file=sys.stderr)
         return 2
@@ -299,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     alarm.connect(given.join)
     path = given.join.removeprefix("ipc://")  # the engine's folder, where it is on this machine
     folder = str(Path(path).parent) if path != given.join else None
-    worker = Worker(control, given.address, given.port, folder, alarm)
+    worker = Worker(control, given.address, given.port, folder, alarm, ticket)
     try:
         worker.serve()
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from weft.errors import InputError, Interrupted
 from weft.launch.addresses import endpoint, interface_of, parse_address, resolved
@@ -107,15 +107,15 @@ class JoinedLauncher:
         """One that other machines reach."""
         return endpoint(self.host, self._ports or "*")
 
-    def start(self, count: int, threads: int, address: str, token: str) -> None:
+    def start(self, threads: int, address: str, tokens: Sequence[str]) -> None:
         """Waits for the machines that are missing, then starts the local ranks and has each machine start one."""
-        local = min(self.local, count)
-        self._used = self._awaited(count - local)
+        local = min(self.local, len(tokens))
+        self._used = self._awaited(len(tokens) - local)
         self._number, self._begun = self._number + 1, time.monotonic()
-        self._children.start(local, threads, address, token)
+        self._children.start(threads, address, tokens[:local])
         for place, machine in enumerate(self._used, start=local):
             machine.ended, machine.spare = None, False
-            machine.send(Begin(address, token, threads, place, self._number))
+            machine.send(Begin(address, tokens[place], threads, place, self._number))
         for machine in self._hub.there(0.0):
             self._stand_by(machine)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import hmac
 import re
 from typing import NamedTuple
 
@@ -33,6 +34,14 @@ class EngineKey(NamedTuple):
     def token(self) -> str:
         """For those that are to reach the engine."""
         return _PREFIX + base64.urlsafe_b64encode(z85.decode(self.public)).decode().rstrip("=")
+
+    def ticket(self, place: int) -> str:
+        """What the rank at this place has beside the token, and no other."""
+        return hmac.new(self.secret, f"place {place}".encode(), "sha256").hexdigest()
+
+    def token_of(self, place: int) -> str:
+        """Both, for that rank."""
+        return f"{self.token}.{self.ticket(place)}"
 
 
 def new_key() -> EngineKey:

@@ -5,7 +5,7 @@ Knows nothing of how or where workers run; a cluster engine is one more launcher
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 VERSION = 11  # of all that machines and their ranks say to each other; both sides speak the same, or not at all
@@ -83,8 +83,8 @@ class Launcher(Protocol):
         """Where the engine is to listen for workers, as ZeroMQ writes it; `folder` is the engine's own."""
         ...
 
-    def start(self, count: int, threads: int, address: str, token: str) -> None:
-        """Starts `count` workers that join `address`."""
+    def start(self, threads: int, address: str, tokens: Sequence[str]) -> None:
+        """Starts as many workers that join `address`, each with a token of its own."""
         ...
 
     def pids(self) -> list[int]:

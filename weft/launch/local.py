@@ -62,9 +62,9 @@ class LocalLauncher:
         """A socket of the file system, which network namespaces share too."""
         return f"ipc://{folder}/control"
 
-    def start(self, count: int, threads: int, address: str, token: str) -> None:
+    def start(self, threads: int, address: str, tokens: Sequence[str]) -> None:
         """Starts the children, each with its own environment and a log of what it prints."""
-        for index in range(count):
+        for index, token in enumerate(tokens):
             log = tempfile.TemporaryFile(prefix="weft-worker-")  # noqa: SIM115 (closed by stop)
             child = subprocess.Popen(
                 [

@@ -130,7 +130,7 @@ class Machine:
         self._told(f"starting rank {message.place}")
         self._children.first_place = message.place
         try:
-            self._children.start(1, message.threads, message.address, message.token)
+            self._children.start(message.threads, message.address, [message.token])
         except OSError as error:  # no memory for one more process, say: that may pass
             self._say(WorkerEnded(f"no rank could be started ({error.strerror or error})", message.number))
 

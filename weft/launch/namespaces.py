@@ -56,17 +56,17 @@ class NamespaceLauncher(LocalLauncher):
         """With its speed now."""
         return f"between network namespaces, {Link(self.rate) if self.rate else 'unshaped'}"
 
-    def start(self, count: int, threads: int, address: str, token: str) -> None:
+    def start(self, threads: int, address: str, tokens: Sequence[str]) -> None:
         """Builds the network, then starts the workers in it."""
         remove_leftovers()
         try:
-            self.build(count)
+            self.build(len(tokens))
             self.shape(self.rate)
         except subprocess.CalledProcessError as error:
             self.remove()
             reason = error.stderr.decode().strip() or str(error)
             raise InputError(f"the network namespaces can't be built: {reason}") from None
-        super().start(count, threads, address, token)
+        super().start(threads, address, tokens)
 
     def build(self, count: int) -> None:
         """Namespaces and links for so many workers."""

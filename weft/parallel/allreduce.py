@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from weft.parallel.codec import Codec
+from weft.parallel.codec import Codec, codec_named
 from weft.parallel.group import Group, wait_all
 from weft.parallel.sizes import usual_algorithm
 from weft.parallel.transport import Transfer
@@ -40,10 +40,14 @@ def all_reduce(
     """
     if group.world == 1:
         return partial_TM
-    encoded = _encoded(codec, partial_TM, owed_TM)
+    return _sum_all(group, codec, partial_TM, _encoded(codec, partial_TM, owed_TM), algorithm)
+
+
+def _sum_all(group: Group, codec: Codec, partial_TM: Tensor, own: Tensor, algorithm: str = "") -> Tensor:
+    """`own`: the partial, encoded."""
     if group.world > 2 and not algorithm:
-        algorithm = usual_algorithm(group.world, encoded.nbytes)
-    return _ALGORITHMS[algorithm or "exchange"](group, codec, partial_TM, encoded)
+        algorithm = usual_algorithm(group.world, own.nbytes)
+    return _ALGORITHMS[algorithm or "exchange"](group, codec, partial_TM, own)
 
 
 def _encoded(codec: Codec, partial_TM: Tensor, owed_TM: Tensor | None) -> Tensor:
@@ -58,7 +62,7 @@ def _encoded(codec: Codec, partial_TM: Tensor, owed_TM: Tensor | None) -> Tensor
 
 
 def _one_shot(group: Group, codec: Codec, partial_TM: Tensor, own: Tensor) -> Tensor:
-    """Gathers all partials and sums them here. `own`: the partial, encoded."""
+    """Gathers all partials and sums them here."""
     encoded, receiving = _gathering(group, codec, partial_TM, own, group.peers)
     wait_all([group.send(own, peer) for peer in group.peers])  # before the sum takes its place
     _sum_in_order(group, codec, partial_TM, encoded, receiving)
@@ -91,22 +95,27 @@ def _star(group: Group, codec: Codec, partial_TM: Tensor, own: Tensor) -> Tensor
 
 
 def _hierarchical(group: Group, codec: Codec, partial_TM: Tensor, own: Tensor) -> Tensor:
-    """First inside each machine, then between their first ranks."""
+    """First inside each machine, then between their first ranks; the total comes back inside the machine as it is."""
     mine = next(ranks for ranks in group.machines if group.rank in ranks)
     if group.rank != mine[0]:
-        return _have_summed(group, codec, partial_TM, own, mine[0])
+        return _have_summed(group, _EXACT, partial_TM, own, mine[0])
     others = mine[1:]
-    encoded, receiving = _gathering(group, codec, partial_TM, own, others)
-    _add_up(codec, partial_TM, mine, encoded, receiving)
+    if others:  # one that is alone on its machine travels as it is coded already: coding twice is not coding once
+        encoded, receiving = _gathering(group, codec, partial_TM, own, others)
+        _add_up(codec, partial_TM, mine, encoded, receiving)
     between = group.among([ranks[0] for ranks in group.machines])
-    all_reduce(between, codec, partial_TM)
-    return _spread(group, codec, partial_TM, others)
+    if between.world > 1:
+        _sum_all(between, codec, partial_TM, codec.encode(partial_TM) if others else own)
+    if between.world <= 2:  # else the sum was settled
+        codec.settle(partial_TM)
+    return _spread(group, _EXACT, partial_TM, others)
 
 
 _ALGORITHMS: dict[str, Callable[[Group, Codec, Tensor, Tensor], Tensor]] = {
     "exchange": _exchange, "one-shot": _one_shot, "two-shot": _two_shot, "star": _star, "hierarchical": _hierarchical,
 }  # fmt: skip
 
+_EXACT = codec_named("exact")
 _Encoded = dict[int, Tensor]  # by rank
 _Receiving = dict[int, Transfer]
 
@@ -122,7 +131,7 @@ def _gathering(
 
 
 def _have_summed(group: Group, codec: Codec, partial_TM: Tensor, own: Tensor, by: int) -> Tensor:
-    """Another rank sums."""
+    """Another rank sums; `codec`: of the sum that it sends."""
     group.send(own, by).wait()
     total = codec.landing(partial_TM)
     group.receive(total, by).wait()

@@ -45,7 +45,7 @@ class Codec(Protocol):
         ...
 
     def add(self, left: Tensor, encoded: Tensor, out: Tensor) -> None:
-        """out = left + decoded, rounded once to `out`'s dtype; `left` may be `out`."""
+        """out = left + decoded, which is what `decode` gives; `left` may be `out`."""
         ...
 
 

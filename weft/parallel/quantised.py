@@ -105,8 +105,8 @@ class Quantised:
         self.decode(self.encode(values), values)
 
     def add(self, left: Tensor, encoded: Tensor, out: Tensor) -> None:
-        """out = left + decoded, rounded once to `out`'s dtype."""
-        torch.add(left, self._decoded(encoded, out.shape[1]), out=out)
+        """out = left + decoded, each in `out`'s dtype: so two terms give the same bits in either order."""
+        torch.add(left, self._decoded(encoded, out.shape[1]).to(out.dtype), out=out)
 
     def _scales(self, most: Tensor, least: Tensor) -> Tensor:
         """Of each group as it will be read, in float32. Zero: all that is left of the group is."""

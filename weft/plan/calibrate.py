@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 
-from weft.plan.readings import Sample, Samples, Subject, Trial, by_name, read
+from weft.plan.readings import read
+from weft.plan.samples import Sample, Samples, Subject, Trial, by_name
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.build import build
 from weft.program.steps import Program

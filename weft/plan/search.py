@@ -46,7 +46,8 @@ class Estimate(NamedTuple):
 
 class Judged(NamedTuple):
     """A strategy, and what it and serial are predicted to take, serial on the least exact wire that is allowed.
-    `exposed`: seconds that the pass would take longer with one of these sums on the next more exact wire."""
+    `exposed`: of each sum that could travel on a more exact wire, the seconds that the pass would take longer with it
+    alone on the next one."""
 
     strategy: Strategy
     lanes: Estimate
@@ -135,16 +136,19 @@ class Search:
             if seconds(Wiring(wire)) <= limit:
                 base = wire
                 break
-        others, exposed = dict[Sum, str](), dict[Sum, float]()
-        for each in sums_of(weave(self.outline, batch.tokens, cuts).form):
+        others, sums = dict[Sum, str](), sums_of(weave(self.outline, batch.tokens, cuts).form)
+        for each in sums:
             for wire in wires[: wires.index(base)]:
-                longer = seconds(Wiring(base, {**others, each: wire})) - limit
-                if longer <= 0:
+                if seconds(Wiring(base, {**others, each: wire})) <= limit:
                     others[each] = wire
                     break
-                exposed[each] = longer
-        wiring = Wiring(base, others)
-        return Judged(least.strategy, self.estimate(batch, cuts, costs, wiring), least.serial, wiring, exposed)
+        wiring, exposed = Wiring(base, others), dict[Sum, float]()
+        lanes = self.estimate(batch, cuts, costs, wiring)
+        for each in sums:
+            if (place_of := wires.index(others.get(each, base))) > 0:
+                up = Wiring(base, {**others, each: wires[place_of - 1]})
+                exposed[each] = self.estimate(batch, cuts, costs, up).seconds - lanes.seconds
+        return Judged(least.strategy, lanes, least.serial, wiring, exposed)
 
 
 class _TooLongError(Exception):

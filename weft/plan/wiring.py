@@ -1,7 +1,8 @@
 """Which wire each of a program's sums travels on.
 
-A sum has the same one in all layers, but for the last layer's of wanted rows alone: they are few, and no later sum
-makes up for what they lack, so they don't go below LAST. Knows programs and wires by name; knows nothing of costs.
+A sum has the same one in all layers, but for those whose errors no later sum makes up for, which don't go below LAST:
+the last layer's of wanted rows alone (they are few), and what is no sum (inputs, the residual stream itself). Knows
+programs and wires by name; knows nothing of costs.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from weft.program.stages import ROWS_TRAVEL
+from weft.program.stages import ROWS_TRAVEL, SUMS
 from weft.program.steps import Form, Program, Step
 from weft.wires import WIRES
 
@@ -27,7 +28,8 @@ class Wiring:
     def of(self, step: Step) -> str:
         """The wire of a collective."""
         wire = self.others.get((step.part, step.chunk), self.usual)
-        return LAST if step.wanted and WIRES.index(wire) > WIRES.index(LAST) else wire
+        final = step.wanted or step.kind not in SUMS
+        return LAST if final and WIRES.index(wire) > WIRES.index(LAST) else wire
 
     def on(self, program: Program) -> Program:
         """The same program, travelling so."""
@@ -49,10 +51,11 @@ def reasons(wiring: Wiring, exposed: Mapping[Sum, float], wires: Sequence[str], 
     for wire, sums in by_wire.items():
         of_all = len(sums) == len(sums_of(program.form))
         named = "all sums" if of_all else ", ".join(f"{part} {program.rows[chunk]}" for part, chunk in sums)
-        least, most = (f"{1e3 * pick(exposed[each] for each in sums):.1f}" for pick in (min, max))
-        milliseconds = least if least == most else f"{least} to {most}"
+        least, most = (f"{max(0.0, 1e3 * pick(exposed[each] for each in sums)):.1f}" for pick in (min, max))
+        longer = f"for {least if least == most else f'{least} to {most}'} ms a pass"
         lines.append(
-            f"{named} as {wire}: on {wires[wires.index(wire) - 1]} each would be exposed for {milliseconds} ms a pass"
+            f"{named} as {wire}: on {wires[wires.index(wire) - 1]} each alone would be exposed "
+            + (longer if float(most) else "as soon as the link is a little slower than it was measured")
         )
     return tuple(lines)
 
