@@ -90,7 +90,7 @@ def test_who_takes_memory_from_the_same_is_one_machine(tmp_path: Path) -> None:
 
 
 def hello(place: int, machine: str, free: int) -> Hello:
-    return Hello(VERSION, place, f"host-{machine}", 1, "127.0.0.1", machine, free, 8)
+    return Hello(VERSION, place, "", f"host-{machine}", 1, "127.0.0.1", machine, free, 8)
 
 
 def test_each_machine_is_asked_for_its_own_ranks_only(packaged: Path) -> None:

@@ -132,9 +132,8 @@ class Comparing:
         sent: Callable[[], list[int]] | None = None,
     ) -> None:  # fmt: skip
         self._engine, self._batch, self._tokens, self._sent = engine, batch, tokens, sent
-        wires = list(dict.fromkeys(variant.like for variant in variants))
-        if any(variant.like != variant.wire for variant in variants):
-            wires = list(dict.fromkeys(["exact", *wires]))
+        chosen = ["exact"] if any(variant.like != variant.wire for variant in variants) else []
+        wires = list(dict.fromkeys([*chosen, *(variant.like for variant in variants)]))
         both = list(dict.fromkeys([*(Variant("serial", wire) for wire in wires), *variants]))
         self._planners = {variant: engine.planner.like(*variant) for variant in both}
         self._alone = [(Variant("serial", wire), part) for wire in wires for part in ("network", "beside")]

@@ -7,6 +7,7 @@ a model on as many ranks. Knows files and figures; measures nothing.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -89,23 +90,25 @@ def within_limits(directory: Path, wire: str, ranks: int, dtype: str) -> tuple[s
     if not chosen_by_cost(wire) or ranks == 1:
         return wire, []
     known = {each.wires[0].wire: each for each in recall(directory) if (each.ranks, each.dtype) == (ranks, dtype)}
-    wanted = allowed(wire)
-    worse = next((each for each in wanted[1:] if each in known and known[each].wires[0].exceeds), None)
-    left, lines = wanted[: wanted.index(worse)] if worse else wanted, list[str]()
+    left, lines = allowed(wire), list[str]()
+    worse = next((each for each in left[1:] if each in known and known[each].wires[0].exceeds), None)
     if worse is not None:
-        quality, gone = known[worse].wires[0], wanted[len(left) :]
-        named = f"wire {worse} is" if len(gone) == 1 else f"wires {' and '.join(gone)} are"
-        lines.append(
-            f"{named} left out for this model: with {worse} perplexity is {quality.above:.2%} above exact's, the limit "
-            f"{quality.limit:.1%} (weft bench quality, {known[worse].when})"
-        )
+        lines.append(_why_not(known[worse], left[left.index(worse) :]))
+        left = left[: left.index(worse)]
     if unknown := [each for each in left[1:] if each not in known and each != "bf16"]:
         named = f"wires {' and '.join(unknown)} do" if len(unknown) > 1 else f"wire {unknown[0]} does"
-        lines.append(
-            f"what {named} to this model's answers on {ranks} ranks isn't known: weft bench quality --tp {ranks} "
-            "measures it"
-        )
+        tell = f"weft bench quality --tp {ranks} measures it"
+        lines.append(f"what {named} to this model's answers on {ranks} ranks isn't known: {tell}")
     return (f"auto:{left[-1]}" if len(left) > 1 else WIRES[0]), lines
+
+
+def _why_not(found: Assessment, gone: Sequence[str]) -> str:
+    quality = found.wires[0]
+    named = f"wire {quality.wire} is" if len(gone) == 1 else f"wires {' and '.join(gone)} are"
+    return (
+        f"{named} left out for this model: with {quality.wire} perplexity is {quality.above:.2%} above exact's, the "
+        f"limit {quality.limit:.1%} (weft bench quality, {found.when})"
+    )
 
 
 def _key(measured: Assessment) -> tuple[str, int, str]:

@@ -155,7 +155,9 @@ def test_answers_that_are_none_exceed_every_limit(own: Path, figure: float) -> N
 def test_an_engine_keeps_to_it(own: Path) -> None:
     keep(own, found(int8=LIMITS["int8"] * 2, int4=0.001))
     with closing(open_engine(own, ranks=2, threads=1, overlap="serial", wire="auto:int4")) as engine:
-        assert engine.config.wire == "auto:bf16" and any("wire int8 is left out" in line for line in engine.notices)
+        assert engine.config.wire == "auto:bf16" and any(
+            "wires int8 and int4 are left out" in line for line in engine.notices
+        )
 
 
 def test_what_is_kept_and_is_no_measurement_is_not_believed(own: Path) -> None:

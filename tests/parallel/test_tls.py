@@ -215,7 +215,8 @@ def test_a_certificate_that_a_member_has_signed_is_not_its_own() -> None:
 
     def reach() -> None:
         try:
-            there.reach(other, 0).recv(1)
+            with there.reach(other, 0) as reached:
+                reached.recv(1)
         except OSError as error:
             ended.append(error)
 

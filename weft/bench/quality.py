@@ -124,8 +124,7 @@ def _windows(directory: Path, model: ModelConfig, text: Path, tokens: int) -> li
         raise InputError(
             f"--text {text} has {len(ids)} of this model's tokens, and a window {length}; give a longer one"
         )
-    count = min(len(ids), tokens) // length
-    return [ids[number * length : (number + 1) * length] for number in range(count)]
+    return [ids[stop - length : stop] for stop in range(length, min(len(ids), tokens) + 1, length)]
 
 
 def _answers(engine: Engine, model: ModelConfig, window: list[int], wire: str) -> _Answers:

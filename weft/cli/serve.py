@@ -114,6 +114,9 @@ JOINED = Annotated[
 ]
 
 
+FOR_OTHERS = "--rank-ports, --local-ranks, --check-content and --plain-data"
+
+
 def serve_command(
     model: MODEL = None,
     tp: TP = "1",
@@ -252,10 +255,7 @@ def _launcher(
     """For ranks on other machines. `others`: one more option was given that is for them alone."""
     if join_address is None:
         if ports or local != 1 or others:
-            raise InputError(
-                "--rank-ports, --local-ranks, --check-content and --plain-data are for ranks on other machines: give "
-                "--join-address too"
-            )
+            raise InputError(f"{FOR_OTHERS} are for ranks on other machines: give --join-address too")
         return None
     if ranks == "auto":
         raise InputError("--tp auto is for one machine; with --join-address give the number of ranks, as in --tp 2")

@@ -74,12 +74,13 @@ class NamespaceLauncher(LocalLauncher):
         for name in self._names:
             _ip("netns", "add", name)
             _in(name, "ip", "link", "set", "lo", "up")
+        hub = f"{PREFIX}-{os.getpid()}-hub"
         if self.shared:
-            self._build_medium(f"{PREFIX}-{os.getpid()}-hub", f"{PREFIX}-{os.getpid()}-air", count)
+            self._build_medium(hub, f"{PREFIX}-{os.getpid()}-air", count)
         elif count == 2:
             self._wire(self._names[0], "data0", self._names[1], "data0")
         elif count > 2:
-            self._build_bridge(f"{PREFIX}-{os.getpid()}-hub")
+            self._build_bridge(hub)
         for index in range(count if count > 1 else 0):
             _in(self._names[index], "ip", "address", "add", f"{SUBNET}{index + 1}/24", "dev", "data0")
             with suppress(subprocess.CalledProcessError):  # a kernel without it

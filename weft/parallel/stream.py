@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import select
 import socket
-import ssl
 import struct
 import time
 
@@ -53,9 +52,7 @@ class StreamChannel(Channel):
             self._begun, due = parcel, self._pacing.leaves(HEADER.size + parcel.size)
             self._sending = HEADER.pack(parcel.size, due)
         try:
-            rest = _rest(memoryview(self._sending), parcel)
-            out = self._out
-            parcel.moved += tls.send(out, rest) if isinstance(out, ssl.SSLSocket) else out.sendmsg(rest)
+            parcel.moved += tls.send(self._out, _rest(memoryview(self._sending), parcel))
         except tls.WAITS:
             return False
         except OSError:
@@ -81,12 +78,11 @@ class StreamChannel(Channel):
         """What has come of it; False if nothing has."""
         headed = parcel.moved >= HEADER.size
         try:
-            rest, into = _rest(memoryview(self._header), parcel), self._in
-            count = tls.receive(into, rest) if isinstance(into, ssl.SSLSocket) else into.recvmsg_into(rest)[0]
+            count = tls.receive(self._in, _rest(memoryview(self._header), parcel))
         except tls.WAITS:
             return False
         except OSError:
-            count = 0
+            raise self.gone() from None
         if not count:
             raise self.gone()
         parcel.moved += count
@@ -116,7 +112,7 @@ class StreamChannel(Channel):
             return LOOK
         if self.incoming[0].moved == self.incoming[0].size + HEADER.size:
             return min(LOOK, self._held())
-        if isinstance(self._in, ssl.SSLSocket) and self._in.pending():
+        if tls.pending(self._in):
             return 0.0
         poll.register(self._in, select.POLLIN)
         return LOOK

@@ -108,14 +108,24 @@ def _as_file(content: bytes) -> Iterator[str]:
         yield file.name
 
 
-def send(connection: ssl.SSLSocket, buffers: Sequence[memoryview]) -> int:
-    """What goes out now of these bytes. Raises one of WAITS where nothing does; the same is given again then."""
+def send(connection: socket.socket, buffers: Sequence[memoryview]) -> int:
+    """What goes out now of these bytes, encrypted or not. Raises one of WAITS where nothing does; they are given again
+    then."""
+    if not isinstance(connection, ssl.SSLSocket):
+        return connection.sendmsg(buffers)
     first, *rest = buffers
     if rest:  # a header, which is not worth a record of its own
         return connection.send(bytes(first) + rest[0][: RECORD - len(first)])
     return connection.send(first)
 
 
-def receive(connection: ssl.SSLSocket, buffers: Sequence[memoryview]) -> int:
-    """What has come, into the first of these. 0: it is over. Raises one of WAITS."""
-    return connection.recv_into(buffers[0])
+def receive(connection: socket.socket, buffers: Sequence[memoryview]) -> int:
+    """What has come, into these, from the first one on. 0: it is over. Raises one of WAITS."""
+    if isinstance(connection, ssl.SSLSocket):
+        return connection.recv_into(buffers[0])
+    return connection.recvmsg_into(buffers)[0]
+
+
+def pending(connection: socket.socket) -> bool:
+    """Whether something has come that no system call would tell of."""
+    return isinstance(connection, ssl.SSLSocket) and connection.pending() > 0

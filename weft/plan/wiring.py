@@ -47,17 +47,24 @@ def reasons(wiring: Wiring, exposed: Mapping[Sum, float], wires: Sequence[str], 
     by_wire: dict[str, list[Sum]] = {}
     for each in exposed:
         by_wire.setdefault(wiring.others.get(each, wiring.usual), []).append(each)
-    lines = []
-    for wire, sums in by_wire.items():
-        of_all = len(sums) == len(sums_of(program.form))
-        named = "all sums" if of_all else ", ".join(f"{part} {program.rows[chunk]}" for part, chunk in sums)
-        least, most = (f"{max(0.0, 1e3 * pick(exposed[each] for each in sums)):.1f}" for pick in (min, max))
-        longer = f"for {least if least == most else f'{least} to {most}'} ms a pass"
-        lines.append(
-            f"{named} as {wire}: on {wires[wires.index(wire) - 1]} each alone would be exposed "
-            + (longer if float(most) else "as soon as the link is a little slower than it was measured")
-        )
-    return tuple(lines)
+    return tuple(
+        f"{_named(sums, program)} as {wire}: on {wires[wires.index(wire) - 1]} each alone would be exposed "
+        + _longer([exposed[each] for each in sums])
+        for wire, sums in by_wire.items()
+    )
+
+
+def _named(sums: Sequence[Sum], program: Program) -> str:
+    if len(sums) == len(sums_of(program.form)):
+        return "all sums"
+    return ", ".join(f"{part} {program.rows[chunk]}" for part, chunk in sums)
+
+
+def _longer(seconds: Sequence[float]) -> str:
+    least, most = (f"{max(0.0, 1e3 * each):.1f}" for each in (min(seconds), max(seconds)))
+    if not float(most):
+        return "as soon as the link is a little slower than it was measured"
+    return f"for {least if least == most else f'{least} to {most}'} ms a pass"
 
 
 def travels(step: Step) -> bool:
