@@ -30,13 +30,16 @@ class Tap:
     def __init__(self, place: Place) -> None:
         self._server, self._to = socket.create_server(("127.0.0.1", 0)), (place.address, place.port)
         self.place = Place("127.0.0.1", self._server.getsockname()[1], "")
-        self.recorded = bytearray()
+        self.recorded, self._open = bytearray(), list[socket.socket]()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
         with suppress(OSError):
             while True:
-                one, other = self._server.accept()[0], socket.create_connection(self._to)
+                one = self._server.accept()[0]
+                self._open.append(one)
+                other = socket.create_connection(self._to)
+                self._open.append(other)
                 for here, there in ((one, other), (other, one)):
                     threading.Thread(target=self._pass_on, args=(here, there), daemon=True).start()
 
@@ -49,7 +52,10 @@ class Tap:
             there.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        self._server.close()
+        for each in (self._server, *self._open):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)  # whoever waits for it goes on
+            each.close()
 
 
 def recorded(secured: bool) -> bytes:
