@@ -6,7 +6,7 @@ The page holds everything that it needs. Knows points and pictures; measures not
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from typing import Any
@@ -125,9 +125,22 @@ def _section(point: Point, machine: Mapping[str, Any], is_open: bool) -> str:
     return (
         f"<section><h2>{escape(heading(point))}</h2><p>{escape(bounds(point, machine))}; medians of "
         f'{len(point.measured[0].seconds)} rounds</p><div class="scrolling"><table><tr>{head}</tr>{rows}</table></div>'
+        f"{''.join(_chosen(point))}"
         f"<details{' open' if is_open else ''}><summary>timelines of serial and the best</summary>"
         f"{panels(timelines(point))}</details></section>\n"
     )
+
+
+def _chosen(point: Point) -> Iterator[str]:
+    for line in wires_chosen(point):
+        yield f"<p>{escape(line)}</p>"
+
+
+def wires_chosen(point: Point) -> Iterator[str]:
+    """Of each variant that chose its wires: its plan, and why its sums don't travel on more exact ones."""
+    for measured in (m for m in point.measured if m.like != m.wire):
+        yield f"{measured.overlap}, {measured.wire}: {measured.plan}"
+        yield from measured.why
 
 
 def _text(column: int) -> str:

@@ -19,7 +19,18 @@ from rich.table import Table
 from weft.bench.grid import Bench, Grid, Point
 from weft.bench.machine import describe
 from weft.bench.plot import groups, saving_plot
-from weft.bench.report import COLUMNS, as_json, bounds, cells, conclusion, heading, most_to_hide, report, timelines
+from weft.bench.report import (
+    COLUMNS,
+    as_json,
+    bounds,
+    cells,
+    conclusion,
+    heading,
+    most_to_hide,
+    report,
+    timelines,
+    wires_chosen,
+)
 from weft.cli.options import numbers, relative_shares, words
 from weft.config import ModelConfig
 from weft.errors import InputError, WorkerFailed
@@ -211,9 +222,8 @@ def _show(console: Console, points: Sequence[Point], machine: dict[str, Any]) ->
         for measured in point.measured:
             table.add_row(*cells(measured), style="bold" if measured is point.best else "")
         console.print(table)
-        for measured in (m for m in point.measured if m.like != m.wire):
-            for line in (f"{measured.overlap}, {measured.wire}: {measured.plan}", *measured.why):
-                console.print(line, style="dim")
+        for line in wires_chosen(point):
+            console.print(line, style="dim")
     if points:
         console.print(
             "seconds: medians of rounds; saved, possible: medians of each round's own; efficiency: of both's seconds",
