@@ -11,7 +11,8 @@ where several ranks share one of several machines, theirs are summed first. Ever
 contribution included, so all end with the same bits.
 
 What encoding takes from a rank's partial it owes, and adds to its next partial of the same rows (error feedback): all
-sums of a layer end in one stream, so what one lacks the next one brings, and errors don't add up over the layers.
+sums of a layer end in one stream, so what one lacks the next one brings, and errors don't add up over the layers. Of
+more than two ranks the sums are coded too, which nobody owes; so they don't go below int8.
 Knows groups and codecs; knows nothing of stages.
 
 Shapes: T rows, M width, N ranks.
@@ -24,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from weft.parallel.codec import Codec, codec_named
+from weft.parallel.codec import Codec, codec_named, totals
 from weft.parallel.group import Group, wait_all
 from weft.parallel.sizes import usual_algorithm
 from weft.parallel.transport import Transfer
@@ -66,7 +67,7 @@ def _one_shot(group: Group, codec: Codec, partial_TM: Tensor, own: Tensor) -> Te
     encoded, receiving = _gathering(group, codec, partial_TM, own, group.peers)
     wait_all([group.send(own, peer) for peer in group.peers])  # before the sum takes its place
     _sum_in_order(group, codec, partial_TM, encoded, receiving)
-    codec.settle(partial_TM)
+    totals(codec).settle(partial_TM)
     return partial_TM
 
 
@@ -82,7 +83,7 @@ def _exchange(group: Group, codec: Codec, partial_TM: Tensor, own: Tensor) -> Te
 def _two_shot(group: Group, codec: Codec, partial_TM: Tensor, own: Tensor) -> Tensor:
     """Sums one shard of the rows here and fetches the others' sums. Shards may be empty."""
     _sum_shards(group, codec, partial_TM, own)
-    return all_gather(group, codec, partial_TM)
+    return all_gather(group, totals(codec), partial_TM)
 
 
 def _star(group: Group, codec: Codec, partial_TM: Tensor, own: Tensor) -> Tensor:
@@ -90,8 +91,8 @@ def _star(group: Group, codec: Codec, partial_TM: Tensor, own: Tensor) -> Tensor
     if group.rank == 0:
         encoded, receiving = _gathering(group, codec, partial_TM, own, group.peers)
         _sum_in_order(group, codec, partial_TM, encoded, receiving)
-        return _spread(group, codec, partial_TM, group.peers)
-    return _have_summed(group, codec, partial_TM, own, 0)
+        return _spread(group, totals(codec), partial_TM, group.peers)
+    return _have_summed(group, totals(codec), partial_TM, own, 0)
 
 
 def _hierarchical(group: Group, codec: Codec, partial_TM: Tensor, own: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def _hierarchical(group: Group, codec: Codec, partial_TM: Tensor, own: Tensor) -
     if between.world > 1:
         _sum_all(between, codec, partial_TM, codec.encode(partial_TM) if others else own)
     if between.world <= 2:  # else the sum was settled
-        codec.settle(partial_TM)
+        totals(codec).settle(partial_TM)
     return _spread(group, _EXACT, partial_TM, others)
 
 

@@ -102,6 +102,12 @@ _CODECS: dict[str, Codec] = {
     "exact": Exact(), "bf16": BFloat16(), "int8": Quantised("int8"), "int4": Quantised("int4"),
 }  # fmt: skip
 assert tuple(_CODECS) == WIRES
+_TOTALS = {"int4": "int8"}
+
+
+def totals(codec: Codec) -> Codec:
+    """How sums travel of what travelled so: nobody makes up for what they lack."""
+    return _CODECS[_TOTALS.get(codec.name, codec.name)]
 
 
 def codec_named(name: str) -> Codec:
