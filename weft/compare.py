@@ -26,7 +26,7 @@ class Variant(NamedTuple):
 
     @property
     def like(self) -> str:
-        """The wire whose serial, and whose bound, it is held against: the least exact one that it may use."""
+        """The least exact wire that it may use. It is held against serial on that, or exact where that is faster."""
         return allowed(self.wire)[-1]
 
 
@@ -66,8 +66,8 @@ class Measured:
     that sends most; `bytes_on_device`: as that rank's network device counts them, headers included, where it is one
     that nothing else uses. `floor`: max(compute alone + the messages' processor time, network alone), the bound where
     a rank's threads keep all its cores busy; `floor_efficiency`: against that. `predicted`: seconds, from costs that
-    were measured before. `timeline`: of the fastest round. `like`: see `Variant`; `times_exact`: how many times as fast
-    as serial with all sums exact. `why`: see `Plan`.
+    were measured before. `timeline`: of the fastest round. `like`: the wire whose serial it is held against;
+    `times_exact`: how many times as fast as serial with all sums exact. `why`: see `Plan`.
     """
 
     overlap: str
@@ -189,17 +189,21 @@ class Comparing:
         """What the rounds came to so far (at least one), in the order of the variants, each wire's serial first."""
         return [self._measured(variant, self._best[variant]) for variant in self._plans]
 
-    def _efficiency(self, variant: Variant, least: Sequence[float]) -> float | None:
+    def _like(self, variant: Variant) -> str:
+        """The wire whose serial, and whose bound, it is held against: its own; of those that choose, the faster one."""
+        if variant.like == variant.wire:
+            return variant.wire
+        return min(("exact", variant.like), key=lambda wire: median(r.serial(wire) for r in self.rounds))
+
+    def _efficiency(self, variant: Variant, wire: str, least: Sequence[float]) -> float | None:
         """Against the bound or the floor of each round."""
-        rounds = [
-            (r.serial(variant.like), r.seconds[variant], each) for r, each in zip(self.rounds, least, strict=True)
-        ]
+        rounds = [(r.serial(wire), r.seconds[variant], each) for r, each in zip(self.rounds, least, strict=True)]
         serial = median(serial for serial, _, _ in rounds)
         saved, possible = (median(s - taken[place] for s, *taken in rounds) for place in (0, 1))
         return overlap_efficiency(serial, serial - saved, serial - possible)
 
     def _measured(self, variant: Variant, fastest: _Measurement) -> Measured:
-        rounds, wire, best, device = self.rounds, variant.like, fastest.result, fastest.device
+        rounds, wire, best, device = self.rounds, self._like(variant), fastest.result, fastest.device
         times_exact = [times for times in (r.times_exact(variant) for r in rounds) if times is not None]
         savings = [1 - r.seconds[variant] / r.serial(wire) for r in rounds]
         most = max(range(len(best.bytes_sent)), key=lambda rank: best.bytes_sent[rank])
@@ -216,8 +220,8 @@ class Comparing:
             serial_median=median(r.serial(wire) for r in rounds), saving=median(savings),
             saving_range=(min(savings), max(savings)),
             saving_bound=max(0.0, median(1 - r.bound(wire) / r.serial(wire) for r in rounds)),
-            overlap_efficiency=self._efficiency(variant, [r.bound(wire) for r in rounds]),
-            floor_efficiency=self._efficiency(variant, [r.floor(wire) for r in rounds]),
+            overlap_efficiency=self._efficiency(variant, wire, [r.bound(wire) for r in rounds]),
+            floor_efficiency=self._efficiency(variant, wire, [r.floor(wire) for r in rounds]),
             exposed=median(r.seconds[variant] - r.compute_alone for r in rounds),
             bytes_on_wire=best.bytes_sent[most], bytes_on_device=device[most] if device is not None else None,
             predicted=plan.predicted.seconds if plan.predicted else None,

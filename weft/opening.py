@@ -70,10 +70,20 @@ def open_engine(
         given = tuple(shares) if shares and not isinstance(shares, str) else None
         config = resolve(ranks=ranks, shares=given, threads=threads)
     engine = Engine(directory, config, model_config, launcher, progress, recalibrate, share_by_speed=shares == AUTO)
-    plain = "what ranks send each other is not encrypted, as --plain-data says" if plain_data else ""
-    engine.notices += [notice for notice in (line or judged(engine), plain, *left_out) if notice]
+    engine.notices += [
+        notice for notice in (line or judged(engine), _secured(launcher, plain_data), *left_out) if notice
+    ]
     engine.notices += _proposed(directory)[1]
     return engine
+
+
+def _secured(launcher: Launcher | None, plain_data: bool) -> str | None:
+    """A line on what others could read."""
+    if launcher is None or not launcher.leaves_machine:
+        return None
+    return (
+        f"what ranks send each other is {'not encrypted, as --plain-data says' if plain_data else 'encrypted: TLS 1.3'}"
+    )
 
 
 def default_params(directory: Path, **changes: Any) -> SamplingParams:

@@ -108,7 +108,7 @@ class Workers:
             tell("looking for the balance", 0.0)
             batch = one_prompt(min(BALANCE_TOKENS, self.config.max_length))
             tokens = [13 * place % self.model.vocabulary for place in range(batch.tokens)]
-            plan = planner.like("serial", self.config.wire).plan(batch)
+            plan = planner.like("serial", "exact").plan(batch)
             self.controller.set_link(link.at(link.times * self.balance(link, batch, tokens, plan)))
             self.controller.release([0])
         found = f", {link.times:g} times the balance found here" if link.times is not None else ""

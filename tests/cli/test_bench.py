@@ -24,8 +24,9 @@ def test_table_and_files(tmp_path: Path) -> None:
              (("--json", ".json"), ("--html", ".html"), ("--timeline", ".svg"))}  # fmt: skip
     written = [str(part) for pair in files.items() for part in pair]
     done = weft("bench", *SMALL, "--rounds", "2", "--overlap", "iso:2,rs,iso@20,40/30", *written, process=True)
-    for part in ("64 tokens, 2 ranks, link none", "iso@20,40/30", "possible", "GFLOP/s a rank", "Best strategy"):
+    for part in ("64 tokens, 2 ranks, link none", "iso@20,40/30", "possible", "GFLOP/s a rank"):
         assert part in done.stdout
+    assert "Best strategy of each point" in done.stdout or "there was next to nothing to hide" in done.stdout
     data = json.loads(files["--json"].read_text())
     assert data["complete"] and [run["overlap"] for run in data["runs"]] == ["serial", "iso:2", "rs", "iso@20,40/30"]
     assert data["machine"]["gemm_gflops"] > 0 and data["model"]["hidden"] == 256

@@ -196,7 +196,7 @@ class Bench:
         if times is None or engine.config.ranks == 1:
             return None
         self.watch(self._done, self._all, f"{batch.tokens} tokens: looking for the balance")
-        plan = engine.planner.like("serial", self.grid.wires_needed[0]).plan(batch)
+        plan = engine.planner.like("serial", "exact").plan(batch)
         return engine.workers.balance(times, batch, ids, plan)
 
     def _point(

@@ -68,14 +68,19 @@ def conclusion(points: Sequence[Point]) -> str:
     """What the whole grid comes to, in a line or two."""
     hidden = [p.best.overlap_efficiency for p in points if p.best.overlap_efficiency is not None]
     if not hidden:
-        sent = any(m.bytes_on_wire for p in points for m in p.measured)
-        why = "Where there was something to hide, no strategy but serial ran" if sent else "Nothing was communicated"
-        return f"{why}, so nothing was hidden." if sent else f"{why}, so there was nothing to hide."
+        if any(m.bytes_on_wire for p in points for m in p.measured):
+            return "On these links there was next to nothing to hide."
+        return "Nothing was communicated, so there was nothing to hide."
     middle, count = median(hidden), _points(len(hidden))
     line = f"Best strategy of each point: overlap efficiency {middle:.2f} in the median of {count}"
     to_floor = [p.best.floor_efficiency for p in points if p.best.floor_efficiency is not None]
     line += f" ({min(hidden):.2f} to {max(hidden):.2f}){f', to the floor {median(to_floor):.2f}' if to_floor else ''}"
     line += f", saving up to {max(p.best.saving for p in points):.1%}."
+    for point in points:
+        fastest = min(point.measured, key=lambda m: m.median)
+        if len({m.wire for m in point.measured}) > 1 and fastest.times_exact is not None:
+            line += f" Link {point.link}: fastest {fastest.overlap}, {fastest.wire}, {fastest.times_exact:.2f} times as"
+            line += " fast as serial with all sums exact."
     wrong = sum(m.above_ceiling for p in points for m in p.measured)
     if wrong:
         line += (

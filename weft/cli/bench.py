@@ -31,7 +31,7 @@ from weft.bench.report import (
     timelines,
     wires_chosen,
 )
-from weft.cli.options import numbers, relative_shares, words
+from weft.cli.options import WIRE, numbers, relative_shares, words
 from weft.config import ModelConfig
 from weft.errors import InputError, WorkerFailed
 from weft.hub import locate
@@ -58,6 +58,10 @@ Examples:
 
   weft bench ./llama --tokens 512,2048 --link 0.5x,1x,2x --overlap iso:2,iso:2/4,tiles:4,rs --html report.html
 
+  weft bench --link 0.4x --wire exact,int8,auto:int8
+
+  weft bench quality                                what wires do to answers; see its --help
+
   weft bench ./llama --prompts 4 --tokens 2048 --link 200mbit --overlap requests:2,iso:2 --wire exact,bf16
 """
 
@@ -72,7 +76,7 @@ def bench(
     overlap: Annotated[
         str, typer.Option(help="Strategies; see docs/strategies.md. serial is always measured.")
     ] = "iso:2,iso:3,auto",
-    wire: Annotated[str, typer.Option(help="How partials travel: exact, bf16, int8, int4, auto:int8.")] = "exact",
+    wire: WIRE = "exact",
     prompts: Annotated[int, typer.Option(help="Prompts that the tokens of a batch are divided over.")] = 1,
     mixed: Annotated[bool, typer.Option("--mixed", help="Prompts of random lengths instead of even ones.")] = False,
     rounds: Annotated[int, typer.Option(help="Rounds of each point, one more to warm up not counted.")] = 5,
@@ -217,16 +221,20 @@ def _show(console: Console, points: Sequence[Point], machine: dict[str, Any]) ->
             caption=bounds(point, machine),
             caption_justify="left",
         )
-        for number, name in enumerate(COLUMNS):
-            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
-        for measured in point.measured:
-            table.add_row(*cells(measured), style="bold" if measured is point.best else "")
+        rows = [cells(measured) for measured in point.measured]
+        kept = [number for number in range(len(COLUMNS)) if any(row[number].strip("–") for row in rows)]
+        for number in kept:
+            table.add_column(COLUMNS[number], justify="left" if number < 2 else "right", no_wrap=True)
+        for measured, row in zip(point.measured, rows, strict=True):
+            table.add_row(*(row[number] for number in kept), style="bold" if measured is point.best else "")
         console.print(table)
         for line in wires_chosen(point):
             console.print(line, style="dim")
     if points:
         console.print(
-            "seconds: medians of rounds; saved, possible: medians of each round's own; efficiency: of both's seconds",
+            "seconds: medians of rounds; saved, possible: medians of each round's own; efficiency: of both's seconds; "
+            "to floor: the same where sending takes processor time; exposed: beyond computation; x exact: times as "
+            "fast as serial with all sums exact (docs/measuring.md)",
             style="dim",
         )
         console.print(conclusion(points), style="bold")

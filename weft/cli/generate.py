@@ -207,6 +207,7 @@ def _as_json(llm: LLM, output: RequestOutput, timing: _Timing, comparison: list[
         "token_ids": first.token_ids, "finish_reason": first.finish_reason, "prompt_tokens": timing.prompt_tokens,
         "time_to_first_token": timing.first_token, "decode_tokens_per_second": timing.decode_rate,
         "plan": plan.describe(), "why": list(plan.why), "predicted": None,
+        "notices": list(llm.engine.notices),
     }  # fmt: skip
     if plan.predicted is not None:
         predicted = plan.predicted
@@ -257,6 +258,8 @@ def _report_comparison(console: Console, tokens: int, best: Measured) -> None:
         console.print(f"auto is serial here: no cut is predicted to save {WORTH:.1%}")
     else:
         console.print(_verdict(best.saving, best.saving_bound, best.overlap_efficiency))
+    if chosen and best.times_exact:
+        console.print(f"{best.times_exact:.2f} times as fast as serial with all sums exact")
     for timeline in filter(None, [best.timeline, best.predicted_timeline]):
         console.print(terminal(timeline, width=max(20, min(100, console.width - 18))))
 

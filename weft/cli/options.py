@@ -35,7 +35,9 @@ DTYPE = Annotated[
 OVERLAP = Annotated[
     str, typer.Option(help="auto, serial, iso:2, iso:2/4, iso@300,700, tiles:4, …; see docs/strategies.md.")
 ]
-WIRE = Annotated[str, typer.Option(help="How partials travel: exact, bf16, int8, int4, or auto:int8.")]
+WIRE = Annotated[
+    str, typer.Option(help="How partials travel: exact, bf16, int8, int4; auto:int8 and so on: int8 at the least.")
+]
 TRANSPORT = Annotated[
     str, typer.Option(help="Between ranks: shm, tcp, tls, gloo; auto: shared memory on one machine, TLS to others.")
 ]

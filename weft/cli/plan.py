@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from weft.cli.options import numbers, relative_shares, words
+from weft.cli.options import WIRE, numbers, relative_shares, words
 from weft.config import ModelConfig
 from weft.errors import InputError
 from weft.hub import locate_config
@@ -61,7 +61,7 @@ def plan(
         str | None, typer.Option(help="Lengths of the prompt; default: 1024,4096, as far as the context goes.")
     ] = None,
     overlap: Annotated[str, typer.Option(help="Strategies; serial is always there.")] = "iso:2,auto",
-    wire: Annotated[str, typer.Option(help="How partials travel: exact, bf16, int8, int4, auto:int8.")] = "exact",
+    wire: WIRE = "exact",
     prompts: Annotated[int, typer.Option(help="Prompts in one batch, each of so many tokens.")] = 1,
     decoding: Annotated[int, typer.Option(help="Sequences that decode together.")] = 1,
     shares: Annotated[str | None, typer.Option(help="Relative sizes of the parts; default: by speed.")] = None,

@@ -25,7 +25,7 @@ HELP = """Measure what each wire does to the answers of MODEL, against exact sum
 
 The same windows of the text run on exact and on every other wire, and each position is compared: perplexity, the
 Kullback-Leibler divergence of the distributions of the next token, and how often the likeliest token is the same.
-What was found is kept: --wire auto:int8 and auto:int4 leave out a wire that exceeds its limit for the model.
+What was found is kept: --wire auto:bf16, auto:int8 and auto:int4 leave out a wire that exceeds its limit.
 
 Examples:
 
@@ -64,7 +64,10 @@ def quality(
         )
     _show(measured)
     if measured.tokens < ENOUGH:
-        Console(stderr=True).print(f"not kept for auto: so few tokens say little; give --tokens {ENOUGH} or more")
+        line = f"not kept for auto: so few tokens say little; give --tokens {ENOUGH} or more"
+    else:
+        line = f"kept: --wire auto:… on {measured.ranks} ranks leaves out what exceeds its limit"
+    Console(stderr=True).print(line)
     if json_file is not None:
         write(json_file, msgspec.json.format(msgspec.json.encode(measured), indent=1).decode() + "\n")
 

@@ -95,7 +95,7 @@ class Machine:
         why = {
             "accepted": f"{self._hub} has taken the token and doesn't answer: it is busy, or another version of weft",
             "refused": f"{self._hub} can be reached but takes no hand-shake: {TOKEN_VARIABLE} is not the one that weft "
-            "serve has there, or something else listens",
+            "serve has printed there (new at each start, unless it was given a secret), or something else listens",
             "reached": f"something listens at {self._hub} that is no weft serve's --join-address: is the port right?",
             "": f"no server answers at {self._hub} yet: is weft serve running there with --join-address?",
         }[attempt]

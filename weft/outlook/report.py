@@ -14,6 +14,7 @@ from weft.simulate.hardware import Catalogue
 from weft.timeline.figure import INK, figure, name
 from weft.timeline.page import ZOOM, document, legend_line, panels
 from weft.timeline.timeline import Timeline
+from weft.wires import chosen_by_cost
 
 COLUMNS = ("tokens", "wire", "overlap", "predicted ms", "saved", "possible", "bound ms", "decode ms", "plan")
 OFFERED = ("hardware", "first token s", "an hour", "per 1M prompt tokens", "per 1M generated", "by", "in time")
@@ -56,13 +57,16 @@ def rate(bytes_a_second: float) -> str:
 
 
 def remarks(outlook: Outlook) -> list[str]:
-    """Memory, and where overlap stops paying: a line each."""
+    """Memory, where overlap stops paying, and which sums travel how: a line each."""
     tokens = max(outlook.question.tokens)
     said = [f"memory on the fullest device with {tokens} tokens: {room(outlook.memory[tokens])}"]
     for wire in outlook.question.wires if outlook.group.world > 1 else ():
         until = outlook.pays_until(tokens, wire)
         where = "overlap pays on no link" if until is None else f"overlap pays on links up to {rate(until)}"
         said.append(f"{where}, {tokens} tokens, wire {wire}")
+        if chosen_by_cost(wire):
+            plan = outlook.plan(tokens, "auto", wire)
+            said.append(f"{wire}, {tokens} tokens: {'; '.join((plan.describe(), *plan.why))}")
     return said
 
 

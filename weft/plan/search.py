@@ -45,7 +45,7 @@ class Estimate(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """A strategy, and what it and serial are predicted to take, serial on the least exact wire that is allowed.
+    """A strategy, and what it and serial are predicted to take, serial on the fastest wire that is allowed.
     `exposed`: of each sum that could travel on a more exact wire, the seconds that the pass would take longer with it
     alone on the next one."""
 
@@ -86,9 +86,12 @@ class Search:
         """What a strategy takes, on the most exact of these wires that hide. Raises `InputError` if its cuts don't fit
         the batch."""
         cuts, least = place(strategy, batch, self.granule), Wiring(wires[-1])
-        serial = self.estimate(batch, Cuts(), costs, least)
-        lanes = serial if cuts == Cuts() else self.estimate(batch, cuts, costs, least)
-        return self._as_exact_as_hides(Judged(strategy, lanes, serial, least), batch, costs, wires)
+        judged = Judged(strategy, self.estimate(batch, cuts, costs, least), self._serial(batch, costs, wires), least)
+        return self._as_exact_as_hides(judged, batch, costs, wires)
+
+    def _serial(self, batch: Batch, costs: Costs, wires: Sequence[str]) -> Estimate:
+        """What serial takes, on the one of these wires on which that is shortest."""
+        return min((self.estimate(batch, Cuts(), costs, Wiring(wire)) for wire in wires), key=lambda e: e.seconds)
 
     def laid_out(
         self, batch: Batch, cuts: Cuts, costs: Costs, wiring: Wiring, earlier: _Known, limit: float = INFINITE
@@ -116,6 +119,7 @@ class Search:
         least = _Searching(self, batch, costs, wires[-1]).best()
         if len(wires) > 1:
             exact = _Searching(self, batch, costs, wires[0]).best()
+            least = least._replace(serial=self._serial(batch, costs, wires))
             if exact.lanes.seconds * (1 - WORTH) <= least.lanes.seconds:
                 return exact._replace(serial=least.serial)
         return self._as_exact_as_hides(least, batch, costs, wires)
@@ -142,11 +146,12 @@ class Search:
                 if seconds(Wiring(base, {**others, each: wire})) <= limit:
                     others[each] = wire
                     break
-        wiring, exposed = Wiring(base, others), dict[Sum, float]()
+        chosen, exposed = {each: others.get(each, base) for each in sums}, dict[Sum, float]()
+        wiring = Wiring.by_sum(chosen)
         lanes = self.estimate(batch, cuts, costs, wiring)
-        for each in sums:
-            if (place_of := wires.index(others.get(each, base))) > 0:
-                up = Wiring(base, {**others, each: wires[place_of - 1]})
+        for each, wire in chosen.items():
+            if wire != wires[0]:
+                up = Wiring.by_sum({**chosen, each: wires[wires.index(wire) - 1]})
                 exposed[each] = self.estimate(batch, cuts, costs, up).seconds - lanes.seconds
         return Judged(least.strategy, lanes, least.serial, wiring, exposed)
 

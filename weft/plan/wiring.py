@@ -25,6 +25,13 @@ class Wiring:
     usual: str
     others: Mapping[Sum, str] = field(default_factory=dict)
 
+    @classmethod
+    def by_sum(cls, wires: Mapping[Sum, str]) -> Wiring:
+        """Of each sum; the usual one is that of most of them."""
+        all_of_them = list(wires.values())
+        usual = max(WIRES[::-1], key=all_of_them.count)
+        return cls(usual, {each: wire for each, wire in wires.items() if wire != usual})
+
     def of(self, step: Step) -> str:
         """The wire of a collective."""
         wire = self.others.get((step.part, step.chunk), self.usual)
@@ -47,6 +54,8 @@ def reasons(wiring: Wiring, exposed: Mapping[Sum, float], wires: Sequence[str], 
     by_wire: dict[str, list[Sum]] = {}
     for each in exposed:
         by_wire.setdefault(wiring.others.get(each, wiring.usual), []).append(each)
+    if not exposed and len(wires) > 1:
+        return ("all sums exact: with fewer bytes the pass would take hardly less",)
     return tuple(
         f"{_named(sums, program)} as {wire}: on {wires[wires.index(wire) - 1]} each alone would be exposed "
         + _longer([exposed[each] for each in sums])
