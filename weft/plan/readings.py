@@ -189,7 +189,7 @@ class _Network:
         corrected = replace(costs, contention=fitted)
         turns = [self._turn(corrected, run) for run in self.samples.named("cut")]
         contention = replace(fitted, turn=max(0.0, median(turns)) if turns else 0.0)
-        wires = {name: wire.coded(self._codec(name, contention, part)) for name, wire in costs.wires.items()}
+        wires = {name: replace(wire, codec=self._codec(name, contention, part)) for name, wire in costs.wires.items()}
         return replace(costs, contention=contention, wires=wires)
 
     def _codec(self, wire: str, contention: Contention, part: float) -> Table:

@@ -178,10 +178,6 @@ class WireCosts:
         sums = {algorithm: table.scaled(factor) for algorithm, table in self.sums.items()}
         return replace(self, sums=sums, hop=self.hop.scaled(factor))
 
-    def coded(self, codec: Table) -> WireCosts:
-        """The same, where coding takes so much of the compute lane's processor."""
-        return replace(self, codec=codec)
-
 
 @dataclass(frozen=True)
 class Contention:
