@@ -39,6 +39,10 @@ class EngineKey(NamedTuple):
         """What the rank at this place has beside the token, and no other."""
         return hmac.new(self.secret, f"place {place}".encode(), "sha256").hexdigest()
 
+    def admits(self, place: int, ticket: str) -> bool:
+        """Whether it is that one; it may be anything."""
+        return hmac.compare_digest(self.ticket(place).encode(), ticket.encode("utf-8", "replace"))
+
     def token_of(self, place: int) -> str:
         """Both, for that rank."""
         return f"{self.token}.{self.ticket(place)}"
