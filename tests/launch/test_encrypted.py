@@ -113,7 +113,8 @@ def test_a_place_is_for_who_has_its_ticket() -> None:
         return Hello(VERSION, place, ticket, "host", 1, "address", "machine", 1, 1)
 
     said = [
-        (b"wrong", hello(0, key.ticket(1))), (b"none", hello(0, "")), (b"odd", hello(0, "ü")), (b"other", hello(1, new_key().ticket(1))),
+        (b"wrong", hello(0, key.ticket(1))), (b"none", hello(0, "")), (b"odd", hello(0, "ü")),
+        (b"other", hello(1, new_key().ticket(1))),
         (b"beyond", hello(7, key.ticket(7))), (b"below", hello(-1, key.ticket(-1))), (b"one", hello(1, key.ticket(1))),
         (b"again", hello(1, key.ticket(1))), (b"zero", hello(0, key.ticket(0))),
     ]  # fmt: skip
