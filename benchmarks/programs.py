@@ -24,9 +24,9 @@ import psutil
 from models import random_llama
 
 from weft import LLM, SamplingParams
-from weft.config import ModelConfig
 from weft.execute import protocol as p
 from weft.execute.results import RunOptions
+from weft.formats.description import model_config
 from weft.model.blueprint import Blueprint
 from weft.model.families import blueprint_of
 from weft.model.shares import shares_of
@@ -44,7 +44,7 @@ FORMS = ("serial", "iso:4", "iso:4+ahead", "iso:4+rs")
 
 def blueprint() -> Blueprint:
     """A model's, of which the number of layers is changed."""
-    return blueprint_of(ModelConfig.from_directory(random_llama("483m")))
+    return blueprint_of(model_config(random_llama("483m")))
 
 
 def planning(layers: int) -> list[float]:

@@ -28,14 +28,14 @@ from rich.table import Table
 
 from weft.bench.machine import describe
 from weft.cache.slabs import Slabs
-from weft.config import ModelConfig
 from weft.execute.executor import Executor
 from weft.execute.lanes import ThreadLanes
 from weft.execute.process import keep_freed_memory
 from weft.execute.sampler import likeliest
+from weft.formats.checkpoint import open_checkpoint
+from weft.formats.description import model_config
 from weft.launch.namespaces import NamespaceLauncher
 from weft.links import Link
-from weft.model.checkpoint import Checkpoint
 from weft.model.decoder import Decoder, Extent, Forward
 from weft.model.families import blueprint_of
 from weft.model.rope import Rope
@@ -130,10 +130,10 @@ def rank(given: argparse.Namespace) -> None:
     os.sched_setaffinity(0, {number})
     torch.set_num_threads(1)
     model = random_llama(given.model)
-    config = ModelConfig.from_directory(model)
+    config = model_config(model)
     blueprint = blueprint_of(config)
     shares = shares_of(blueprint, (1.0, 1.0))
-    weights = load(Checkpoint(model), blueprint, shares[number])
+    weights = load(open_checkpoint(model, config.fields), blueprint, shares[number])
     decoder = Decoder(config, blueprint, shares[number], weights, Rope(config))
     mesh = Mesh(given.address, PORT)
     subnet = given.address.rpartition(".")[0]
@@ -206,7 +206,7 @@ def main() -> None:
         ratio = median(a / b for a, b in pairs)
         table.add_row(name, f"{median(a for a, _ in pairs):.3f}", f"{median(b for _, b in pairs):.3f}", f"{ratio:.2f}")
     Console(width=100).print(table)
-    machine = describe(ModelConfig.from_directory(model), 1)
+    machine = describe(model_config(model), 1)
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
 
 

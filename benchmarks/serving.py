@@ -33,8 +33,9 @@ from rich.table import Table
 from weft import LLM, SamplingParams
 from weft.batching.request import Request
 from weft.bench.machine import cores_of
-from weft.config import ModelConfig, processor_name
+from weft.config import processor_name
 from weft.engine import Engine
+from weft.formats.description import model_config
 from weft.hub import PACKAGED
 from weft.server.app import Settings, application
 from weft.server.run import bound, serve
@@ -227,7 +228,7 @@ def prefix(given: argparse.Namespace) -> Table:
     table = Table("model", "tokens", "new, ms", "90% shared, ms", "ratio", title="medians of rounds")
     for name, length in (("packaged", 512), ("packaged", 1500), ("h1024", 512), ("h1024", 2048)):
         model = PACKAGED if name == "packaged" else random_llama(name)
-        vocabulary = ModelConfig.from_directory(model).vocabulary
+        vocabulary = model_config(model).vocabulary
         pairs = []
         with server(model=model, num_threads=2, max_model_len=2049 if name != "packaged" else None) as port:
             for number in range(given.rounds + 1):

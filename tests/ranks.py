@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 from tests.execute.programs import lagging
 from weft.cache.slabs import Slabs
-from weft.config import ModelConfig
 from weft.execute.executor import Executor, Result, Scope
 from weft.execute.lanes import ThreadLanes
-from weft.model.checkpoint import Checkpoint
+from weft.formats.checkpoint import open_checkpoint
+from weft.formats.description import model_config
 from weft.model.decoder import Decoder
 from weft.model.families import blueprint_of
 from weft.model.rope import Rope
@@ -112,7 +112,7 @@ class Ranks:
         lags: Sequence[int] = (0, 0), times: int = 1,
     ) -> None:  # fmt: skip
         torch.set_num_threads(1)
-        self.config = ModelConfig.from_directory(directory)
+        self.config = model_config(directory)
         self.blueprint = blueprint_of(self.config)
         self.outline = lagging(self.blueprint.outline, *lags) if any(lags) else self.blueprint.outline
         self.shares = shares_of(self.blueprint, shares)
@@ -123,7 +123,7 @@ class Ranks:
 
         def rank(r: int) -> tuple[Decoder, Executor, Slabs]:
             share = self.shares[r % len(shares)]
-            weights = load(Checkpoint(directory), self.blueprint, share, exact_rows=exact_rows)
+            weights = load(open_checkpoint(directory, self.config.fields), self.blueprint, share, exact_rows=exact_rows)
             decoder = Decoder(self.config, self.blueprint, share, weights, Rope(self.config), exact_rows)
             group = Group(self.transports[r] if world > 1 else None, range(world))
             executor = Executor(decoder, self.outline, group, ThreadLanes(torch.no_grad), self.widths)

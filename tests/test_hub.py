@@ -19,7 +19,7 @@ def test_places(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["/no/such/directory", "./nothing", "a/b/c"])
 def test_what_is_no_directory(name: str) -> None:
-    with pytest.raises(InputError, match="is not a directory; give a Hugging Face checkpoint"):
+    with pytest.raises(InputError, match="is not a directory; give a Hugging Face checkpoint's"):
         locate(name)
 
 
@@ -77,6 +77,6 @@ def test_only_what_is_needed_is_fetched(sharded: bool, monkeypatch: pytest.Monke
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert locate_config("someone/model") == tmp_path / "config.json" and fetched == ["config.json"]
+    assert locate_config("someone/model") == tmp_path and fetched == ["config.json"]
     assert locate("someone/model") == tmp_path
     assert sorted(fetched) == sorted([*small, *weights])

@@ -15,10 +15,11 @@ import pytest
 
 from tests.processes import Command, free_port
 from weft.admission import demand_memory, memory_tokens
-from weft.config import EngineConfig, ModelConfig
+from weft.config import EngineConfig
 from weft.errors import InputError
 from weft.execute.process import GROUPS, free_memory, machine_name
 from weft.execute.protocol import Hello, Loaded
+from weft.formats.description import model_config
 from weft.launch.keys import key_of
 from weft.launch.launcher import VERSION
 from weft.model.families import blueprint_of
@@ -94,7 +95,7 @@ def hello(place: int, machine: str, free: int) -> Hello:
 
 
 def test_each_machine_is_asked_for_its_own_ranks_only(packaged: Path) -> None:
-    model = ModelConfig.from_directory(packaged)
+    model = model_config(packaged)
     config = EngineConfig(ranks=3, shares=(1.0, 1.0, 2.0))
     parts = [
         shard_bytes(blueprint_of(model), share, lambda _: 4) for share in shares_of(blueprint_of(model), config.shares)

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weft.errors import InputError
-from weft.text import StopText, Tokenizer, generation_defaults, tokenizer_of
+from weft.formats.description import generation_defaults
+from weft.text import StopText, Tokenizer, tokenizer_of
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from tests.ranks import Ranks
 from tests.simulate.costs import costs
 from tests.tiny import Checkpoints, prompt_of
 from weft.config import ModelConfig
+from weft.formats.description import model_config
 from weft.model import decoder, families
 from weft.model.blueprint import Blueprint, Matrix, StageParts
 from weft.model.decoder import Adds, Extent, Forward, Making, RowWise
@@ -59,7 +60,7 @@ def toys(checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(decoder.FUNCTIONS, "toy", made)
     source = checkpoints.directory("llama")
     tensors, generator = load_file(source / "model.safetensors"), torch.Generator().manual_seed(4)
-    config = ModelConfig.from_directory(source)
+    config = model_config(source)
     for layer in range(config.layers):
         prefix = f"model.layers.{layer}.toy"
         tensors[f"{prefix}.up_proj.weight"] = torch.randn(config.intermediate, config.hidden, generator=generator)
@@ -95,7 +96,7 @@ def test_a_family_with_one_more_stage(toys: Path) -> None:
 
 
 def test_memory_costs_and_programs_know_of_it(toys: Path) -> None:
-    config = ModelConfig.from_directory(toys)
+    config = model_config(toys)
     blueprint, plain = families.blueprint_of(config), families.decoder(config, Flags(*[False] * 5))
     more = config.layers * 2 * config.hidden * config.intermediate
     for made_of, numbers in ((blueprint, plain.numbers + more), (plain, plain.numbers)):

@@ -15,7 +15,8 @@ from tests.outlines import decoder_outline
 from tests.processes import free_port
 from tests.simulate.costs import costs
 from weft import LLM, InputError, SamplingParams, yardstick
-from weft.config import EngineConfig, ModelConfig, available_cores
+from weft.config import EngineConfig, available_cores
+from weft.formats.description import model_config
 from weft.launch.joined import JoinedLauncher
 from weft.links import Link
 from weft.opening import open_engine
@@ -27,7 +28,7 @@ PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 def engine_with(packaged: Path, times: float, ranks: int = 2) -> SimpleNamespace:
     """What `judged` looks at."""
-    model = ModelConfig.from_directory(packaged)
+    model = model_config(packaged)
     launcher = SimpleNamespace(link_name="somewhere", may_change=False)
     return SimpleNamespace(
         config=EngineConfig.resolve(model, ranks=ranks, threads=1), model=model,
@@ -67,21 +68,21 @@ def test_alone_is_a_range_and_no_link_is_of_one_rank(packaged: Path) -> None:
     assert found is not None, line
     least, most, fast, slow = map(float, found.groups())
     assert most == pytest.approx(2 * least, rel=0.1) and fast < slow and line.endswith("--tp auto measures it")
-    model = ModelConfig.from_directory(packaged)
+    model = model_config(packaged)
     far = EngineConfig.resolve(model, ranks=2, threads=1, link=Link.parse("none,5ms"), transport="tcp")
     near = EngineConfig.resolve(model, ranks=2, threads=1)
     assert with_ranks(far, 1) == with_ranks(near, 1)
 
 
 def test_the_same_cores_for_fewer_ranks(packaged: Path) -> None:
-    config = EngineConfig.resolve(ModelConfig.from_directory(packaged), ranks=4, threads=2, shares=(1, 2, 3, 4))
+    config = EngineConfig.resolve(model_config(packaged), ranks=4, threads=2, shares=(1, 2, 3, 4))
     assert [(c.ranks, c.threads, c.shares) for c in (with_ranks(config, 1), with_ranks(config, 2))] == [
         (1, 8, (1.0,)), (2, 4, (1.0, 1.0)),
     ]  # fmt: skip
 
 
 def test_auto_takes_the_best_and_tries_once(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers = counts(ModelConfig.from_directory(packaged))
+    numbers = counts(model_config(packaged))
     assert numbers[0] == 1 and all(number <= available_cores() for number in numbers)
     tried: list[int] = []
     real = yardstick.measured
@@ -101,7 +102,7 @@ def test_auto_takes_the_best_and_tries_once(packaged: Path, monkeypatch: pytest.
 
 
 def test_auto_weighs_prompt_and_tokens(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = ModelConfig.from_directory(packaged)
+    model = model_config(packaged)
     configs = [EngineConfig.resolve(model, ranks=ranks, threads=1) for ranks in (1, 2, 4)]
     known = {1: Yardstick(1.0, 0.001, "then"), 2: Yardstick(0.5, 0.004, "then"), 4: Yardstick(0.3, 0.01, "now")}
     monkeypatch.setattr(yardstick, "recalled", lambda model, config, link: known[config.ranks])

@@ -12,7 +12,7 @@ from weft.engine import Engine
 class About:
     """What doesn't change. `max_length`: tokens of prompt and answer."""
 
-    directory: Path
+    path: Path
     vocabulary: int
     max_length: int
     end_ids: tuple[int, ...]
@@ -24,7 +24,7 @@ class About:
         """Of an engine that has started."""
         config, ends = engine.config, tuple(sorted(engine.requests.end_ids))
         return cls(
-            engine.directory, engine.model.vocabulary, config.max_length, ends, config.ranks,
+            engine.path, engine.model.vocabulary, config.max_length, ends, config.ranks,
             tuple(engine.notices),
         )  # fmt: skip
 

@@ -12,20 +12,21 @@ from weft.batching.params import SamplingParams, shown
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, NoRoom
 from weft.execute.protocol import Hello, Loaded
+from weft.formats.description import generation_defaults
 from weft.model.families import blueprint_of
 from weft.model.shares import shard_bytes, shares_of
 from weft.parallel.sizes import NUMBER_BYTES
-from weft.text import Tokenizer, generation_defaults
+from weft.text import Tokenizer
 
 MEMORY_PART = 0.9  # of what is free after loading may become key/value memory
 
 
-def end_ids(directory: Path, model: ModelConfig, tokenizer: Tokenizer | None) -> tuple[frozenset[int], list[str]]:
+def end_ids(path: Path, model: ModelConfig, tokenizer: Tokenizer | None) -> tuple[frozenset[int], list[str]]:
     """Tokens that end a completion: generation_config.json's, else config.json's, and the tokenizer's.
 
     Ids that don't exist are left out; a line for whoever should know.
     """
-    proposed, lines = generation_defaults(directory)
+    proposed, lines = generation_defaults(path)
     given = proposed.get("eos_token_id", model.fields.get("eos_token_id"))
     listed = [*(given if isinstance(given, list) else [given]), *(tokenizer.end_ids if tokenizer else ())]
     vocabulary = range(model.vocabulary)

@@ -1,12 +1,11 @@
 """Configurations: what a checkpoint is, and how the engine was asked to run it. Frozen; no other room is known.
 
-`ModelConfig` comes from a checkpoint's `config.json`: from the file alone where it says everything, else through
+`ModelConfig` comes from what a `config.json` says: from that alone where it says everything, else through
 transformers' configuration classes, so that every default is theirs. `EngineConfig` holds what the user chose.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from dataclasses import dataclass, field
@@ -48,40 +47,21 @@ class ModelConfig:
         return int(self.fields["max_position_embeddings"]) if rope.get("rope_type") == "dynamic" else None
 
     @classmethod
-    def from_directory(cls, directory: Path) -> ModelConfig:
-        """Reads `config.json`. Raises `InputError` if it is missing, unreadable, or of an unknown kind."""
-        if not directory.is_dir():
-            raise InputError(f"{directory} is not a directory; give a Hugging Face checkpoint's directory or hub id")
-        return cls.from_file(directory / "config.json")
-
-    @classmethod
-    def from_file(cls, path: Path) -> ModelConfig:
-        """The same of a file of any name."""
-        if not path.is_file():
-            raise InputError(f"{path} is missing; a checkpoint in Hugging Face format has one")
-        try:
-            raw = json.loads(path.read_text("utf-8-sig"))
-        except (ValueError, OSError, RecursionError) as error:
-            raise InputError(f"{path} can't be read as JSON ({error}); download the file again") from None
-        if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
-            raise InputError(f"{path} has no model_type; it is not a model's configuration")
-        return cls.from_dict(raw)
-
-    @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
-        """The same from the parsed JSON. Whether weft knows the family is for `model.families` to say."""
+        """From a parsed config.json, or what says the same. Whether weft knows the family is for `model.families` to
+        say. Raises `InputError` for one that is inconsistent."""
         fields = complete_fields(raw) or huggingface_fields(raw)
         if fields is None:  # unknown to transformers too: families.py gives the error, with the list of known ones
             return cls(str(raw["model_type"]), _architecture(raw), 0, 0, 0, 0, 0, 0, 0, 0.0, "", False, 0, raw)
         for name in WHOLE:  # no layers at all is odd, and legal
             if fields[name] is not None and fields[name] < (name != "num_hidden_layers"):
-                raise InputError(f"config.json is inconsistent: {name} {fields[name]}; it must be above 0")
+                raise InputError(f"the configuration is inconsistent: {name} {fields[name]}; it must be above 0")
         _demand_rope(fields)
         heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
         return cls(
             model_type=str(raw["model_type"]), architecture=_architecture(raw), layers=fields["num_hidden_layers"],
             hidden=hidden, intermediate=fields["intermediate_size"], heads=heads,
-            kv_heads=fields["num_key_value_heads"] or heads, head_dim=fields.get("head_dim") or hidden // heads,
+            kv_heads=fields["num_key_value_heads"] or heads, head_dim=_head_dim(fields),
             vocabulary=fields["vocab_size"], norm_epsilon=fields["rms_norm_eps"], activation=fields["hidden_act"],
             tied_embeddings=bool(fields["tie_word_embeddings"]), max_length=_max_length(fields), fields=fields,
         )  # fmt: skip
@@ -101,7 +81,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 ROPE_NEEDS: dict[str, tuple[str, ...]] = {
-    "default": (), "linear": ("factor",), "dynamic": ("factor",),
+    "default": (), "factors": ("factors",), "linear": ("factor",), "dynamic": ("factor",),
     "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }  # fmt: skip
@@ -111,13 +91,17 @@ def complete_fields(raw: dict[str, Any]) -> dict[str, Any] | None:
     """What the file says by itself, in the form that transformers gives it; None if it leaves anything to transformers,
     its complaints included: importing that takes longer than all else here."""
     rope, family = _complete_rope(raw), raw.get("model_type")
-    if family not in DEFAULTS or rope is None or raw.get("quantization_config"):
+    if family not in DEFAULTS or rope is None:
         return None
     fields = DEFAULTS[str(family)] | raw | {"rope_parameters": rope}
     kinds: dict[str, type] = dict.fromkeys(WHOLE, int) | {"rms_norm_eps": float, "hidden_act": str}
     kinds |= {name: type(value) for name, value in DEFAULTS[str(family)].items() if isinstance(value, bool)}
     plain = all(type(fields.get(name)) is kind for name, kind in kinds.items()) and all(fields[n] > 0 for n in WHOLE)
     return fields if plain and _plain_heads(fields) and _plain_windows(fields) and _plain_ends(fields) else None
+
+
+def _head_dim(fields: dict[str, Any]) -> int:
+    return int(fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"])
 
 
 def _plain_heads(fields: dict[str, Any]) -> bool:
@@ -158,9 +142,14 @@ def _complete_rope(raw: dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(kind, str) or kind not in ROPE_NEEDS:
         return None
     numbers = {name: value for name, value in given.items() if name not in ("type", "rope_type", "truncate")}
-    if not all(_above_zero(value) for value in numbers.values()) or not {"rope_theta", *ROPE_NEEDS[kind]} <= {*numbers}:
+    each = [*(value for name, value in numbers.items() if name != "factors"), *_listed(numbers.get("factors"))]
+    if not all(map(_above_zero, each)) or not {"rope_theta", *ROPE_NEEDS[kind]} <= {*numbers}:
         return None
     return given | {"rope_type": kind}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _above_zero(value: Any) -> bool:
@@ -176,7 +165,7 @@ def huggingface_fields(raw: dict[str, Any]) -> dict[str, Any] | None:
     try:
         hf = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     except Exception as error:  # transformers raises many kinds for an inconsistent configuration
-        raise InputError(f"config.json is inconsistent: {_reason(error)}") from None
+        raise InputError(f"the configuration is inconsistent: {_reason(error)}") from None
     if not all(hasattr(hf, name) for name in NEEDED):
         return None
     return hf.to_dict() | {name: getattr(hf, name) for name in (*NEEDED, "tie_word_embeddings")}
@@ -188,11 +177,13 @@ def _demand_rope(fields: dict[str, Any]) -> None:
     needed = ROPE_NEEDS.get(str(rope.get("rope_type")))
     if fields["model_type"] not in DEFAULTS or needed is None:
         return  # whether that is known is not for here
+    if rope["rope_type"] == "factors" and len(_listed(rope.get("factors"))) != _head_dim(fields) // 2:
+        raise InputError(f"the configuration is inconsistent: rope factors for heads of {_head_dim(fields)} numbers")
     for name, value in rope.items():
-        if name in ("type", "rope_type", "truncate") or value is None:
+        if name in ("type", "rope_type", "truncate", "factors") or value is None:
             continue
         if not (_above_zero(value) if name in ("rope_theta", *needed) else type(value) in (int, float)):
-            raise InputError(f"config.json is inconsistent: rope_parameters.{name} is {value!r}")
+            raise InputError(f"the configuration is inconsistent: rope_parameters.{name} is {value!r}")
 
 
 def _reason(error: Exception) -> str:

@@ -23,6 +23,7 @@ from weft.calibration import granule_of
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, WorkerFailed, WorkerLost, in_a_line
 from weft.execute.results import RunOptions, RunResult
+from weft.formats.description import model_config
 from weft.grammar import Grammar
 from weft.launch.launcher import Launcher
 from weft.model.families import blueprint_of
@@ -52,17 +53,17 @@ class Engine:
     """
 
     def __init__(
-        self, directory: Path, config: EngineConfig, model: ModelConfig | None = None,
+        self, path: Path, config: EngineConfig, model: ModelConfig | None = None,
         launcher: Launcher | None = None, progress: Progress | None = None, recalibrate: bool = False,
         share_by_speed: bool = False,
     ) -> None:  # fmt: skip
-        self.directory, self.model = directory, model or ModelConfig.from_directory(directory)
+        self.path, self.model = path, model or model_config(path)
         blueprint = blueprint_of(self.model)
         granule = granule_of(config)
         self.planner = Planner(blueprint.outline, config.overlap, config.wire, granule)
-        tokenizer = reading_tokenizer(directory)
+        tokenizer = reading_tokenizer(path)
         self.budget = Budget(self.planner)
-        self.workers = Workers(directory, config, self.model, launcher, ready=tokenizer)
+        self.workers = Workers(path, config, self.model, launcher, ready=tokenizer)
         tell = progress or (lambda what, share: None)
         self.notices = self.workers.start(self.planner, tell, recalibrate, share_by_speed)
         self.config, started = self.workers.config, self.workers.started
@@ -72,7 +73,7 @@ class Engine:
         )
         try:
             self.requests = Requests(
-                directory, self.model, tokenizer(), config.max_length, lambda: self.batcher.memory, started.loaded
+                path, self.model, tokenizer(), config.max_length, lambda: self.batcher.memory, started.loaded
             )
         except BaseException:
             self.close()

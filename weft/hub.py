@@ -1,52 +1,59 @@
-"""Where a model is: the one in the package, a directory, or the Hugging Face hub."""
+"""Where a model is: the one in the package, a directory, a .gguf file, or the Hugging Face hub."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PurePosixPath
 
 from weft.errors import InputError
-from weft.model.fingerprint import weight_files
+from weft.formats.fingerprint import is_gguf, weight_files
+from weft.formats.gguf.files import SPLIT
 
 PACKAGED = Path(__file__).parent / "packaged"
 FILES = ["*.json", "*.jinja", "*.txt"]  # no pickle, no code; and the weights that these name
 ELSEWHERE = ["*/*"]  # sub-directories hold the same in other formats
-GGUF = "GGUF can't be read yet; give the model as a Hugging Face directory or hub id with safetensors"
+TAG = re.compile(r"(?:.*[-._])?((?:UD-)?(?:IQ|TQ|Q|BF|FP?|MXFP|NVFP)\d\w*)", re.IGNORECASE)
+BESIDE = ("mmproj", "imatrix")  # what is in such files are not models
 
 
 def locate(model: str | Path | None, weights: bool = True) -> Path:
-    """The directory of a model; a hub id is downloaded into huggingface_hub's own cache, with its progress bar.
+    """The directory of a model, or its .gguf file; what a hub id names is downloaded into huggingface_hub's own cache,
+    with its progress bar. owner/repo:Q4_K_M is that .gguf file of several, as DIRECTORY:Q4_K_M is.
 
     Only what is needed is fetched, each tensor once. `HF_HUB_OFFLINE=1` keeps to what the cache has.
     Raises `InputError` if there is no such model.
     """
     if model is None:
         return PACKAGED
-    name, directory = str(model), _place(str(model))
-    if directory.is_dir():
-        if not (directory / "config.json").is_file() and any(directory.glob("*.gguf")):
-            raise InputError(f"{name} has no config.json, and a .gguf file: {GGUF}")
-        return directory
-    if name.lower().endswith(".gguf") or re.fullmatch(r"[\w.-]+/[\w.-]+:[\w.-]+", name):
-        missing = "there is no such file, and " if not directory.is_file() and ":" not in name else ""
-        raise InputError(f"{name}: {missing}{GGUF}")
-    if directory.is_file():
-        raise InputError(f"{name} is a file; give the directory that it is in")
-    if directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise InputError(f"{name} is not a directory; give a Hugging Face checkpoint's directory or hub id")
-    return _download(name, weights)
+    name, path = str(model), _place(str(model))
+    if path.is_dir():
+        of_files = not (path / "config.json").is_file() and any(path.glob("*.gguf"))
+        return _of_directory(path, None) if of_files else path  # what else is missing, its reader says
+    before, _, tag = name.rpartition(":")
+    if before and _place(before).is_dir():
+        return _of_directory(_place(before), tag)
+    if is_gguf(path) and not path.is_file() and not before:
+        raise InputError(f"{name} is missing; give a .gguf file, a directory, or a hub id as in owner/repo:Q4_K_M")
+    if path.is_file():
+        if not is_gguf(path):
+            raise InputError(f"{name} is a file; give the directory that it is in, or a .gguf file")
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise InputError(f"{name} is not a directory; give a Hugging Face checkpoint's, a .gguf file or a hub id")
+    return _asked(name, lambda: _file_of(before, tag, weights) if before else _download(name, weights))
 
 
 def locate_config(model: str | Path | None) -> Path:
-    """The configuration's file, where nothing else is needed, nor fetched: in such a directory, or itself, whatever its
-    name."""
+    """What says how a model is made, where nothing else is needed, nor fetched: a configuration's file of any name, a
+    directory, or a .gguf file."""
     if model is not None:
         path = _place(str(model))
-        if path.is_file() and path.suffix.lower() != ".gguf":
+        if path.is_file() and not is_gguf(path):
             return path
         if path.suffix.lower() == ".json":
             raise InputError(f"{model} is missing; give a model's config.json, its directory or hub id")
-    return locate(model, weights=False) / "config.json"
+    return locate(model, weights=False)
 
 
 def _place(name: str) -> Path:
@@ -62,15 +69,95 @@ def _place(name: str) -> Path:
     return path
 
 
+def _of_directory(path: Path, tag: str | None) -> Path:
+    """The one .gguf model in it, or the one of that name."""
+    there = [str(file.relative_to(path)) for file in (*path.glob("*.gguf"), *path.glob("*/*.gguf"))]
+    return path / chosen(str(path), there, tag)[0]
+
+
+def chosen(where: str, files: Iterable[str], tag: str | None) -> list[str]:
+    """All files of one GGUF model of those that are there. Raises `InputError` that says what there is, if `tag`, such
+    as Q4_K_M, is not one of them alone, or none is given and there are several."""
+    models: dict[str, list[str]] = {}
+    for file in sorted(files):
+        if is_gguf(Path(file)) and not any(part in file.lower() for part in BESIDE):
+            models.setdefault(_stem(file), []).append(file)
+    found = [stem for stem in models if tag is None or _is(stem, tag)]
+    if len(found) == 1:
+        return models[found[0]]
+    names = sorted({_tag(stem) for stem in models})
+    if not names:
+        raise InputError(f"{where} has no .gguf file")
+    if tag is not None and not found:
+        raise InputError(f"{where} has no {tag}; it has {', '.join(names)}")
+    which = sorted(map(_tag, found)) if len({*map(_tag, found)}) == len(found) else sorted(found)
+    raise InputError(f"{where} has {', '.join(which)}: give one of them, as in {where}:{which[0]}")
+
+
+def _stem(file: str) -> str:
+    """Without what all parts of a model have beside it."""
+    path = PurePosixPath(file)
+    split = SPLIT.fullmatch(path.name)
+    return str(path.with_name(split[1])) if split else str(path.with_suffix(""))
+
+
+def _tag(stem: str) -> str:
+    """How a model is told from others: by how its weights are stored, where its name ends so."""
+    name = PurePosixPath(stem).name
+    found = TAG.fullmatch(name)
+    return found[1] if found else stem
+
+
+def _is(stem: str, tag: str) -> bool:
+    """Whether that names it: the end of its name, all of it, or its directory's."""
+    path, wanted = PurePosixPath(stem.lower()), tag.lower().removesuffix(".gguf")
+    ends = path.name.endswith(tuple(mark + wanted for mark in "-._"))
+    return bool(wanted) and (wanted in (path.name, str(path), path.parent.name) or ends)
+
+
 def _download(name: str, weights: bool) -> Path:
+    """A repository's directory, or its only .gguf model."""
     from huggingface_hub import snapshot_download
+
+    wanted = FILES if weights else ["config.json"]
+    directory = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=ELSEWHERE))
+    if not (directory / "config.json").is_file():
+        return _file_of(name, None, weights)
+    if not weights:
+        return directory
+    needed = [file.name for file in weight_files(directory)]
+    return Path(snapshot_download(name, allow_patterns=needed, ignore_patterns=ELSEWHERE))
+
+
+def _file_of(name: str, tag: str | None, weights: bool) -> Path:
+    """A .gguf model of a repository, all its files; without `weights` only if it is in the cache."""
+    from huggingface_hub import hf_hub_download
+
+    files = chosen(name, _listed(name), tag)
+    paths = [Path(hf_hub_download(name, file, local_files_only=not weights)) for file in files]
+    return paths[0]
+
+
+def _listed(name: str) -> Sequence[str]:
+    """A repository's files; where the hub isn't asked, or doesn't answer, those in the cache."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return list(HfApi().list_repo_files(name))
+    except (HfHubHTTPError, HFValidationError):
+        raise
+    except Exception:  # whatever kept it from answering: its HTTP client's own, or the wish to stay offline
+        directory = Path(snapshot_download(name, allow_patterns=[], local_files_only=True))
+        return [str(file.relative_to(directory)) for file in directory.rglob("*.gguf")]
+
+
+def _asked(name: str, ask: Callable[[], Path]) -> Path:
+    """The hub's answer. Raises `InputError` for all that can go wrong there."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        if not weights:
-            return Path(snapshot_download(name, allow_patterns=["config.json"]))
-        directory = Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=ELSEWHERE))
-        return Path(snapshot_download(name, allow_patterns=weight_files(directory), ignore_patterns=ELSEWHERE))
+        return ask()
     except HFValidationError:
         raise InputError(f"{name!r} is neither a directory nor a hub id such as Qwen/Qwen3-0.6B") from None
     except LocalEntryNotFoundError:
@@ -79,4 +166,4 @@ def _download(name: str, weights: bool) -> Path:
         why = "HF_HUB_OFFLINE keeps weft from asking the hub" if HF_HUB_OFFLINE else "the hub can't be reached"
         raise InputError(f"{name!r} is no directory, not in the hub's cache, and {why}") from None
     except (HfHubHTTPError, OSError) as error:
-        raise InputError(f"{name!r} can't be had from the hub: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{name!r} can't be had from the hub: {next(iter(str(error).splitlines()), '')}") from None

@@ -126,7 +126,7 @@ class LLM:
 
     def get_default_sampling_params(self, **changes: Any) -> SamplingParams:
         """What the checkpoint's `generation_config.json` proposes, with these changes."""
-        return default_params(self.engine.directory, **changes)
+        return default_params(self.engine.path, **changes)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt],
@@ -155,7 +155,7 @@ class LLM:
     ) -> list[RequestOutput]:  # fmt: skip
         """The assistant's answer to `[{"role": "user", "content": ...}, ...]`, by the checkpoint's own template."""
         if self.engine.tokenizer is None:
-            raise InputError(f"{self.engine.directory} has no tokenizer.json; give prompts as prompt_token_ids")
+            raise InputError(f"{self.engine.path} has no tokenizer; give prompts as prompt_token_ids")
         return self.generate({"prompt_token_ids": self.engine.tokenizer.chat(messages)}, sampling_params)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str | RequestOutput]:
@@ -201,7 +201,7 @@ class LLM:
         if not text:
             raise InputError("the prompt is empty; give at least one character")
         if self.engine.tokenizer is None:
-            raise InputError(f"{self.engine.directory} has no tokenizer.json; give prompts as prompt_token_ids")
+            raise InputError(f"{self.engine.path} has no tokenizer; give prompts as prompt_token_ids")
         return self.engine.tokenizer.encode(text)
 
     def _output(self, prompt: Prompt, request: Request) -> RequestOutput:

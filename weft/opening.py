@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from weft.batching.params import SamplingParams
-from weft.config import EngineConfig, ModelConfig
+from weft.config import EngineConfig
 from weft.engine import Engine
 from weft.errors import InputError
+from weft.formats.description import generation_defaults
+from weft.formats.description import model_config as described
 from weft.hub import locate
 from weft.launch.launcher import Launcher
 from weft.launch.namespaces import NamespaceLauncher
 from weft.links import NO_LINK, Link
 from weft.program.strategy import AUTO
 from weft.quality import within_limits
-from weft.text import generation_defaults
 from weft.workers import Progress
 from weft.yardstick import best_of, counts, judged
 
@@ -33,7 +34,7 @@ def open_engine(
     token_interval: float | None = None, launcher: Launcher | None = None, progress: Progress | None = None,
     recalibrate: bool = False, check_content: bool = False, plain_data: bool = False,
 ) -> Engine:  # fmt: skip
-    """The engine of a directory, a hub id, or the model in the package; options as `LLM` has them.
+    """The engine of a directory, a .gguf file, a hub id, or the model in the package; options as `LLM` has them.
 
     Raises `InputError` for whatever the caller can change.
     """
@@ -52,9 +53,9 @@ def open_engine(
         )
     if link.shaped and launcher is None:
         launcher = NamespaceLauncher()
-    directory = locate(model)
-    model_config = ModelConfig.from_directory(directory)
-    wire, left_out = within_limits(directory, wire, ranks if isinstance(ranks, int) else 2, dtype)
+    path = locate(model)
+    model_config = described(path)
+    wire, left_out = within_limits(path, wire, ranks if isinstance(ranks, int) else 2, dtype)
     resolve = partial(
         EngineConfig.resolve, model_config, overlap=overlap, wire=wire, transport=transport, link=link,
         plain_data=plain_data, check_content=check_content, reproducible=reproducible, dtype=dtype,
@@ -65,15 +66,15 @@ def open_engine(
     line = None
     if ranks == "auto":
         configs = [resolve(ranks=count) for count in counts(model_config)]
-        config, line = best_of(directory, model_config, configs, progress or (lambda what, share: None), recalibrate)
+        config, line = best_of(path, model_config, configs, progress or (lambda what, share: None), recalibrate)
     else:
         given = tuple(shares) if shares and not isinstance(shares, str) else None
         config = resolve(ranks=ranks, shares=given, threads=threads)
-    engine = Engine(directory, config, model_config, launcher, progress, recalibrate, share_by_speed=shares == AUTO)
+    engine = Engine(path, config, model_config, launcher, progress, recalibrate, share_by_speed=shares == AUTO)
     engine.notices += [
         notice for notice in (line or judged(engine), _secured(launcher, plain_data), *left_out) if notice
     ]
-    engine.notices += _proposed(directory)[1]
+    engine.notices += _proposed(path)[1]
     return engine
 
 
@@ -86,15 +87,15 @@ def _secured(launcher: Launcher | None, plain_data: bool) -> str | None:
     )
 
 
-def default_params(directory: Path, **changes: Any) -> SamplingParams:
+def default_params(path: Path, **changes: Any) -> SamplingParams:
     """What a checkpoint's `generation_config.json` proposes, with these changes."""
-    usable, _ = _proposed(directory)
+    usable, _ = _proposed(path)
     return SamplingParams(**{**usable, **changes})
 
 
-def _proposed(directory: Path) -> tuple[dict[str, Any], list[str]]:
+def _proposed(path: Path) -> tuple[dict[str, Any], list[str]]:
     """A checkpoint's proposals, and a line for each that can't be used."""
-    proposed, _ = generation_defaults(directory)  # what is wrong with the file, the engine says
+    proposed, _ = generation_defaults(path)  # what is wrong with the file, the engine says
     usable: dict[str, Any] = {}
     lines = []
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 from platformdirs import user_cache_path
 
-from weft.model.fingerprint import fingerprint
+from weft.formats.fingerprint import fingerprint
 from weft.wires import WIRES, allowed, chosen_by_cost
 
 LIMITS = {"bf16": 0.001, "int8": 0.001, "int4": 0.015}  # of perplexity, above exact's
@@ -60,36 +60,36 @@ class Assessment(msgspec.Struct, frozen=True):
     wires: list[Quality]
 
 
-def keep(directory: Path, measured: Assessment) -> bool:
+def keep(path: Path, measured: Assessment) -> bool:
     """For later starts: of each wire, number of ranks and dtype what was found on most tokens, lately. False for what
     says too little; where the file can't be written, later starts go without."""
     if measured.tokens < ENOUGH:
         return False
-    known = {_key(each): each for each in recall(directory)}
+    known = {_key(each): each for each in recall(path)}
     for one in (msgspec.structs.replace(measured, wires=[quality]) for quality in measured.wires):
         if _key(one) not in known or known[_key(one)].tokens <= one.tokens:
             known[_key(one)] = one
-    path = _path(directory)
+    file = _file(path)
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(msgspec.json.encode(list(known.values())))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(msgspec.json.encode(list(known.values())))
     return True
 
 
-def recall(directory: Path) -> list[Assessment]:
-    """What was measured of the model in this directory, each of one wire."""
+def recall(path: Path) -> list[Assessment]:
+    """What was measured of this model, each of one wire."""
     try:
-        return msgspec.json.decode(_path(directory).read_bytes(), type=list[Assessment])
+        return msgspec.json.decode(_file(path).read_bytes(), type=list[Assessment])
     except (OSError, msgspec.MsgspecError):
         return []
 
 
-def within_limits(directory: Path, wire: str, ranks: int, dtype: str) -> tuple[str, list[str]]:
+def within_limits(path: Path, wire: str, ranks: int, dtype: str) -> tuple[str, list[str]]:
     """The wire to use for this model, and lines for whoever asked for it: of a choice of wires none is left that was
     found to exceed its limit, nor any less exact one. What was chosen outright is used."""
     if not chosen_by_cost(wire) or ranks == 1:
         return wire, []
-    known = {each.wires[0].wire: each for each in recall(directory) if (each.ranks, each.dtype) == (ranks, dtype)}
+    known = {each.wires[0].wire: each for each in recall(path) if (each.ranks, each.dtype) == (ranks, dtype)}
     left, lines = allowed(wire), list[str]()
     worse = next((each for each in left[1:] if each in known and known[each].wires[0].exceeds), None)
     if worse is not None:
@@ -115,7 +115,7 @@ def _key(measured: Assessment) -> tuple[str, int, str]:
     return measured.wires[0].wire, measured.ranks, measured.dtype
 
 
-def _path(directory: Path) -> Path:
-    files = fingerprint(directory)
+def _file(path: Path) -> Path:
+    files = fingerprint(path)
     name = hashlib.sha256(msgspec.json.encode([CODECS, files])).hexdigest()[:20]
     return user_cache_path("weft") / "quality" / f"{name}.json"

@@ -35,12 +35,12 @@ class Requests:
     """
 
     def __init__(
-        self, directory: Path, model: ModelConfig, tokenizer: Tokenizer | None, length: int,
+        self, path: Path, model: ModelConfig, tokenizer: Tokenizer | None, length: int,
         memory: Callable[[], int], loaded: ReadOnly[Loaded],
     ) -> None:  # fmt: skip
         self.model, self.tokenizer = model, tokenizer
         self.length, self.memory, self.loaded = length, memory, loaded
-        self.end_ids, self.notices = end_ids(directory, model, tokenizer)
+        self.end_ids, self.notices = end_ids(path, model, tokenizer)
         self.completions: dict[Sequence, Completion] = {}
         self._began: dict[Request, float] = {}
 
@@ -48,7 +48,7 @@ class Requests:
     def grammars(self) -> Grammars:
         """Of this model's tokenizer; making it takes a moment."""
         if self.tokenizer is None:
-            raise InputError("a JSON schema needs a tokenizer, and this model has no tokenizer.json")
+            raise InputError("a JSON schema needs a tokenizer, and this model has no tokenizer")
         return Grammars(self.tokenizer, self.model.vocabulary, self.end_ids)
 
     def compiled(self, schema: str) -> bool:
@@ -60,7 +60,7 @@ class Requests:
         schema. For any thread."""
         ends = frozenset() if params.ignore_eos else self.end_ids
         if params.stops and self.tokenizer is None:
-            raise InputError("stop texts need a tokenizer, and this model has no tokenizer.json; use stop_token_ids")
+            raise InputError("stop texts need a tokenizer, and this model has no tokenizer; use stop_token_ids")
         memory = self.memory()
         limit = limit_of(prompt, params, self.model.vocabulary, self.length, memory, ends)
         demand_room(len(prompt) + limit, memory, self.loaded)

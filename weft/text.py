@@ -1,11 +1,10 @@
 """Text and tokens: a checkpoint's tokenizer, and completions that end before a stop text.
 
-Knows the tokenizer's files and stop texts; knows nothing of models or requests.
+Knows tokenizers and stop texts; knows nothing of models or requests.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 from collections.abc import Callable
@@ -17,6 +16,10 @@ from typing import Any
 
 from weft.detokenizer import Detokenizer, Spelling
 from weft.errors import InputError
+from weft.formats.fingerprint import is_gguf
+from weft.formats.gguf import vocabulary
+from weft.formats.gguf.files import GgufFiles
+from weft.formats.gguf.vocabulary import NONE
 
 _importing = threading.Lock()  # transformers fails where a second thread imports it before the first one has
 
@@ -26,19 +29,11 @@ TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either 
 class Tokenizer:
     """A checkpoint's own tokenizer, chat template and generation defaults. Raises `InputError` if unreadable."""
 
-    def __init__(self, directory: Path) -> None:
-        if not _there(directory):
-            raise InputError(
-                f"{directory / 'tokenizer.json'} is missing; give prompts as token ids, or add the tokenizer's file"
-            )
-        with _importing:
-            from transformers import AutoTokenizer
-
-        try:
-            self._hf: Any = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-        except Exception as error:  # tokenizers and transformers raise bare Exceptions for corrupt files
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"{directory}: the tokenizer can't be read ({reason}); download it again") from None
+    def __init__(self, path: Path) -> None:
+        made = _of_gguf(path) if is_gguf(path) else _of_directory(path)
+        if made is None:
+            raise InputError(f"{_missing(path)} is missing; give prompts as token ids, or add the tokenizer's file")
+        self._hf: Any = made
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the checkpoint puts around a text."""
@@ -97,16 +92,48 @@ class Tokenizer:
         return self.spelling.stream(prompt, skip_special_tokens)
 
 
-def tokenizer_of(directory: Path) -> Tokenizer | None:
+def tokenizer_of(path: Path) -> Tokenizer | None:
     """A checkpoint's, if it has one."""
-    return Tokenizer(directory) if _there(directory) else None
+    return Tokenizer(path) if has_tokenizer(path) else None
 
 
-def reading_tokenizer(directory: Path) -> Callable[[], Tokenizer | None]:
+def has_tokenizer(path: Path) -> bool:
+    """Whether there is one; it may be broken. Older checkpoints have the same in two files."""
+    if is_gguf(path):
+        return GgufFiles(path).header.get("tokenizer.ggml.model", str) not in NONE
+    return any(all((path / name).is_file() for name in names) for names in TOKENIZER_FILES)
+
+
+def _missing(path: Path) -> str:
+    return f"the tokenizer of {path}" if is_gguf(path) else str(path / "tokenizer.json")
+
+
+def _of_directory(path: Path) -> Any:
+    """transformers' tokenizer; None if there is none."""
+    if not has_tokenizer(path):
+        return None
+    with _importing:
+        from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # tokenizers and transformers raise bare Exceptions for corrupt files
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path}: the tokenizer can't be read ({reason}); download it again") from None
+
+
+def _of_gguf(path: Path) -> Any:
+    with _importing:
+        import transformers  # noqa: F401
+
+    return vocabulary.tokenizer_of(GgufFiles(path).header)
+
+
+def reading_tokenizer(path: Path) -> Callable[[], Tokenizer | None]:
     """The same on a thread, from now on: importing what reads it takes about as long as workers take to start. What is
     returned waits for it, and raises what went wrong."""
     reader = ThreadPoolExecutor(1, "weft-tokenizer")
-    reading = reader.submit(tokenizer_of, directory)
+    reading = reader.submit(tokenizer_of, path)
     reader.shutdown(wait=False)
     return reading.result
 
@@ -115,11 +142,6 @@ def leave_torch_out() -> None:
     """For a process that computes nothing: transformers then takes torch for not installed and does without, which
     spares 2 seconds and 220 MB. Nothing that needs torch can be imported from then on, unless it is there already."""
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-
-
-def _there(directory: Path) -> bool:
-    """Older checkpoints have the same in two files."""
-    return any(all((directory / name).is_file() for name in names) for names in TOKENIZER_FILES)
 
 
 class StopText:
@@ -167,16 +189,3 @@ class StopText:
                     held = length
                     break
         return len(self.text) - held
-
-
-def generation_defaults(directory: Path) -> tuple[dict[str, Any], list[str]]:
-    """The content of `generation_config.json`, or nothing if there is none; and a line for whoever should know that it
-    can't be read: transformers loads such a checkpoint too."""
-    path = directory / "generation_config.json"
-    if not path.is_file():
-        return {}, []
-    try:
-        data = json.loads(path.read_text("utf-8-sig"))
-    except (ValueError, OSError, RecursionError) as error:
-        return {}, [f"{path} can't be read as JSON ({error}); left out"]
-    return (data, []) if isinstance(data, dict) else ({}, [f"{path} holds no JSON object; left out"])

@@ -44,10 +44,10 @@ class Workers:
     lost, or doesn't start; `meanwhile` is called again and again while it starts."""
 
     def __init__(
-        self, directory: Path, config: EngineConfig, model: ModelConfig, launcher: Launcher | None,
+        self, path: Path, config: EngineConfig, model: ModelConfig, launcher: Launcher | None,
         ready: Callable[[], object],
     ) -> None:  # fmt: skip
-        self.directory, self.config, self.model, self._ready = directory, config, model, ready
+        self.path, self.config, self.model, self._ready = path, config, model, ready
         self.on_lost: Callable[[Exception], None] = lambda error: None
         self.meanwhile: Callable[[], None] = lambda: None
         self.restarts = Restarts()
@@ -96,7 +96,7 @@ class Workers:
         self._pause(self.restarts.pause)
 
     def _bring_up(self, progress: Callable[[float], None] | None = None) -> None:
-        self.started = self.controller.start(self.directory, self.model, progress)
+        self.started = self.controller.start(self.path, self.model, progress)
         self.up = True
 
     def _make_link(self, planner: Planner, tell: Progress) -> list[str]:

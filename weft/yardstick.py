@@ -142,7 +142,7 @@ def counts(model: ModelConfig) -> list[int]:
 
 
 def best_of(
-    directory: Path, model: ModelConfig, configs: Sequence[EngineConfig], progress: Progress, again: bool
+    path: Path, model: ModelConfig, configs: Sequence[EngineConfig], progress: Progress, again: bool
 ) -> tuple[EngineConfig, str]:  # fmt: skip
     """The number of ranks with which the usual request takes shortest, and a line on all of them. What was not measured
     on an earlier start, or is to be `again`, is now: each number is started once."""
@@ -152,7 +152,7 @@ def best_of(
         known = None if again else recalled(model, config, link)
         if known is None:
             progress(f"trying {ranks} rank{'s' if ranks > 1 else ''}", 0.0)
-            with closing(Engine(directory, config, model, progress=progress)) as engine:
+            with closing(Engine(path, config, model, progress=progress)) as engine:
                 known = measured(engine)
         else:
             kept.append(known.when)

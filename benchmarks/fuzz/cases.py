@@ -63,7 +63,7 @@ class Cases:
         self.tokenizer = engine.tokenizer
         self.backend = engine.tokenizer._hf.backend_tokenizer
         self.special = frozenset(self.backend.token_to_id(token) for token in SPECIAL)
-        self.proposed = default_params(engine.directory)
+        self.proposed = default_params(engine.path)
         size = self.backend.get_vocab_size()
         # Some of which end a little before a multiple of 128, the granule of --reproducible.
         self.beginnings = [[self.draw.randrange(3, size) for _ in range(length)] for length in (40, 115, 240, 300)]

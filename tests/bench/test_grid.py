@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from weft.bench.grid import Bench, Grid
-from weft.config import ModelConfig, available_cores
+from weft.config import available_cores
 from weft.errors import InputError
+from weft.formats.description import model_config
 from weft.links import NO_LINK, Link
 
 
@@ -39,14 +40,14 @@ def grid(**changes: object) -> Grid:
 )
 def test_what_can_not_be_measured(packaged: Path, changes: dict[str, object], line: str) -> None:
     with pytest.raises(InputError, match=line):
-        grid(**changes).demand(ModelConfig.from_directory(packaged))
+        grid(**changes).demand(model_config(packaged))
 
 
 def test_a_grid(packaged: Path) -> None:
     said: list[tuple[int, int, str]] = []
     kept: list[int] = []
     bench = Bench(
-        packaged, ModelConfig.from_directory(packaged), grid(tokens=(32, 64), ranks=(1, 2), wires=("exact", "bf16")),
+        packaged, model_config(packaged), grid(tokens=(32, 64), ranks=(1, 2), wires=("exact", "bf16")),
         lambda *what: said.append(what), lambda points: kept.append(len(points)),
     )  # fmt: skip
     bench.run()
@@ -71,14 +72,14 @@ def test_an_interruption_keeps_what_was_measured(packaged: Path) -> None:
         if text.endswith("round 2 of 2"):
             raise KeyboardInterrupt
 
-    bench = Bench(packaged, ModelConfig.from_directory(packaged), grid(), watch)
+    bench = Bench(packaged, model_config(packaged), grid(), watch)
     with pytest.raises(KeyboardInterrupt):
         bench.run()
     assert [len(point.measured[0].seconds) for point in bench.points] == [1]
 
 
 def test_prompts_divide_the_tokens(packaged: Path) -> None:
-    config = ModelConfig.from_directory(packaged)
+    config = model_config(packaged)
     bench = Bench(packaged, config, grid(prompts=3, overlaps=("requests:3",), rounds=1), lambda *what: None)
     bench.run()
     assert "attention 0:21 21:42 42:64" in bench.points[0].best.plan
@@ -86,7 +87,7 @@ def test_prompts_divide_the_tokens(packaged: Path) -> None:
 
 def test_prompts_of_any_length_and_predictions(packaged: Path) -> None:
     """Mixed lengths are the same on every run; every variant is predicted, `auto` too."""
-    config = ModelConfig.from_directory(packaged)
+    config = model_config(packaged)
     asked = grid(tokens=(200,), prompts=4, mixed=True, overlaps=("requests:4", "auto"), rounds=1)
     plans = set()
     for _ in range(2):

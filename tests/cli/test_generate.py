@@ -97,7 +97,7 @@ def test_prompts_that_can_not_be_run() -> None:
 def test_models_that_can_not_be_run(checkpoints: Checkpoints, tmp_path: Path) -> None:
     assert "is not a directory; give" in weft("generate", "./nowhere", "hi", code=2).stderr
     assert "config.json is missing" in weft("generate", str(tmp_path), "hi", code=2).stderr
-    assert "has no tokenizer.json" in weft("generate", str(checkpoints.directory("llama")), "hi", code=2).stderr
+    assert "has no tokenizer" in weft("generate", str(checkpoints.directory("llama")), "hi", code=2).stderr
     (tmp_path / "config.json").write_text('{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}')
     assert (
         "MambaForCausalLM (mamba) is not known; known are Llama" in weft("generate", str(tmp_path), "x", code=2).stderr

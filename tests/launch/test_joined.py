@@ -26,10 +26,10 @@ from weft import LLM, SamplingParams
 from weft.engine import Engine
 from weft.errors import InputError, Interrupted
 from weft.execute import sending
+from weft.formats.fingerprint import Wanted, WeightFile, cut_out
 from weft.launch.addresses import interface_of, parse_address
 from weft.launch.joined import SILENT, JoinedLauncher
 from weft.launch.keys import key_of, new_key
-from weft.model.fingerprint import Wanted, WeightFile, cut_out
 from weft.opening import open_engine
 
 SECRET = "a secret between us"

@@ -13,6 +13,7 @@ import transformers
 from tests.tiny import MODELS, SMALL, Checkpoints
 from weft.config import ModelConfig, complete_fields, huggingface_fields
 from weft.errors import InputError
+from weft.formats.description import model_config
 from weft.model.families import FAMILIES, blueprint_of
 
 
@@ -26,12 +27,12 @@ def test_every_family_has_a_tiny_model() -> None:
 
 
 def test_dimensions_and_flags(checkpoints: Checkpoints) -> None:
-    config = ModelConfig.from_directory(checkpoints.directory("qwen2-window"))
+    config = model_config(checkpoints.directory("qwen2-window"))
     assert (config.hidden, config.heads, config.kv_heads, config.head_dim) == (48, 6, 2, 8)
     attention = blueprint_of(config).layer[0]
     assert all(matrix.biased for matrix in attention.first) and attention.last and not attention.last.biased
     assert blueprint_of(config).windows == (None, 40)
-    assert ModelConfig.from_directory(checkpoints.directory("qwen3")).head_dim == 32
+    assert model_config(checkpoints.directory("qwen3")).head_dim == 32
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,7 @@ def test_dimensions_and_flags(checkpoints: Checkpoints) -> None:
     [("llama", 1024), ("llama-linear", 2048), ("llama-dynamic", 1024), ("llama-yarn", 1024), ("llama-llama3", 1024)],
 )
 def test_context_counts_rope_scaling_in(checkpoints: Checkpoints, name: str, length: int) -> None:
-    assert ModelConfig.from_directory(checkpoints.directory(name)).max_length == length
+    assert model_config(checkpoints.directory(name)).max_length == length
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,6 @@ def test_context_counts_rope_scaling_in(checkpoints: Checkpoints, name: str, len
         (config_of("Llama") | {"num_hidden_layers": -1}, "num_hidden_layers -1; it must be above 0"),
         (config_of("Llama") | {"vocab_size": 0}, "vocab_size 0; it must be above 0"),
         (config_of("Llama", hidden_act="gelu"), "activation 'gelu' is not known"),
-        (config_of("Llama") | {"quantization_config": {"quant_method": "awq"}}, "quantized .awq."),
     ],
 )
 def test_what_is_not_known_is_refused_with_what_is(raw: dict[str, Any], complaint: str) -> None:
@@ -102,7 +102,7 @@ def test_a_file_that_says_everything_is_read_without_transformers(name: str, che
 def test_fields_of_odd_kinds_are_one_line(change: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_of("Llama") | change))
     with pytest.raises(InputError) as told:
-        blueprint_of(ModelConfig.from_directory(tmp_path))
+        blueprint_of(model_config(tmp_path))
     assert "\n" not in str(told.value)
 
 
@@ -145,7 +145,7 @@ def test_what_is_odd_is_left_to_transformers(family: str, change: dict[str, Any]
 def test_an_architecture_of_an_odd_kind_says_nothing(tmp_path: Path) -> None:
     for given in (5, "LlamaForCausalLM", {}, [], [None]):
         (tmp_path / "config.json").write_text(json.dumps(config_of("Llama") | {"architectures": given}))
-        blueprint_of(ModelConfig.from_directory(tmp_path))
+        blueprint_of(model_config(tmp_path))
 
 
 def test_whatever_a_file_leaves_open_is_transformers_to_say() -> None:
@@ -154,7 +154,7 @@ def test_whatever_a_file_leaves_open_is_transformers_to_say() -> None:
     for change in (
         {"num_hidden_layers": "2"}, {"num_hidden_layers": 0}, {"rms_norm_eps": 1}, {"hidden_size": 50},
         {"attention_bias": None}, {"partial_rotary_factor": 0.5}, {"rope_parameters": {"rope_type": "longrope"}},
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, {"quantization_config": {"a": 1}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
         {"model_type": "gemma2"}, {"rope_parameters": [1]},
     ):  # fmt: skip
         assert complete_fields({key: value for key, value in raw.items() if key != "head_dim"} | change) is None, change

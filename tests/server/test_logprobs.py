@@ -43,7 +43,7 @@ def test_a_prompt_is_scored_as_evaluation_harnesses_ask_for_it(server: Running, 
     prompts = [tokens_of(http), [*range(5, 60)], [7]]
     body = {"prompt": prompts, "echo": True, "max_tokens": most, "logprobs": 1, "temperature": 0, "ignore_eos": True}
     answer = http.post("/v1/completions", json=body).json()
-    reference = Reference(server.service.engine.directory)
+    reference = Reference(server.service.engine.path)
     for prompt, choice in zip(prompts, answer["choices"], strict=True):
         found = choice["logprobs"]
         assert {len(found[name]) for name in found} == {len(prompt) + most}
@@ -116,7 +116,7 @@ def test_bytes_of_a_chat_add_up_to_its_text(server: Running, http: httpx2.Client
     [choice] = http.post("/v1/chat/completions", json=asked).json()["choices"]
     entries = choice["logprobs"]["content"]
     raw = [bytes(entry["bytes"]) for entry in entries]
-    if "byte-level" in str(server.service.engine.directory):
+    if "byte-level" in str(server.service.engine.path):
         assert b"".join(raw).decode("utf-8", "replace") == choice["message"]["content"]
         assert any(entry["token"].startswith("bytes:") for entry in entries)
     tops = [top for entry in entries for top in entry["top_logprobs"]]

@@ -144,11 +144,11 @@ class Bench:
     """
 
     def __init__(
-        self, directory: Path, model: ModelConfig, grid: Grid, watch: Callable[[int, int, str], None],
+        self, path: Path, model: ModelConfig, grid: Grid, watch: Callable[[int, int, str], None],
         kept: Callable[[Sequence[Point]], None] = lambda points: None,
     ) -> None:  # fmt: skip
         grid.demand(model)
-        self.directory, self.model, self.grid, self.watch, self.kept = directory, model, grid, watch, kept
+        self.path, self.model, self.grid, self.watch, self.kept = path, model, grid, watch, kept
         self.points: list[Point] = []
         self._done = 0
 
@@ -173,7 +173,7 @@ class Bench:
         launcher = NamespaceLauncher() if grid.shaped and ranks > 1 else None
         length = min(self.model.max_length, max(grid.tokens) + MOST)
         engine = open_engine(
-            self.directory, ranks=ranks, threads=threads, launcher=launcher, shares=grid.shares,
+            self.path, ranks=ranks, threads=threads, launcher=launcher, shares=grid.shares,
             cores=cores_of(ranks, threads) if grid.emulated and ranks > 1 else None,
             transport="tcp" if grid.emulated and grid.transport == "auto" else grid.transport, max_length=length,
             overlap="serial", max_sequences=max(grid.prompts, FEW_SLOTS), prefixes=False,

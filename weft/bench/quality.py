@@ -20,11 +20,12 @@ from weft.config import ModelConfig
 from weft.engine import Engine
 from weft.errors import InputError
 from weft.execute.results import RunOptions
+from weft.formats.description import model_config
 from weft.opening import open_engine
 from weft.parallel.sizes import row_bytes
 from weft.program.batch import Batch, Segment
 from weft.quality import Assessment, Quality, keep
-from weft.text import Tokenizer
+from weft.text import Tokenizer, has_tokenizer
 
 TEXT = Path(__file__).with_name("northanger-abbey.txt")  # chapters 1 to 10, 1803: in the public domain
 WINDOW = 512  # tokens
@@ -77,7 +78,7 @@ def _written(figure: Tensor) -> float:
 
 
 def measure(
-    directory: Path, wires: Sequence[str], ranks: int, tokens: int, text: Path = TEXT, threads: int | None = None,
+    path: Path, wires: Sequence[str], ranks: int, tokens: int, text: Path = TEXT, threads: int | None = None,
     watch: Callable[[float], None] = lambda share: None,
 ) -> Assessment:  # fmt: skip
     """Perplexity, divergence and agreement of each wire on the first `tokens` of a text, in whole windows; kept for
@@ -85,9 +86,9 @@ def measure(
 
     Raises `InputError` for a text that is too short, or a model without a tokenizer.
     """
-    model = ModelConfig.from_directory(directory)
-    windows = _windows(directory, model, text, tokens)
-    with closing(open_engine(directory, ranks=ranks, threads=threads, overlap="serial", prefixes=False)) as engine:
+    model = model_config(path)
+    windows = _windows(path, model, text, tokens)
+    with closing(open_engine(path, ranks=ranks, threads=threads, overlap="serial", prefixes=False)) as engine:
         found = [_Wire(wire) for wire in dict.fromkeys(["exact", *wires])]
         for number, window in enumerate(windows):
             exact: _Answers | None = None
@@ -106,18 +107,18 @@ def measure(
         str(date.today()),
         [wire.quality(a_number[wire.name]) for wire in found],
     )
-    keep(directory, measured)
+    keep(path, measured)
     return measured
 
 
-def _windows(directory: Path, model: ModelConfig, text: Path, tokens: int) -> list[list[int]]:
-    if not (directory / "tokenizer.json").is_file():
-        raise InputError(f"weft bench quality needs a tokenizer, and {directory} has no tokenizer.json")
+def _windows(path: Path, model: ModelConfig, text: Path, tokens: int) -> list[list[int]]:
+    if not has_tokenizer(path):
+        raise InputError(f"weft bench quality needs a tokenizer, and {path} has none")
     length = min(WINDOW, model.max_length)
     if tokens < length:
         raise InputError(f"--tokens {tokens} is less than a window, which has {length}; give more")
     try:
-        ids = Tokenizer(directory).encode(text.read_text("utf-8"))
+        ids = Tokenizer(path).encode(text.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--text {text} can't be read ({error})") from None
     if len(ids) < length:

@@ -34,6 +34,7 @@ from weft.bench.report import (
 from weft.cli.options import WIRE, numbers, relative_shares, words
 from weft.config import ModelConfig
 from weft.errors import InputError, WorkerFailed
+from weft.formats.description import model_config
 from weft.hub import locate
 from weft.launch.namespaces import demand_namespaces
 from weft.links import links_of
@@ -91,8 +92,8 @@ def bench(
     ] = None,
 ) -> None:
     """See HELP."""
-    directory = locate(model)
-    config = ModelConfig.from_directory(directory)
+    path = locate(model)
+    config = model_config(path)
     grid = Grid(
         tokens=numbers(tokens, "--tokens"), ranks=numbers(tp, "--tp"),
         links=links_of(link), overlaps=words(overlap, "--overlap"),
@@ -101,8 +102,8 @@ def bench(
     )  # fmt: skip
     for name in grid.wires:
         allowed(name)
-    for option, path in (("--json", json_file), ("--html", html), ("--plot", plot), ("--timeline", timeline)):
-        demand_writable(path, option)
+    for option, file in (("--json", json_file), ("--html", html), ("--plot", plot), ("--timeline", timeline)):
+        demand_writable(file, option)
     if timeline is not None:
         demand_form(timeline, "--timeline")
     if plot is not None and (plot.suffix != ".svg" or sum(not speed.unlimited for speed in grid.links) < 2):
@@ -111,15 +112,15 @@ def bench(
     if grid.shaped:
         demand_namespaces()
     machine = describe(config, grid.threads_of(max(grid.ranks)))
-    files = _Files(json_file, html, plot, timeline, machine, _about(directory, config))
-    _measure_and_tell(directory, config, grid, files)
+    files = _Files(json_file, html, plot, timeline, machine, _about(path, config))
+    _measure_and_tell(path, config, grid, files)
 
 
-def _measure_and_tell(directory: Path, config: ModelConfig, grid: Grid, files: _Files) -> None:
+def _measure_and_tell(path: Path, config: ModelConfig, grid: Grid, files: _Files) -> None:
     """Whatever ends the measurement, what there is by then is shown and written."""
     console, ended = Console(stderr=True), None
     with _progress(console) as watch, _interruptible():
-        measuring = Bench(directory, config, grid, watch, files.keep)
+        measuring = Bench(path, config, grid, watch, files.keep)
         try:
             measuring.run()
         except (KeyboardInterrupt, InputError, WorkerFailed) as error:
@@ -174,9 +175,9 @@ class _Files:
             raise errors[0]
 
 
-def _about(directory: Path, config: ModelConfig) -> dict[str, Any]:
+def _about(path: Path, config: ModelConfig) -> dict[str, Any]:
     return {
-        "name": directory.name, "type": config.model_type, "layers": config.layers, "hidden": config.hidden,
+        "name": path.name, "type": config.model_type, "layers": config.layers, "hidden": config.hidden,
         "intermediate": config.intermediate, "heads": config.heads, "kv_heads": config.kv_heads,
         "vocabulary": config.vocabulary,
     }  # fmt: skip

@@ -69,7 +69,7 @@ class Local:
     def __init__(self, llm: LLM, wishes: dict[str, Any]) -> None:
         self.llm, self.params = llm, llm.get_default_sampling_params(**wishes)
         if llm.engine.tokenizer is None or not llm.engine.tokenizer.has_template:
-            raise InputError(f"{llm.engine.directory} has no chat template; use weft generate")
+            raise InputError(f"{llm.engine.path} has no chat template; use weft generate")
 
     def answer(self, messages: Messages) -> Iterator[str | AnswerEnd]:
         """By the checkpoint's own template."""

@@ -143,7 +143,7 @@ def generate(
 
 
 def _model_and_prompt(first: str | None, second: str | None) -> tuple[str | None, str]:
-    """One argument is the prompt, unless it is a directory or has the form of a hub id."""
+    """One argument is the prompt, unless it is a directory, a .gguf file, or has the form of a hub id."""
     if first is not None and second is None and not _names_a_model(first):
         first, second = None, first
     if second is None:
@@ -159,7 +159,7 @@ def _names_a_model(text: str) -> bool:
     return (
         Path(text).is_dir()
         or text.lower().endswith(".gguf")
-        or re.fullmatch(r"[\w.~-]*(/[\w.-]+)+/?", text) is not None
+        or re.fullmatch(r"[\w.~-]*(/[\w.-]+)+/?(:[\w.-]+)?", text) is not None
     )
 
 
@@ -203,7 +203,7 @@ def _drawn(comparison: list[Measured]) -> list[Timeline]:
 def _as_json(llm: LLM, output: RequestOutput, timing: _Timing, comparison: list[Measured] | None) -> dict[str, Any]:
     first, plan = output.outputs[0], llm.engine.planner.plan(one_prompt(timing.prompt_tokens))
     result: dict[str, Any] = {
-        "model": str(llm.engine.directory), "prompt": output.prompt, "text": first.text,
+        "model": str(llm.engine.path), "prompt": output.prompt, "text": first.text,
         "token_ids": first.token_ids, "finish_reason": first.finish_reason, "prompt_tokens": timing.prompt_tokens,
         "time_to_first_token": timing.first_token, "decode_tokens_per_second": timing.decode_rate,
         "plan": plan.describe(), "why": list(plan.why), "predicted": None,

@@ -14,6 +14,7 @@ from rich.table import Table
 from weft.cli.options import WIRE, numbers, relative_shares, words
 from weft.config import ModelConfig
 from weft.errors import InputError
+from weft.formats.description import model_config
 from weft.hub import locate_config
 from weft.outlook.figures import Offer, Outlook, Question, offers
 from weft.outlook.report import (
@@ -83,7 +84,7 @@ def plan(
         raise InputError(f"--ttft {ttft:g} is not a time; give seconds above 0")
     demand_writable(html, "--html")
     prices = _prices(price)
-    config = ModelConfig.from_file(locate_config(model))
+    config = model_config(locate_config(model))
     lengths = numbers(tokens, "--tokens") if tokens is not None else _usual(config)
     question = Question(
         lengths, words(overlap, "--overlap"), words(wire, "--wire"), prompts, decoding, relative_shares(shares)

@@ -56,12 +56,10 @@ def quality(
         raise InputError(f"--tp {tp}: one rank sends nothing; give 2 or more")
     if json_file is not None:
         demand_writable(json_file, "--json")
-    directory = locate(model)
+    path = locate(model)
     with bar(Console(stderr=True)) as progress:
         task = progress.add_task("scoring the text", total=1.0)
-        measured = measure(
-            directory, wires, tp, tokens, text, threads, lambda share: progress.update(task, completed=share)
-        )
+        measured = measure(path, wires, tp, tokens, text, threads, lambda share: progress.update(task, completed=share))
     _show(measured)
     if measured.tokens < ENOUGH:
         line = f"not kept for auto: so few tokens say little; give --tokens {ENOUGH} or more"

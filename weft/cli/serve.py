@@ -31,9 +31,9 @@ from weft.cli.options import (
     shares_or_auto,
 )
 from weft.cli.terminal import bar, warn_of_shared_cores
-from weft.config import ModelConfig
 from weft.engine import Engine
 from weft.errors import InputError
+from weft.formats.description import model_config
 from weft.hub import locate
 from weft.launch.addresses import is_loopback, resolved
 from weft.launch.joined import JoinedLauncher
@@ -243,10 +243,11 @@ def _origins(given: list[str] | None) -> list[str]:
 
 
 def _name(model: str | None) -> str:
-    """What clients call it: a hub id, or a directory's name."""
+    """What clients call it: a hub id, or a directory's or a file's name."""
     if model is None:
         return PACKAGED_NAME
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else path.stem if path.is_file() else model
 
 
 def _launcher(
@@ -266,13 +267,11 @@ def _launcher(
 
 def _invite(out: Console, launcher: JoinedLauncher, model: str | None, others: int) -> None:
     """Says what to run on other machines; nobody is invited to what can't run."""
-    blueprint_of(ModelConfig.from_directory(locate(model)))
-    at_the_hub = model is not None and not Path(model).is_dir()
+    blueprint_of(model_config(locate(model)))
+    at_the_hub = model is not None and not Path(model).exists()
     named = f" {shlex.quote(model)}" if model is not None and at_the_hub else ""
     command = f"{TOKEN_VARIABLE}={launcher.token} weft worker --join {shlex.quote(launcher.address)}{named}"
     out.print(f"on {others} other machine{'s' if others > 1 else ''}, run:")
     out.print(f"  {command}", markup=False, soft_wrap=True)
     if model is not None and not at_the_hub:
-        out.print(
-            "with the model's directory behind it, if it is elsewhere there; without the model it comes from here"
-        )
+        out.print("with where the model is behind it, if it is elsewhere there; without the model it comes from here")

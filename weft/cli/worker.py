@@ -13,10 +13,10 @@ import typer
 from rich.console import Console
 
 from weft.errors import InputError
+from weft.formats.fingerprint import agree
 from weft.hub import locate
 from weft.launch.launcher import MODEL_VARIABLE, TOKEN_VARIABLE
 from weft.launch.machine import Machine
-from weft.model.fingerprint import agree
 
 HELP = """Be a rank of a server on another machine: weft serve --join-address prints what to run.
 
@@ -54,7 +54,7 @@ def worker(
     if not token:
         raise InputError(f"{TOKEN_VARIABLE} is not in the environment; weft serve --join-address prints it")
     if model is not None:
-        os.environ[MODEL_VARIABLE] = str(_located(model).resolve())
+        os.environ[MODEL_VARIABLE] = str(_located(model).absolute())
 
     def told(line: str) -> None:
         out.print(line, style="dim", markup=False, soft_wrap=True)

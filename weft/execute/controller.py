@@ -20,12 +20,12 @@ from weft.execute import protocol as p
 from weft.execute.places import crowded, encrypted, introduced, numbered_machines
 from weft.execute.results import TOKENS_ALONE, RunOptions, RunResult, Started, Submitted, timeline_of
 from weft.execute.sending import Sending
+from weft.formats.fingerprint import Fingerprints, Held, Wanted, WeightFile, terms_of
 from weft.launch.folder import Folder
 from weft.launch.keys import EngineKey, new_key
 from weft.launch.launcher import VERSION, Launcher
 from weft.launch.sockets import bind, engine_socket
 from weft.links import Link
-from weft.model.fingerprint import Fingerprints, Held, Wanted, WeightFile, terms_of
 from weft.program.batch import Batch
 from weft.program.steps import Form, Program
 
@@ -59,14 +59,14 @@ class Controller:
         self._loaded = self._complete = False  # the model, now, and ever
         self._fingerprints = Fingerprints()
 
-    def start(self, directory: Path, model: ModelConfig, progress: Callable[[float], None] | None = None) -> Started:
+    def start(self, path: Path, model: ModelConfig, progress: Callable[[float], None] | None = None) -> Started:
         """Starts the workers and loads the model on them. `progress` is given the share that is done, 0 to 1.
 
         Raises `InputError` for what the user can change, `WorkerFailed` for the rest; no worker is left then.
         """
         begin, self._loaded = time.monotonic(), False
         try:
-            held = Held(str(directory), self._files(directory) if self.launcher.may_change else [])
+            held = Held(str(path), self._files(path) if self.launcher.may_change else [])
             self.launcher.demand(terms_of(held))
             hellos = self._bring_up()
             loaded = self._load(held, model, progress or (lambda share: None))
@@ -104,14 +104,14 @@ class Controller:
             self._receive(p.Joined, deadline)
         return by_rank
 
-    def _files(self, directory: Path) -> list[WeightFile]:
+    def _files(self, path: Path) -> list[WeightFile]:
         """What other machines must have of the model. Where they are compared whole, that takes long."""
 
         def tick() -> None:
             self._meanwhile()
             self.launcher.attend()
 
-        return self._fingerprints.of(directory, self.config.check_content, tick)
+        return self._fingerprints.of(path, self.config.check_content, tick)
 
     def _hellos(self, world: int, key: EngineKey, deadline: float) -> dict[int, tuple[bytes, p.Hello]]:
         """Of every rank, with its identity; each has the ticket of its place."""
@@ -166,7 +166,7 @@ class Controller:
             self._send(
                 identity,
                 p.Load(
-                    held.directory, model, list(config.shares), config.dtype, config.device, config.reproducible,
+                    held.path, model, list(config.shares), config.dtype, config.device, config.reproducible,
                     config.max_length, config.slots, held.files,
                 ),
             )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from weft.config import ModelConfig
-from weft.model.fingerprint import Wanted, WeightFile
+from weft.formats.fingerprint import Wanted, WeightFile
 from weft.program.steps import Form
 
 
@@ -81,7 +81,7 @@ class Load(msgspec.Struct, tag=True, frozen=True):
     """Load your share of this model and reserve key/value memory; replaces what was loaded before. `files`: what the
     engine's machine has of it, if this may be another one."""
 
-    directory: str
+    path: str
     config: ModelConfig
     shares: list[float]
     dtype: str

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from weft.errors import InputError
+from weft.formats.fingerprint import Held, Wanted, cut_out
 from weft.launch.launcher import Other
-from weft.model.fingerprint import Held, Wanted, cut_out
 
 EVERY = 5.0  # seconds between two lines
 
@@ -31,9 +31,9 @@ class Sending:
         Raises `LookupError` for bytes that aren't there, `InputError` for a file that can't be read.
         """
         try:
-            data = cut_out(Path(self._held.directory), self._held.files, wanted)
+            data = cut_out(Path(self._held.path), self._held.files, wanted)
         except OSError as error:
-            raise InputError(f"{self._held.directory}/{wanted.file} can't be read ({error.strerror})") from None
+            raise InputError(f"{wanted.file} of {self._held.path} can't be read ({error.strerror})") from None
         self._bytes += len(data)
         if time.monotonic() - self._said > EVERY:
             self._said = time.monotonic()

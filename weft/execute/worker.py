@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -43,13 +43,13 @@ from weft.execute.process import (
     settle,
 )
 from weft.execute.sampler import sample
+from weft.formats.checkpoint import Checkpoint, open_checkpoint
+from weft.formats.fetched import FetchedFiles
+from weft.formats.fingerprint import Held, Wanted, held_here, is_gguf
 from weft.launch.launcher import LEASE_VARIABLE, MODEL_VARIABLE, PLACE_VARIABLE, TOKEN_VARIABLE, VERSION
 from weft.launch.sockets import worker_socket
-from weft.model.checkpoint import Checkpoint
 from weft.model.decoder import Decoder
 from weft.model.families import blueprint_of
-from weft.model.fetched import FetchedCheckpoint
-from weft.model.fingerprint import Held, Wanted, held_here
 from weft.model.kernels import packed_weights_work
 from weft.model.rope import Rope
 from weft.model.shares import shard_bytes, shares_of
@@ -195,7 +195,8 @@ class Worker:
         shares = shares_of(blueprint, m.shares)
         share, dtype = shares[self.rank], getattr(torch, m.dtype)
         give_back_freed_memory()
-        with Peak() as peak, closing(self._checkpoint(m)) as checkpoint:
+        with Peak() as peak, ExitStack() as stack:
+            checkpoint = self._checkpoint(m, stack)
             weights = load(
                 checkpoint, blueprint, share, device=m.device, dtype=dtype,
                 exact_rows=m.exact_rows, progress=lambda done, total: self.say(p.Loading(done, total)),
@@ -212,10 +213,16 @@ class Worker:
         packed = packed_weights_work() and dtype is torch.float32
         self.say(p.Loaded(size, peak.taken, slabs.bytes_per_token, free_memory(), packed))
 
-    def _checkpoint(self, m: p.Load) -> Checkpoint:
-        """The model's on this machine, which need not be the engine's; where it has none, the engine's machine's."""
-        directory = held_here(Held(m.directory, m.files), os.environ.get(MODEL_VARIABLE))
-        return Checkpoint(directory) if directory is not None else FetchedCheckpoint(m.files, self._fetch)
+    def _checkpoint(self, m: p.Load, stack: ExitStack) -> Checkpoint:
+        """The model's on this machine, which need not be the engine's; where it has none, the engine's machine's. It is
+        closed with the stack."""
+        path, bring = held_here(Held(m.path, m.files), os.environ.get(MODEL_VARIABLE)), None
+        if path is None:
+            files = FetchedFiles(m.files, self._fetch)
+            stack.callback(files.close)
+            path = files.directory / Path(m.path).name if is_gguf(Path(m.path)) else files.directory
+            bring = files.bring
+        return stack.enter_context(closing(open_checkpoint(path, m.config.fields, bring)))
 
     def _fetch(self, wanted: Wanted) -> bytes:
         self.say(p.Fetch(wanted))

@@ -115,6 +115,29 @@ class Blueprint:
             yield self.head, 1
 
     @property
+    def named(self) -> Iterator[tuple[str, Matrix]]:
+        """Every matrix that is there once in a checkpoint, by its name there without ".weight"; a head also where it
+        may be the embedding's."""
+        for layer in range(self.layers):
+            prefix = self.prefix.format(layer)
+            yield from ((prefix + matrix.name, matrix) for parts in self.layer for matrix in parts.matrices)
+        yield from ((matrix.name, matrix) for matrix in (self.embedding, self.head))
+
+    @cached_property
+    def tensors(self) -> dict[str, list[int]]:
+        """All of a checkpoint, with their shapes."""
+        found: dict[str, list[int]] = {}
+        for name, matrix in self.named:
+            outputs, inputs = size(matrix.outputs, _whole), size(matrix.inputs, _whole)
+            found |= {f"{name}.weight": [outputs, inputs]} | ({f"{name}.bias": [outputs]} if matrix.biased else {})
+        prefixes = [(self.prefix.format(layer), parts) for layer in range(self.layers) for parts in self.layer]
+        for prefix, parts in [*prefixes, *(("", parts) for parts in self.after)]:
+            scales = {parts.norm: self.hidden} if parts.norm else {}
+            scales |= {name: axis.width for name, axis in parts.scales}
+            found |= {f"{prefix}{name}.weight": [width] for name, width in scales.items()}
+        return found
+
+    @property
     def numbers(self) -> int:
         """All parameters of matrices."""
         return sum(times * size(m.outputs, _whole) * size(m.inputs, _whole) for m, times in self.held)

@@ -83,7 +83,7 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 SILU = ("silu", "swish")  # two names for one thing
-ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
+ROPES = ("default", "linear", "dynamic", "yarn", "llama3", "factors")
 
 
 def blueprint_of(config: ModelConfig) -> Blueprint:
@@ -96,9 +96,6 @@ def blueprint_of(config: ModelConfig) -> Blueprint:
         raise InputError(f"the architecture {given} ({config.model_type}) is not known; known are {names}")
     if config.activation not in SILU:
         raise InputError(f"the activation {config.activation!r} is not known; known is silu")
-    if config.fields.get("quantization_config"):
-        method = config.fields["quantization_config"].get("quant_method", "unknown")
-        raise InputError(f"the checkpoint is quantized ({method}); use one in float32, bfloat16 or float16")
     rope = (config.fields.get("rope_parameters") or {}).get("rope_type", "default")
     if rope not in ROPES:
         raise InputError(f"the rope scaling {rope!r} is not known; known are {', '.join(ROPES)}")

@@ -81,8 +81,14 @@ def _llama3(rope: Parameters, width: int, trained: int, length: int) -> tuple[Te
     return torch.where(between, (1 - smooth) * scaled / factor + smooth * scaled, scaled), 1.0
 
 
+def _factors(rope: Parameters, width: int, trained: int, length: int) -> tuple[Tensor, float]:
+    """Each frequency has a number of its own by which it is divided: what GGUF has of Llama 3's scaling."""
+    frequencies, _ = _default(rope, width)
+    return frequencies / torch.tensor(rope["factors"], dtype=torch.float32), 1.0
+
+
 FORMULAS: dict[str, Formula] = {
-    "default": _default, "linear": _linear, "dynamic": _dynamic, "yarn": _yarn, "llama3": _llama3,
+    "factors": _factors, "default": _default, "linear": _linear, "dynamic": _dynamic, "yarn": _yarn, "llama3": _llama3,
 }  # fmt: skip
 
 

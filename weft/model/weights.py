@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from weft.errors import InputError
+from weft.formats.checkpoint import Checkpoint
+from weft.formats.packed import Plain, TensorPart
 from weft.model.blueprint import Axis, Blueprint, Matrix, StageParts, size
-from weft.model.checkpoint import Checkpoint
 from weft.model.kernels import Linear
 from weft.model.shares import Share
 
@@ -53,17 +54,22 @@ def load(
     dtype: torch.dtype = torch.float32, exact_rows: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Weights:  # fmt: skip
-    """Reads a rank's shard. `progress(done, total)` is called in layers.
+    """Reads a rank's shard. `progress(done, total)` is called in bytes of its files.
 
-    Raises `InputError` for missing, unreadable or misshapen tensors.
+    Raises `InputError` for missing, unreadable or misshapen tensors, and for some that would change what is computed.
     """
-    reader = _ShardReader(checkpoint, blueprint, share, device, dtype, exact_rows)
+    if unexpected := checkpoint.unexpected(blueprint.tensors):
+        more = f" and {len(unexpected) - 3} more" if len(unexpected) > 3 else ""
+        raise InputError(
+            f"{checkpoint.path} has {', '.join(unexpected[:3])}{more}, of which weft does not know what they are for: "
+            "it would answer wrongly; give another checkpoint"
+        )
+    reader = _ShardReader(checkpoint, blueprint, share, device, dtype, exact_rows, progress)
     stages: dict[tuple[str, int], StageWeights] = {}
     for layer in range(blueprint.layers):
         for parts in blueprint.layer:
             stages[parts.stage.part, layer] = reader.stage(parts, blueprint.prefix.format(layer))
         checkpoint.forget()
-        progress(layer + 1, blueprint.layers)
     embedding = reader.whole(reader.embedding_name, blueprint.embedding)
     head = reader.head(embedding)
     scale = reader.scale(blueprint.after[-1].norm, blueprint.hidden).to(dtype)
@@ -84,76 +90,102 @@ def _pairs(heads: Tensor) -> Tensor:
 class _ShardReader:
     def __init__(
         self, checkpoint: Checkpoint, blueprint: Blueprint, share: Share, device: str, dtype: torch.dtype,
-        exact_rows: bool,
+        exact_rows: bool, progress: Callable[[int, int], None],
     ) -> None:  # fmt: skip
         self.checkpoint, self.blueprint, self.share = checkpoint, blueprint, share
         self.device, self.dtype, self.exact_rows = device, dtype, exact_rows
+        self._progress, self._done = progress, 0
+        self._total = sum(self._bytes(name, matrix) for name, matrix in blueprint.named)
 
     def stage(self, parts: StageParts, prefix: str) -> StageWeights:
         """A layer's stage; its matrices one after the other."""
-        read = [self._rows(prefix, matrix) for matrix in parts.first]
+        counts = [len(self._mine(matrix.outputs)) for matrix in parts.first]
+        weight = torch.empty(sum(counts), self.blueprint.hidden)
+        rows = torch.split(weight, counts)
+        read = [self._rows(prefix, matrix, into) for matrix, into in zip(parts.first, rows, strict=True)]
+        biases = [bias for bias in read if bias is not None]
         # The norm's gain in float32: a product of two bfloat16 would be rounded twice.
-        weight = torch.cat([weight for weight, _ in read]).mul_(self.scale(prefix + parts.norm, self.blueprint.hidden))
-        biases = [bias for _, bias in read if bias is not None]
-        del read  # before the next matrix is read: one at a time
-        first = self._linear(weight.to(self.dtype), torch.cat(biases).to(self.dtype) if biases else None)
-        del weight
+        weight.mul_(self.scale(prefix + parts.norm, self.blueprint.hidden))
+        first = self._linear(self._there(weight), self._there(torch.cat(biases)) if biases else None)
+        del weight, rows
         assert parts.last is not None, "a layer's stage ends in a projection"
         return StageWeights(first, self._columns(prefix, parts.last), self._scales(prefix, parts))
 
     def whole(self, name: str, matrix: Matrix) -> Tensor:
         """A matrix that every rank has."""
-        self._demand(name + ".weight", *self._sides(matrix))
-        return self._own(self.checkpoint.read(name + ".weight"))
-
-    def _own(self, read: Tensor) -> Tensor:
-        """In memory of its own: one view of the mapped file would keep all of it mapped. It begins where it does in the
-        file within a cache line, because the rounding of matrix-vector products depends on that."""
-        if read.dtype != self.dtype or self.device != "cpu":
-            return read.to(self.device, self.dtype, copy=True)
-        room = read.new_empty(read.numel() + LINE // read.itemsize)
-        start = (read.data_ptr() - room.data_ptr()) % LINE // read.itemsize
-        return room[start : start + read.numel()].view(read.shape).copy_(read)
+        return self._own(self._read(name, matrix))
 
     def scale(self, name: str, width: int) -> Tensor:
         """A norm's weight times sqrt(width), in float32: what is left of the norm after `kernels.unit_rows`."""
         self._demand(name + ".weight", width)
-        return self.checkpoint.read(name + ".weight").to(self.device, torch.float32) * math.sqrt(width)
+        return self.checkpoint.read(name + ".weight").numbers(torch.float32).to(self.device) * math.sqrt(width)
+
+    def _own(self, part: TensorPart) -> Tensor:
+        """In memory of its own: one view of the mapped file would keep all of it mapped. It begins where it does in the
+        file within a cache line, because the rounding of matrix-vector products depends on that."""
+        if self.device == "cpu" and isinstance(part, Plain) and part.values.dtype == self.dtype:
+            read = part.values
+            room = read.new_empty(read.numel() + LINE // read.itemsize)
+            start = (read.data_ptr() - room.data_ptr()) % LINE // read.itemsize
+            return room[start : start + read.numel()].view(read.shape).copy_(read)
+        out = torch.empty(part.shape, dtype=self.dtype)
+        part.into(out)
+        return out.to(self.device)
+
+    def _there(self, values: Tensor) -> Tensor:
+        return values.to(self.device, self.dtype)
 
     def _sides(self, matrix: Matrix) -> tuple[int, int]:
         outputs, inputs = (size(side, lambda axis: axis.count) for side in (matrix.outputs, matrix.inputs))
         return outputs, inputs
 
-    def _mine(self, axis: Axis) -> range:
-        """Numbers along an axis."""
+    def _mine(self, axis: Axis | int) -> range:
+        """Numbers along an axis that is divided."""
+        assert isinstance(axis, Axis), "before a stage's last projection rows are divided, and columns of that one"
         pieces = self.share.of(axis)
         return range(pieces.start * axis.width, pieces.stop * axis.width)
 
-    def _rows(self, prefix: str, matrix: Matrix) -> tuple[Tensor, Tensor | None]:
-        """This rank's rows of a projection and their bias, in float32."""
-        name, axis = prefix + matrix.name, matrix.outputs
-        assert isinstance(axis, Axis), "what comes before a stage's last projection is divided by rows"
+    def _bytes(self, name: str, matrix: Matrix) -> int:
+        """Of this rank's part of a matrix, in the files; none of one that is another's."""
+        if f"{name}.weight" not in self.checkpoint:
+            return 0
         outputs, inputs = self._sides(matrix)
-        self._demand(name + ".weight", outputs, inputs)
-        read = [self.checkpoint.read(name + ".weight", rows=self._mine(axis))]
-        if matrix.biased:
-            self._demand(name + ".bias", outputs)
-            read.append(self.checkpoint.read(name + ".bias", rows=self._mine(axis)))
-        parts = [part.to(self.device, torch.float32) for part in read]
-        if matrix.paired:
-            shape = len(self.share.of(axis)), axis.width
-            parts = [_pairs(part.view(*shape, *part.shape[1:])).reshape(part.shape) for part in parts]
-        return parts[0], parts[1] if matrix.biased else None
+        return self.checkpoint.stored(f"{name}.weight") * self.share.numbers(matrix) // max(1, outputs * inputs)
 
-    def _columns(self, prefix: str, matrix: Matrix) -> Linear:
-        name, axis = prefix + matrix.name, matrix.inputs
-        assert isinstance(axis, Axis), "a stage's last projection is divided by columns"
-        outputs, inputs = self._sides(matrix)
-        self._demand(name + ".weight", outputs, inputs)
-        weight = self._own(self.checkpoint.read(name + ".weight", columns=self._mine(axis)))
+    def _read(self, name: str, matrix: Matrix, rows: range | None = None, columns: range | None = None) -> TensorPart:
+        """A part of its weight. Raises `InputError` for one that is misshapen, or says nothing without a scale."""
+        self._demand(f"{name}.weight", *self._sides(matrix))
+        part = self.checkpoint.read(f"{name}.weight", rows, columns)
+        if isinstance(part, Plain) and (part.values.itemsize == 1 or not part.values.is_floating_point()):
+            raise InputError(
+                f"{self.checkpoint.path}: {name}.weight is in {part.values.dtype}, and no scale says what that means; "
+                "download the checkpoint again"
+            )
+        self._done += self._bytes(name, matrix)
+        self._progress(self._done, self._total)
+        return part
+
+    def _rows(self, prefix: str, matrix: Matrix, into: Tensor) -> Tensor | None:
+        """This rank's rows of a projection, in float32, go `into` a tensor; their bias is returned."""
+        name, rows = prefix + matrix.name, self._mine(matrix.outputs)
+        self._read(name, matrix, rows=rows).into(into)
         bias = None
         if matrix.biased:
-            self._demand(name + ".bias", outputs)
+            self._demand(name + ".bias", self._sides(matrix)[0])
+            bias = self.checkpoint.read(name + ".bias", rows=rows).numbers(torch.float32)
+        if matrix.paired:
+            assert isinstance(matrix.outputs, Axis), "what is turned by position is made of heads"
+            heads = len(self.share.of(matrix.outputs)), matrix.outputs.width
+            into.copy_(_pairs(into.view(*heads, into.shape[1])).view(into.shape))
+            bias = _pairs(bias.view(heads)).flatten() if bias is not None else None
+        return bias
+
+    def _columns(self, prefix: str, matrix: Matrix) -> Linear:
+        name = prefix + matrix.name
+        weight = self._own(self._read(name, matrix, columns=self._mine(matrix.inputs)))
+        bias = None
+        if matrix.biased:
+            self._demand(name + ".bias", self._sides(matrix)[0])
             # The sum over ranks would count a bias once a rank: one rank adds it.
             bias = self._own(self.checkpoint.read(name + ".bias")) if self.share.leads else None
         return self._linear(weight.contiguous(), bias)
@@ -183,8 +215,7 @@ class _ShardReader:
         rows = self._mine(matrix.outputs)
         weight = embedding[rows.start : rows.stop]
         if not self.blueprint.tied or name in self.checkpoint:
-            self._demand(name, *self._sides(matrix))
-            own = self._own(self.checkpoint.read(name, rows=rows))
+            own = self._own(self._read(matrix.name, matrix, rows=rows))
             weight = weight if self.blueprint.tied and torch.equal(own, weight) else own
         return Linear(weight, exact_rows=self.exact_rows, packed=False)
 
@@ -194,4 +225,4 @@ class _ShardReader:
     def _demand(self, name: str, *shape: int) -> None:
         there = self.checkpoint.shape(name)
         if there != list(shape):
-            raise InputError(f"{name} has the shape {there}, but config.json calls for {list(shape)}")
+            raise InputError(f"{name} has the shape {there}, but the configuration calls for {list(shape)}")

@@ -57,9 +57,9 @@ class Beside:
     def facts(self) -> Facts:
         """Of the model. Raises `Unavailable` until it is loaded."""
         about = self.service.about
-        proposed = default_params(about.directory)
+        proposed = default_params(about.path)
         return Facts(
-            str(about.directory), self.name, about.vocabulary, about.max_length, about.end_ids,
+            str(about.path), self.name, about.vocabulary, about.max_length, about.end_ids,
             {field.name: getattr(proposed, field.name) for field in fields(proposed)},
         )  # fmt: skip
 

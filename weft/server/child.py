@@ -67,7 +67,7 @@ def main() -> None:
     import transformers  # noqa: F401  # before there is anything to do: it takes most of the start
 
     facts = msgspec.msgpack.decode(frames.get(), type=Facts)
-    reader = Reader(facts, tokenizer_of(Path(facts.directory)))
+    reader = Reader(facts, tokenizer_of(Path(facts.path)))
     before = _data_bytes()
     if before:
         _limit(before + most)

@@ -45,7 +45,7 @@ class Facts(msgspec.Struct, frozen=True):
     """What a reader knows of the model. `name`: as clients call it; `length`: tokens of the context; `ends`: tokens
     that end an answer; `proposed`: the checkpoint's own sampling parameters."""
 
-    directory: str
+    path: str
     name: str
     vocabulary: int
     length: int
@@ -119,7 +119,7 @@ class Reader:
     def tokenizer(self) -> Tokenizer:
         """Raises `InputError` if the checkpoint has none."""
         if self._given is None:
-            raise InputError("this model has no tokenizer.json; send prompts as token ids to /v1/completions")
+            raise InputError("this model has no tokenizer; send prompts as token ids to /v1/completions")
         return self._given
 
     @cached_property

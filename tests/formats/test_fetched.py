@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from weft.errors import InputError
-from weft.model import fetched
-from weft.model.checkpoint import Checkpoint
-from weft.model.fetched import FetchedCheckpoint
-from weft.model.fingerprint import Wanted, cut_out, demand_same, fingerprint
+from weft.formats import fetched
+from weft.formats.fetched import Fetch, FetchedFiles
+from weft.formats.fingerprint import Wanted, WeightFile, cut_out, demand_same, fingerprint
+from weft.formats.safetensor import SafetensorsCheckpoint
 
 TENSORS = {
     "model.a": torch.randn(40, 30),
@@ -47,13 +47,25 @@ class Counting:
         return cut_out(self.directory, self.files, wanted)
 
 
+class FetchedCheckpoint(SafetensorsCheckpoint):
+    """Of files that come from elsewhere."""
+
+    def __init__(self, files: list[WeightFile], fetch: Fetch, cache: Path) -> None:
+        self.there = FetchedFiles(files, fetch, cache)
+        super().__init__(self.there.directory, self.there.bring)
+
+    def close(self) -> None:
+        super().close()
+        self.there.close()
+
+
 @pytest.mark.parametrize("piece", [1, 37, 256, 4 << 20])
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_is_read_is_what_is_there(
     there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, seed: int
 ) -> None:
     monkeypatch.setattr(fetched, "PIECE", piece)
-    real, other, draw = Checkpoint(there), Counting(there), random.Random(seed)
+    real, other, draw = SafetensorsCheckpoint(there), Counting(there), random.Random(seed)
     here = FetchedCheckpoint(other.files, other, tmp_path / "cache")
     for name in draw.choices(list(TENSORS), k=12):
         rows, columns = TENSORS[name].shape[0], TENSORS[name].shape[-1]
@@ -62,7 +74,7 @@ def test_whatever_is_read_is_what_is_there(
         if TENSORS[name].dim() == 2 and rows:
             kinds.append({"columns": range(first, draw.randint(first, columns))})
         part = draw.choice(kinds)
-        assert torch.equal(here.read(name, **part), real.read(name, **part)), (name, part)
+        assert torch.equal(here.read(name, **part).values, real.read(name, **part).values), (name, part)
         assert here.shape(name) == real.shape(name)
     with pytest.raises(InputError, match="has no tensor 'model.e'"):
         here.read("model.e")
@@ -92,7 +104,7 @@ def test_a_fetch_that_is_broken_off_goes_on(there: Path, tmp_path: Path, monkeyp
     with pytest.raises(RuntimeError), closing(FetchedCheckpoint(other.files, failing, tmp_path / "cache")) as here:
         here.read("model.a")
     here = FetchedCheckpoint(other.files, other, tmp_path / "cache")
-    assert torch.equal(here.read("model.a"), TENSORS["model.a"])
+    assert torch.equal(here.read("model.a").values, TENSORS["model.a"])
 
 
 @pytest.mark.parametrize(
@@ -143,10 +155,10 @@ def test_a_file_that_was_lost_is_fetched_anew(there: Path, tmp_path: Path) -> No
     for part in (range(20), range(20, 40)):
         with closing(FetchedCheckpoint(other.files, other, tmp_path / "cache")) as here:
             here.read("model.a", rows=part)
-            (here.directory / "model.safetensors").unlink()
+            (here.path / "model.safetensors").unlink()
     for part in (range(20, 40), range(20)):
         with closing(FetchedCheckpoint(other.files, other, tmp_path / "cache")) as here:
-            assert torch.equal(here.read("model.a", rows=part), TENSORS["model.a"][part.start : part.stop])
+            assert torch.equal(here.read("model.a", rows=part).values, TENSORS["model.a"][part.start : part.stop])
 
 
 def test_two_ranks_of_one_machine_take_turns(there: Path, tmp_path: Path) -> None:
@@ -154,7 +166,7 @@ def test_two_ranks_of_one_machine_take_turns(there: Path, tmp_path: Path) -> Non
 
     def rank(part: range) -> None:
         with closing(FetchedCheckpoint(other.files, other, tmp_path / "cache")) as here:
-            read.append(torch.equal(here.read("model.a", rows=part), TENSORS["model.a"][part.start : part.stop]))
+            read.append(torch.equal(here.read("model.a", rows=part).values, TENSORS["model.a"][part.start : part.stop]))
 
     threads = [threading.Thread(target=rank, args=(part,)) for part in (range(20), range(20, 40), range(40))]
     for thread in threads:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.tiny import Checkpoints
-from weft.config import ModelConfig
 from weft.errors import InputError
-from weft.model.checkpoint import Checkpoint
+from weft.formats.description import model_config
+from weft.formats.safetensor import SafetensorsCheckpoint
 from weft.model.families import blueprint_of
 from weft.model.shares import shares_of
 from weft.model.weights import load
@@ -36,18 +36,18 @@ def sharded(checkpoints: Checkpoints, tmp_path: Path) -> Path:
 
 
 def load_all(directory: Path) -> None:
-    blueprint = blueprint_of(ModelConfig.from_directory(directory))
-    load(Checkpoint(directory), blueprint, shares_of(blueprint, (1.0,))[0])
+    blueprint = blueprint_of(model_config(directory))
+    load(SafetensorsCheckpoint(directory), blueprint, shares_of(blueprint, (1.0,))[0])
 
 
 def test_reads_rows_and_columns_of_single_and_sharded_files(checkpoints, copy: Path, sharded: Path) -> None:
     assert len(list(sharded.glob("*.safetensors"))) > 2
     expected = checkpoints.model("llama").state_dict()[NAME]
     for directory in (copy, sharded):
-        checkpoint = Checkpoint(directory)
-        assert torch.equal(checkpoint.read(NAME), expected)
-        assert torch.equal(checkpoint.read(NAME, rows=range(3, 9)), expected[3:9])
-        assert torch.equal(checkpoint.read(NAME, columns=range(5, 50)), expected[:, 5:50])
+        checkpoint = SafetensorsCheckpoint(directory)
+        assert torch.equal(checkpoint.read(NAME).values, expected)
+        assert torch.equal(checkpoint.read(NAME, rows=range(3, 9)).values, expected[3:9])
+        assert torch.equal(checkpoint.read(NAME, columns=range(5, 50)).values, expected[:, 5:50])
         assert checkpoint.shape(NAME) == list(expected.shape)
         load_all(directory)
 
@@ -134,7 +134,7 @@ def test_no_weights_at_all(copy: Path) -> None:
 def test_shapes_that_are_not_the_configurations(copy: Path) -> None:
     path = copy / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 96}))
-    with pytest.raises(InputError, match=r"gate_proj.weight has the shape \[80, 48\], but config.json calls for"):
+    with pytest.raises(InputError, match=r"gate_proj.weight has the shape \[80, 48\], but the configuration calls for"):
         load_all(copy)
 
 
@@ -142,11 +142,12 @@ def test_shapes_that_are_not_the_configurations(copy: Path) -> None:
 def test_a_norm_is_folded_before_anything_is_rounded(checkpoints: Checkpoints, name: str) -> None:
     """bfloat16 weights are the float32 ones, rounded once: two roundings cost up to 0.6% an entry."""
     directory = checkpoints.directory(name)
-    blueprint = blueprint_of(ModelConfig.from_directory(directory))
+    blueprint = blueprint_of(model_config(directory))
     share = shares_of(blueprint, (1.0,))[0]
     # float64 keeps what was computed in float32, and is not packed.
     exact, rounded = (
-        load(Checkpoint(directory), blueprint, share, dtype=dtype) for dtype in (torch.float64, torch.bfloat16)
+        load(SafetensorsCheckpoint(directory), blueprint, share, dtype=dtype)
+        for dtype in (torch.float64, torch.bfloat16)
     )
     for stage, fine in exact.stages.items():
         coarse = rounded.stages[stage]
@@ -162,8 +163,8 @@ def test_a_norm_is_folded_before_anything_is_rounded(checkpoints: Checkpoints, n
 def test_what_is_loaded_keeps_no_file_mapped(checkpoints: Checkpoints, name: str, ranks: int) -> None:
     """A mapped file's pages count as the process's memory, those of packed matrices a second time."""
     directory = checkpoints.directory(name)
-    blueprint = blueprint_of(ModelConfig.from_directory(directory))
-    weights = load(Checkpoint(directory), blueprint, shares_of(blueprint, [1.0] * ranks)[0])
+    blueprint = blueprint_of(model_config(directory))
+    weights = load(SafetensorsCheckpoint(directory), blueprint, shares_of(blueprint, [1.0] * ranks)[0])
     assert weights.stages and str(directory) not in MAPS.read_text()
 
 
@@ -171,10 +172,10 @@ def test_matrices_begin_in_a_cache_line_where_they_do_in_the_file(checkpoints: C
     """Else what --reproducible gives would change with who allocates them."""
     places = []
     for name in ("llama", "qwen2", "qwen3"):
-        checkpoint = Checkpoint(checkpoints.directory(name))
-        blueprint = blueprint_of(ModelConfig.from_directory(checkpoint.directory))
-        read = checkpoint.read(f"{blueprint.embedding.name}.weight")
-        weights = load(Checkpoint(checkpoint.directory), blueprint, shares_of(blueprint, [1.0])[0])
+        checkpoint = SafetensorsCheckpoint(checkpoints.directory(name))
+        blueprint = blueprint_of(model_config(checkpoint.path))
+        read = checkpoint.read(f"{blueprint.embedding.name}.weight").values
+        weights = load(SafetensorsCheckpoint(checkpoint.path), blueprint, shares_of(blueprint, [1.0])[0])
         assert torch.equal(weights.embedding, read) and weights.embedding.is_contiguous()
         assert weights.embedding.data_ptr() % 64 == read.data_ptr() % 64
         places.append(read.data_ptr() % 64)

@@ -19,6 +19,8 @@ import msgspec
 from msgspec.structs import replace
 
 from weft.errors import InputError
+from weft.formats.gguf.files import parts_of
+from weft.formats.gguf.header import header_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LONGEST_HEADER = 100 << 20  # bytes, as safetensors itself has it
@@ -30,35 +32,36 @@ SAMPLES, SAMPLE = 64, 4096  # how many, of so many bytes
 
 
 class WeightFile(msgspec.Struct, frozen=True):
-    """One file. SHA-256 in hexadecimal: `header`, `samples` of the rest, and `content`, which is empty where nobody
-    asked for it."""
+    """One file. `before`: bytes of its header. SHA-256 in hexadecimal: `header`, `samples` of the rest, and `content`,
+    which is empty where nobody asked for it."""
 
     name: str
     size: int
+    before: int
     header: str
     samples: str
     content: str = ""
 
 
 class Held(msgspec.Struct, frozen=True):
-    """Where the engine's machine has a checkpoint, and its files."""
+    """Where the engine's machine has a checkpoint, a directory or a .gguf file, and its files."""
 
-    directory: str
+    path: str
     files: list[WeightFile]
 
 
 def terms_of(held: Held) -> bytes:
     """For `agree`, on another machine. Files are not compared whole before they are loaded, as that takes long."""
     files = [replace(file, content="") for file in held.files]
-    return msgspec.msgpack.encode(Held(held.directory, files))
+    return msgspec.msgpack.encode(Held(held.path, files))
 
 
 def agree(terms: bytes, given: str | None) -> str:
     """How this machine comes by the model, in words. `given`: its directory, if one was named. Raises `InputError`."""
-    directory = held_here(msgspec.msgpack.decode(terms, type=Held), given)
-    if directory is None:
-        return "no directory of the model here: what is missing of this machine's part comes from the server's, once"
-    return f"the model in {directory} is the server's, by its files' sizes, headers and samples"
+    path = held_here(msgspec.msgpack.decode(terms, type=Held), given)
+    if path is None:
+        return "the model is not here: what is missing of this machine's part comes from the server's, once"
+    return f"the model in {path} is the server's, by its files' sizes, headers and samples"
 
 
 class Wanted(NamedTuple):
@@ -71,22 +74,30 @@ class Wanted(NamedTuple):
     times: int
 
 
-def weight_files(directory: Path) -> list[str]:
-    """The files that the index names; without one that can be read, the only one. Others hold the same once more."""
-    if not os.path.isfile(directory / SINGLE):  # first, as in transformers
+def is_gguf(path: Path) -> bool:
+    """By its name: what is in it is looked at later."""
+    return path.suffix.lower() == ".gguf"
+
+
+def weight_files(path: Path) -> list[Path]:
+    """All of a GGUF model; of a directory those that the index names, or without one that can be read the only one.
+    Others hold the same once more."""
+    if is_gguf(path):
+        return parts_of(path)
+    if not os.path.isfile(path / SINGLE):  # first, as in transformers
         try:
-            named = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"].values()
-            return sorted({str(name) for name in named})
+            named = json.loads((path / INDEX).read_text("utf-8"))["weight_map"].values()
+            return [path / name for name in sorted({str(name) for name in named})]
         # What is wrong with it, its reader says.
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             pass
-    return [SINGLE]
+    return [path / SINGLE]
 
 
-def fingerprint(directory: Path, content: bool = False, tick: Callable[[], None] = lambda: None) -> list[WeightFile]:
+def fingerprint(path: Path, content: bool = False, tick: Callable[[], None] = lambda: None) -> list[WeightFile]:
     """Of all weights of a checkpoint. `tick` is called again and again meanwhile. Raises `InputError` for a file that
     can't be read."""
-    return [_of(directory / name, content, tick) for name in weight_files(directory)]
+    return [_of(file, content, tick) for file in weight_files(path)]
 
 
 class Fingerprints:
@@ -96,11 +107,11 @@ class Fingerprints:
         self._key: object = None
         self._files: list[WeightFile] = []
 
-    def of(self, directory: Path, content: bool, tick: Callable[[], None]) -> list[WeightFile]:
+    def of(self, path: Path, content: bool, tick: Callable[[], None]) -> list[WeightFile]:
         """See `fingerprint`."""
-        key = directory, content, [_stamp(directory / name) for name in weight_files(directory)]
+        key = path, content, [_stamp(file) for file in weight_files(path)]
         if key != self._key:
-            self._files = fingerprint(directory, content, tick)
+            self._files = fingerprint(path, content, tick)
             self._key = key
         return self._files
 
@@ -114,32 +125,30 @@ def _stamp(path: Path) -> object:
 
 
 def held_here(held: Held, given: str | None) -> Path | None:
-    """The directory from which another machine reads the same: the one that it was `given`, or the one of that name;
-    None: it has none, and fetches its part. Raises `InputError` if that is another checkpoint, or none."""
-    directory = Path(given or held.directory)
-    if os.path.isdir(directory):  # False also for one that this user may not look into
-        demand_same(directory, held.files)
-        return directory
+    """From where another machine reads the same: what it was `given`, or what has that name there; None: it has none,
+    and fetches its part. Raises `InputError` if that is another checkpoint, or none."""
+    path = Path(given or held.path)
+    if os.path.isfile(path) if is_gguf(path) else os.path.isdir(path):  # False also for what this user may not see
+        demand_same(path, held.files)
+        return path
     if given or not held.files:
         raise InputError(
-            f"{socket.gethostname()} has no directory {directory}; say where it is, as in weft worker MODEL, or leave "
-            "that out: then it comes from the engine's machine"
+            f"{socket.gethostname()} has no {'file' if is_gguf(path) else 'directory'} {path}; say where it is, as in "
+            "weft worker MODEL, or leave that out: then it comes from the engine's machine"
         )
     return None
 
 
-def demand_same(directory: Path, files: Sequence[WeightFile]) -> None:
-    """Raises `InputError` that names the first file of a directory that is not as another machine has it."""
+def demand_same(path: Path, files: Sequence[WeightFile]) -> None:
+    """Raises `InputError` that names the first file that is not as another machine has it."""
     for file in files:
         if Path(file.name).name != file.name:
             raise InputError(f"the engine's machine names {file.name!r}, which is no file of a directory")
-    here, there = weight_files(directory), [file.name for file in files]
-    if files and here != there and os.path.isfile(directory / here[0]):
-        raise InputError(
-            f"{directory} would be read from {here[0]}, and the engine's machine has {there[0]}; copy that"
-        )
+    here, there = weight_files(path), [file.name for file in files]
+    if files and [file.name for file in here] != there and os.path.isfile(here[0]):
+        raise InputError(f"{path} would be read from {here[0].name}, and the engine's machine has {there[0]}: copy it")
     for file in files:
-        _demand_equal(directory / file.name, file)
+        _demand_equal(here[0].parent / file.name, file)
 
 
 def _demand_equal(path: Path, file: WeightFile) -> None:
@@ -153,17 +162,18 @@ def _demand_equal(path: Path, file: WeightFile) -> None:
         raise InputError(f"{path} is not the file that the engine's machine has ({told}); copy that one")
 
 
-def cut_out(directory: Path, files: Sequence[WeightFile], wanted: Wanted) -> bytes:
+def cut_out(path: Path, files: Sequence[WeightFile], wanted: Wanted) -> bytes:
     """The other side: these bytes of one of the files. Raises `LookupError` for any that are not in it."""
     size = next((file.size for file in files if file.name == wanted.file), 0)
     last = wanted.start + (wanted.times - 1) * wanted.stride + wanted.length
     whole, least = wanted.length * wanted.times, min(wanted.start, wanted.length - 1, wanted.stride, wanted.times - 1)
     if least < 0 or wanted.times > MOST_RUNS or last > size or whole > LARGEST:
         raise LookupError(f"a rank asked for bytes {wanted.start} to {last} of {wanted.file!r}, which isn't there")
-    with (directory / wanted.file).open("rb") as file:
+    there = (path.parent if is_gguf(path) else path) / wanted.file
+    with there.open("rb") as file:
         data = b"".join(_run(file, wanted, number) for number in range(wanted.times))
     if len(data) != whole:
-        raise InputError(f"{directory / wanted.file} became shorter while it was read")
+        raise InputError(f"{there} became shorter while it was read")
     return data
 
 
@@ -176,15 +186,16 @@ def _of(path: Path, content: bool, tick: Callable[[], None] = lambda: None) -> W
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size, LONGEST_HEADER):
+            before = header_of(path).size if is_gguf(path) else 8 + int.from_bytes(file.read(8), "little")
+            if before > min(size, LONGEST_HEADER):
                 raise InputError(f"{path} is truncated or corrupt; download the file again")
-            header = hashlib.sha256(file.read(length)).hexdigest()
-            samples = _sampled(file, 8 + length, size, tick)
+            file.seek(0)
+            header = hashlib.sha256(file.read(before)).hexdigest()
+            samples = _sampled(file, before, size, tick)
             whole = _hashed(file, tick) if content else ""
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror})") from None
-    return WeightFile(path.name, size, header, samples, whole)
+    return WeightFile(path.name, size, before, header, samples, whole)
 
 
 def _sampled(file: BinaryIO, start: int, stop: int, tick: Callable[[], None]) -> str:

@@ -1,0 +1,63 @@
+"""Tensors by their names in Hugging Face's words, whatever files they are in; only what is asked for leaves the disk.
+
+Knows which format is which; knows nothing of ranks or of what the tensors are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, Protocol
+
+from weft.formats.fingerprint import Wanted, is_gguf
+from weft.formats.packed import TensorPart
+
+Bring = Callable[[Wanted], None]  # sees that those bytes are here
+
+
+class Checkpoint(Protocol):
+    """A model's tensors. `path`: its directory, or its file, or the first of them."""
+
+    path: Path
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def shape(self, name: str) -> list[int]:
+        """The tensor's shape, from a header alone. Raises `InputError` if there is none."""
+        ...
+
+    def stored(self, name: str) -> int:
+        """Bytes that it takes in its files."""
+        ...
+
+    def read(self, name: str, rows: range | None = None, columns: range | None = None) -> TensorPart:
+        """A tensor, or these rows or columns of it, as it is stored. Raises `InputError`."""
+        ...
+
+    def unexpected(self, known: Collection[str]) -> list[str]:
+        """Names of tensors that would change what is computed, and are none of those that are known."""
+        ...
+
+    def forget(self) -> None:
+        """Lets go of mapped files, so that their pages stop counting as this process's memory."""
+        ...
+
+    def close(self) -> None:
+        """The same, for good."""
+        ...
+
+
+def open_checkpoint(path: Path, fields: dict[str, Any], bring: Bring | None = None) -> Checkpoint:
+    """The tensors of a model, by its configuration's `fields`. `bring`: for files that are not here yet, or not whole.
+
+    Raises `InputError` for files that can't be read.
+    """
+    from weft.formats.gguf.tensors import GgufCheckpoint
+    from weft.formats.quantised import QuantisedCheckpoint
+    from weft.formats.safetensor import SafetensorsCheckpoint
+    from weft.formats.schemes import scheme_of
+
+    if is_gguf(path):
+        return GgufCheckpoint(path, bring)
+    plain, scheme = SafetensorsCheckpoint(path, bring), scheme_of(fields)
+    return QuantisedCheckpoint(plain, scheme) if scheme is not None else plain

@@ -1,0 +1,78 @@
+"""What a model says of itself, whatever its files: configuration, proposals for sampling, tokenizer, chat template.
+
+`path` is a directory in Hugging Face's format, or a .gguf file. Knows metadata; knows nothing of tensors. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from weft.config import ModelConfig
+from weft.errors import InputError
+from weft.formats.fingerprint import is_gguf
+from weft.formats.gguf.files import GgufFiles
+from weft.formats.schemes import scheme_of
+
+PROPOSED = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+            "penalty_repeat": "repetition_penalty"}  # fmt: skip
+MOST_JSON = 64 << 20  # bytes of a configuration
+
+
+def model_config(path: Path) -> ModelConfig:
+    """Of a model, or from a configuration's file of any name.
+
+    Raises `InputError` if it is missing, unreadable, or can't be run, but for families: those are `model.families`'.
+    """
+    if is_gguf(path):
+        return _checked(path, dict(GgufFiles(path).configuration))
+    if not path.is_file():
+        if not path.is_dir():
+            raise InputError(f"{path} is not a directory; give a Hugging Face checkpoint's, a .gguf file or a hub id")
+        path = path / "config.json"
+    raw = read_json(path)
+    if not isinstance(raw.get("model_type"), str):
+        raise InputError(f"{path} has no model_type; it is not a model's configuration")
+    return _checked(path, raw)
+
+
+def _checked(path: Path, raw: dict[str, Any]) -> ModelConfig:
+    try:
+        config = ModelConfig.from_dict(raw)
+        scheme_of(config.fields)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object. Raises `InputError` for a file that is missing, or has none."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing; a checkpoint in Hugging Face format has one")
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise InputError(f"{path} has more than {MOST_JSON} bytes; it is not a model's configuration")
+        raw = json.loads(path.read_text("utf-8-sig"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{path} can't be read as JSON ({error}); download the file again") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} holds no JSON object; it is not a model's configuration")
+    return raw
+
+
+def generation_defaults(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """What a `generation_config.json` says, or nothing if there is none; and a line for whoever should know that it
+    can't be read: transformers loads such a checkpoint too."""
+    if is_gguf(path):
+        header = GgufFiles(path).header
+        found = {name: header.get(f"general.sampling.{key}", float if name != "top_k" else int)
+                 for key, name in PROPOSED.items()}  # fmt: skip
+        return {name: value for name, value in found.items() if value is not None}, []
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return {}, []
+    try:
+        return read_json(file), []
+    except InputError as error:
+        return {}, [f"{error}; left out"]

@@ -1,0 +1,183 @@
+"""What GGUF's metadata and tensors are called, against Hugging Face's names; and what was done to which tensors.
+
+An architecture is a row. Knows names; a model's own families are in weft/model. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from weft.errors import InputError
+from weft.formats.gguf.header import GgufHeader
+
+LAYER = "model.layers."
+NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+LAYER_NAMES = {
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+FACTORS = "rope_freqs.weight"  # by which rotary frequencies are divided: what is left of Llama 3's scaling
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """`family`: the model type in Hugging Face's words. `interleaved`: rows of queries and keys of a head stand in
+    pairs, as (0, D/2, 1, D/2 + 1, …), where Hugging Face has halves. `biased`: fields that say that its projections
+    have biases, with the tensors of the first layer that tell."""
+
+    family: str
+    interleaved: tuple[str, ...] = ()
+    biased: tuple[tuple[str, str], ...] = ()
+
+
+ARCHITECTURES = {
+    "llama": Architecture(
+        "llama", ("attn_q", "attn_k"),
+        (("attention_bias", "blk.0.attn_output.bias"), ("mlp_bias", "blk.0.ffn_down.bias")),
+    ),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3", biased=(("attention_bias", "blk.0.attn_output.bias"),)),
+}  # fmt: skip
+
+
+def architecture_of(header: GgufHeader) -> tuple[str, Architecture]:
+    """Of a file, with its name there. Raises `InputError` for one that isn't known."""
+    name = header.get("general.architecture", str)
+    if name is None:
+        raise InputError(f"{header.path} names no general.architecture, so it is no model; give another file")
+    if name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise InputError(f"{header.path}: the architecture {name!r} is not known in GGUF; known are {known}")
+    return name, ARCHITECTURES[name]
+
+
+def stored_name(name: str) -> str:
+    """What a tensor with a Hugging Face name is called in GGUF; the name itself for one that has none."""
+    stem, _, kind = name.rpartition(".")
+    if stem in NAMES:
+        return f"{NAMES[stem]}.{kind}"
+    number, _, part = stem.removeprefix(LAYER).partition(".")
+    return f"blk.{number}.{LAYER_NAMES[part]}.{kind}" if stem.startswith(LAYER) and part in LAYER_NAMES else name
+
+
+class _Keys:
+    """An architecture's values, which have its name in front."""
+
+    def __init__(self, header: GgufHeader, name: str) -> None:
+        self._header, self._name = header, name
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        return self._header.get(f"{self._name}.{key}", kind, default)
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A number that must be there, unless there is a default. One for each layer must be the same for all."""
+        found: Any = None
+        if (name := f"{self._name}.{key}") in self._header:
+            found = self._header.one(name)
+        if found is None:
+            found = default
+        if type(found) is not int:
+            what = "does not say" if found is None else f"says {found!r} for"
+            raise InputError(f"{self._header.path} {what} {name}, which must be a whole number; download another file")
+        return found
+
+
+def configuration(header: GgufHeader, tensors: dict[str, tuple[int, ...]], factors: list[float]) -> dict[str, Any]:
+    """As a config.json would have it. `tensors`: shapes by GGUF's names; `factors`: of `FACTORS`, if it is there.
+
+    Raises `InputError` for what is missing, and for what this architecture can't be run with.
+    """
+    name, architecture = architecture_of(header)
+    facts = _Keys(header, name)
+    hidden, heads = facts.whole("embedding_length"), facts.whole("attention.head_count")
+    width = facts.whole("attention.key_length", hidden // max(1, heads))
+    _demand_plain(header, facts, width)
+    vocabulary = tensors.get("token_embd.weight", (0,))[0]
+    window = facts.whole("attention.sliding_window", 0)
+    family = "mistral" if architecture.family == "llama" and window else architecture.family
+    return {
+        "model_type": family,
+        "num_hidden_layers": facts.whole("block_count"),
+        "hidden_size": hidden,
+        "intermediate_size": facts.whole("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": facts.whole("attention.head_count_kv", heads),
+        "head_dim": width,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": facts.whole("context_length"),
+        "rms_norm_eps": facts.get("attention.layer_norm_rms_epsilon", float, 1e-5),
+        "hidden_act": "silu",
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "rope_parameters": _rope(header, facts, factors),
+        "eos_token_id": _ends(header),
+        **({"sliding_window": window, "use_sliding_window": True} if window else {}),
+        **{field: tensor in tensors for field, tensor in architecture.biased},
+    }
+
+
+def heads_of(header: GgufHeader) -> dict[str, int]:
+    """Of the tensors that are made of heads."""
+    facts = _Keys(header, architecture_of(header)[0])
+    heads = facts.whole("attention.head_count")
+    found = {"attn_q": heads, "attn_k": facts.whole("attention.head_count_kv", heads)}
+    for part, count in found.items():
+        if count < 1:
+            raise InputError(f"{header.path} says that {part} has {count} heads; download another file")
+    return found
+
+
+def _demand_plain(header: GgufHeader, facts: _Keys, width: int) -> None:
+    """Raises `InputError` for what would be computed wrongly."""
+    wrong = {
+        "experts": facts.whole("expert_count", 0) > 0,
+        "values of another width than keys": facts.whole("attention.value_length", width) != width,
+        "rotary positions in a part of each head": facts.whole("rope.dimension_count", width) != width,
+    }
+    for what in (what for what, is_so in wrong.items() if is_so):
+        raise InputError(f"{header.path} has {what}, which weft can't run in GGUF")
+
+
+def _rope(header: GgufHeader, facts: _Keys, factors: list[float]) -> dict[str, Any]:
+    """As `rope_parameters`."""
+    rope = {"rope_type": "default", "rope_theta": facts.get("rope.freq_base", float, 10000.0)}
+    kind = facts.get("rope.scaling.type", str, "none")
+    old = facts.get("rope.scale_linear", float)  # before there were kinds
+    if kind not in ("none", "linear", "yarn"):
+        raise InputError(f"{header.path}: the rope scaling {kind!r} is not known in GGUF; known are linear and yarn")
+    if factors:
+        return rope | {"rope_type": "factors", "factors": factors}
+    if kind == "none" and (old is None or old == 1.0):
+        return rope
+    rope |= {"rope_type": "linear" if kind == "none" else kind, "factor": facts.get("rope.scaling.factor", float, old)}
+    if rope["factor"] is None:
+        raise InputError(f"{header.path} has a rope scaling, {kind}, and does not say its factor; take another file")
+    if kind == "yarn":
+        original = facts.whole("rope.scaling.original_context_length", facts.whole("context_length"))
+        rope |= {"original_max_position_embeddings": original}
+        found = {key: facts.get(f"rope.scaling.yarn_{key}", float) for key in ("beta_fast", "beta_slow")}
+        rope |= {key: value for key, value in found.items() if value is not None}
+    return rope
+
+
+# Control tokens that end an answer by their name, as in llama.cpp: a file names one end, and chats may have another.
+END_NAMES = frozenset(
+    ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+     "<turn|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<EOS>",
+     "<|end_of_turn|>", "<｜end▁of▁sentence｜>", "<end_of_utterance>")
+)  # fmt: skip
+CONTROL = 3  # the kind of a token that is no text
+
+
+def _ends(header: GgufHeader) -> list[int] | None:
+    """Tokens that end an answer."""
+    named = [header.get(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot", "eom")]
+    ends = [token for token in named if token is not None]
+    kinds: Iterable[int] = header.list("tokenizer.ggml.token_type") or ()
+    tokens: Iterable[str] = header.list("tokenizer.ggml.tokens") or ()
+    ends += [at for at, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
+             if kind == CONTROL and token in END_NAMES]  # fmt: skip
+    return list(dict.fromkeys(ends)) or None

@@ -1,0 +1,107 @@
+"""The tensors of a GGUF model, by Hugging Face's names and as Hugging Face has them.
+
+Knows files, blocks and names; knows nothing of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weft.errors import InputError
+from weft.formats.checkpoint import Bring
+from weft.formats.fingerprint import Wanted
+from weft.formats.gguf.architectures import FACTORS, architecture_of, heads_of, stored_name
+from weft.formats.gguf.blocks import PLAIN, unpacked
+from weft.formats.gguf.files import GgufFiles, Lying
+from weft.formats.gguf.header import GgufTensor
+from weft.formats.packed import Packed, Plain, TensorPart
+
+# Numbers that follow from the configuration, and were stored all the same.
+IGNORED = (FACTORS, "rope_factors_long.weight", "rope_factors_short.weight", ".attn_rot_embd.weight",
+           ".attention.rotary_emb.inv_freq")  # fmt: skip
+
+
+class GgufCheckpoint:
+    """See `Checkpoint`."""
+
+    def __init__(self, path: Path, bring: Bring | None = None) -> None:
+        self.path, self._files, self._bring = path, GgufFiles(path), bring
+        _, self._architecture = architecture_of(self._files.header)
+        self._heads = heads_of(self._files.header)
+
+    def __contains__(self, name: str) -> bool:
+        return stored_name(name) in self._files.tensors
+
+    def _lying(self, name: str) -> Lying:
+        if name not in self:
+            raise InputError(f"{self.path} has no tensor {stored_name(name)!r}, which its configuration calls for")
+        return self._files.tensors[stored_name(name)]
+
+    def shape(self, name: str) -> list[int]:
+        """See `Checkpoint`."""
+        return list(self._lying(name).tensor.shape)
+
+    def stored(self, name: str) -> int:
+        """See `Checkpoint`."""
+        return self._lying(name).tensor.bytes
+
+    def unexpected(self, known: Collection[str]) -> list[str]:
+        """See `Checkpoint`; here every tensor counts, but those that follow from the configuration."""
+        names = {stored_name(name) for name in known}
+        return [name for name in self._files.tensors if name not in names and not name.endswith(IGNORED)]
+
+    def read(self, name: str, rows: range | None = None, columns: range | None = None) -> TensorPart:
+        """See `Checkpoint`."""
+        path, tensor = self._lying(name)
+        if len(tensor.shape) > 2 or (len(tensor.shape) == 1 and tensor.type.numbers > 1):
+            raise InputError(f"{path}: {tensor.name} is {list(tensor.shape)} in {tensor.type.name}; download it again")
+        all_rows, width = (*tensor.shape, 1)[:2]
+        rows = range(all_rows) if rows is None else rows
+        columns = range(width) if columns is None else columns
+        raw, keep = self._raw(Lying(path, tensor), rows, columns)
+        if tensor.type.name not in PLAIN:
+            return Packed(len(rows), keep, lambda some: unpacked(raw[some.start : some.stop], tensor.type))
+        values = raw.view(PLAIN[tensor.type.name])
+        return Plain(values if len(tensor.shape) > 1 else values.reshape(-1))
+
+    def _raw(self, lying: Lying, rows: range, columns: range) -> tuple[Tensor, range]:
+        """Bytes of whole blocks [rows, …], and which of the blocks' columns are those that are wanted."""
+        path, tensor = lying
+        kind, row = tensor.type, tensor.bytes // max(1, tensor.shape[0])
+        first, last = columns.start // kind.numbers, -(-columns.stop // kind.numbers)
+        keep = range(columns.start - first * kind.numbers, columns.stop - first * kind.numbers)
+        stored, order = self._order(tensor, rows)
+        if not (stored and columns):
+            return torch.empty(len(rows), (last - first) * kind.bytes, dtype=torch.uint8), keep
+        start, length = tensor.start + stored.start * row, (last - first) * kind.bytes
+        if self._bring is not None and length == row:
+            self._bring(Wanted(path.name, start, row * len(stored), row * len(stored), 1))
+        elif self._bring is not None:
+            self._bring(Wanted(path.name, start + first * kind.bytes, length, row, len(stored)))
+        # A map of its own: it goes with the part. Private, because torch wants what it could write to.
+        mapped = np.memmap(path, np.uint8, "c", start, (len(stored), row))
+        raw = torch.from_numpy(mapped[:, first * kind.bytes : last * kind.bytes])
+        return (raw if order is None else raw[order]), keep
+
+    def _order(self, tensor: GgufTensor, rows: range) -> tuple[range, Tensor | None]:
+        """Which rows to read for these, and in which order they are these; whole heads, where they were reordered."""
+        part = tensor.name.split(".")[-2]
+        if part not in self._architecture.interleaved or not rows:
+            return rows, None
+        width = tensor.shape[0] // self._heads[part]
+        if width * self._heads[part] != tensor.shape[0] or width % 2:
+            raise InputError(f"{tensor.name} has {tensor.shape[0]} rows, which {self._heads[part]} heads don't divide")
+        stored = range(rows.start // width * width, -(-rows.stop // width) * width)
+        halves = torch.arange(len(stored)).view(-1, width // 2, 2).transpose(1, 2).reshape(-1)
+        return stored, halves[rows.start - stored.start : rows.stop - stored.start]
+
+    def forget(self) -> None:
+        """Nothing is kept mapped."""
+
+    def close(self) -> None:
+        """See `Checkpoint`."""

@@ -1,0 +1,217 @@
+"""The tokenizer of a GGUF model, from its metadata, in the form of transformers' own.
+
+What cuts a text before pairs are merged has a name there, and each name is a row here: one that isn't known is refused,
+because another cut gives other tokens, and worse answers that nobody notices. Knows metadata; knows nothing of tensors.
+No torch.
+
+Sources of the rows: each model's tokenizer.json; names: llama-vocab.cpp of llama.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weft.errors import InputError
+from weft.formats.gguf.architectures import CONTROL
+from weft.formats.gguf.header import GgufHeader
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+NONE = (None, "none", "no_vocab")  # what files without a tokenizer call theirs
+USER_DEFINED = 4  # the kind of a token that is found whole in a text, and is text
+LONGEST_TOKEN = 1 << 14  # characters
+LONGEST_TEMPLATE = 1 << 20
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
+_QWEN2 = rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_SLASHES = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _cased(ending: str, digits: str) -> str:
+    """Words end where capitals begin."""
+    start = r"[^\r\n\p{L}\p{N}]?"
+    return rf"{start}{_UPPER}*{_LOWER}+{ending}|{start}{_UPPER}+{_LOWER}*{ending}|{digits}|{_SLASHES}"
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """How a text is cut before pairs are merged: by these expressions, one after the other, each match on its own.
+    `begins`: with the begin-of-text token, unless the file says otherwise; `whole`: a piece that is a token is not
+    merged from parts; `composed`: characters are composed first (NFC)."""
+
+    patterns: tuple[str, ...]
+    begins: bool = False
+    whole: bool = False
+    composed: bool = False
+
+
+_THREES, _PLAIN, _DIGITS = PreTokenizer((_LLAMA3,)), PreTokenizer((_GPT2,)), PreTokenizer((r"\p{N}", _GPT2))
+_CHINESE = r"[一-龥぀-ゟ゠-ヿ]+"
+_DEEPSEEK3 = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CUTS: dict[str, PreTokenizer] = {
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "lfm2"),
+                    PreTokenizer((_LLAMA3,), begins=True, whole=True)),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), _THREES),
+    **dict.fromkeys(("glm4", "chatglm-bpe"), _THREES),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), PreTokenizer((_QWEN2,), composed=True)),
+    **dict.fromkeys(("hunyuan", "stablelm2"), PreTokenizer((_QWEN2,))),
+    "tekken": PreTokenizer((_cased("", r"\p{N}"),), begins=True, whole=True),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), PreTokenizer((_cased(f"{_ENDINGS}?", r"\p{N}{1,3}"),))),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
+    **dict.fromkeys(("gpt-2", "mpt", "olmo", "phi-2", "jais", "trillion", "exaone4", "gigachat"), _PLAIN),
+    "deepseek-v3": PreTokenizer((r"\p{N}{1,3}", _CHINESE, _DEEPSEEK3)),
+}  # fmt: skip
+
+
+def tokenizer_of(header: GgufHeader) -> Any:
+    """transformers' tokenizer of a model; None if its file has none. Raises `InputError`."""
+    kind = header.get("tokenizer.ggml.model", str)
+    if kind in NONE:
+        return None
+    builders = {"gpt2": _byte_level, "llama": _pieces}
+    if kind not in builders:
+        raise InputError(f"{header.path}: the tokenizer {kind!r} is not known in GGUF; known are {', '.join(builders)}")
+    tokens = _tokens(header)
+    backend, begins = builders[kind](header, tokens)
+    _add_special(backend, header, tokens)
+    named = {name: _named(header, tokens, key) for name, key in
+             {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()}  # fmt: skip
+    _put_around(backend, header, named, begins)
+    import transformers
+
+    given = {f"{name}_token": tokens[token] for name, token in named.items() if token is not None}
+    wrap: Any = transformers.PreTrainedTokenizerFast
+    return wrap(tokenizer_object=backend, clean_up_tokenization_spaces=False, chat_template=_template(header), **given)
+
+
+def _template(header: GgufHeader) -> str | None:
+    template: str | None = header.get("tokenizer.chat_template", str)
+    if template is not None and len(template) > LONGEST_TEMPLATE:
+        raise InputError(f"{header.path}: the chat template has {len(template)} characters, which none needs")
+    return template
+
+
+def _tokens(header: GgufHeader) -> list[str]:
+    """By their ids; each is there once."""
+    tokens = header.list("tokenizer.ggml.tokens")
+    if not tokens or not all(isinstance(token, str) for token in tokens):
+        raise InputError(f"{header.path} has a tokenizer without tokens; download it again")
+    seen: dict[str, int] = {}
+    for number, token in enumerate(tokens):
+        if len(token) > LONGEST_TOKEN or seen.setdefault(token, number) != number:
+            raise InputError(f"{header.path}: token {number}, {token[:20]!r}, is there twice, or far too long")
+    return tokens
+
+
+def _named(header: GgufHeader, tokens: Sequence[str], name: str) -> int | None:
+    token: int | None = header.get(f"tokenizer.ggml.{name}_token_id", int)
+    if token is not None and not 0 <= token < len(tokens):
+        raise InputError(f"{header.path}: the {name} token is {token}, and there are {len(tokens)}; download it again")
+    return token
+
+
+def _byte_level(header: GgufHeader, tokens: list[str]) -> tuple[Tokenizer, bool]:
+    """Bytes, merged pair by pair in the file's order."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    name = header.get("tokenizer.ggml.pre", str)
+    if name not in CUTS:
+        told = f"is {name!r}, which is not known" if name else "is missing"
+        raise InputError(f"{header.path}: what cuts texts (tokenizer.ggml.pre) {told}; known are {', '.join(CUTS)}")
+    cut, merges = CUTS[name], header.list("tokenizer.ggml.merges")
+    if merges is None:
+        raise InputError(f"{header.path} has no tokenizer.ggml.merges; download it again")
+    pairs = [_pair(header, merge) for merge in merges]
+    backend = Tokenizer(_model(header, models.BPE, tokens, pairs, ignore_merges=cut.whole))
+    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in cut.patterns]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    if cut.composed:
+        backend.normalizer = normalizers.NFC()
+    return backend, cut.begins
+
+
+def _pair(header: GgufHeader, merge: Any) -> tuple[str, str]:
+    """Its halves; the first one may begin with a space."""
+    at = merge.find(" ", 1) if isinstance(merge, str) else -1
+    if at < 0:
+        raise InputError(f"{header.path}: the merge {merge!r:.40} is no pair; download it again")
+    return merge[:at], merge[at + 1 :]
+
+
+def _pieces(header: GgufHeader, tokens: list[str]) -> tuple[Tokenizer, bool]:
+    """SentencePiece's: characters, merged to the pieces of the best scores; bytes where there is no piece."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers.tokenization_utils_base import generate_merges
+
+    scores = header.list("tokenizer.ggml.scores")
+    if scores is None or len(scores) != len(tokens):
+        count = 0 if scores is None else len(scores)
+        raise InputError(f"{header.path} has {count} scores for {len(tokens)} tokens; download it again")
+    ids = {token: number for number, token in enumerate(tokens)}
+    merges = generate_merges(ids, dict(zip(tokens, scores, strict=True)))
+    unknown = _named(header, tokens, "unknown")
+    backend = Tokenizer(
+        _model(
+            header, models.BPE, tokens, merges, fuse_unk=True, byte_fallback=True,
+            unk_token=tokens[unknown] if unknown is not None else None,
+        )
+    )  # fmt: skip
+    spaced: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
+    if header.get("tokenizer.ggml.add_space_prefix", bool, True):
+        spaced.insert(0, normalizers.Prepend("▁"))
+    backend.normalizer = normalizers.Sequence(spaced)
+    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(back + ([decoders.Strip(" ", 1, 0)] if len(spaced) > 1 else []))
+    return backend, True
+
+
+def _model(header: GgufHeader, kind: Any, tokens: list[str], merges: Any, **options: Any) -> Any:
+    try:
+        return kind({token: number for number, token in enumerate(tokens)}, merges, **options)
+    except Exception as error:  # tokenizers raises bare ones, for a merge of no token, say
+        raise InputError(f"{header.path}: the tokenizer's merges don't go with its tokens ({error})") from None
+
+
+def _add_special(backend: Tokenizer, header: GgufHeader, tokens: list[str]) -> None:
+    """What is found whole in a text: control tokens, which are no text, and those that somebody added."""
+    from tokenizers import AddedToken
+
+    kinds = header.list("tokenizer.ggml.token_type") or []
+    if kinds and len(kinds) != len(tokens):
+        raise InputError(f"{header.path} has {len(kinds)} kinds for {len(tokens)} tokens; download it again")
+    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
+        added = [AddedToken(token, normalized=False, special=special)
+                 for token, its in zip(tokens, kinds, strict=False) if its == kind and token]  # fmt: skip
+        (backend.add_special_tokens if special else backend.add_tokens)(added)
+
+
+def _put_around(backend: Tokenizer, header: GgufHeader, named: dict[str, int | None], begins: bool) -> None:
+    """Tokens before and after each text, where the file says so, or its kind does."""
+    from tokenizers import processors
+
+    wanted = {
+        "bos": header.get("tokenizer.ggml.add_bos_token", bool, begins),
+        "eos": header.get("tokenizer.ggml.add_eos_token", bool, False),
+    }
+    around = {name: token for name, token in named.items() if wanted.get(name) and token is not None}
+    if not around:
+        return
+    single = [*(["bos"] if "bos" in around else []), "$A", *(["eos"] if "eos" in around else [])]
+    texts = [(name, token, backend.id_to_token(token)) for name, token in around.items()]
+    special = [(text, token) for _, token, text in texts]
+    spelled = {name: text for name, _, text in texts} | {"$A": "$A"}
+    backend.post_processor = processors.TemplateProcessing(
+        single=[spelled[name] for name in single], special_tokens=special
+    )
