@@ -86,7 +86,7 @@ def memory_tokens(hellos: Sequence[Hello], loaded: Sequence[Loaded]) -> int:
 
 def demand_memory(model: ModelConfig, config: EngineConfig, hellos: Sequence[Hello]) -> None:
     """Raises `NoRoom` before anything is loaded if the weights of a machine's ranks can't fit into its memory."""
-    size = NUMBER_BYTES[config.dtype]
+    size = NUMBER_BYTES[config.weights]
     blueprint = blueprint_of(model)
     needed = [shard_bytes(blueprint, share, lambda _: size) for share in shares_of(blueprint, config.shares)]
     machines = _by_machine(hellos)
@@ -95,7 +95,7 @@ def demand_memory(model: ModelConfig, config: EngineConfig, hellos: Sequence[Hel
         if config.device == "cpu" and here > free:
             count = f"{len(ranks)} of {config.ranks}" if len(machines) > 1 else config.ranks
             raise NoRoom(
-                f"the weights need {here / 2**30:.1f} GiB in {config.dtype} for {count} ranks on "
+                f"the weights need {here / 2**30:.1f} GiB in {config.weights} for {count} ranks on "
                 f"{hellos[ranks[0]].host}, and {free / 2**30:.1f} GiB are free there; use a smaller model, --dtype "
                 "bfloat16, other --shares, or more machines or memory",
                 ranks[0],

@@ -29,7 +29,8 @@ from weft.yardstick import best_of, counts, judged
 def open_engine(
     model: str | Path | None = None, *, ranks: int | Literal["auto"] = 1, overlap: str = AUTO, wire: str = "exact",
     transport: str = "auto", link: str | Link = NO_LINK, shares: Sequence[float] | Literal["auto"] | None = None,
-    reproducible: bool = False, threads: int | None = None, dtype: str = "float32", max_length: int | None = None,
+    reproducible: bool = False, threads: int | None = None, dtype: str = "float32", weights: str = "auto",
+    max_length: int | None = None,
     max_sequences: int = 16, max_batch_tokens: int = 8192, cores: Sequence[int] | None = None, prefixes: bool = True,
     token_interval: float | None = None, launcher: Launcher | None = None, progress: Progress | None = None,
     recalibrate: bool = False, check_content: bool = False, plain_data: bool = False,
@@ -59,6 +60,7 @@ def open_engine(
     resolve = partial(
         EngineConfig.resolve, model_config, overlap=overlap, wire=wire, transport=transport, link=link,
         plain_data=plain_data, check_content=check_content, reproducible=reproducible, dtype=dtype,
+        weights=weights,
         max_length=max_length, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
         cores=tuple(cores) if cores else None,
         prefixes=max_sequences if prefixes else 0, token_interval=token_interval,

@@ -73,6 +73,12 @@ class Tokenizer:
         return str(backend.to_str())
 
     @property
+    def words(self) -> str:
+        """What it is, for people."""
+        kind = type(self._hf.backend_tokenizer.model).__name__
+        return f"{kind}, {len(self._hf):,} tokens"
+
+    @property
     def has_template(self) -> bool:
         """True if conversations can be rendered."""
         return bool(self._hf.chat_template)

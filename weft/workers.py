@@ -75,7 +75,7 @@ class Workers:
             raise
 
     def _started(self, planner: Planner, tell: Progress, recalibrate: bool, by_speed: bool) -> list[str]:
-        self._bring_up(lambda share: tell("loading", share))
+        self._bring_up(_read(tell))
         notices = self._make_link(planner, tell)
         chooses = self.config.overlap == AUTO or chosen_by_cost(self.config.wire)
         if not (self.config.ranks > 1 and (recalibrate or by_speed or chooses)):
@@ -95,7 +95,7 @@ class Workers:
         self.controller.launcher.told(f"the ranks are started again: {told(error)}")
         self._pause(self.restarts.pause)
 
-    def _bring_up(self, progress: Callable[[float], None] | None = None) -> None:
+    def _bring_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         self.started = self.controller.start(self.path, self.model, progress)
         self.up = True
 
@@ -159,7 +159,7 @@ class Workers:
             return [line]
         self.controller.stop()
         self.config = self.controller.config = replace(self.config, shares=shares)
-        self._bring_up(lambda share: tell("loading", share))
+        self._bring_up(_read(tell))
         return [line, *self._learn(planner, tell, recalibrate)]
 
     def calibrate(self, probe: Probe, wires: tuple[str, ...], watch: Callable[[float], None]) -> Costs:
@@ -228,3 +228,16 @@ class Workers:
             self._waiting()
             self.controller.launcher.attend()
             time.sleep(0.05)
+
+
+def _read(tell: Progress) -> Callable[[int, int], None]:
+    """Tells of bytes that are read, how many there are, and how fast they come."""
+    begun: list[tuple[float, int]] = []  # when the first ones were there, and how many
+
+    def told(done: int, total: int) -> None:
+        begun.append((time.monotonic(), done)) if not begun else None
+        since, first = time.monotonic() - begun[0][0], begun[0][1]
+        rate = f", {(done - first) / since / 1e6:,.0f} MB/s" if since > 0.05 else ""
+        tell(f"reading {done / 1e6:,.0f} of {total / 1e6:,.0f} MB{rate}", done / max(1, total))
+
+    return told

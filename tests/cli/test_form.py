@@ -14,14 +14,15 @@ FORM = {
     "bench quality": ["--json", "--text", "--threads", "--tokens", "--tp", "--wire", "model"],
     "chat": [
         "--api-key", "--dtype", "--max-tokens", "--overlap", "--seed", "--shares", "--system", "--temperature",
-        "--tensor-parallel-size", "--threads", "--top-p", "--tp", "--transport", "--url", "--wire", "model",
+        "--tensor-parallel-size", "--threads", "--top-p", "--tp", "--transport", "--url", "--weights", "--wire",
+        "model",
     ],
-    "doctor": ["--calibrations", "--json"],
+    "doctor": ["--calibrations", "--dtype", "--json", "--tensor-parallel-size", "--tp", "model"],
     "generate": [
         "--compare", "--dtype", "--json", "--link", "--max-tokens", "--min-p", "--overlap", "--recalibrate",
         "--repetition-penalty", "--reproducible", "--seed", "--shares", "--stop", "--temperature",
         "--tensor-parallel-size", "--threads", "--timeline", "--top-k", "--top-p", "--tp", "--transport",
-        "--wire", "model", "prompt",
+        "--weights", "--wire", "model", "prompt",
     ],
     "plan": [
         "--catalogue", "--decoding", "--hardware", "--html", "--json", "--link", "--list", "--overlap", "--price",
@@ -33,7 +34,7 @@ FORM = {
         "--max-body-bytes", "--max-model-len", "--max-num-batched-tokens", "--max-num-seqs", "--max-waiting",
         "--overlap", "--plain-data", "--port", "--prefix-caching", "--rank-ports", "--recalibrate", "--reproducible",
         "--request-timeout", "--served-model-name", "--shares", "--tensor-parallel-size", "--threads",
-        "--token-interval", "--tp", "--transport", "--wire", "model",
+        "--token-interval", "--tp", "--transport", "--weights", "--wire", "model",
     ],
     "timeline": ["--out", "--width", "files"],
     "worker": ["--address", "--join", "--rank-port", "model"],

@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 from rich.console import Console
 
-from weft.cli.options import DTYPE, MODEL, OVERLAP, SHARES, THREADS, TP, TRANSPORT, WIRE, ranks_or_auto, shares_or_auto
+from weft.cli.options import (
+    DTYPE,
+    MODEL,
+    OVERLAP,
+    SHARES,
+    STORED,
+    THREADS,
+    TP,
+    TRANSPORT,
+    WIRE,
+    ranks_or_auto,
+    shares_or_auto,
+)
 from weft.cli.terminal import loaded
 from weft.errors import InputError
 from weft.llm import LLM, RequestOutput
@@ -162,6 +174,7 @@ def chat(
     wire: WIRE = "exact",
     transport: TRANSPORT = "auto",
     dtype: DTYPE = "float32",
+    weights: STORED = "auto",
     shares: SHARES = None,
     threads: THREADS = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
@@ -184,7 +197,7 @@ def chat(
             llm = loaded(
                 console, model, tensor_parallel_size=ranks_or_auto(tp), overlap=overlap, wire=wire, transport=transport,
                 shares=shares_or_auto(shares),
-                num_threads=threads, dtype=dtype,
+                num_threads=threads, dtype=dtype, weights=weights,
             )  # fmt: skip
             partner = Local(stack.enter_context(llm), wishes)
         Conversation(partner, console, system).run()

@@ -7,7 +7,8 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -15,13 +16,21 @@ from typing import Annotated
 import psutil
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-HELP = """Say what this machine has, and what is missing for what.
+from weft.cli.options import DTYPE, MODEL, TP, ranks_or_auto
+from weft.config import positive
+from weft.errors import InputError
+from weft.survey import Finding
+
+HELP = """Say what this machine has, and what is missing for what; with MODEL, what that is, and what weft does with it.
 
 Examples:
 
   weft doctor
+
+  weft doctor ./Qwen3-8B-Q4_K_M.gguf --tp 2
 
   weft doctor --json
 
@@ -29,31 +38,46 @@ Examples:
 """
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report. `ok`: True, or False where something falls back or is not possible."""
-
-    what: str
-    ok: bool
-    value: str
-    meaning: str
-
-
 def doctor(
+    model: MODEL = None,
+    tp: TP = "1",
+    dtype: DTYPE = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
     calibrations: Annotated[bool, typer.Option("--calibrations", help="Each one that is kept, too.")] = False,
 ) -> None:
     """See HELP."""
-    checks = findings(calibrations)
+    if model is not None:
+        checks, of = _surveyed(model, tp, dtype), f"weft {version('weft')} with {model}"
+    else:
+        checks, of = findings(calibrations), f"weft {version('weft')} on this machine"
     if as_json:
-        print(json.dumps({"weft": version("weft"), "findings": [asdict(finding) for finding in checks]}))
-        return
-    table = Table(title=f"weft {version('weft')} on this machine", expand=False)
+        named = {} if model is None else {"model": model}
+        print(json.dumps({"weft": version("weft"), **named, "findings": [asdict(finding) for finding in checks]}))
+    else:
+        Console().print(_table(of, checks))
+    if model is not None and not all(finding.ok for finding in checks if finding.what == "tensors"):
+        raise typer.Exit(1)
+
+
+def _table(title: str, checks: Sequence[Finding]) -> Table:
+    table = Table(title=escape(title), expand=False)
     for column in ("", "what", "found", "what it is for"):
         table.add_column(column, overflow="fold")  # what is to be typed is not cut off
     for finding in checks:
-        table.add_row("[green]✓[/]" if finding.ok else "[yellow]–[/]", finding.what, finding.value, finding.meaning)
-    Console().print(table)
+        told = map(escape, (finding.what, finding.value, finding.meaning))
+        table.add_row("[green]✓[/]" if finding.ok else "[yellow]–[/]", *told)
+    return table
+
+
+def _surveyed(model: str, tp: str, dtype: str) -> list[Finding]:
+    from weft.hub import locate
+    from weft.survey import survey
+
+    ranks = ranks_or_auto(tp)
+    if ranks == "auto":
+        raise InputError("weft doctor MODEL wants a number of ranks, as in --tp 2")
+    positive(ranks, "--tp")
+    return survey(locate(model), ranks, dtype)
 
 
 def findings(calibrations: bool) -> list[Finding]:

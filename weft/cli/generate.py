@@ -21,6 +21,7 @@ from weft.cli.options import (
     RECALIBRATE,
     REPRODUCIBLE,
     SHARES,
+    STORED,
     THREADS,
     TP,
     TRANSPORT,
@@ -90,6 +91,7 @@ def generate(
     transport: TRANSPORT = "auto",
     link: LINK = "none",
     dtype: DTYPE = "float32",
+    weights: STORED = "auto",
     shares: SHARES = None,
     reproducible: REPRODUCIBLE = False,
     recalibrate: RECALIBRATE = False,
@@ -124,7 +126,7 @@ def generate(
     with loaded(
         errors, model, tensor_parallel_size=ranks_or_auto(tp), overlap=overlap, wire=wire, transport=transport,
         link=link, shares=shares_or_auto(shares),
-        reproducible=reproducible, num_threads=threads, dtype=dtype, recalibrate=recalibrate,
+        reproducible=reproducible, num_threads=threads, dtype=dtype, weights=weights, recalibrate=recalibrate,
     ) as llm:  # fmt: skip
         params = llm.get_default_sampling_params(
             **{name: value for name, value in given.items() if value is not None},

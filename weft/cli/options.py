@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from weft.config import DTYPES, one_of
+from weft.config import DTYPES, WEIGHTS, one_of
 from weft.errors import InputError
 
 TP = Annotated[
@@ -32,6 +32,20 @@ DTYPE = Annotated[
         help="What is computed in: float32, or bfloat16, which takes half the memory and on many processors longer.",
     ),
 ]
+
+
+def _known_weights(given: str) -> str:
+    one_of(given, "--weights", WEIGHTS)
+    return given
+
+
+STORED = Annotated[
+    str,
+    typer.Option(
+        "--weights", callback=_known_weights,
+        help="What weights are stored in; auto: what is computed in, whatever the checkpoint has.",
+    ),
+]  # fmt: skip
 OVERLAP = Annotated[
     str, typer.Option(help="auto, serial, iso:2, iso:2/4, iso@300,700, tiles:4, …; see docs/strategies.md.")
 ]
@@ -65,13 +79,13 @@ ELSEWHERE = {
     "--max-seq-len": "give --max-model-len",
     "--ctx-size": "give --max-model-len",
     "--allowed-origins": "give --allow-origin, once for each",
-    "--quantization": "weft has no quantised weights yet; leave it out, and see --dtype",
+    "--quantization": "weft sees how a checkpoint is quantised; leave it out",
     "--trust-remote-code": "weft never runs a checkpoint's code; leave it out",
     "--enforce-eager": "there is nothing else here; leave it out",
     "-tp": "give --tp",
     "--swap-space": "weft has none: what memory doesn't hold waits; leave it out",
     "--kv-cache-dtype": "keys and values are kept in what is computed in; see --dtype",
-    "--load-format": "weft reads safetensors; leave it out",
+    "--load-format": "weft sees what a checkpoint is; leave it out",
     "--chat-template": "the checkpoint's own is used; put another one into its chat_template.jinja",
     "--seed": "requests have a seed each; leave it out",
     "--download-dir": "set HF_HOME in the environment",

@@ -23,6 +23,7 @@ from weft.cli.options import (
     RECALIBRATE,
     REPRODUCIBLE,
     SHARES,
+    STORED,
     THREADS,
     TP,
     TRANSPORT,
@@ -129,7 +130,7 @@ def serve_command(
     overlap: OVERLAP = "auto",
     wire: WIRE = "exact",
     transport: TRANSPORT = "auto", link: LINK = "none",
-    dtype: DTYPE = "float32", shares: SHARES = None,
+    dtype: DTYPE = "float32", weights: STORED = "auto", shares: SHARES = None,
     reproducible: REPRODUCIBLE = False,
     recalibrate: RECALIBRATE = False,
     threads: THREADS = None,
@@ -166,7 +167,7 @@ def serve_command(
                 model, ranks=ranks, overlap=overlap, wire=wire, transport=transport, link=link,
                 shares=shares_or_auto(shares), reproducible=reproducible, threads=threads, recalibrate=recalibrate,
                 max_length=max_model_len, max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens,
-                launcher=launcher, dtype=dtype, prefixes=prefix_caching, token_interval=token_interval,
+                launcher=launcher, dtype=dtype, weights=weights, prefixes=prefix_caching, token_interval=token_interval,
                 check_content=check_content, plain_data=plain_data, progress=_both(tell, showing),
             )  # fmt: skip
 

@@ -35,6 +35,7 @@ FORMS = 64  # of programs that a worker keeps
 LOOK_SECONDS = 0.5  # and while messages come: machines that joined want to hear that the engine lives
 
 M = TypeVar("M", bound=p.ToEngine)
+Reading = Callable[[int, int], None]
 
 
 class Controller:
@@ -59,8 +60,8 @@ class Controller:
         self._loaded = self._complete = False  # the model, now, and ever
         self._fingerprints = Fingerprints()
 
-    def start(self, path: Path, model: ModelConfig, progress: Callable[[float], None] | None = None) -> Started:
-        """Starts the workers and loads the model on them. `progress` is given the share that is done, 0 to 1.
+    def start(self, path: Path, model: ModelConfig, progress: Reading | None = None) -> Started:
+        """Starts the workers and loads the model on them. `progress` is given bytes that are read, and all of them.
 
         Raises `InputError` for what the user can change, `WorkerFailed` for the rest; no worker is left then.
         """
@@ -69,7 +70,7 @@ class Controller:
             held = Held(str(path), self._files(path) if self.launcher.may_change else [])
             self.launcher.demand(terms_of(held))
             hellos = self._bring_up()
-            loaded = self._load(held, model, progress or (lambda share: None))
+            loaded = self._load(held, model, progress or (lambda done, total: None))
             self._loaded = self._complete = True
         except BaseException:
             self.stop()
@@ -158,7 +159,7 @@ class Controller:
         threads = self.config.threads
         return list(self.config.cores[rank * threads : (rank + 1) * threads])
 
-    def _load(self, held: Held, model: ModelConfig, progress: Callable[[float], None]) -> list[p.Loaded]:
+    def _load(self, held: Held, model: ModelConfig, progress: Reading) -> list[p.Loaded]:
         config = self.config
         self._forms.clear()
         self._done.clear()
@@ -170,22 +171,22 @@ class Controller:
                     config.max_length, config.slots, held.files,
                 ),
             )  # fmt: skip
-        layers = dict.fromkeys(self._ranks, 0.0)
+        read = dict.fromkeys(self._ranks, p.Loading(0, 0))
         ready: dict[bytes, p.Loaded] = {}
         sending: dict[bytes, Sending] = {}
         while len(ready) < len(self._ranks):
             identity, message = self._next()
-            if identity not in layers:
+            if identity not in read:
                 continue
             if isinstance(message, p.Loaded):
                 ready[identity] = message
                 if identity in sending:
                     sending[identity].over()
             elif isinstance(message, p.Fetch):
-                self._bring(identity, message.wanted, held, sending, layers[identity])
+                self._bring(identity, message.wanted, held, sending, read[identity].share)
             elif isinstance(message, p.Loading):
-                layers[identity] = message.done / max(1, message.total)
-            progress(sum(layers.values()) / len(layers))
+                read[identity] = message
+                progress(sum(each.done for each in read.values()), sum(each.total for each in read.values()))
         if not self.link.free and self.link.times is None:
             self.set_link(self.link)
         return [ready[identity] for identity in self._ranks]

@@ -105,10 +105,15 @@ class Brought(msgspec.Struct, tag=True, frozen=True):
 
 
 class Loading(msgspec.Struct, tag=True, frozen=True):
-    """Layers loaded so far."""
+    """Bytes of this rank's part of the checkpoint that are read so far, and all of them."""
 
     done: int
     total: int
+
+    @property
+    def share(self) -> float:
+        """0 to 1."""
+        return self.done / max(1, self.total)
 
 
 class Loaded(msgspec.Struct, tag=True, frozen=True):

@@ -26,7 +26,7 @@ class Sending:
         told(f"{other} has not got the model and fetches its part of it from here")
 
     def cut_out(self, wanted: Wanted, share: float) -> bytes:
-        """These bytes. `share`: of the rank's layers that are loaded.
+        """These bytes. `share`: of the rank's part that is read.
 
         Raises `LookupError` for bytes that aren't there, `InputError` for a file that can't be read.
         """
@@ -37,7 +37,7 @@ class Sending:
         self._bytes += len(data)
         if time.monotonic() - self._said > EVERY:
             self._said = time.monotonic()
-            self._say(f"{self._bytes / 1e6:,.0f} MB fetched, {share:.0%} of its layers are loaded")
+            self._say(f"{self._bytes / 1e6:,.0f} MB fetched, {share:.0%} of its part are read")
         return data
 
     def over(self) -> None:

@@ -5,7 +5,7 @@ Knows which format is which; knows nothing of ranks or of what the tensors are f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,10 @@ class Checkpoint(Protocol):
 
     def stored(self, name: str) -> int:
         """Bytes that it takes in its files."""
+        ...
+
+    def kinds(self) -> dict[str, tuple[int, int]]:
+        """How its tensors are stored: of each kind how many there are, and their bytes."""
         ...
 
     def read(self, name: str, rows: range | None = None, columns: range | None = None) -> TensorPart:
@@ -61,3 +65,12 @@ def open_checkpoint(path: Path, fields: dict[str, Any], bring: Bring | None = No
         return GgufCheckpoint(path, bring)
     plain, scheme = SafetensorsCheckpoint(path, bring), scheme_of(fields)
     return QuantisedCheckpoint(plain, scheme) if scheme is not None else plain
+
+
+def counted(tensors: Iterable[tuple[str, int]]) -> dict[str, tuple[int, int]]:
+    """Kinds with how many there are and their bytes, from the kind and the bytes of each; most bytes first."""
+    found: dict[str, tuple[int, int]] = {}
+    for kind, size in tensors:
+        count, bytes_ = found.get(kind, (0, 0))
+        found[kind] = count + 1, bytes_ + size
+    return dict(sorted(found.items(), key=lambda each: -each[1][1]))

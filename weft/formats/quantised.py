@@ -72,6 +72,10 @@ class QuantisedCheckpoint:
         parts = [name] if stem is None else [stem + part for part in PARTS if stem + part in self._plain]
         return sum(map(self._plain.stored, parts))
 
+    def kinds(self) -> dict[str, tuple[int, int]]:
+        """See `Checkpoint`."""
+        return self._plain.kinds()
+
     def read(self, name: str, rows: range | None = None, columns: range | None = None) -> TensorPart:
         """See `Checkpoint`."""
         stem = self._stem(name)

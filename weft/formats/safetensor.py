@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from weft.errors import InputError
-from weft.formats.checkpoint import Bring
+from weft.formats.checkpoint import Bring, counted
 from weft.formats.fingerprint import Wanted
 from weft.formats.packed import Plain
 
@@ -97,6 +97,11 @@ class SafetensorsCheckpoint:
         for count in found.get_shape():
             numbers *= count
         return numbers * _BYTES.get(found.get_dtype(), 1)
+
+    def kinds(self) -> dict[str, tuple[int, int]]:
+        """See `Checkpoint`."""
+        names = [PREFIX + name if self._bare else name for name in self._file_of]
+        return counted((self._slice(self._place(name), name).get_dtype(), self.stored(name)) for name in names)
 
     def unexpected(self, known: Collection[str]) -> list[str]:
         """Nothing: as in transformers, what the configuration doesn't call for is left alone."""

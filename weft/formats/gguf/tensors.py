@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import InputError
-from weft.formats.checkpoint import Bring
+from weft.formats.checkpoint import Bring, counted
 from weft.formats.fingerprint import Wanted
 from weft.formats.gguf.architectures import FACTORS, architecture_of, heads_of, stored_name
 from weft.formats.gguf.blocks import PLAIN, unpacked
@@ -49,6 +49,10 @@ class GgufCheckpoint:
     def stored(self, name: str) -> int:
         """See `Checkpoint`."""
         return self._lying(name).tensor.bytes
+
+    def kinds(self) -> dict[str, tuple[int, int]]:
+        """See `Checkpoint`."""
+        return counted((found.tensor.type.name, found.tensor.bytes) for found in self._files.tensors.values())
 
     def unexpected(self, known: Collection[str]) -> list[str]:
         """See `Checkpoint`; here every tensor counts, but those that follow from the configuration."""

@@ -1,0 +1,125 @@
+"""What a model is and what weft would do with it, from its files alone: for `weft doctor MODEL`.
+
+Knows files, families and this machine's memory; starts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from weft.admission import end_ids
+from weft.config import ModelConfig
+from weft.execute.process import free_memory
+from weft.formats.checkpoint import Checkpoint, open_checkpoint
+from weft.formats.description import model_config
+from weft.formats.fingerprint import is_gguf, weight_files
+from weft.formats.gguf.files import GgufFiles
+from weft.formats.schemes import scheme_of
+from weft.model.blueprint import Blueprint
+from weft.model.families import blueprint_of
+from weft.model.shares import remembered, shard_bytes, shares_of
+from weft.parallel.sizes import NUMBER_BYTES
+from weft.text import Tokenizer, tokenizer_of
+
+SOME = 3  # that are named where many are meant
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a report. `ok`: True, or False where something falls back or is not possible."""
+
+    what: str
+    ok: bool
+    value: str
+    meaning: str
+
+
+def survey(path: Path, ranks: int, dtype: str) -> list[Finding]:
+    """Of a model in a directory or a .gguf file, split over so many ranks of this machine.
+
+    Raises `InputError` for files that say nothing, and for a family that isn't known.
+    """
+    config = model_config(path)
+    blueprint = blueprint_of(config)
+    with closing(open_checkpoint(path, config.fields)) as checkpoint:
+        found = [*_files(path, config), *_stored(checkpoint, blueprint, config, dtype), _tensors(checkpoint, blueprint)]
+    tokenizer = tokenizer_of(path)
+    return [*found, *_memory(blueprint, config, ranks, dtype), *_texts(path, config, tokenizer)]
+
+
+def _files(path: Path, config: ModelConfig) -> Iterator[Finding]:
+    files = weight_files(path)
+    size = sum(file.stat().st_size for file in files)
+    kind = f"GGUF, architecture {_architecture(path)}" if is_gguf(path) else "Hugging Face's, safetensors"
+    count = "" if len(files) == 1 else f" in {len(files)} files"
+    yield Finding("model", True, f"{path.name}, {size / 1e6:,.0f} MB{count}", kind)
+    shape = f"{config.layers} layers of {config.hidden}, {config.heads} heads over {config.kv_heads}"
+    yield Finding("family", True, f"{config.model_type}: {shape}, vocabulary {config.vocabulary:,}",
+                  f"context of {config.max_length:,} tokens")  # fmt: skip
+
+
+def _architecture(path: Path) -> str:
+    return str(GgufFiles(path).header.get("general.architecture", str))
+
+
+def _stored(
+    checkpoint: Checkpoint, blueprint: Blueprint, config: ModelConfig, dtype: str
+) -> Iterator[Finding]:  # fmt: skip
+    kinds, scheme = checkpoint.kinds(), scheme_of(config.fields)
+    told = ", ".join(f"{count} {kind}" for kind, (count, _) in kinds.items())
+    bits = 8 * sum(size for _, size in kinds.values()) / max(1, blueprint.numbers)
+    what = f"{scheme.words}: {told}" if scheme else told
+    yield Finding("stored", True, f"{what}; {bits:.1f} bits a number", f"becomes {dtype} while it is loaded")
+    for remark in scheme.remarks if scheme else ():
+        yield Finding("activations", True, "for 8 bits", remark)
+
+
+def _tensors(checkpoint: Checkpoint, blueprint: Blueprint) -> Finding:
+    """Whether all are there, as the configuration calls for them."""
+    tied = f"{blueprint.head.name}.weight" if blueprint.tied else ""
+    missing = [name for name in blueprint.tensors if name not in checkpoint and name != tied]
+    there = {name: shape for name, shape in blueprint.tensors.items() if name in checkpoint}
+    wrong = [name for name, shape in there.items() if checkpoint.shape(name) != shape]
+    wrong += checkpoint.unexpected(blueprint.tensors)
+    if missing or wrong:
+        told = [f"{len(names)} {how}: {', '.join(names[:SOME])}" for names, how in
+                ((missing, "missing"), (wrong, "not as the configuration says")) if names]  # fmt: skip
+        return Finding("tensors", False, "; ".join(told), "this model can't be run; download it again")
+    return Finding("tensors", True, f"all {len(there)}", "named and shaped as the configuration says")
+
+
+def _memory(blueprint: Blueprint, config: ModelConfig, ranks: int, dtype: str) -> Iterator[Finding]:
+    """Of the largest rank, and of all on this machine."""
+    size, shares = NUMBER_BYTES[dtype], shares_of(blueprint, (1.0,) * ranks)
+    weights = [shard_bytes(blueprint, share, lambda _: size) for share in shares]
+    tokens = [size * remembered(blueprint, share) for share in shares]
+    free = free_memory()
+    fits = sum(weights) < free
+    each = "a rank" if ranks > 1 else "in all"
+    meaning = f"{sum(weights) / 2**30:.2f} GiB on this machine, of {free / 2**30:.1f} that are free"
+    yield Finding(f"weights, --tp {ranks}", fits, f"{max(weights) / 2**30:.2f} GiB {each}",
+                  meaning if fits else f"{meaning}: more machines, or --dtype bfloat16")  # fmt: skip
+    many = int(max(0, free - sum(weights)) / max(1, sum(tokens)))
+    yield Finding("keys and values", fits, f"{max(tokens) / 1024:.0f} KiB a token and rank",
+                  f"room for {many:,} tokens beside the weights")  # fmt: skip
+
+
+def _texts(path: Path, config: ModelConfig, tokenizer: Tokenizer | None) -> Iterator[Finding]:
+    if tokenizer is None:
+        yield Finding("tokenizer", False, "none", "prompts as token ids only")
+    else:
+        yield Finding("tokenizer", True, tokenizer.words, "texts to tokens and back")
+        template = tokenizer.has_template
+        yield Finding(
+            "chat template",
+            template,
+            "yes" if template else "none",
+            "weft chat and /v1/chat/completions" if template else "weft generate and /v1/completions only",
+        )
+    ends, lines = end_ids(path, config, tokenizer)
+    names = [tokenizer.decode([end]) if tokenizer else str(end) for end in sorted(ends)]
+    yield Finding("end tokens", bool(ends), ", ".join(names) or "none",
+                  "; ".join(lines) or ("end an answer" if ends else "answers end at --max-tokens"))  # fmt: skip
