@@ -67,6 +67,8 @@ class GgufCheckpoint:
         all_rows, width = (*tensor.shape, 1)[:2]
         rows = range(all_rows) if rows is None else rows
         columns = range(width) if columns is None else columns
+        if not (rows and columns):
+            return Plain(torch.empty((len(rows), len(columns))[: len(tensor.shape)]))
         raw, keep = self._raw(Lying(path, tensor), rows, columns)
         if tensor.type.name not in PLAIN:
             return Packed(len(rows), keep, lambda some: unpacked(raw[some.start : some.stop], tensor.type))
@@ -80,8 +82,6 @@ class GgufCheckpoint:
         first, last = columns.start // kind.numbers, -(-columns.stop // kind.numbers)
         keep = range(columns.start - first * kind.numbers, columns.stop - first * kind.numbers)
         stored, order = self._order(tensor, rows)
-        if not (stored and columns):
-            return torch.empty(len(rows), (last - first) * kind.bytes, dtype=torch.uint8), keep
         start, length = tensor.start + stored.start * row, (last - first) * kind.bytes
         if self._bring is not None and length == row:
             self._bring(Wanted(path.name, start, row * len(stored), row * len(stored), 1))
@@ -95,7 +95,7 @@ class GgufCheckpoint:
     def _order(self, tensor: GgufTensor, rows: range) -> tuple[range, Tensor | None]:
         """Which rows to read for these, and in which order they are these; whole heads, where they were reordered."""
         part = tensor.name.split(".")[-2]
-        if part not in self._architecture.interleaved or not rows:
+        if part not in self._architecture.interleaved:
             return rows, None
         width = tensor.shape[0] // self._heads[part]
         if width * self._heads[part] != tensor.shape[0] or width % 2:
