@@ -54,9 +54,12 @@ class ModelConfig:
         if fields is None:  # unknown to transformers too: families.py gives the error, with the list of known ones
             return cls(str(raw["model_type"]), _architecture(raw), 0, 0, 0, 0, 0, 0, 0, 0.0, "", False, 0, raw)
         for name in WHOLE:  # no layers at all is odd, and legal
-            if fields[name] is not None and fields[name] < (name != "num_hidden_layers"):
-                raise InputError(f"the configuration is inconsistent: {name} {fields[name]}; it must be above 0")
+            most = MOST.get(name, LARGEST)
+            if fields[name] is not None and not (name != "num_hidden_layers") <= fields[name] <= most:
+                told = f"{name} {fields[name]}; it must be above 0, and at most {most}"
+                raise InputError(f"the configuration is inconsistent: {told}")
         _demand_rope(fields)
+        _demand_heads(fields)
         heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
         return cls(
             model_type=str(raw["model_type"]), architecture=_architecture(raw), layers=fields["num_hidden_layers"],
@@ -69,6 +72,8 @@ class ModelConfig:
 
 WHOLE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size",
          "vocab_size", "max_position_embeddings")  # fmt: skip
+# More than anybody has: what is asked for by mistake, or in malice, is not tried.
+MOST, LARGEST = {"num_hidden_layers": 10_000, "max_position_embeddings": 1 << 30}, 1 << 24
 NEEDED = (*WHOLE, "rms_norm_eps", "hidden_act")
 # Of these families, what a file may leave out and what that means in transformers; a test compares them.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -184,6 +189,15 @@ def _demand_rope(fields: dict[str, Any]) -> None:
             continue
         if not (_above_zero(value) if name in ("rope_theta", *needed) else type(value) in (int, float)):
             raise InputError(f"the configuration is inconsistent: rope_parameters.{name} is {value!r}")
+
+
+def _demand_heads(fields: dict[str, Any]) -> None:
+    """Raises `InputError` for heads that can't be: key/value heads serve equally many, rotary turns pairs."""
+    heads, width = fields["num_attention_heads"], _head_dim(fields)
+    groups = fields["num_key_value_heads"] or heads
+    if heads % groups or width < 2 or width % 2:
+        told = f"{heads} heads of {width} over {groups} key/value heads"
+        raise InputError(f"the configuration is inconsistent: {told}; those must divide the heads, 2 their width")
 
 
 def _reason(error: Exception) -> str:

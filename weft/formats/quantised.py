@@ -115,6 +115,14 @@ class QuantisedCheckpoint:
             raise InputError(f"{self.path}: {name} is {shape}, not a matrix of {dtype}; download it again")
         return shape[0], shape[1]
 
+    def _whole(self, name: str, shape: list[int]) -> Tensor:
+        """All of a tensor of whole numbers."""
+        found = self._tensor(name)
+        if list(found.shape) != shape or found.dtype not in (torch.int32, torch.int64):
+            told = f"{name} is {list(found.shape)} of {found.dtype}, not {shape} of whole numbers"
+            raise InputError(f"{self.path}: {told}; download it again")
+        return found
+
     def _disagree(self, *names: str) -> InputError:
         told = " and ".join(f"{name} {self._plain.shape(name)}" for name in names)
         return InputError(f"{self.path}: the shapes of {told} don't go together; download it again")
@@ -146,11 +154,11 @@ class QuantisedCheckpoint:
             return self._scaled(stem, f"{stem}.weight_scale", self._scheme.block)
         packed, scale, zero = (f"{stem}.weight_{part}" for part in ("packed", "scale", "zero_point"))
         height, words = self._matrix(packed)
-        told = self._tensor(f"{stem}.weight_shape").tolist()
-        bits = next((bits for bits in (4, 8) if len(told) == 2 and -(-int(told[1]) * bits // 32) == words), 0)
-        if not bits or int(told[0]) != height:
-            raise InputError(f"{self.path}: {packed} is {[height, words]} for a matrix of {told}; download it again")
-        width = int(told[1])
+        rows, width = self._whole(f"{stem}.weight_shape", [2]).tolist()
+        bits = next((bits for bits in (4, 8) if -(-width * bits // 32) == words), 0)
+        if not bits or rows != height:
+            told = f"{packed} is {[height, words]} for a matrix of {[rows, width]}"
+            raise InputError(f"{self.path}: {told}; download it again")
         groups = self._groups(scale, height)
         group = self._group(width, groups, (packed, scale))
         cut = partial(_Columns.of, width, group, 32 // bits, self._index(f"{stem}.weight_g_idx", width, group, groups))
@@ -160,7 +168,8 @@ class QuantisedCheckpoint:
             data = self._tensor(packed, rows, part.words)
             zeros: Tensor | int = 1 << bits - 1
             if zero in self._plain:  # packed along the rows
-                numbers = _numbers(self._tensor(zero).T, bits).T[rows.start : rows.stop]
+                found = self._whole(zero, [-(-height * bits // 32), groups])
+                numbers = _numbers(found.T, bits).T[rows.start : rows.stop]
                 zeros = part.of_groups(numbers)
             scales = part.of_groups(self._scales(scale, rows, height))
             return part.packed(len(rows), lambda some: _numbers(data[some], bits), scales, zeros)
@@ -182,8 +191,8 @@ class QuantisedCheckpoint:
         """The group of each column, where they don't just follow each other."""
         if name not in self._plain:
             return None
-        index = self._tensor(name).long()
-        if index.shape != (width,) or int(index.min()) < -1 or int(index.max()) >= groups:
+        index = self._whole(name, [width]).long()
+        if int(index.min()) < -1 or int(index.max()) >= groups:
             raise InputError(f"{self.path}: {name} names no group for each of {width} columns; download it again")
         follow = torch.equal(index, torch.arange(width) // group) or bool((index == -1).all())  # -1: not used
         return None if follow else index
@@ -205,6 +214,8 @@ class QuantisedCheckpoint:
         else:
             tall, wide = 1, self._group(width, self._groups(scale, height), (weight, scale))
         cut, zero = partial(_Columns.of, width, wide, 1, None), f"{stem}.weight_zero_point"
+        if zero in self._plain and self._plain.shape(zero) != blocks:
+            raise self._disagree(zero, scale)
 
         def read(rows: range, columns: range) -> Packed:
             part = cut(columns)

@@ -65,6 +65,7 @@ def load(
             "it would answer wrongly; give another checkpoint"
         )
     reader = _ShardReader(checkpoint, blueprint, share, device, dtype, exact_rows, progress)
+    reader.demand_all()
     stages: dict[tuple[str, int], StageWeights] = {}
     for layer in range(blueprint.layers):
         for parts in blueprint.layer:
@@ -97,6 +98,14 @@ class _ShardReader:
         self._progress, self._done = progress, 0
         self._total = sum(self._bytes(name, matrix) for name, matrix in blueprint.named)
 
+    def demand_all(self) -> None:
+        """Before memory is taken for any: raises `InputError` for the first that is missing or misshapen."""
+        embedding, head = (f"{matrix.name}.weight" for matrix in (self.blueprint.embedding, self.blueprint.head))
+        for name, shape in self.blueprint.tensors.items():
+            if not (self.blueprint.tied and name in (embedding, head) and name not in self.checkpoint):
+                self._demand(name, *shape)
+        self._demand(f"{self.embedding_name}.weight", *self.blueprint.tensors[embedding])
+
     def stage(self, parts: StageParts, prefix: str) -> StageWeights:
         """A layer's stage; its matrices one after the other."""
         counts = [len(self._mine(matrix.outputs)) for matrix in parts.first]
@@ -117,7 +126,6 @@ class _ShardReader:
 
     def scale(self, name: str, width: int) -> Tensor:
         """A norm's weight times sqrt(width), in float32: what is left of the norm after `kernels.unit_rows`."""
-        self._demand(name + ".weight", width)
         return self.checkpoint.read(name + ".weight").numbers(torch.float32).to(self.device) * math.sqrt(width)
 
     def _own(self, part: TensorPart) -> Tensor:
@@ -153,8 +161,7 @@ class _ShardReader:
         return self.checkpoint.stored(f"{name}.weight") * self.share.numbers(matrix) // max(1, outputs * inputs)
 
     def _read(self, name: str, matrix: Matrix, rows: range | None = None, columns: range | None = None) -> TensorPart:
-        """A part of its weight. Raises `InputError` for one that is misshapen, or says nothing without a scale."""
-        self._demand(f"{name}.weight", *self._sides(matrix))
+        """A part of its weight. Raises `InputError` for one that says nothing without a scale."""
         part = self.checkpoint.read(f"{name}.weight", rows, columns)
         if isinstance(part, Plain) and (part.values.itemsize == 1 or not part.values.is_floating_point()):
             raise InputError(
@@ -171,7 +178,6 @@ class _ShardReader:
         self._read(name, matrix, rows=rows).into(into)
         bias = None
         if matrix.biased:
-            self._demand(name + ".bias", self._sides(matrix)[0])
             bias = self.checkpoint.read(name + ".bias", rows=rows).numbers(torch.float32)
         if matrix.paired:
             assert isinstance(matrix.outputs, Axis), "what is turned by position is made of heads"
@@ -185,7 +191,6 @@ class _ShardReader:
         weight = self._own(self._read(name, matrix, columns=self._mine(matrix.inputs)))
         bias = None
         if matrix.biased:
-            self._demand(name + ".bias", self._sides(matrix)[0])
             # The sum over ranks would count a bias once a rank: one rank adds it.
             bias = self._own(self.checkpoint.read(name + ".bias")) if self.share.leads else None
         return self._linear(weight.contiguous(), bias)
