@@ -83,7 +83,9 @@ class QuantisedCheckpoint:
             return self._plain.read(name, rows, columns)
         layout = self._reader(stem)
         height, width = layout.shape
-        return layout.read(range(height) if rows is None else rows, range(width) if columns is None else columns)
+        rows = range(height) if rows is None else rows
+        columns = range(width) if columns is None else columns
+        return layout.read(rows, columns) if rows and columns else Plain(torch.empty(len(rows), len(columns)))
 
     def unexpected(self, known: Collection[str]) -> list[str]:
         """See `Checkpoint`."""
@@ -248,7 +250,7 @@ class QuantisedCheckpoint:
             part = cut(columns)
             data = self._tensor(weight, part.words, rows).T.contiguous()
             zeros, scales = self._beside(scale, zero, rows, each)
-            zeros = _numbers(zeros, bits).T + (1 if self._scheme.zero_less else 0)
+            zeros = _numbers(zeros, bits).T + int(self._scheme.zero_less) & (1 << bits) - 1
             low = rows.start % each
             some_zeros = part.of_groups(zeros[low : low + len(rows)])
             return part.packed(len(rows), lambda r: _numbers(data[r], bits), part.of_groups(scales), some_zeros)
@@ -365,7 +367,7 @@ class _Columns:
 
 def _numbers(words: Tensor, bits: int) -> Tensor:
     """Words [R, W] as the numbers that are packed into them, the lowest bits first: uint8 [R, W * of a word]."""
-    data = words.contiguous().view(torch.uint8)
+    data = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # a single column may have any stride
     if bits == 8:
         return data
     return torch.stack([data >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)], dim=2).flatten(1)

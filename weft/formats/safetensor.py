@@ -80,6 +80,8 @@ class SafetensorsCheckpoint:
             self._bring(self._wanted(path, self._stored(name), rows, columns))
         try:
             part: Any = self._slice(path, name)
+            if rows is None and columns is None:
+                return Plain(part[...])
             first = slice(rows.start, rows.stop) if rows is not None else slice(None)
             values: torch.Tensor = part[first] if columns is None else part[first, columns.start : columns.stop]
             return Plain(values)
