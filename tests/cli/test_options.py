@@ -37,15 +37,29 @@ def test_names_that_vllms_users_type(packaged: Path) -> None:
     assert wrong == "weft: --dtype 'int8' is not known; allowed: float32, bfloat16\n"
 
 
-@pytest.mark.parametrize("name", ["x.gguf", "dir/x.Q4_K_M.GGUF", "someone/model-GGUF:Q4_K_M"])
-@pytest.mark.parametrize("command", [("generate",), ("serve",), ("bench",), ("plan", *HARDWARE)])
-def test_gguf_is_recognised(command: tuple[str, ...], name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("x.gguf", "x.gguf is missing; give a .gguf file"), ("dir/x.Q4_K_M.GGUF", "is missing; give a .gguf file"),
+     ("someone/model-GGUF:Q4_K_M", "not in the hub's cache")],
+)  # fmt: skip
+@pytest.mark.parametrize("command", [("generate",), ("serve",), ("bench",), ("plan", *HARDWARE), ("doctor",)])
+def test_gguf_that_is_not_there(command: tuple[str, ...], name: str, said: str, tmp_path: Path) -> None:
     given = [command[0], name, *(["def main("] if command[0] == "generate" else []), *command[1:]]
-    assert "GGUF can't be read yet; give the model as a Hugging Face directory" in weft(*given, code=2).stderr
+    assert said in weft(*given, code=2).stderr
     if ":" not in name:
         there = tmp_path / Path(name).name
         there.write_bytes(b"GGUF")
-        assert "no such file" not in weft(command[0], str(there), *given[2:], code=2).stderr
+        assert "is no GGUF file" in weft(command[0], str(there), *given[2:], code=2).stderr
+
+
+def test_what_is_stored_is_what_is_computed_in(packaged: Path) -> None:
+    for given, said in (
+        (("--weights", "int4"), "--weights int4 with --dtype float32: weights are kept in what is computed in, so far"),
+        (("--weights", "bfloat16"), "leave out --weights, or give --dtype bfloat16"),
+        (("--weights", "q4"), "--weights 'q4' is not known; allowed: auto, float32, bfloat16, int8, int4"),
+    ):
+        assert said in weft("generate", *given, "def main(", code=2).stderr
+    weft("generate", "--weights", "float32", "--max-tokens", "1", "--threads", "1", "def main(")
 
 
 def test_a_configuration_of_any_name_is_enough_for_a_plan(packaged: Path, tmp_path: Path) -> None:

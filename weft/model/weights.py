@@ -230,4 +230,5 @@ class _ShardReader:
     def _demand(self, name: str, *shape: int) -> None:
         there = self.checkpoint.shape(name)
         if there != list(shape):
-            raise InputError(f"{name} has the shape {there}, but the configuration calls for {list(shape)}")
+            told = f"{name} has the shape {there}, but the configuration calls for {list(shape)}"
+            raise InputError(f"{self.checkpoint.path}: {told}")
