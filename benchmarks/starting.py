@@ -1,6 +1,6 @@
 """How long weft takes to its first token, and what its processes take of memory.
 
-    python benchmarks/starting.py [--rounds 5] [--model h1024] [--json FILE]
+    python benchmarks/starting.py [--rounds 5] [--model h1024] [--real] [--json FILE]
 
 First token: from the start of `weft generate` with the model in the package until the first character is there, beside
 what `python -c 'import torch'` takes in the same round; medians of rounds, in turns. Costs are known already, as after
@@ -23,15 +23,27 @@ from typing import Any
 
 import httpx2
 import psutil
-from models import SIZES, random_llama
+from models import SIZES, random_llama, smollm2
 from servers import OFFLINE, WEFT, serving
 
 PROMPT = "def main("
-WAYS = {
-    "import torch": [sys.executable, "-c", "import torch; print(1)"],
-    "weft generate": [*WEFT, "generate", PROMPT, "--max-tokens", "2", "--threads", "1"],
-    "weft generate --tp 2": [*WEFT, "generate", PROMPT, "--max-tokens", "2", "--threads", "1", "--tp", "2"],
-}
+ASKED = [PROMPT, "--max-tokens", "2"]
+
+
+def ways(real: bool) -> dict[str, list[str]]:
+    """Commands whose first output is awaited. `real`: with SmolLM2 from its GGUF file too."""
+    found = {
+        "import torch": [sys.executable, "-c", "import torch; print(1)"],
+        "weft generate": [*WEFT, "generate", *ASKED, "--threads", "1"],
+        "weft generate --tp 2": [*WEFT, "generate", *ASKED, "--threads", "1", "--tp", "2"],
+    }
+    if real:
+        model = str(smollm2())
+        found |= {
+            "weft generate SmolLM2": [*WEFT, "generate", model, *ASKED],
+            "weft generate SmolLM2 --tp 2": [*WEFT, "generate", model, *ASKED, "--tp", "2"],
+        }
+    return found
 
 
 def first_output(command: list[str]) -> float:
@@ -67,14 +79,16 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--model", choices=SIZES, default="h1024")
+    parser.add_argument("--model", choices=SIZES, default="h1024", help="whose memory is looked at")
+    parser.add_argument("--real", action="store_true", help="SmolLM2's first token too, from its GGUF file")
     parser.add_argument("--json", type=Path, help="every round's seconds")
     given = parser.parse_args()
-    for command in WAYS.values():  # what is measured once is kept, and files are in the page cache
+    commands = ways(given.real)
+    for command in commands.values():  # what is measured once is kept, and files are in the page cache
         first_output(command)
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    seconds: dict[str, list[float]] = {way: [] for way in commands}
     for _ in range(given.rounds):
-        for way, command in WAYS.items():
+        for way, command in commands.items():
             seconds[way].append(first_output(command))
     base = seconds["import torch"]
     print(f"{'seconds to the first output':28s} {'median':>8s} {'more than import torch':>24s}")

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 from weft.admission import end_ids
 from weft.config import ModelConfig
 from weft.execute.process import free_memory
+from weft.finding import Finding
 from weft.formats.checkpoint import Checkpoint, open_checkpoint
 from weft.formats.description import model_config
 from weft.formats.fingerprint import is_gguf, weight_files
@@ -25,16 +25,6 @@ from weft.parallel.sizes import NUMBER_BYTES
 from weft.text import Tokenizer, tokenizer_of
 
 SOME = 3  # that are named where many are meant
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of a report. `ok`: True, or False where something falls back or is not possible."""
-
-    what: str
-    ok: bool
-    value: str
-    meaning: str
 
 
 def survey(path: Path, ranks: int, dtype: str) -> list[Finding]:

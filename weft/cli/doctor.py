@@ -22,7 +22,7 @@ from rich.table import Table
 from weft.cli.options import DTYPE, MODEL, TP, ranks_or_auto
 from weft.config import positive
 from weft.errors import InputError
-from weft.survey import Finding
+from weft.finding import Finding
 
 HELP = """Say what this machine has, and what is missing for what; with MODEL, what that is, and what weft does with it.
 

@@ -11,7 +11,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from weft.bench.quality import TEXT, measure
 from weft.cli.options import words
 from weft.cli.terminal import bar
 from weft.config import positive
@@ -41,12 +40,14 @@ def quality(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
     wire: Annotated[str, typer.Option(help="Wires: bf16, int8, int4.")] = "bf16,int8,int4",
     tokens: Annotated[int, typer.Option(help="Tokens of the text.")] = 16384,
-    text: Annotated[Path, typer.Option(help="Another text, UTF-8.", show_default=False)] = TEXT,
+    text: Annotated[Path | None, typer.Option(help="Another text, UTF-8.", show_default=False)] = None,
     tp: Annotated[int, typer.Option("--tp", help="Number of ranks, 2 or more.")] = 2,
     threads: Annotated[int | None, typer.Option(help="Threads of each rank; default: cores / ranks.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
 ) -> None:
     """See HELP."""
+    from weft.bench.quality import TEXT, measure  # torch, which no other command waits for
+
     wires = words(wire, "--wire")
     for each in wires:
         if each not in WIRES:
@@ -59,7 +60,8 @@ def quality(
     path = locate(model)
     with bar(Console(stderr=True)) as progress:
         task = progress.add_task("scoring the text", total=1.0)
-        measured = measure(path, wires, tp, tokens, text, threads, lambda share: progress.update(task, completed=share))
+        given = path, wires, tp, tokens, text or TEXT, threads
+        measured = measure(*given, lambda share: progress.update(task, completed=share))
     _show(measured)
     if measured.tokens < ENOUGH:
         line = f"not kept for auto: so few tokens say little; give --tokens {ENOUGH} or more"

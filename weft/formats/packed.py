@@ -64,16 +64,21 @@ class Codes:
     scales: Tensor | None = None
     offsets: Tensor | None = None
 
-    def numbers(self) -> Tensor:
-        """In float32 [R, C], each product and each sum rounded once."""
-        values = self.codes.to(torch.float32)
+    def into(self, out: Tensor) -> None:
+        """Their numbers [R, C], into a contiguous float32 tensor; each product and each sum rounded once."""
+        out.copy_(self.codes)
         if self.scales is None:
-            return values
-        grouped = values.view(*self.scales.shape, -1)
+            return
+        grouped = out.view(*self.scales.shape, -1)
         grouped.mul_(self.scales[..., None])
         if self.offsets is not None:
             grouped.add_(self.offsets[..., None])
-        return values
+
+    def numbers(self) -> Tensor:
+        """The same in a tensor of their own."""
+        out = torch.empty(self.codes.shape)
+        self.into(out)
+        return out
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,11 @@ class Packed:
         many = max(1, PIECE // max(1, self.keep.stop))
         for start in range(0, self.rows, many):
             rows = range(start, min(self.rows, start + many))
-            values = self.unpack(rows).numbers()
-            out[rows.start : rows.stop].copy_(values[:, self.keep.start : self.keep.stop])
+            codes, here = self.unpack(rows), out[rows.start : rows.stop]
+            if here.shape == codes.codes.shape and here.is_contiguous() and here.dtype is torch.float32:
+                codes.into(here)
+            else:
+                here.copy_(codes.numbers()[:, self.keep.start : self.keep.stop])
 
     def numbers(self, dtype: torch.dtype) -> Tensor:
         """See `TensorPart`."""
