@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
+from tests.formats.test_gguf import mixed, written
+from tests.formats.test_quantised import saved
 from tests.processes import weft
+from tests.tiny import Checkpoints
 from weft.cli.doctor import _tcp
 
 
@@ -35,3 +41,42 @@ def test_help_has_examples() -> None:
     for command in ("generate", "doctor"):
         assert f"weft {command}" in weft(command, "--help").stdout
     assert "generate" in weft("--help").stdout
+
+
+def test_what_a_gguf_model_is(tmp_path: Path) -> None:
+    path = written(tmp_path / "tiny.Q8_0.gguf", "llama", mixed)
+    said = json.loads(weft("doctor", str(path), "--tp", "2", "--json").stdout)
+    found = {finding["what"]: finding for finding in said["findings"]}
+    assert said["model"] == str(path) and all(finding["ok"] for finding in said["findings"])
+    assert "tiny.Q8_0.gguf" in found["model"]["value"] and found["model"]["meaning"] == "GGUF, architecture llama"
+    assert "Q4_K" in found["stored"]["value"] and found["stored"]["meaning"] == "becomes float32 while it is loaded"
+    assert found["family"]["value"].startswith("llama: 2 layers of 256, 8 heads over 2")
+    assert "GiB a rank" in found["weights, --tp 2"]["value"] and found["end tokens"]["value"] == "<end>"
+    assert found["chat template"]["value"] == "yes" and found["tokenizer"]["value"] == "BPE, 258 tokens"
+    half = json.loads(weft("doctor", str(path), "--dtype", "bfloat16", "--json").stdout)["findings"]
+    assert any(finding["meaning"] == "becomes bfloat16 while it is loaded" for finding in half)
+
+
+def test_what_a_quantised_checkpoint_is(tmp_path: Path) -> None:
+    saved(tmp_path / "tiny", "gptq-4")
+    said = " ".join(weft("doctor", str(tmp_path / "tiny")).stdout.split())
+    assert "gptq, 4 bits" in said and "prompts as token ids only" in said
+
+
+def test_what_is_missing_is_said_before_anything_is_loaded(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    shutil.copytree(checkpoints.directory("llama"), tmp_path / "tiny")
+    tensors = load_file(tmp_path / "tiny" / "model.safetensors")
+    gone, cut = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
+    del tensors[gone]
+    tensors[cut] = tensors[cut][:-1].clone()
+    save_file(tensors, tmp_path / "tiny" / "model.safetensors")
+    said = json.loads(weft("doctor", str(tmp_path / "tiny"), "--json", code=1).stdout)["findings"]
+    [line] = [finding for finding in said if finding["what"] == "tensors"]
+    assert not line["ok"] and line["value"] == f"1 missing: {gone}; 1 not as the configuration says: {cut}"
+
+
+def test_models_that_say_nothing(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGML" + bytes(100))
+    assert "is no GGUF file" in weft("doctor", str(tmp_path / "x.gguf"), code=2).stderr
+    assert "is not a directory" in weft("doctor", "./nowhere", code=2).stderr
+    assert "wants a number of ranks" in weft("doctor", str(tmp_path / "x.gguf"), "--tp", "auto", code=2).stderr

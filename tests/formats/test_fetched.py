@@ -13,10 +13,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.formats.test_gguf import mixed, written
+from tests.formats.test_quantised import saved
 from weft.errors import InputError
 from weft.formats import fetched
+from weft.formats.checkpoint import open_checkpoint
+from weft.formats.description import model_config
 from weft.formats.fetched import Fetch, FetchedFiles
 from weft.formats.fingerprint import Wanted, WeightFile, cut_out, demand_same, fingerprint
+from weft.formats.gguf.tensors import GgufCheckpoint
 from weft.formats.safetensor import SafetensorsCheckpoint
 
 TENSORS = {
@@ -197,3 +202,40 @@ def test_a_disk_that_takes_nothing(there: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("in the way")
     with pytest.raises(InputError, match="can't hold the fetched weights"):
         FetchedCheckpoint(fingerprint(there), Counting(there), tmp_path / "cache")
+
+
+def test_a_gguf_model_is_fetched_by_its_blocks(tmp_path: Path) -> None:
+    """The header first, then whole blocks of the rows and columns that are read: of a half, half."""
+    directory = tmp_path / "there"
+    directory.mkdir()
+    written(directory / "tiny.gguf", "llama", mixed, split_max_tensors=9)
+    parts = sorted(directory.glob("*.gguf"))
+    real, other = GgufCheckpoint(parts[0]), Counting(parts[0])
+    with closing(FetchedFiles(other.files, other, tmp_path / "cache")) as files:
+        before = sum(wanted.length * wanted.times for wanted in other.asked)
+        here = GgufCheckpoint(files.directory / parts[0].name, files.bring)
+        for name, parts_of in (
+            ("model.layers.0.self_attn.q_proj.weight", {"rows": range(64, 192)}),
+            ("model.layers.1.mlp.down_proj.weight", {"columns": range(256, 512)}),
+            ("model.embed_tokens.weight", {}), ("model.norm.weight", {}),
+        ):  # fmt: skip
+            found, expected = (each.read(name, **parts_of).numbers(torch.float32) for each in (here, real))
+            assert torch.equal(found, expected), name
+    stored = sum(file.size for file in other.files)
+    fetched_bytes = sum(wanted.length * wanted.times for wanted in other.asked)
+    half = real.stored("model.layers.0.self_attn.q_proj.weight") // 2
+    half += real.stored("model.layers.1.mlp.down_proj.weight") // 2
+    whole = real.stored("model.embed_tokens.weight") + real.stored("model.norm.weight")
+    assert fetched_bytes - before == half + whole and fetched_bytes < stored / 2
+
+
+def test_a_quantised_checkpoint_is_fetched_too(tmp_path: Path) -> None:
+    values = saved(tmp_path / "there", "awq")
+    other = Counting(tmp_path / "there")
+    fields = model_config(tmp_path / "there").fields
+    with closing(FetchedFiles(other.files, other, tmp_path / "cache")) as files:
+        here = open_checkpoint(files.directory, fields, files.bring)
+        name = "model.layers.0.mlp.down_proj.weight"
+        found = here.read(name, columns=range(32, 96)).numbers(torch.float32)
+        assert torch.equal(found, values[name][:, 32:96])
+    assert sum(wanted.length * wanted.times for wanted in other.asked) < sum(file.size for file in other.files) / 4

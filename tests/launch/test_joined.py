@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.formats.test_gguf import mixed, written
 from tests.processes import Command, free_port
 from tests.server.running import Running, running
 from weft import LLM, SamplingParams
@@ -345,6 +346,27 @@ def test_what_a_machine_lacks_comes_from_the_engines_once(
     assert sum(asked) == first
     with LLM(packaged, num_threads=1) as llm:
         assert answers == [llm.generate("def main(", params)[0].outputs[0].token_ids] * 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="needs a directory that only one process has")
+def test_a_gguf_model_comes_from_the_engines_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where the machine has the file, that is used."""
+    path = written(tmp_path / "tiny.gguf", "llama", mixed)
+    params, answers = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), []
+    for given in ((), (str(path),)):
+        monkeypatch.chdir("/")
+        port, cache = free_port(), tmp_path / f"cache{len(given)}"
+        launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, SECRET, lambda line: None)
+        variables = {"WEFT_TOKEN": TOKEN, "XDG_CACHE_HOME": str(cache)}
+        with Command("worker", "--join", f"127.0.0.1:{port}", *given, **variables) as machine:
+            monkeypatch.chdir(tmp_path)  # not that machine's
+            options = {"tensor_parallel_size": 2, "num_threads": 1, "launcher": launcher, "overlap": "serial"}
+            with LLM("/proc/self/cwd/tiny.gguf", **options) as llm:
+                answers.append(llm.generate("some text", params)[0].outputs[0].token_ids)
+                machine.until("is the server's, by its files'" if given else "MB fetched in ")
+        assert bool([*cache.glob("weft/checkpoints/*/tiny.gguf")]) == (not given)
+    with LLM(path, num_threads=1) as llm:
+        assert answers == [llm.generate("some text", params)[0].outputs[0].token_ids] * 2
 
 
 class _Removing:

@@ -212,12 +212,8 @@ def _put_around(backend: Tokenizer, header: GgufHeader, named: dict[str, int | N
         "eos": header.get("tokenizer.ggml.add_eos_token", bool, False),
     }
     around = {name: token for name, token in named.items() if wanted.get(name) and token is not None}
-    if not around:
-        return
-    single = [*(["bos"] if "bos" in around else []), "$A", *(["eos"] if "eos" in around else [])]
-    texts = [(name, token, backend.id_to_token(token)) for name, token in around.items()]
-    special = [(text, token) for _, token, text in texts]
-    spelled = {name: text for name, _, text in texts} | {"$A": "$A"}
-    backend.post_processor = processors.TemplateProcessing(
-        single=[spelled[name] for name in single], special_tokens=special
-    )
+    texts = {name: backend.id_to_token(token) for name, token in around.items()}
+    if around:
+        single = [*(texts[name] for name in texts if name == "bos"), "$A", *(texts[n] for n in texts if n == "eos")]
+        special = [(texts[name], token) for name, token in around.items()]
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
