@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
 HELP = """Talk with MODEL on the terminal, or with a running server (--url).
 
-MODEL is a directory in Hugging Face format or a hub id with a chat template; without it, the small model in the
-package, which goes on with what you write. Answers stream; each is followed by its time to first token and speed.
+MODEL is a directory in Hugging Face format, a .gguf file or a hub id (owner/repo:Q4_K_M), with a chat template;
+without it, the small model in the package, which goes on with what you write. Answers stream; each is followed by its
+time to first token and speed.
 
 While you write: arrow keys for what you wrote before, Ctrl-C stops an answer, Ctrl-D ends. Commands: /reset forgets
 the conversation, /system TEXT says who the model is to be, /help, /exit.

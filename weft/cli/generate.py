@@ -43,14 +43,16 @@ from weft.timeline.timeline import Timeline
 
 HELP = """Complete PROMPT with MODEL, and say how fast it was.
 
-MODEL is a directory in Hugging Face format or a hub id; without it, the small model in the package. Without
-PROMPT, standard input is read.
+MODEL is a directory in Hugging Face format, a .gguf file, or a hub id, as in Qwen/Qwen3-0.6B or owner/repo:Q4_K_M;
+without it, the small model in the package. Without PROMPT, standard input is read.
 
 Examples:
 
   weft generate "The for statement is used to"
 
   weft generate Qwen/Qwen3-0.6B "Once upon a time" --tp 2 --max-tokens 64
+
+  weft generate ./SmolLM2-135M-Instruct.Q4_1.gguf "The capital of France is" --tp 2
 
   weft generate ./llama --tp 3 --shares 2,1,1 --temperature 0 --json < prompt.txt
 

@@ -36,9 +36,9 @@ from weft.timeline.files import demand_writable, write
 
 HELP = """Predict prefill and decode times, memory and the best plan for MODEL on hardware from the catalogue.
 
-MODEL is a configuration file, a directory with a config.json, or a hub id; weights are not needed. A link is a name
-from the catalogue or a speed such as 10gbit; without --link it is the first device's usual one. Own devices and links
-go into a TOML file (docs/predictions.md shows one).
+MODEL is a configuration file, a directory with a config.json, a .gguf file, or a hub id; weights are not needed. A
+link is a name from the catalogue or a speed such as 10gbit; without --link it is the first device's usual one. Own
+devices and links go into a TOML file (docs/predictions.md shows one).
 
 Examples:
 

@@ -49,9 +49,10 @@ if TYPE_CHECKING:
 
 HELP = """Serve MODEL behind the OpenAI API, with a page at /.
 
-MODEL is a directory in Hugging Face format or a hub id; without it, the small model in the package. Requests are
-batched continuously; what a prompt shares with an earlier one is not computed again; a rank that is lost is started
-again and no request with it. Ctrl-C or SIGTERM lets requests under way end; a second one doesn't.
+MODEL is a directory in Hugging Face format, a .gguf file or a hub id (owner/repo:Q4_K_M); without it, the small model
+in the package. Requests are batched continuously; what a prompt shares with an earlier one is not computed again; a
+rank that is lost is started again and no request with it. Ctrl-C or SIGTERM lets requests under way end; a second one
+doesn't.
 
 Examples:
 

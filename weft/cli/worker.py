@@ -21,9 +21,9 @@ from weft.launch.machine import Machine
 HELP = """Be a rank of a server on another machine: weft serve --join-address prints what to run.
 
 Waits for the server, starts a rank when it is told to, starts it again after it was lost, and waits on when the server
-ends. MODEL says where this machine has the model; default: where the server has it, and where that is no directory
-here, this machine's part of it is fetched from the server, once. The token is in the environment, because a command
-line is seen by everyone.
+ends. MODEL says where this machine has the model; default: where the server has it, and where that is not here, this
+machine's part of it is fetched from the server, once. The token is in the environment, because a command line is seen
+by everyone.
 
 Examples:
 

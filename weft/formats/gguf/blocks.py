@@ -3,7 +3,7 @@
 Each function takes bytes [R, B, of a block] and gives codes [R, B * numbers of a block]. Operations are those of
 ggml's reference in its order, so that results are the same bits. Knows bytes; knows nothing of files or names.
 
-Why not the package for all: it takes 25 to 30 ns a number, this 1 to 2 (docs/log.md).
+Why not the package for all: it gives numbers only, and takes two to three times as long (benchmarks/formats.py).
 Source: ggml-quants.c of llama.cpp.
 """
 
