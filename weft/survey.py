@@ -62,7 +62,7 @@ def _stored(
     told = ", ".join(f"{count} {kind}" for kind, (count, _) in kinds.items())
     bits = 8 * sum(size for _, size in kinds.values()) / max(1, blueprint.numbers)
     what = f"{scheme.words}: {told}" if scheme else told
-    yield Finding("stored", True, f"{what}; {bits:.1f} bits a number", f"becomes {dtype} while it is loaded")
+    yield Finding("stored", True, f"{what}; {bits:.1f} bits a number", f"computed in {dtype}, and kept so")
     for remark in scheme.remarks if scheme else ():
         yield Finding("activations", True, "for 8 bits", remark)
 

@@ -49,12 +49,12 @@ def test_what_a_gguf_model_is(tmp_path: Path) -> None:
     found = {finding["what"]: finding for finding in said["findings"]}
     assert said["model"] == str(path) and all(finding["ok"] for finding in said["findings"])
     assert "tiny.Q8_0.gguf" in found["model"]["value"] and found["model"]["meaning"] == "GGUF, architecture llama"
-    assert "Q4_K" in found["stored"]["value"] and found["stored"]["meaning"] == "becomes float32 while it is loaded"
+    assert "Q4_K" in found["stored"]["value"] and found["stored"]["meaning"] == "computed in float32, and kept so"
     assert found["family"]["value"].startswith("llama: 2 layers of 256, 8 heads over 2")
     assert "GiB a rank" in found["weights, --tp 2"]["value"] and found["end tokens"]["value"] == "<end>"
     assert found["chat template"]["value"] == "yes" and found["tokenizer"]["value"] == "BPE, 258 tokens"
     half = json.loads(weft("doctor", str(path), "--dtype", "bfloat16", "--json").stdout)["findings"]
-    assert any(finding["meaning"] == "becomes bfloat16 while it is loaded" for finding in half)
+    assert any(finding["meaning"] == "computed in bfloat16, and kept so" for finding in half)
 
 
 def test_what_a_quantised_checkpoint_is(tmp_path: Path) -> None:

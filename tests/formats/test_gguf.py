@@ -232,6 +232,10 @@ def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path) -> None:
         path, lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
     )
     assert "does not say its factor" in refused(path, lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN))
+    assert "has logit_scale" in refused(path, lambda w: w.add_logit_scale(0.5))
+    assert "has attention.scale" in refused(path, lambda w: w.add_float32("llama.attention.scale", 0.1))
+    many = "has 300 tokens, and embeddings for 258"
+    assert many in refused(path, lambda w: w.add_token_list([str(n) for n in range(300)]))
     extra = torch.zeros(256).numpy()
     assert "blk.0.attn_q.bias" in refused(path, lambda w: w.add_tensor("blk.0.attn_q.bias", extra))
     assert "blk.0.ffn_gate_inp.weight" in refused(path, lambda w: w.add_tensor("blk.0.ffn_gate_inp.weight", extra))

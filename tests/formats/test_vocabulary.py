@@ -222,6 +222,8 @@ def test_sentencepiece(space: bool | None, tmp_path: Path) -> None:
         assert encoded[0] == 1, "it begins with the begin-of-text token, unless the file says otherwise"
         assert [tokens[token] for token in encoded[1:]] == best_first(prefixed, tokens, scores), text
         assert found.decode(encoded[1:]) == text
+        stream = found.stream((), skip_special_tokens=True)
+        assert "".join([*(stream.step(token) for token in encoded[1:]), stream.end()]) == text
     assert found.end_ids == {2} and found.encode("a</s>")[-1] == 2
 
 

@@ -20,6 +20,13 @@ LAYER_NAMES = {
     "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
+# What changes the computation unless it has this value, and isn't computed here.
+NEUTRAL: dict[str, Any] = {
+    "attention.scale": 0.0, "attention.causal": True, "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0,
+    "attention.temperature_scale": 0.0, "attn_logit_softcapping": 0.0, "final_logit_softcapping": 0.0,
+    "embedding_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0, "use_parallel_residual": False,
+    "rope.scaling.attn_factor": 1.0, "leading_dense_block_count": 0,
+}  # fmt: skip
 FACTORS = "rope_freqs.weight"  # by which rotary frequencies are divided: what is left of Llama 3's scaling
 
 
@@ -70,16 +77,24 @@ class _Keys:
     def __init__(self, header: GgufHeader, name: str) -> None:
         self._header, self._name = header, name
 
+    def there(self, key: str) -> Any:
+        """A value of any type; None if there is none."""
+        return self._header.one(name) if (name := f"{self._name}.{key}") in self._header else None
+
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         return self._header.get(f"{self._name}.{key}", kind, default)
 
+    def number(self, key: str) -> float:
+        """One that must be there."""
+        found: float | None = self.get(key, float)
+        if found is None:
+            raise InputError(f"{self._header.path} does not say {self._name}.{key}; download another file")
+        return found
+
     def whole(self, key: str, default: int | None = None) -> int:
         """A number that must be there, unless there is a default. One for each layer must be the same for all."""
-        found: Any = None
-        if (name := f"{self._name}.{key}") in self._header:
-            found = self._header.one(name)
-        if found is None:
-            found = default
+        found, name = self.there(key), f"{self._name}.{key}"
+        found = default if found is None else found
         if type(found) is not int:
             what = "does not say" if found is None else f"says {found!r} for"
             raise InputError(f"{self._header.path} {what} {name}, which must be a whole number; download another file")
@@ -95,8 +110,8 @@ def configuration(header: GgufHeader, tensors: dict[str, tuple[int, ...]], facto
     facts = _Keys(header, name)
     hidden, heads = facts.whole("embedding_length"), facts.whole("attention.head_count")
     width = facts.whole("attention.key_length", hidden // max(1, heads))
-    _demand_plain(header, facts, width)
     vocabulary = tensors.get("token_embd.weight", (0,))[0]
+    _demand_plain(header, facts, width, vocabulary)
     window = facts.whole("attention.sliding_window", 0)
     family = "mistral" if architecture.family == "llama" and window else architecture.family
     return {
@@ -109,7 +124,7 @@ def configuration(header: GgufHeader, tensors: dict[str, tuple[int, ...]], facto
         "head_dim": width,
         "vocab_size": vocabulary,
         "max_position_embeddings": facts.whole("context_length"),
-        "rms_norm_eps": facts.get("attention.layer_norm_rms_epsilon", float, 1e-5),
+        "rms_norm_eps": facts.number("attention.layer_norm_rms_epsilon"),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in tensors,
         "rope_parameters": _rope(header, facts, factors),
@@ -130,15 +145,19 @@ def heads_of(header: GgufHeader) -> dict[str, int]:
     return found
 
 
-def _demand_plain(header: GgufHeader, facts: _Keys, width: int) -> None:
+def _demand_plain(header: GgufHeader, facts: _Keys, width: int, vocabulary: int) -> None:
     """Raises `InputError` for what would be computed wrongly."""
     wrong = {
         "experts": facts.whole("expert_count", 0) > 0,
         "values of another width than keys": facts.whole("attention.value_length", width) != width,
         "rotary positions in a part of each head": facts.whole("rope.dimension_count", width) != width,
     }
+    wrong |= {key: facts.there(key) not in (None, neutral) for key, neutral in NEUTRAL.items()}
     for what in (what for what, is_so in wrong.items() if is_so):
         raise InputError(f"{header.path} has {what}, which weft can't run in GGUF")
+    if header.count("tokenizer.ggml.tokens") > vocabulary:
+        told = f"{header.count('tokenizer.ggml.tokens')} tokens, and embeddings for {vocabulary}"
+        raise InputError(f"{header.path} has {told}; download another file")
 
 
 def _rope(header: GgufHeader, facts: _Keys, factors: list[float]) -> dict[str, Any]:

@@ -92,6 +92,11 @@ class GgufHeader:
         found = set(self.list(key) or ())
         return found.pop() if len(found) == 1 else f"{len(found)} different values"
 
+    def count(self, key: str) -> int:
+        """How many a list has; none if there is none."""
+        value = self._values.get(key)
+        return value.count if isinstance(value, _List) else 0
+
     def list(self, key: str) -> list[Any] | None:
         """All of it; None if there is none."""
         value = self._values.get(key)
