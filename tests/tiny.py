@@ -42,6 +42,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def random_model(family: str, sizes: dict[str, Any]) -> Any:
+    """transformers' model of a family, whose norms and biases are not all alike."""
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model
+
+
 class Checkpoints:
     """Saves each model on first use."""
 
@@ -59,14 +71,7 @@ class Checkpoints:
     def model(self, name: str) -> Any:
         """transformers' own model."""
         family, changes = MODELS[name]
-        config = getattr(transformers, f"{family}Config")(**{**SMALL, **changes})
-        torch.manual_seed(0)
-        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-        with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
-                if "norm" in parameter_name or "bias" in parameter_name:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.3)
-        return model
+        return random_model(family, SMALL | changes)
 
     def model_anew(self, name: str) -> Any:
         """The same; its rotary embedding has not seen a long prompt yet."""

@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as Type
 from tests.formats.gguf_files import HALVES, WRITTEN, bytes_only, held, plain, write
 from tests.processes import weft
 from tests.ranks import Ranks
-from tests.tiny import SMALL
+from tests.tiny import SMALL, random_model
 from weft.errors import InputError
 from weft.formats.checkpoint import open_checkpoint
 from weft.formats.description import model_config
@@ -43,14 +43,7 @@ PROMPT = tuple(torch.randint(0, 258, (90,), generator=torch.Generator().manual_s
 def tiny(name: str) -> Any:
     """transformers' own model."""
     family, _, changes = FAMILIES[name]
-    config = getattr(transformers, f"{family}Config")(**{**SMALL, **WIDE, **changes})
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if "norm" in parameter_name or "bias" in parameter_name:
-                parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model
+    return random_model(family, SMALL | WIDE | changes)
 
 
 def written(path: Path, name: str, choice: Any = "F32", **options: Any) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -20,29 +20,27 @@ TP = Annotated[
 ]  # fmt: skip
 
 
-def _known_dtype(given: str) -> str:
-    one_of(given, "--dtype", DTYPES)
-    return given
+def _known(option: str, values: tuple[str, ...]) -> Callable[[str], str]:
+    """Refuses others before anything is looked at."""
+
+    def check(given: str) -> str:
+        one_of(given, option, values)
+        return given
+
+    return check
 
 
 DTYPE = Annotated[
     str,
     typer.Option(
-        callback=_known_dtype,
+        callback=_known("--dtype", DTYPES),
         help="What is computed in: float32, or bfloat16, which takes half the memory and on many processors longer.",
     ),
 ]
-
-
-def _known_weights(given: str) -> str:
-    one_of(given, "--weights", WEIGHTS)
-    return given
-
-
 STORED = Annotated[
     str,
     typer.Option(
-        "--weights", callback=_known_weights,
+        "--weights", callback=_known("--weights", WEIGHTS),
         help="What weights are stored in; auto: what is computed in, whatever the checkpoint has.",
     ),
 ]  # fmt: skip
