@@ -101,17 +101,19 @@ class QuantisedCheckpoint:
 
     # Reading what is beside a matrix
 
-    def _tensor(self, name: str, rows: range | None = None, columns: range | None = None) -> Tensor:
+    def _demand(self, name: str) -> None:
         if name not in self._plain:
             raise InputError(f"{self.path} has no {name}, without which its matrix says nothing; download it again")
+
+    def _tensor(self, name: str, rows: range | None = None, columns: range | None = None) -> Tensor:
+        self._demand(name)
         part = self._plain.read(name, rows, columns)
         assert isinstance(part, Plain), "what a quantised matrix is made of are plain tensors"
         return part.values
 
     def _matrix(self, name: str, dtype: torch.dtype = torch.int32) -> tuple[int, int]:
         """The shape of a packed one."""
-        if name not in self._plain:
-            raise InputError(f"{self.path} has no {name}, without which its matrix says nothing; download it again")
+        self._demand(name)
         shape = self._plain.shape(name)
         if len(shape) != 2 or 0 in shape or self._tensor(name, range(0)).dtype != dtype:
             raise InputError(f"{self.path}: {name} is {shape}, not a matrix of {dtype}; download it again")
@@ -180,8 +182,7 @@ class QuantisedCheckpoint:
 
     def _groups(self, scale: str, height: int) -> int:
         """Of the columns. Raises `InputError` where there are not as many scales as rows."""
-        if scale not in self._plain:
-            raise InputError(f"{self.path} has no {scale}, without which its matrix says nothing; download it again")
+        self._demand(scale)
         shape = self._plain.shape(scale)
         if shape in ([], [1], [1, 1], [height]):
             return 1
@@ -202,8 +203,7 @@ class QuantisedCheckpoint:
     def _scaled(self, stem: str, scale: str, block: tuple[int, int] | None) -> _StoredMatrix:
         """Of one byte a number, each row, group or block with its scale."""
         weight = f"{stem}.weight"
-        if weight not in self._plain:
-            raise InputError(f"{self.path} has no {weight}, whose scale is there; download it again")
+        self._demand(weight)
         shape, kind = self._plain.shape(weight), self._tensor(weight, range(0)).dtype
         if len(shape) != 2 or 0 in shape or kind not in (torch.int8, torch.float8_e4m3fn):
             raise InputError(f"{self.path}: {weight} is {shape} of {kind}, not a matrix of 8 bits; download it again")
@@ -295,8 +295,7 @@ class QuantisedCheckpoint:
     def _mxfp4(self, stem: str) -> _StoredMatrix:
         """Blocks [..., G, 16] of 32 values, a power of two for each [..., G]; what stands before are rows."""
         blocks, scales = f"{stem}_blocks", f"{stem}_scales"
-        if scales not in self._plain:
-            raise InputError(f"{self.path} has no {scales}, without which its matrix says nothing; download it again")
+        self._demand(scales)
         shape = self._plain.shape(blocks)
         if len(shape) < 3 or shape[-1] != 16 or self._plain.shape(scales) != shape[:-1]:
             raise self._disagree(blocks, scales)
