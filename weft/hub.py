@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from weft.errors import InputError
-from weft.formats.fingerprint import is_gguf, weight_files
+from weft.formats.fingerprint import INDEX, SINGLE, is_gguf, weight_files
 from weft.formats.gguf.files import SPLIT
 
 PACKAGED = Path(__file__).parent / "packaged"
@@ -28,8 +28,7 @@ def locate(model: str | Path | None, weights: bool = True) -> Path:
         return PACKAGED
     name, path = str(model), _place(str(model))
     if path.is_dir():
-        of_files = not (path / "config.json").is_file() and any(path.glob("*.gguf"))
-        return _of_directory(path, None) if of_files else path  # what else is missing, its reader says
+        return path if _has_tensors(path) or not any(path.glob("*.gguf")) else _of_directory(path, None)
     before, _, tag = name.rpartition(":")
     if before and _place(before).is_dir():
         return _of_directory(_place(before), tag)
@@ -39,7 +38,7 @@ def locate(model: str | Path | None, weights: bool = True) -> Path:
         if not is_gguf(path):
             raise InputError(f"{name} is a file; give the directory that it is in, or a .gguf file")
         return path
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    if path.is_absolute() or name.startswith((".", "~")) or (before or name).count("/") > 1:
         raise InputError(f"{name} is not a directory; give a Hugging Face checkpoint's, a .gguf file or a hub id")
     return _asked(name, lambda: _file_of(before, tag, weights) if before else _download(name, weights))
 
@@ -69,6 +68,11 @@ def _place(name: str) -> Path:
     return path
 
 
+def _has_tensors(path: Path) -> bool:
+    """Whether it is a directory in Hugging Face's format, though GGUF files may lie there too."""
+    return any((path / name).is_file() for name in (SINGLE, INDEX))
+
+
 def _of_directory(path: Path, tag: str | None) -> Path:
     """The one .gguf model in it, or the one of that name."""
     there = [str(file.relative_to(path)) for file in (*path.glob("*.gguf"), *path.glob("*/*.gguf"))]
@@ -78,39 +82,43 @@ def _of_directory(path: Path, tag: str | None) -> Path:
 def chosen(where: str, files: Iterable[str], tag: str | None) -> list[str]:
     """All files of one GGUF model of those that are there. Raises `InputError` that says what there is, if `tag`, such
     as Q4_K_M, is not one of them alone, or none is given and there are several."""
-    models: dict[str, list[str]] = {}
+    models: dict[tuple[str, str], list[str]] = {}
     for file in sorted(files):
-        if is_gguf(Path(file)) and not any(part in file.lower() for part in BESIDE):
+        if is_gguf(Path(file)) and not any(part in PurePosixPath(file).name.lower() for part in BESIDE):
             models.setdefault(_stem(file), []).append(file)
-    found = [stem for stem in models if tag is None or _is(stem, tag)]
+    meant = [each for each in models if tag is None or _is(each[0], models[each], tag)]
+    named = [each for each in meant if tag is not None and tag.lower() == _tag(each[0]).lower()]  # not UD-Q4_K_XL too
+    found = named if len(named) == 1 else meant
     if len(found) == 1:
         return models[found[0]]
-    names = sorted({_tag(stem) for stem in models})
-    if not names:
+    tags = sorted({_tag(stem) for stem, _ in models})
+    if not tags:
         raise InputError(f"{where} has no .gguf file")
-    if tag is not None and not found:
-        raise InputError(f"{where} has no {tag}; it has {', '.join(names)}")
-    which = sorted(map(_tag, found)) if len({*map(_tag, found)}) == len(found) else sorted(found)
+    if not found:
+        raise InputError(f"{where} has no {tag}; it has {', '.join(tags)}")
+    own = [_tag(stem) for stem, _ in found]
+    which = sorted(own) if len({*own}) == len(own) else sorted(models[each][0] for each in found)
     raise InputError(f"{where} has {', '.join(which)}: give one of them, as in {where}:{which[0]}")
 
 
-def _stem(file: str) -> str:
-    """Without what all parts of a model have beside it."""
+def _stem(file: str) -> tuple[str, str]:
+    """What all files of a model have in common: their name, and how many they are, if they are several."""
     path = PurePosixPath(file)
     split = SPLIT.fullmatch(path.name)
-    return str(path.with_name(split[1])) if split else str(path.with_suffix(""))
+    return (str(path.with_name(split[1])), split[3]) if split else (str(path.with_suffix("")), "")
 
 
 def _tag(stem: str) -> str:
     """How a model is told from others: by how its weights are stored, where its name ends so."""
-    name = PurePosixPath(stem).name
-    found = TAG.fullmatch(name)
+    found = TAG.fullmatch(PurePosixPath(stem).name)
     return found[1] if found else stem
 
 
-def _is(stem: str, tag: str) -> bool:
-    """Whether that names it: the end of its name, all of it, or its directory's."""
-    path, wanted = PurePosixPath(stem.lower()), tag.lower().removesuffix(".gguf")
+def _is(stem: str, files: Sequence[str], tag: str) -> bool:
+    """Whether that names a model: one of its files, the end of its name or all of it, or its directory."""
+    path, wanted = PurePosixPath(stem.lower()), tag.lower()
+    if is_gguf(Path(tag)):
+        return any(wanted in (file.lower(), PurePosixPath(file.lower()).name) for file in files)
     ends = path.name.endswith(tuple(mark + wanted for mark in "-._"))
     return bool(wanted) and (wanted in (path.name, str(path), path.parent.name) or ends)
 
@@ -121,34 +129,45 @@ def _download(name: str, weights: bool) -> Path:
 
     wanted = FILES if weights else ["config.json"]
     directory = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=ELSEWHERE))
-    if not (directory / "config.json").is_file():
-        return _file_of(name, None, weights)
-    if not weights:
-        return directory
-    needed = [file.name for file in weight_files(directory)]
-    return Path(snapshot_download(name, allow_patterns=needed, ignore_patterns=ELSEWHERE))
+    if weights:
+        needed = [file.name for file in weight_files(directory)]
+        directory = Path(snapshot_download(name, allow_patterns=needed, ignore_patterns=ELSEWHERE))
+    configured = (directory / "config.json").is_file()
+    if (configured and (not weights or _has_tensors(directory))) or not any(is_gguf(Path(f)) for f in _listed(name)):
+        return directory  # what is missing, its reader says
+    return _file_of(name, None, weights)
 
 
 def _file_of(name: str, tag: str | None, weights: bool) -> Path:
     """A .gguf model of a repository, all its files; without `weights` only if it is in the cache."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     files = chosen(name, _listed(name), tag)
-    paths = [Path(hf_hub_download(name, file, local_files_only=not weights)) for file in files]
+    try:
+        paths = [Path(hf_hub_download(name, file, local_files_only=not weights)) for file in files]
+    except LocalEntryNotFoundError:
+        if weights:
+            raise
+        raise InputError(f"{files[0]} of {name} is not here yet, and all of it would be fetched for its header; give "
+                         "the model that it was made from, which has a config.json") from None  # fmt: skip
     return paths[0]
 
 
 def _listed(name: str) -> Sequence[str]:
     """A repository's files; where the hub isn't asked, or doesn't answer, those in the cache."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return list(HfApi().list_repo_files(name))
-    except (HfHubHTTPError, HFValidationError):
+    except HFValidationError:
         raise
-    except Exception:  # whatever kept it from answering: its HTTP client's own, or the wish to stay offline
-        directory = Path(snapshot_download(name, allow_patterns=[], local_files_only=True))
+    except Exception as error:  # whatever kept it from answering: its HTTP client's own, or the wish to stay offline
+        try:
+            directory = Path(snapshot_download(name, allow_patterns=[], local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise error if isinstance(error, HfHubHTTPError) else LocalEntryNotFoundError(str(error)) from None
         return [str(file.relative_to(directory)) for file in directory.rglob("*.gguf")]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from weft.admission import end_ids
 from weft.config import ModelConfig
+from weft.errors import InputError
 from weft.execute.process import free_memory
 from weft.finding import Finding
 from weft.formats.checkpoint import Checkpoint, open_checkpoint
@@ -22,7 +23,7 @@ from weft.model.blueprint import Blueprint
 from weft.model.families import blueprint_of
 from weft.model.shares import remembered, shard_bytes, shares_of
 from weft.parallel.sizes import NUMBER_BYTES
-from weft.text import Tokenizer, tokenizer_of
+from weft.text import tokenizer_of
 
 SOME = 3  # that are named where many are meant
 
@@ -36,8 +37,7 @@ def survey(path: Path, ranks: int, dtype: str) -> list[Finding]:
     blueprint = blueprint_of(config)
     with closing(open_checkpoint(path, config.fields)) as checkpoint:
         found = [*_files(path, config), *_stored(checkpoint, blueprint, config, dtype), _tensors(checkpoint, blueprint)]
-    tokenizer = tokenizer_of(path)
-    return [*found, *_memory(blueprint, config, ranks, dtype), *_texts(path, config, tokenizer)]
+    return [*found, *_memory(blueprint, config, ranks, dtype), *_texts(path, config)]
 
 
 def _files(path: Path, config: ModelConfig) -> Iterator[Finding]:
@@ -64,7 +64,7 @@ def _stored(
     what = f"{scheme.words}: {told}" if scheme else told
     yield Finding("stored", True, f"{what}; {bits:.1f} bits a number", f"computed in {dtype}, and kept so")
     for remark in scheme.remarks if scheme else ():
-        yield Finding("activations", True, "for 8 bits", remark)
+        yield Finding("made for more", True, "few bits", remark)
 
 
 def _tensors(checkpoint: Checkpoint, blueprint: Blueprint) -> Finding:
@@ -97,9 +97,14 @@ def _memory(blueprint: Blueprint, config: ModelConfig, ranks: int, dtype: str) -
                   f"room for {many:,} tokens beside the weights")  # fmt: skip
 
 
-def _texts(path: Path, config: ModelConfig, tokenizer: Tokenizer | None) -> Iterator[Finding]:
+def _texts(path: Path, config: ModelConfig) -> Iterator[Finding]:
+    tokenizer, why = None, "prompts as token ids only"
+    try:
+        tokenizer = tokenizer_of(path)
+    except InputError as error:  # the rest is worth knowing all the same
+        why = f"this model can't be run: {error}"
     if tokenizer is None:
-        yield Finding("tokenizer", False, "none", "prompts as token ids only")
+        yield Finding("tokenizer", False, "none", why)
     else:
         yield Finding("tokenizer", True, tokenizer.words, "texts to tokens and back")
         template = tokenizer.has_template
@@ -110,6 +115,6 @@ def _texts(path: Path, config: ModelConfig, tokenizer: Tokenizer | None) -> Iter
             "weft chat and /v1/chat/completions" if template else "weft generate and /v1/completions only",
         )
     ends, lines = end_ids(path, config, tokenizer)
-    names = [tokenizer.decode([end]) if tokenizer else str(end) for end in sorted(ends)]
+    names = [ascii(tokenizer.decode([end]))[1:-1] if tokenizer else str(end) for end in sorted(ends)]
     yield Finding("end tokens", bool(ends), ", ".join(names) or "none",
                   "; ".join(lines) or ("end an answer" if ends else "answers end at --max-tokens"))  # fmt: skip

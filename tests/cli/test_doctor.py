@@ -75,6 +75,17 @@ def test_what_is_missing_is_said_before_anything_is_loaded(checkpoints: Checkpoi
     assert not line["ok"] and line["value"] == f"1 missing: {gone}; 1 not as the configuration says: {cut}"
 
 
+def test_a_tokenizer_that_is_not_known_is_one_line_of_the_report(tmp_path: Path) -> None:
+    path = written(tmp_path / "tiny.gguf", "llama", "Q8_0")
+    data = path.read_bytes()
+    assert data.count(b"gpt-2") == 1
+    path.write_bytes(data.replace(b"gpt-2", b"gpt-x"))
+    said = json.loads(weft("doctor", str(path), "--json", code=1).stdout)["findings"]
+    [line] = [finding for finding in said if finding["what"] == "tokenizer"]
+    assert not line["ok"] and "'gpt-x', which is not known" in line["meaning"]
+    assert any(finding["what"] == "tensors" and finding["ok"] for finding in said)
+
+
 def test_models_that_say_nothing(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGML" + bytes(100))
     assert "is no GGUF file" in weft("doctor", str(tmp_path / "x.gguf"), code=2).stderr

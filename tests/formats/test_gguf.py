@@ -165,6 +165,26 @@ def test_rope_scalings(scaling: str, tmp_path: Path) -> None:
     assert float((found - expected).abs().max()) <= 2e-4 * float(expected.abs().max())
 
 
+def test_rope_scalings_without_a_type_are_linear(tmp_path: Path) -> None:
+    """As in llama.cpp; and with Llama 3's factors beside them they are refused."""
+    for key, value, rope in (
+        ("rope.scaling.factor", 4.0, {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
+        ("rope.scale_linear", 2.0, {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
+        ("rope.scaling.factor", 1.0, {"rope_type": "default", "rope_theta": 10000.0}),
+    ):
+        path = write(tmp_path / "a.gguf", tiny("llama"), "llama", "F32",
+                     lambda w, key=key, value=value: w.add_float32(f"llama.{key}", value))  # fmt: skip
+        assert model_config(path).fields["rope_parameters"] == rope
+
+    def both(writer: gguf.GGUFWriter) -> None:
+        writer.add_float32("llama.rope.scaling.factor", 4.0)
+        writer.add_tensor("rope_freqs.weight", factors(tiny("llama-3")).numpy(), raw_dtype=Type.F32)
+
+    path = write(tmp_path / "a.gguf", tiny("llama-3"), "llama", "F32", both)
+    with pytest.raises(InputError, match=r"has both rope_freqs.weight and a rope scaling, linear"):
+        model_config(path)
+
+
 def test_split_files(tmp_path: Path) -> None:
     """Named and numbered as gguf-split has them; any of them may be given."""
     written(tmp_path / "tiny.gguf", "llama", "Q8_0", split_max_tensors=6)
@@ -207,9 +227,9 @@ def test_from_the_file_to_an_answer(tmp_path: Path) -> None:
     assert len(ids[0]) == 6 and ids[0] == ids[1]
 
 
-def refused(path: Path, more: Any, arch: str = "llama") -> str:
+def refused(path: Path, more: Any, name: str = "llama", arch: str = "llama") -> str:
     """Why a file with something more in it isn't run."""
-    write(path, tiny("llama"), "llama", "F32", more)
+    write(path, tiny(name), arch, "F32", more)
     with pytest.raises(InputError) as told:
         config = model_config(path)
         missing = open_checkpoint(path, config.fields).unexpected(blueprint_of(config).tensors)
@@ -224,6 +244,7 @@ def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path) -> None:
     assert "the rope scaling 'longrope' is not known" in refused(
         path, lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
     )
+    assert "has a sliding window of 64" in refused(path, lambda w: w.add_sliding_window(64), "qwen2", "qwen2")
     assert "does not say its factor" in refused(path, lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN))
     assert "has logit_scale" in refused(path, lambda w: w.add_logit_scale(0.5))
     assert "has attention.scale" in refused(path, lambda w: w.add_float32("llama.attention.scale", 0.1))

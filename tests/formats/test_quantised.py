@@ -244,6 +244,9 @@ def test_mxfp4_is_as_transformers_has_it(tmp_path: Path) -> None:
         ({"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 3}}}}, "num_bits 3"),
         ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "bits 3; what can be read is one of 2, 4, 8"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "marlin"}, "'marlin'"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "format": "gptq_v2", "checkpoint_format": "gptq"},
+         "says two formats"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"-:x": {}}}, "differs by layer"),
         ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}, "layout 'gemv'"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size \[128\]; give rows and columns"),
         ("awq", "quantization_config is 'awq', not an object"),
@@ -253,6 +256,16 @@ def test_what_can_not_be_read_is_one_line(change: Any, said: str, tmp_path: Path
     with pytest.raises(InputError, match=said) as told:
         scheme_of({"quantization_config": change})
     assert "\n" not in str(told.value)
+
+
+def test_what_says_the_same_in_other_words() -> None:
+    for field in ("format", "checkpoint_format"):
+        given = {"quant_method": "gptq", "bits": 4, "group_size": 128, field: "gptq_v2"}
+        found = scheme_of({"quantization_config": given})
+        assert found is not None and not found.zero_less
+    dense = {"quant_method": "compressed-tensors", "format": "dense",
+             "sparsity_config": {"format": "dense", "global_sparsity": 0.1, "ignore": []}}  # fmt: skip
+    assert scheme_of({"quantization_config": dense}) is not None
 
 
 def broken(directory: Path, name: str, change: Callable[[dict[str, Tensor]], None]) -> str:

@@ -11,7 +11,8 @@ import torch
 
 from tests.tiny import Checkpoints
 from weft.errors import InputError
-from weft.formats.description import model_config
+from weft.execute.process import Peak
+from weft.formats.description import generation_defaults, model_config
 from weft.formats.safetensor import SafetensorsCheckpoint
 from weft.model.families import blueprint_of
 from weft.model.shares import shares_of
@@ -107,6 +108,20 @@ def test_an_index_that_is_none(sharded: Path, content: str) -> None:
     (sharded / "model.safetensors.index.json").write_text(content)
     with pytest.raises(InputError, match="index.json can't be read"):
         load_all(sharded)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "generation_config.json"])
+@pytest.mark.parametrize("inner", ["[]", "0" * 50])
+def test_json_of_nothing_but_entries(sharded: Path, name: str, inner: str) -> None:
+    """Some bytes each, and far more in memory."""
+    (sharded / name).write_text('{"weight_map": {}, "a": [' + f"{inner}," * 600_000 + "0]}")
+    with Peak() as peak:
+        if name == "generation_config.json":
+            assert "left out" in generation_defaults(sharded)[1][0]
+        else:
+            with pytest.raises(InputError, match="which no model needs"):
+                load_all(sharded)
+    assert peak.taken < 100 << 20
 
 
 def test_an_index_can_not_point_out_of_the_directory(sharded: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from weft.errors import InputError
+from weft.execute.process import Peak
 from weft.formats.description import model_config
+from weft.formats.gguf.architectures import _ends
+from weft.formats.gguf.header import header_of
 from weft.formats.gguf.vocabulary import PRE_TOKENIZERS
 from weft.text import Tokenizer as Weft
 from weft.text import has_tokenizer, tokenizer_of
@@ -59,7 +63,8 @@ def write(path: Path, tokenizer: Tokenizer, pre: str | None, **changes: Any) -> 
     writer.add_token_types(changes.get("kinds", [3 if token == "<end>" else 1 for token in tokens]))
     writer.add_token_merges(changes.get("merges", [" ".join(pair) for pair in model["merges"]]))
     writer.add_eos_token_id(changes.get("eos", tokens.index("<end>")))
-    writer.add_bos_token_id(tokens.index("<end>"))
+    if changes.get("bos", True):
+        writer.add_bos_token_id(tokens.index("<end>"))
     for name in ("add_add_bos_token", "add_add_eos_token", "add_chat_template"):
         if name in changes:
             getattr(writer, name)(changes[name])
@@ -114,12 +119,38 @@ def test_rows_are_those_that_transformers_has_too() -> None:
             assert ours.pre_tokenize_str(text) == theirs.pre_tokenize_str(text), (name, text)
 
 
+# As llama-vocab.cpp of llama.cpp has them, where it has the whole of an expression.
+LLAMA3 = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+PUBLISHED = {
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0"), (LLAMA3,)),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), (LLAMA3,)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), (LLAMA3.replace("{1,3}", ""),)),
+    **dict.fromkeys(("smollm", "minerva-7b"), (r"\p{N}", GPT2)), "gpt-2": (GPT2,),
+}  # fmt: skip
+
+
+def test_every_row_is_held_against_somebody_elses_words() -> None:
+    assert set(PRE_TOKENIZERS) == set(PUBLISHED) | {
+        name for name in GGUF_PRE_TOKENIZER_SPLITS if name in PRE_TOKENIZERS
+    }
+    for name, patterns in PUBLISHED.items():
+        ours, theirs = (
+            pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(each), behavior="isolated") for each in expressions])
+            for expressions in (PRE_TOKENIZERS[name].patterns, patterns)
+        )
+        for text in TEXTS:
+            assert ours.pre_tokenize_str(text) == theirs.pre_tokenize_str(text), (name, text)
+
+
 @pytest.mark.parametrize(
     ("pre", "expected"),
     [
         ("smollm", ["it", "'s", " ", "1", "2", " cats"]), ("llama-bpe", ["it", "'s", " ", "12", " cats"]),
         ("qwen2", ["it", "'s", " ", "1", "2", " cats"]), ("gpt-2", ["it", "'s", " 12", " cats"]),
-        ("deepseek-v3", ["it", "'s", " ", "12", " cats"]),
     ],
 )  # fmt: skip
 def test_cuts_by_hand(pre: str, expected: list[str]) -> None:
@@ -186,7 +217,9 @@ def pieces(path: Path, **changes: Any) -> tuple[Path, list[str], list[float]]:
     writer.add_token_list(tokens)
     writer.add_token_scores(changes.get("scores", scores))
     writer.add_token_types(kinds)
-    for key, token in (("bos", 1), ("eos", 2), ("unk", 0)):
+    if "merges" in changes:
+        writer.add_token_merges(changes["merges"])
+    for key, token in () if changes.get("unnamed") else (("bos", 1), ("eos", 2), ("unk", 0)):
         getattr(writer, f"add_{key}_token_id")(token)
     if "space" in changes:
         writer.add_add_space_prefix(changes["space"])
@@ -227,6 +260,56 @@ def test_sentencepiece(space: bool | None, tmp_path: Path) -> None:
     assert found.end_ids == {2} and found.encode("a</s>")[-1] == 2
 
 
+def test_sentencepiece_with_one_score_for_all(tmp_path: Path) -> None:
+    """As llama.cpp's converter writes it where a model has no tokenizer.model: then the file's merges tell, if any."""
+    path, tokens, scores = pieces(tmp_path / "a.gguf")
+    value = dict(zip(tokens, scores, strict=True))
+    merges = [(left, right) for left in tokens for right in tokens if left + right in value and left and right]
+    merges.sort(key=lambda pair: -value["".join(pair)])
+    alike = [-1000.0] * len(tokens)
+    other, _, _ = pieces(tmp_path / "b.gguf", scores=alike, merges=[" ".join(pair) for pair in merges])
+    one, two = tokenizer_of(path), tokenizer_of(other)
+    assert one is not None and two is not None
+    for text in ("the statement is a test", "statements, dé", "a the"):
+        assert one.encode(text) == two.encode(text)
+    refused(pieces(tmp_path / "c.gguf", scores=alike)[0], "the same score for all tokens, and no merges")
+
+
+def test_sentencepiece_names_no_tokens(tmp_path: Path) -> None:
+    """llama.cpp has the usual ones then; of other vocabularies a wanted token must be named."""
+    found = tokenizer_of(pieces(tmp_path / "a.gguf", unnamed=True)[0])
+    assert found is not None and found.encode("the")[0] == 1 and found.end_ids == {2}
+
+
+def test_ends_are_found_by_their_names_whatever_their_kind(tmp_path: Path) -> None:
+    own = trained(OWN["gpt-2"])
+    vocabulary = own.get_vocab()
+    tokens = [*sorted(vocabulary, key=vocabulary.get), "<|im_end|>", "<|eot_id|>"]  # type: ignore[arg-type]
+    kinds = [3 if token == "<end>" else 4 if token == "<|im_end|>" else 1 for token in tokens]
+    path = write(tmp_path / "a.gguf", own, "gpt-2", tokens=tokens, kinds=kinds)
+    assert _ends(header_of(path)) == [tokens.index(name) for name in ("<end>", "<|im_end|>", "<|eot_id|>")]
+    found = tokenizer_of(path)
+    assert found is not None and found.encode("x<|eot_id|>") == [*found.encode("x"), tokens.index("<|eot_id|>")]
+
+
+def test_what_takes_too_much_is_refused(tmp_path: Path) -> None:
+    own, path = trained(OWN["gpt-2"]), tmp_path / "a.gguf"
+    vocabulary = own.get_vocab()
+    many = [*sorted(vocabulary, key=vocabulary.get), *map(str, range(10_000, 50_000))]  # type: ignore[arg-type]
+    with Peak() as peak:
+        refused(write(path, own, "gpt-2", tokens=many, kinds=[4] * len(many)), "tokens that are found whole, and 32768")
+        words = ["".join(letters) for length in range(1, 17) for letters in product("ab", repeat=length)]
+        writer = gguf.GGUFWriter(str(path), "llama")
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(words)
+        writer.add_token_scores([float(number) for number in range(len(words))])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        refused(path, "made of others in more than 1048576 ways")
+    assert peak.taken < 400 << 20, "a 6 MB file; the objects of a million ways"
+
+
 def refused(path: Path, said: str) -> None:
     with pytest.raises(InputError, match=said) as told:
         Weft(path)
@@ -248,8 +331,9 @@ def test_what_does_not_go_together(tmp_path: Path) -> None:
     refused(write(path, own, "gpt-2", tokens=["a", "b", "a"]), "token 2, 'a', is there twice")
     refused(write(path, own, "gpt-2", tokens=["a", "x" * 2000]), "is there twice, or far too long")
     refused(write(path, own, "gpt-2", tokens=[f"{n:0600}" for n in range(2000)]), "tokens of 600 characters, far too")
-    refused(write(path, own, "gpt-2", kinds=[1, 1]), "has 2 kinds for")
+    refused(write(path, own, "gpt-2", kinds=[1, 1]), "has 2 token_type for")
     refused(write(path, own, "gpt-2", eos=10_000), "the eos token is 10000, and there are")
+    refused(write(path, own, "gpt-2", bos=False, add_add_bos_token=True), "wants a bos token with each text, and names")
     refused(write(path, own, "gpt-2", add_chat_template="x" * 2_000_000), "the chat template has 2000000 characters")
     refused(pieces(tmp_path / "p.gguf", scores=[0.0, 1.0])[0], "has 2 scores for")
 

@@ -33,7 +33,7 @@ class Sending:
         try:
             data = cut_out(Path(self._held.path), self._held.files, wanted)
         except OSError as error:
-            raise InputError(f"{wanted.file} of {self._held.path} can't be read ({error.strerror})") from None
+            raise InputError(f"{self._held.path}: {wanted.file} can't be read ({error.strerror})") from None
         self._bytes += len(data)
         if time.monotonic() - self._said > EVERY:
             self._said = time.monotonic()

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ from weft.config import ModelConfig
 from weft.errors import InputError
 from weft.formats.fingerprint import is_gguf
 from weft.formats.gguf.files import GgufFiles
+from weft.formats.json_files import read_json
 from weft.formats.schemes import scheme_of
 
 PROPOSED = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
             "penalty_repeat": "repetition_penalty"}  # fmt: skip
-MOST_JSON = 64 << 20  # bytes of a configuration
 
 
 def model_config(path: Path) -> ModelConfig:
@@ -44,21 +43,6 @@ def _checked(path: Path, raw: dict[str, Any]) -> ModelConfig:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return config
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object. Raises `InputError` for a file that is missing, or has none."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing; a checkpoint in Hugging Face format has one")
-    try:
-        if path.stat().st_size > MOST_JSON:
-            raise InputError(f"{path} has more than {MOST_JSON} bytes; it is not a model's configuration")
-        raw = json.loads(path.read_text("utf-8-sig"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} can't be read as JSON ({error}); download the file again") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path} holds no JSON object; it is not a model's configuration")
-    return raw
 
 
 def generation_defaults(path: Path) -> tuple[dict[str, Any], list[str]]:

@@ -8,7 +8,6 @@ tensors. No torch.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from msgspec.structs import replace
 from weft.errors import InputError
 from weft.formats.gguf.files import parts_of
 from weft.formats.gguf.header import header_of
+from weft.formats.json_files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LONGEST_HEADER = 100 << 20  # bytes, as safetensors itself has it
@@ -86,10 +86,10 @@ def weight_files(path: Path) -> list[Path]:
         return parts_of(path)
     if not os.path.isfile(path / SINGLE):  # first, as in transformers
         try:
-            named = json.loads((path / INDEX).read_text("utf-8"))["weight_map"].values()
+            named = read_json(path / INDEX)["weight_map"].values()
             return [path / name for name in sorted({str(name) for name in named})]
         # What is wrong with it, its reader says.
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             pass
     return [path / SINGLE]
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from weft.errors import InputError
 from weft.formats.checkpoint import Bring, counted
 from weft.formats.fingerprint import Wanted
+from weft.formats.json_files import read_json
 from weft.formats.packed import Plain
 
 PREFIX = "model."
@@ -51,11 +52,11 @@ class SafetensorsCheckpoint:
 
     def _from_index(self, index: Path) -> dict[str, Path]:
         try:
-            weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+            weight_map: dict[str, str] = read_json(index)["weight_map"]
             names = sorted(set(weight_map.values()))
             if not names or not all(isinstance(name, str) for name in names):
                 raise ValueError("weight_map names no files")
-        except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{index} can't be read ({error!r}); download the file again") from None
         for name in names:
             if Path(name).name != name or not name:

@@ -15,6 +15,7 @@ COMPRESSED, GPTQ, AWQ, FP8, MXFP4 = "compressed-tensors", "gptq", "awq", "fp8", 
 METHODS = (COMPRESSED, GPTQ, AWQ, FP8, MXFP4)
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense", "mixed-precision")
 MOST_GROUPS = 1000
+ACTIVATIONS = "it was made for quantised activations; weft computes them whole"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _compressed(given: Mapping[str, Any]) -> Scheme:
     _demand(given, "format", "dense", *FORMATS)
     for name in ("sparsity_config", "transform_config"):
         inner = given.get(name)
-        if inner and not (isinstance(inner, Mapping) and inner.get("format") in (None, "dense") and len(inner) < 2):
+        if inner and not (isinstance(inner, Mapping) and inner.get("format") == "dense"):
             raise InputError(f"the checkpoint's quantization_config has a {name}, which can't be read; use another one")
     groups = given.get("config_groups") or {}
     if not isinstance(groups, Mapping) or len(groups) > MOST_GROUPS:
@@ -91,13 +92,19 @@ def _compressed(given: Mapping[str, Any]) -> Scheme:
         if weights.get("block_structure"):
             blocks.append(_block(weights["block_structure"], "block_structure"))
         if group.get("input_activations"):
-            remarks.append("it was made for quantised activations; weft computes them whole")
+            remarks.append(ACTIVATIONS)
+    if given.get("kv_cache_scheme"):
+        remarks.append("it was made for quantised keys and values; weft keeps them whole")
     return Scheme(COMPRESSED, min(bits), tuple(dict.fromkeys(sizes)), next(iter(blocks), None),
                   remarks=tuple(dict.fromkeys(remarks)))  # fmt: skip
 
 
 def _gptq(given: Mapping[str, Any]) -> Scheme:
-    form = _demand(given, "checkpoint_format", "gptq", "gptq", "gptq_v2")
+    forms = ("gptq", "gptq_v2")
+    other = _demand(given, "format", "gptq", *forms)  # what GPTQModel calls it
+    form = _demand(given, "checkpoint_format", other, *forms)
+    if given.get("dynamic") or (given.get("format") and form != other):
+        raise InputError("the checkpoint's quantization_config differs by layer, or says two formats; use another one")
     sizes = () if given.get("group_size") == -1 else (_whole(given, "group_size"),)
     return Scheme(GPTQ, _whole(given, "bits", (2, 4, 8)), sizes, zero_less=form == "gptq")
 
@@ -115,7 +122,7 @@ def _awq(given: Mapping[str, Any]) -> Scheme:
 def _fp8(given: Mapping[str, Any]) -> Scheme:
     _demand(given, "fmt", "e4m3", "e4m3", "float8_e4m3fn")
     block = given.get("weight_block_size")
-    return Scheme(FP8, block=_block(block, "weight_block_size") if block else None)
+    return Scheme(FP8, block=_block(block, "weight_block_size") if block else None, remarks=(ACTIVATIONS,))
 
 
 def _block(given: Any, name: str) -> tuple[int, int]:

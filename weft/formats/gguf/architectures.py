@@ -5,7 +5,6 @@ An architecture is a row. Knows names; a model's own families are in weft/model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +19,15 @@ LAYER_NAMES = {
     "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
-# What changes the computation unless it has this value, and isn't computed here.
-NEUTRAL: dict[str, Any] = {
-    "attention.scale": 0.0, "attention.causal": True, "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0,
-    "attention.temperature_scale": 0.0, "attn_logit_softcapping": 0.0, "final_logit_softcapping": 0.0,
-    "embedding_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0, "use_parallel_residual": False,
-    "rope.scaling.attn_factor": 1.0, "leading_dense_block_count": 0,
+# What changes the computation unless it has one of these values, and isn't computed here.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.scale": (0.0,), "attention.causal": (True,), "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,), "attention.temperature_scale": (0.0,), "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,), "embedding_scale": (1.0,), "residual_scale": (1.0,), "logit_scale": (1.0,),
+    "use_parallel_residual": (False,), "leading_dense_block_count": (0,), "pooling_type": (0,),
+    "attention.sliding_window_pattern": (0, 1), "rope.dimension_sections": (0,),
+    "rope.scaling.attn_factor": (1.0,), "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_ext_factor": (1.0, -1.0), "rope.scaling.yarn_log_multiplier": (0.0,),
 }  # fmt: skip
 FACTORS = "rope_freqs.weight"  # by which rotary frequencies are divided: what is left of Llama 3's scaling
 
@@ -113,7 +115,9 @@ def configuration(header: GgufHeader, tensors: dict[str, tuple[int, ...]], facto
     vocabulary = tensors.get("token_embd.weight", (0,))[0]
     _demand_plain(header, facts, width, vocabulary)
     window = facts.whole("attention.sliding_window", 0)
-    family = "mistral" if architecture.family == "llama" and window else architecture.family
+    if window and architecture.family != "llama":
+        raise InputError(f"{header.path} has a sliding window of {window}, which weft can't run in GGUF's {name}")
+    family = "mistral" if window else architecture.family
     return {
         "model_type": family,
         "num_hidden_layers": facts.whole("block_count"),
@@ -129,7 +133,7 @@ def configuration(header: GgufHeader, tensors: dict[str, tuple[int, ...]], facto
         "tie_word_embeddings": "output.weight" not in tensors,
         "rope_parameters": _rope(header, facts, factors),
         "eos_token_id": _ends(header),
-        **({"sliding_window": window, "use_sliding_window": True} if window else {}),
+        **({"sliding_window": window} if window else {}),
         **{field: tensor in tensors for field, tensor in architecture.biased},
     }
 
@@ -152,7 +156,7 @@ def _demand_plain(header: GgufHeader, facts: _Keys, width: int, vocabulary: int)
         "values of another width than keys": facts.whole("attention.value_length", width) != width,
         "rotary positions in a part of each head": facts.whole("rope.dimension_count", width) != width,
     }
-    wrong |= {key: facts.there(key) not in (None, neutral) for key, neutral in NEUTRAL.items()}
+    wrong |= {key: facts.there(key) not in (None, *neutral) for key, neutral in NEUTRAL.items()}
     for what in (what for what, is_so in wrong.items() if is_so):
         raise InputError(f"{header.path} has {what}, which weft can't run in GGUF")
     if header.count("tokenizer.ggml.tokens") > vocabulary:
@@ -163,40 +167,44 @@ def _demand_plain(header: GgufHeader, facts: _Keys, width: int, vocabulary: int)
 def _rope(header: GgufHeader, facts: _Keys, factors: list[float]) -> dict[str, Any]:
     """As `rope_parameters`."""
     rope = {"rope_type": "default", "rope_theta": facts.get("rope.freq_base", float, 10000.0)}
-    kind = facts.get("rope.scaling.type", str, "none")
-    old = facts.get("rope.scale_linear", float)  # before there were kinds
+    kind = facts.get("rope.scaling.type", str, "linear")
+    factor = facts.get("rope.scaling.factor", float, facts.get("rope.scale_linear", float))  # the second is older
     if kind not in ("none", "linear", "yarn"):
         raise InputError(f"{header.path}: the rope scaling {kind!r} is not known in GGUF; known are linear and yarn")
+    if kind == "yarn" and factor is None:
+        raise InputError(f"{header.path} has a rope scaling, yarn, and does not say its factor; take another file")
+    scaled = kind == "yarn" or (kind == "linear" and factor not in (None, 0.0, 1.0))
+    if factors and scaled:
+        raise InputError(f"{header.path} has both {FACTORS} and a rope scaling, {kind}, which weft can't run in GGUF")
     if factors:
         return rope | {"rope_type": "factors", "factors": factors}
-    if kind == "none" and (old is None or old == 1.0):
+    if not scaled:
         return rope
-    rope |= {"rope_type": "linear" if kind == "none" else kind, "factor": facts.get("rope.scaling.factor", float, old)}
-    if rope["factor"] is None:
-        raise InputError(f"{header.path} has a rope scaling, {kind}, and does not say its factor; take another file")
-    if kind == "yarn":
-        original = facts.whole("rope.scaling.original_context_length", facts.whole("context_length"))
-        rope |= {"original_max_position_embeddings": original}
-        found = {key: facts.get(f"rope.scaling.yarn_{key}", float) for key in ("beta_fast", "beta_slow")}
-        rope |= {key: value for key, value in found.items() if value is not None}
-    return rope
+    rope |= {"rope_type": kind, "factor": factor}
+    return rope | (_yarn(facts) if kind == "yarn" else {})
 
 
-# Control tokens that end an answer by their name, as in llama.cpp: a file names one end, and chats may have another.
+def _yarn(facts: _Keys) -> dict[str, Any]:
+    """What that kind needs beside its factor."""
+    original = facts.whole("rope.scaling.original_context_length", facts.whole("context_length"))
+    found = {key: facts.get(f"rope.scaling.yarn_{key}", float) for key in ("beta_fast", "beta_slow")}
+    given = {key: value for key, value in found.items() if value is not None}
+    return {"original_max_position_embeddings": original} | given
+
+
+# Tokens that end an answer by their name, whatever their kind, as in llama.cpp: a file names one end, and chats may
+# have another.
 END_NAMES = frozenset(
     ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
-     "<turn|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<EOS>",
-     "<|end_of_turn|>", "<｜end▁of▁sentence｜>", "<end_of_utterance>")
+     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
+     "<end_of_utterance>", "<｜end▁of▁sentence｜>")
 )  # fmt: skip
-CONTROL = 3  # the kind of a token that is no text
 
 
 def _ends(header: GgufHeader) -> list[int] | None:
     """Tokens that end an answer."""
     named = [header.get(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot", "eom")]
-    ends = [token for token in named if token is not None]
-    kinds: Iterable[int] = header.list("tokenizer.ggml.token_type") or ()
-    tokens: Iterable[str] = header.list("tokenizer.ggml.tokens") or ()
-    ends += [at for at, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
-             if kind == CONTROL and token in END_NAMES]  # fmt: skip
+    tokens: list[Any] = header.listed("tokenizer.ggml.tokens") or []
+    ends = [*(token for token in named if token is not None),
+            *(at for at, token in enumerate(tokens) if token in END_NAMES)]  # fmt: skip
     return list(dict.fromkeys(ends)) or None

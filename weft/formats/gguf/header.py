@@ -27,7 +27,9 @@ LONGEST_HEADER = 64 << 20  # bytes; those of the largest vocabularies have 10 MB
 MOST_KEYS, MOST_TENSORS = 1 << 16, 1 << 17
 LONGEST_NAME = 1 << 10  # bytes of a key or a tensor's name
 LONGEST_STRING = 4 << 20  # bytes of any other; a chat template has some thousands
-MOST_STRINGS = 1 << 20  # in one list; the largest vocabularies have a quarter of that, and twice as many merges
+MOST_LISTED = 1 << 20  # in one list; the largest vocabularies have a quarter of that, and twice as many merges
+MOST_ALIKE = 1 << 14  # in a list that says the same for each layer
+KEPT_STRING = 1 << 12  # bytes of a text that is kept; longer ones are read when they are asked for
 MOST_DIMENSIONS = 4
 ALIGNMENT = 32  # unless the file has another
 LARGEST_ALIGNMENT = 1 << 20
@@ -47,13 +49,13 @@ class GgufTensor:
 
 
 @dataclass(frozen=True)
-class _List:
-    """Where one lies, and how many of what it holds."""
+class _Lies:
+    """Where a list lies, or a long text, and how many of what it holds."""
 
     kind: int
     count: int
     start: int
-    end: int
+    listed: bool = True
 
 
 class GgufHeader:
@@ -80,6 +82,8 @@ class GgufHeader:
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         """A value of that type; whole numbers are numbers. Raises `InputError` for one of another type."""
         value = self._values.get(key, default)
+        if isinstance(value, _Lies) and not value.listed:
+            [value] = self._read(value)
         if value is default or type(value) is kind or (kind is float and type(value) is int):
             return value
         raise InputError(f"{self.path}: {key} is {_shown(value)}, not of type {kind.__name__}; download another file")
@@ -87,23 +91,28 @@ class GgufHeader:
     def one(self, key: str) -> Any:
         """A value that is one, or a list of equal ones; else what it is, in words."""
         value = self._values[key]
-        if not isinstance(value, _List):
+        if not isinstance(value, _Lies):
             return value
-        found = set(self.list(key) or ())
+        if value.count > MOST_ALIKE or not value.listed:
+            return _shown(value)
+        found = set(self._read(value))
         return found.pop() if len(found) == 1 else f"{len(found)} different values"
 
     def count(self, key: str) -> int:
         """How many a list has; none if there is none."""
         value = self._values.get(key)
-        return value.count if isinstance(value, _List) else 0
+        return value.count if isinstance(value, _Lies) and value.listed else 0
 
-    def list(self, key: str) -> list[Any] | None:
+    def listed(self, key: str) -> list[Any] | None:
         """All of it; None if there is none."""
         value = self._values.get(key)
         if value is None:
             return None
-        if not isinstance(value, _List):
+        if not (isinstance(value, _Lies) and value.listed):
             raise InputError(f"{self.path}: {key} is {_shown(value)}, not a list; download another file")
+        return self._read(value)
+
+    def _read(self, value: _Lies) -> list[Any]:
         with _mapped(self.path) as view:
             return _HeaderReader(view, self.path).all_of(value)
 
@@ -175,6 +184,13 @@ class _HeaderReader:
         except UnicodeDecodeError:
             raise self._wrong(f"the text at byte {self._at - length} is no UTF-8") from None
 
+    def _name(self) -> str:
+        """A text that is shown, too."""
+        name = self._text(LONGEST_NAME)
+        if not name.isprintable():
+            raise self._wrong(f"the name {name[:40]!r} has characters that none has")
+        return name
+
     def values(self) -> dict[str, Any]:
         """All that the file says; lists as where they are."""
         if len(self._view) < 24 or bytes(self._view[:4]) != MAGIC:
@@ -191,7 +207,7 @@ class _HeaderReader:
                 raise self._wrong(f"it promises {count} {what}, and {most} are the most")
         values: dict[str, Any] = {}
         for _ in range(keys):
-            key = self._text(LONGEST_NAME)
+            key = self._name()
             if key in values:
                 raise self._wrong(f"{key} is there twice")
             values[key] = self._value(self._take("<I"))
@@ -201,25 +217,26 @@ class _HeaderReader:
         if kind in _SCALARS:
             return self._take(f"<{_SCALARS[kind]}")
         if kind == _STRING:
-            return self._text(LONGEST_STRING)
+            start, text = self._at, self._text(LONGEST_STRING)
+            return text if len(text) <= KEPT_STRING else _Lies(kind, 1, start, listed=False)
         if kind != _LIST:
             raise self._wrong(f"a value before byte {self._at} has the unknown type {kind}")
         return self._passed(self._take("<I"), self._take("<Q"))
 
-    def _passed(self, kind: int, count: int) -> _List:
+    def _passed(self, kind: int, count: int) -> _Lies:
         """Goes on to behind a list."""
         start, left = self._at, self._end - self._at
         if kind in _SCALARS:
-            if count > left // struct.calcsize(_SCALARS[kind]):
-                raise self._wrong(f"a list at byte {start} promises {count} numbers")
+            if count > min(MOST_LISTED, left // struct.calcsize(_SCALARS[kind])):
+                raise self._wrong(f"a list at byte {start} promises {count} numbers, and {MOST_LISTED} are the most")
             self._at += count * struct.calcsize(_SCALARS[kind])
         elif kind == _STRING:
-            if count > min(MOST_STRINGS, left // 8):
-                raise self._wrong(f"a list at byte {start} promises {count} texts, and {MOST_STRINGS} are the most")
+            if count > min(MOST_LISTED, left // 8):
+                raise self._wrong(f"a list at byte {start} promises {count} texts, and {MOST_LISTED} are the most")
             self._pass_texts(count)
         else:
             raise self._wrong(f"a list at byte {start} is of type {kind}, which lists can't hold here")
-        return _List(kind, count, start, self._at)
+        return _Lies(kind, count, start)
 
     def _pass_texts(self, count: int) -> None:
         at, end, view, length = self._at, self._end - 8, self._view, struct.Struct("<Q").unpack_from
@@ -231,7 +248,7 @@ class _HeaderReader:
             raise self._wrong(f"a text before byte {at} is longer than the header")
         self._at = at
 
-    def all_of(self, found: _List) -> list[Any]:
+    def all_of(self, found: _Lies) -> list[Any]:
         """What a list holds."""
         if found.kind in _SCALARS:
             return list(struct.unpack_from(f"<{found.count}{_SCALARS[found.kind]}", self._view, found.start))
@@ -258,7 +275,7 @@ class _HeaderReader:
         return tensors, size
 
     def _tensor(self) -> tuple[str, tuple[int, ...], BlockType, int]:
-        name, dimensions = self._text(LONGEST_NAME), self._take("<I")
+        name, dimensions = self._name(), self._take("<I")
         if not 0 < dimensions <= MOST_DIMENSIONS:
             raise self._wrong(f"the tensor {name} has {dimensions} dimensions")
         shape = tuple(self._take("<Q") for _ in range(dimensions))[::-1]
@@ -273,4 +290,6 @@ class _HeaderReader:
 
 
 def _shown(value: Any) -> str:
-    return "a list" if isinstance(value, _List) else repr(value)[:60]
+    if isinstance(value, _Lies):
+        return f"a list of {value.count}" if value.listed else "a long text"
+    return repr(value)[:60]

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weft.errors import InputError
-from weft.formats.gguf.architectures import CONTROL
+from weft.formats.gguf.architectures import END_NAMES
 from weft.formats.gguf.header import GgufHeader
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 NONE = (None, "none", "no_vocab")  # what files without a tokenizer call theirs
-USER_DEFINED = 4  # the kind of a token that is found whole in a text, and is text
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds: text, no text, text that is found whole, text of nobody
+MOST_ADDED = 1 << 15  # tokens that are found whole; usual vocabularies have up to some thousands
+MOST_MERGES = 1 << 20  # that pieces are made by; usual vocabularies have a tenth of that
 LONGEST_TOKEN = 1 << 10  # characters
 MOST_WORK = 1 << 28  # squares of all tokens' lengths: what finding their merges takes; usual ones have 2^24
 LONGEST_TEMPLATE = 1 << 20
@@ -52,25 +54,19 @@ class PreTokenizer:
     composed: bool = False
 
 
-_THREES, _PLAIN, _DIGITS = PreTokenizer((_LLAMA3,)), PreTokenizer((_GPT2,)), PreTokenizer((r"\p{N}", _GPT2))
-_CHINESE = r"[一-龥぀-ゟ゠-ヿ]+"
-_DEEPSEEK3 = (
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# Those of Llama, Mistral, Qwen and of what was made from them; the tests hold each against somebody else's words.
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "lfm2"),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0"),
                     PreTokenizer((_LLAMA3,), begins=True, whole=True)),
-    **dict.fromkeys(("dbrx", "smaug-bpe"), _THREES),
-    **dict.fromkeys(("glm4", "chatglm-bpe"), _THREES),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), PreTokenizer((_LLAMA3,))),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), PreTokenizer((_QWEN2,), composed=True)),
-    **dict.fromkeys(("hunyuan", "stablelm2"), PreTokenizer((_QWEN2,))),
     "tekken": PreTokenizer((_cased("", r"\p{N}"),), begins=True, whole=True),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), PreTokenizer((_cased(f"{_ENDINGS}?", r"\p{N}{1,3}"),))),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
-    **dict.fromkeys(("gpt-2", "mpt", "olmo", "phi-2", "jais", "trillion", "exaone4", "gigachat"), _PLAIN),
-    "deepseek-v3": PreTokenizer((r"\p{N}{1,3}", _CHINESE, _DEEPSEEK3)),
+    **dict.fromkeys(("smollm", "minerva-7b"), PreTokenizer((r"\p{N}", _GPT2))),
+    "gpt-2": PreTokenizer((_GPT2,)),
 }  # fmt: skip
+# Tokens of SentencePiece's vocabularies that a file need not name.
+USUAL = {"bos": 1, "eos": 2, "unknown": 0}
 
 
 def tokenizer_of(header: GgufHeader) -> Any:
@@ -84,7 +80,8 @@ def tokenizer_of(header: GgufHeader) -> Any:
     tokens = _tokens(header)
     backend, begins = builders[kind](header, tokens)
     _add_special(backend, header, tokens)
-    named = {name: _named(header, tokens, key) for name, key in
+    usual = USUAL if kind == "llama" else {}
+    named = {name: _named(header, tokens, key, usual) for name, key in
              {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()}  # fmt: skip
     _put_around(backend, header, named, begins)
     import transformers
@@ -103,7 +100,7 @@ def _template(header: GgufHeader) -> str | None:
 
 def _tokens(header: GgufHeader) -> list[str]:
     """By their ids; each is there once."""
-    tokens = header.list("tokenizer.ggml.tokens")
+    tokens = header.listed("tokenizer.ggml.tokens")
     if not tokens or not all(isinstance(token, str) for token in tokens):
         raise InputError(f"{header.path} has a tokenizer without tokens; download it again")
     seen: dict[str, int] = {}
@@ -116,8 +113,9 @@ def _tokens(header: GgufHeader) -> list[str]:
     return tokens
 
 
-def _named(header: GgufHeader, tokens: Sequence[str], name: str) -> int | None:
-    token: int | None = header.get(f"tokenizer.ggml.{name}_token_id", int)
+def _named(header: GgufHeader, tokens: Sequence[str], name: str, usual: dict[str, int]) -> int | None:
+    default = usual.get(name) if usual.get(name, len(tokens)) < len(tokens) else None
+    token: int | None = header.get(f"tokenizer.ggml.{name}_token_id", int, default)
     if token is not None and not 0 <= token < len(tokens):
         raise InputError(f"{header.path}: the {name} token is {token}, and there are {len(tokens)}; download it again")
     return token
@@ -133,7 +131,7 @@ def _byte_level(header: GgufHeader, tokens: list[str]) -> tuple[Tokenizer, bool]
         raise InputError(
             f"{header.path}: what cuts texts (tokenizer.ggml.pre) {told}; known are {', '.join(PRE_TOKENIZERS)}"
         )
-    cut, merges = PRE_TOKENIZERS[name], header.list("tokenizer.ggml.merges")
+    cut, merges = PRE_TOKENIZERS[name], header.listed("tokenizer.ggml.merges")
     if merges is None:
         raise InputError(f"{header.path} has no tokenizer.ggml.merges; download it again")
     pairs = [_pair(header, merge) for merge in merges]
@@ -159,21 +157,10 @@ def _pair(header: GgufHeader, merge: Any) -> tuple[str, str]:
 def _pieces(header: GgufHeader, tokens: list[str]) -> tuple[Tokenizer, bool]:
     """SentencePiece's: characters, merged to the pieces of the best scores; bytes where there is no piece."""
     from tokenizers import Tokenizer, decoders, models, normalizers
-    from transformers.tokenization_utils_base import generate_merges
 
-    scores = header.list("tokenizer.ggml.scores")
-    if scores is None or len(scores) != len(tokens):
-        count = 0 if scores is None else len(scores)
-        raise InputError(f"{header.path} has {count} scores for {len(tokens)} tokens; download it again")
-    ids = {token: number for number, token in enumerate(tokens)}
-    merges = generate_merges(ids, dict(zip(tokens, scores, strict=True)))
-    unknown = _named(header, tokens, "unknown")
-    backend = Tokenizer(
-        _model(
-            header, models.BPE, tokens, merges, fuse_unk=True, byte_fallback=True,
-            unk_token=tokens[unknown] if unknown is not None else None,
-        )
-    )  # fmt: skip
+    unknown = _named(header, tokens, "unknown", USUAL)
+    options = {"fuse_unk": True, "byte_fallback": True, "unk_token": tokens[unknown] if unknown is not None else None}
+    backend = Tokenizer(_model(header, models.BPE, tokens, _merges(header, tokens), **options))
     spaced: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
     if header.get("tokenizer.ggml.add_space_prefix", bool, True):
         spaced.insert(0, normalizers.Prepend("▁"))
@@ -181,6 +168,50 @@ def _pieces(header: GgufHeader, tokens: list[str]) -> tuple[Tokenizer, bool]:
     back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence(back + ([decoders.Strip(" ", 1, 0)] if len(spaced) > 1 else []))
     return backend, True
+
+
+def _merges(header: GgufHeader, tokens: list[str]) -> list[tuple[str, str]]:
+    """Which pairs make a piece, the best first. Some files have no scores, but one number for all; then only merges
+    that they list can tell."""
+    scores, kinds = _for_each(header, tokens, "scores"), _kinds(header, tokens)
+    if not scores:
+        raise InputError(f"{header.path} has no scores for its tokens; download it again")
+    normal = {score for score, kind in zip(scores, kinds, strict=True) if kind == NORMAL}
+    if len(normal) > 1 or len(tokens) < 3:
+        return _by_score(header, tokens, scores, kinds)
+    listed = header.listed("tokenizer.ggml.merges")
+    if listed is None:
+        raise InputError(f"{header.path} has the same score for all tokens, and no merges: nobody can tell how texts "
+                         "become tokens; download a file that was made from the model's tokenizer")  # fmt: skip
+    return [_pair(header, merge) for merge in listed]
+
+
+def _by_score(header: GgufHeader, tokens: list[str], scores: list[float], kinds: list[int]) -> list[tuple[str, str]]:
+    ids, found = {token: number for number, token in enumerate(tokens)}, list[tuple[float, int, int, int, int, int]]()
+    for number, (token, score, kind) in enumerate(zip(tokens, scores, kinds, strict=True)):
+        if kind not in (NORMAL, USER_DEFINED, UNUSED):
+            continue
+        for at in range(1, len(token)):
+            left, right = ids.get(token[:at]), ids.get(token[at:])
+            if left is not None and right is not None:
+                found.append((-score, -at, at - len(token), number, left, right))
+        if len(found) > MOST_MERGES:
+            raise InputError(f"{header.path} has tokens that are made of others in more than {MOST_MERGES} ways")
+    return [(tokens[left], tokens[right]) for *_, left, right in sorted(found)]
+
+
+def _for_each(header: GgufHeader, tokens: list[str], name: str) -> list[Any]:
+    """A list with something for each token; an empty one if there is none."""
+    count = header.count(f"tokenizer.ggml.{name}")
+    if count not in (0, len(tokens)):
+        raise InputError(f"{header.path} has {count} {name} for {len(tokens)} tokens; download it again")
+    return header.listed(f"tokenizer.ggml.{name}") or []
+
+
+def _kinds(header: GgufHeader, tokens: list[str]) -> list[int]:
+    """Of each token; names that end answers are control tokens, whatever the file says."""
+    kinds = _for_each(header, tokens, "token_type") or [NORMAL] * len(tokens)
+    return [CONTROL if token in END_NAMES else kind for token, kind in zip(tokens, kinds, strict=True)]
 
 
 def _model(header: GgufHeader, kind: Any, tokens: list[str], merges: Any, **options: Any) -> Any:
@@ -194,12 +225,12 @@ def _add_special(backend: Tokenizer, header: GgufHeader, tokens: list[str]) -> N
     """What is found whole in a text: control tokens, which are no text, and those that somebody added."""
     from tokenizers import AddedToken
 
-    kinds = header.list("tokenizer.ggml.token_type") or []
-    if kinds and len(kinds) != len(tokens):
-        raise InputError(f"{header.path} has {len(kinds)} kinds for {len(tokens)} tokens; download it again")
-    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
+    kinds = _kinds(header, tokens)
+    if (count := sum(kind in (CONTROL, USER_DEFINED) for kind in kinds)) > MOST_ADDED:
+        raise InputError(f"{header.path} has {count} tokens that are found whole, and {MOST_ADDED} are the most")
+    for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
         added = [AddedToken(token, normalized=False, special=special)
-                 for token, its in zip(tokens, kinds, strict=False) if its == kind and token]  # fmt: skip
+                 for token, kind in zip(tokens, kinds, strict=True) if kind == wanted and token]  # fmt: skip
         (backend.add_special_tokens if special else backend.add_tokens)(added)
 
 
@@ -211,6 +242,8 @@ def _put_around(backend: Tokenizer, header: GgufHeader, named: dict[str, int | N
         "bos": header.get("tokenizer.ggml.add_bos_token", bool, begins),
         "eos": header.get("tokenizer.ggml.add_eos_token", bool, False),
     }
+    for name in (name for name, is_so in wanted.items() if is_so and named[name] is None):
+        raise InputError(f"{header.path} wants a {name} token with each text, and names none; download another file")
     around = {name: token for name, token in named.items() if wanted.get(name) and token is not None}
     texts = {name: backend.id_to_token(token) for name, token in around.items()}
     if around:
