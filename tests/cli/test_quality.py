@@ -28,8 +28,8 @@ def test_the_text_is_pinned_and_small() -> None:
     assert hashlib.sha256(content).hexdigest() == PINNED and len(content) < 1 << 20
 
 
-def test_table_and_file(tmp_file: Path) -> None:
-    out = tmp_file / "quality.json"
+def test_table_and_file(tmp_path: Path) -> None:
+    out = tmp_path / "quality.json"
     done = weft("bench", "quality", "--tokens", "1024", "--wire", "int8,int4", "--json", str(out), process=True)
     for part in ("northanger-abbey, 1022 tokens, 2 ranks", "perplexity", "same token", "divergence", "ok"):
         assert part in done.stdout
@@ -42,8 +42,8 @@ def test_table_and_file(tmp_file: Path) -> None:
     assert int8["perplexity"] == pytest.approx((1 + int8["above"]) * exact["perplexity"])
 
 
-def test_perplexity_is_transformers(packaged: Path, tmp_file: Path) -> None:
-    text = tmp_file / "text.txt"
+def test_perplexity_is_transformers(packaged: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
     text.write_text(TEXT.read_text()[:6000])
     measured = measure(packaged, ["bf16"], 2, 1024, text)
     ids = AutoTokenizer.from_pretrained(packaged)(text.read_text())["input_ids"][: 2 * 512]
@@ -72,18 +72,18 @@ def test_what_is_wrong_is_said(given: list[str], said: str) -> None:
     assert said in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_a_model_of_that_name_is_a_file(tmp_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_that_name_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sub-command goes before it, and `weft bench ./quality` is about it."""
-    monkeypatch.chdir(tmp_file)
+    monkeypatch.chdir(tmp_path)
     done = weft("bench", "./quality", code=2)
     assert "./quality is not a directory" in done.stderr
     assert "--text" in weft("bench", "quality", "--help").stdout and "--overlap" in weft("bench", "--help").stdout
 
 
 @pytest.fixture
-def own(packaged: Path, tmp_file: Path) -> Path:
+def own(packaged: Path, tmp_path: Path) -> Path:
     """A model that nothing is known of."""
-    directory = tmp_file / "own"
+    directory = tmp_path / "own"
     shutil.copytree(packaged, directory)
     from safetensors.torch import load_file, save_file
 
@@ -168,8 +168,8 @@ def test_what_is_kept_and_is_no_measurement_is_not_believed(own: Path) -> None:
     assert recall(own) == []
 
 
-def test_models_without_a_tokenizer_are_told(packaged: Path, tmp_file: Path) -> None:
+def test_models_without_a_tokenizer_are_told(packaged: Path, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
-        shutil.copy(packaged / name, tmp_file / name)
+        shutil.copy(packaged / name, tmp_path / name)
     with pytest.raises(InputError, match="needs a tokenizer"):
-        measure(tmp_file, ["int8"], 2, 1024)
+        measure(tmp_path, ["int8"], 2, 1024)
