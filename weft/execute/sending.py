@@ -37,7 +37,7 @@ class Sending:
         self._bytes += len(data)
         if time.monotonic() - self._said > EVERY:
             self._said = time.monotonic()
-            self._say(f"{self._bytes / 1e6:,.0f} MB fetched, {share:.0%} of its part are read")
+            self._say(f"{self._bytes / 1e6:,.0f} MB fetched, {share:.0%} of its part is read")
         return data
 
     def over(self) -> None:
