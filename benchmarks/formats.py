@@ -57,7 +57,7 @@ def headers() -> dict[str, Callable[[], object]]:
     def weft() -> None:
         header = GgufHeader(path)
         for key in LISTS:
-            header.list(key)
+            header.listed(key)
 
     return {"gguf": package, "transformers": lambda: read_gguf_metadata(str(path), LISTS), "weft": weft}
 

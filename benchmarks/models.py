@@ -94,5 +94,8 @@ if __name__ == "__main__":
         print(smollm2())
     elif sys.argv[1:] and sys.argv[1] in SIZES:
         print(random_llama(sys.argv[1]))
+    elif sys.argv[1:] in (["--help"], ["-h"]):
+        print(f"{__doc__}\nModels: {', '.join(SIZES)}, smollm2")
     else:
-        sys.exit(f"give one of {', '.join(SIZES)}, smollm2")
+        print(f"give one of {', '.join(SIZES)}, smollm2", file=sys.stderr)
+        sys.exit(2)

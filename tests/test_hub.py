@@ -117,7 +117,8 @@ def test_one_of_several_gguf_files(tag: str, files: list[str]) -> None:
             None,
             "someone/tiny has BF16, F16, Q4_K_M, Q8_0, UD-Q4_K_XL: give one of them, as in someone/tiny:BF16",
         ),
-        (FILES, "Q5_K_M", "someone/tiny has no Q5_K_M; it has BF16, F16, Q4_K_M, Q8_0, UD-Q4_K_XL"),
+        (FILES, "Q5_K_M", "someone/tiny has no Q5_K_M; it has BF16, F16, Q4_K_M, Q8_0, UD-Q4_K_XL: give one of them"),
+        (FILES, "", "nothing stands behind the colon; someone/tiny has BF16, F16"),
         (["a.txt", "mmproj-x.gguf"], None, "someone/tiny has no .gguf file"),
         (
             ["A-Q8_0.gguf", "B-Q8_0.gguf"],
@@ -139,8 +140,13 @@ def test_gguf_files_of_a_directory(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"{tmp_path} has Q4_0, Q8_0: give one of them, as in {tmp_path}:Q4_0"):
         locate(tmp_path)
     assert locate(f"{tmp_path}:q4_0") == tmp_path / "Tiny-Q4_0.gguf"
-    with pytest.raises(InputError, match="has no Q5_0; it has Q4_0, Q8_0"):
+    with pytest.raises(InputError, match="has no Q5_0; it has Q4_0, Q8_0: give one"):
         locate(f"{tmp_path}:Q5_0")
+    with pytest.raises(InputError, match=r"Tiny-Q4_0.gguf is a file; leave out :Q8_0"):
+        locate(f"{tmp_path}/Tiny-Q4_0.gguf:Q8_0")
+    (tmp_path / "named.gguf").mkdir()
+    (tmp_path / "named.gguf" / "model.safetensors").write_bytes(b"")
+    assert locate(tmp_path / "named.gguf") == tmp_path / "named.gguf", "a directory, whatever its name"
     (tmp_path / "config.json").write_text("{}")  # many repositories have one beside their GGUF files
     with pytest.raises(InputError, match="has Q4_0, Q8_0: give one of them"):
         locate(tmp_path)
@@ -278,5 +284,9 @@ def test_a_repository_of_several_is_asked_which(hub: dict[str, str]) -> None:
     Hub.files = {"Tiny-Q4_K_M.gguf": b"GGUF", "Tiny-Q8_0.gguf": b"GGUF"}
     said = located("someone/tiny", hub).stderr.strip().splitlines()[-1]
     assert said.endswith("someone/tiny has Q4_K_M, Q8_0: give one of them, as in someone/tiny:Q4_K_M")
-    assert located("someone/tiny:Q2_K", hub).stderr.strip().endswith("has no Q2_K; it has Q4_K_M, Q8_0")
+    assert (
+        located("someone/tiny:Q2_K", hub)
+        .stderr.strip()
+        .endswith("has no Q2_K; it has Q4_K_M, Q8_0: give one of them, as in someone/tiny:Q4_K_M")
+    )
     assert "can't be had from the hub" in located("someone/other:Q2_K", hub).stderr

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,12 @@ def test_perplexity(llm: LLM, reference: Any, words: Any) -> None:
     assert len(found) == len(expected) == 4 * 511
     ours, theirs = (math.exp(sum(losses) / len(losses)) for losses in (found, expected))
     assert abs(ours / theirs - 1) < 1e-3 and 5 < theirs < 60
+
+
+def test_the_benchmark_of_readers_runs(model: Path) -> None:
+    command = [sys.executable, "benchmarks/formats.py", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert "header, ms:  gguf" in done.stdout and "MXFP4" in done.stdout
 
 
 def test_commands(model: Path) -> None:

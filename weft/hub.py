@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -32,6 +33,8 @@ def locate(model: str | Path | None, weights: bool = True) -> Path:
     before, _, tag = name.rpartition(":")
     if before and _place(before).is_dir():
         return _of_directory(_place(before), tag)
+    if before and _place(before).is_file():
+        raise InputError(f"{before} is a file; leave out :{tag}")
     if is_gguf(path) and not path.is_file() and not before:
         raise InputError(f"{name} is missing; give a .gguf file, a directory, or a hub id as in owner/repo:Q4_K_M")
     if path.is_file():
@@ -75,7 +78,8 @@ def _has_tensors(path: Path) -> bool:
 
 def _of_directory(path: Path, tag: str | None) -> Path:
     """The one .gguf model in it, or the one of that name."""
-    there = [str(file.relative_to(path)) for file in (*path.glob("*.gguf"), *path.glob("*/*.gguf"))]
+    found = [file for file in (*path.glob("*.gguf"), *path.glob("*/*.gguf")) if file.is_file()]
+    there = [str(file.relative_to(path)) for file in found]
     return path / chosen(str(path), there, tag)[0]
 
 
@@ -95,7 +99,8 @@ def chosen(where: str, files: Iterable[str], tag: str | None) -> list[str]:
     if not tags:
         raise InputError(f"{where} has no .gguf file")
     if not found:
-        raise InputError(f"{where} has no {tag}; it has {', '.join(tags)}")
+        what = f"{where} has no {tag}; it" if tag else f"nothing stands behind the colon; {where}"
+        raise InputError(f"{what} has {', '.join(tags)}: give one of them, as in {where}:{tags[0]}")
     own = [_tag(stem) for stem, _ in found]
     which = sorted(own) if len({*own}) == len(own) else sorted(models[each][0] for each in found)
     raise InputError(f"{where} has {', '.join(which)}: give one of them, as in {where}:{which[0]}")
@@ -175,6 +180,7 @@ def _asked(name: str, ask: Callable[[], Path]) -> Path:
     """The hub's answer. Raises `InputError` for all that can go wrong there."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what is wrong is said below, once
     try:
         return ask()
     except HFValidationError:
@@ -183,6 +189,7 @@ def _asked(name: str, ask: Callable[[], Path]) -> Path:
         from huggingface_hub.constants import HF_HUB_OFFLINE
 
         why = "HF_HUB_OFFLINE keeps weft from asking the hub" if HF_HUB_OFFLINE else "the hub can't be reached"
-        raise InputError(f"{name!r} is no directory, not in the hub's cache, and {why}") from None
+        told = f"{name!r} is no directory or file, not in the hub's cache, and {why}"
+        raise InputError(f"{told}; give one that is here, or try again") from None
     except (HfHubHTTPError, OSError) as error:
         raise InputError(f"{name!r} can't be had from the hub: {next(iter(str(error).splitlines()), '')}") from None

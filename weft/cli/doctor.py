@@ -26,6 +26,8 @@ from weft.finding import Finding
 
 HELP = """Say what this machine has, and what is missing for what; with MODEL, what that is, and what weft does with it.
 
+Exits with 1 if MODEL can be read and not be run, with 2 if it can't be read.
+
 Examples:
 
   weft doctor

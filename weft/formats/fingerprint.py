@@ -75,8 +75,8 @@ class Wanted(NamedTuple):
 
 
 def is_gguf(path: Path) -> bool:
-    """By its name: what is in it is looked at later."""
-    return path.suffix.lower() == ".gguf"
+    """By its name, unless that is a directory's: what is in it is looked at later."""
+    return path.suffix.lower() == ".gguf" and not os.path.isdir(path)
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -355,10 +355,9 @@ class _Columns:
             scale = scales[here]
             if codes.is_floating_point():
                 return Codes(codes, scale)
-            codes = codes.to(torch.int16)
-            if isinstance(zeros, int):
-                return Codes(codes - zeros, scale)
-            zero = zeros[here].to(torch.int16)
+            codes, zero = codes.to(torch.int16), zeros if isinstance(zeros, int) else zeros[here].to(torch.int16)
+            if isinstance(zero, int):
+                return Codes(codes - zero, scale)
             return Codes((torch.unflatten(codes, 1, (zero.shape[1], -1)) - zero[..., None]).flatten(1), scale)
 
         return Packed(rows, self.keep, unpack)

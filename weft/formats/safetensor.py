@@ -112,7 +112,7 @@ class SafetensorsCheckpoint:
 
     def _place(self, name: str) -> Path:
         if name not in self:
-            raise InputError(f"{self.path} has no tensor {name!r}, which config.json calls for")
+            raise InputError(f"{self.path} has no tensor {name!r}, which config.json calls for; download it again")
         return self._file_of[self._stored(name)]
 
     def _slice(self, path: Path, name: str) -> Any:

@@ -143,8 +143,8 @@ class _mapped:
                 if not os.fstat(file.fileno()).st_size:
                     raise InputError(f"{self._path} is empty; download it again")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self._path} can't be read ({getattr(error, 'strerror', None) or error})") from None
+        except OSError as error:
+            raise InputError(f"{self._path} can't be read ({error.strerror}); say where it can be") from None
         self._view = memoryview(self._map)
         return self._view
 
@@ -176,7 +176,7 @@ class _HeaderReader:
     def _text(self, longest: int) -> str:
         length = self._take("<Q")
         if length > min(longest, self._end - self._at):
-            raise self._wrong(f"a text at byte {self._at} is {length} bytes long")
+            raise self._wrong(f"a text at byte {self._at} is {length} bytes long, and {longest} are the most")
         data = bytes(self._view[self._at : self._at + length])
         self._at += length
         try:
@@ -194,7 +194,9 @@ class _HeaderReader:
     def values(self) -> dict[str, Any]:
         """All that the file says; lists as where they are."""
         if len(self._view) < 24 or bytes(self._view[:4]) != MAGIC:
-            raise InputError(f"{self._path} is no GGUF file: it does not begin with {MAGIC.decode()}")
+            raise InputError(
+                f"{self._path} is no GGUF file, as it does not begin with {MAGIC.decode()}; give another one"
+            )
         self._at = 4
         version = self._take("<I")
         if version not in VERSIONS:
@@ -227,16 +229,19 @@ class _HeaderReader:
         """Goes on to behind a list."""
         start, left = self._at, self._end - self._at
         if kind in _SCALARS:
-            if count > min(MOST_LISTED, left // struct.calcsize(_SCALARS[kind])):
-                raise self._wrong(f"a list at byte {start} promises {count} numbers, and {MOST_LISTED} are the most")
+            self._demand_count(start, count, left // struct.calcsize(_SCALARS[kind]), "numbers")
             self._at += count * struct.calcsize(_SCALARS[kind])
         elif kind == _STRING:
-            if count > min(MOST_LISTED, left // 8):
-                raise self._wrong(f"a list at byte {start} promises {count} texts, and {MOST_LISTED} are the most")
+            self._demand_count(start, count, left // 8, "texts")
             self._pass_texts(count)
         else:
             raise self._wrong(f"a list at byte {start} is of type {kind}, which lists can't hold here")
         return _Lies(kind, count, start)
+
+    def _demand_count(self, start: int, count: int, room: int, what: str) -> None:
+        if count > min(MOST_LISTED, room):
+            why = f"and {MOST_LISTED} are the most" if count > MOST_LISTED else f"and the header ends after {room}"
+            raise self._wrong(f"a list at byte {start} promises {count} {what}, {why}")
 
     def _pass_texts(self, count: int) -> None:
         at, end, view, length = self._at, self._end - 8, self._view, struct.Struct("<Q").unpack_from

@@ -39,7 +39,9 @@ class GgufCheckpoint:
 
     def _lying(self, name: str) -> Lying:
         if name not in self:
-            raise InputError(f"{self.path} has no tensor {stored_name(name)!r}, which its configuration calls for")
+            raise InputError(
+                f"{self.path} has no tensor {stored_name(name)!r}, which its configuration calls for; download it again"
+            )
         return self._files.tensors[stored_name(name)]
 
     def shape(self, name: str) -> list[int]:
@@ -88,8 +90,8 @@ class GgufCheckpoint:
         elif self._bring is not None:
             self._bring(Wanted(path.name, start + first * kind.bytes, length, row, len(stored)))
         # A map of its own: it goes with the part. Private, because torch wants what it could write to.
-        mapped = np.memmap(path, np.uint8, "c", start, (len(stored), row))
-        raw = torch.from_numpy(mapped[:, first * kind.bytes : last * kind.bytes])
+        mapped = torch.from_numpy(np.memmap(path, np.uint8, "c", start, (len(stored), row)))
+        raw = mapped[:, first * kind.bytes : last * kind.bytes]
         return (raw if order is None else raw[order]), keep
 
     def _order(self, tensor: GgufTensor, rows: range) -> tuple[range, Tensor | None]:

@@ -127,10 +127,7 @@ def _byte_level(header: GgufHeader, tokens: list[str]) -> tuple[Tokenizer, bool]
 
     name = header.get("tokenizer.ggml.pre", str)
     if name not in PRE_TOKENIZERS:
-        told = f"is {name!r}, which is not known" if name else "is missing"
-        raise InputError(
-            f"{header.path}: what cuts texts (tokenizer.ggml.pre) {told}; known are {', '.join(PRE_TOKENIZERS)}"
-        )
+        raise _unknown(header, name)
     cut, merges = PRE_TOKENIZERS[name], header.listed("tokenizer.ggml.merges")
     if merges is None:
         raise InputError(f"{header.path} has no tokenizer.ggml.merges; download it again")
@@ -144,6 +141,12 @@ def _byte_level(header: GgufHeader, tokens: list[str]) -> tuple[Tokenizer, bool]
     if cut.composed:
         backend.normalizer = normalizers.NFC()
     return backend, cut.begins
+
+
+def _unknown(header: GgufHeader, name: str | None) -> InputError:
+    told, known = f"is {name!r}, which is not known" if name else "is missing", ", ".join(PRE_TOKENIZERS)
+    what = f"what cuts texts (tokenizer.ggml.pre) {told}; known are {known}"
+    return InputError(f"{header.path}: {what}; give another conversion of the model, or its Hugging Face directory")
 
 
 def _pair(header: GgufHeader, merge: Any) -> tuple[str, str]:
