@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from weft.errors import InputError
-from weft.formats.fingerprint import INDEX, SINGLE, is_gguf, weight_files
-from weft.formats.gguf.files import SPLIT
+from weft.formats.fingerprint import INDEX, SINGLE, weight_files
+from weft.formats.gguf.files import SPLIT, is_gguf
 
 PACKAGED = Path(__file__).parent / "packaged"
 FILES = ["*.json", "*.jinja", "*.txt"]  # no pickle, no code; and the weights that these name

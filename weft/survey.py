@@ -16,28 +16,39 @@ from weft.execute.process import free_memory
 from weft.finding import Finding
 from weft.formats.checkpoint import Checkpoint, open_checkpoint
 from weft.formats.description import model_config
-from weft.formats.fingerprint import is_gguf, weight_files
-from weft.formats.gguf.files import GgufFiles
+from weft.formats.fingerprint import weight_files
+from weft.formats.gguf.files import GgufFiles, is_gguf
 from weft.formats.schemes import scheme_of
 from weft.model.blueprint import Blueprint
 from weft.model.families import blueprint_of
 from weft.model.shares import remembered, shard_bytes, shares_of
 from weft.parallel.sizes import NUMBER_BYTES
-from weft.text import tokenizer_of
+from weft.text import Tokenizer, tokenizer_of
 
 SOME = 3  # that are named where many are meant
 
 
-def survey(path: Path, ranks: int, dtype: str) -> list[Finding]:
-    """Of a model in a directory or a .gguf file, split over so many ranks of this machine.
+def survey(path: Path, ranks: int, dtype: str) -> tuple[list[Finding], bool]:
+    """Of a model in a directory or a .gguf file, split over so many ranks of this machine; and whether it can be run.
 
     Raises `InputError` for files that say nothing, and for a family that isn't known.
     """
     config = model_config(path)
     blueprint = blueprint_of(config)
     with closing(open_checkpoint(path, config.fields)) as checkpoint:
-        found = [*_files(path, config), *_stored(checkpoint, blueprint, config, dtype), _tensors(checkpoint, blueprint)]
-    return [*found, *_memory(blueprint, config, ranks, dtype), *_texts(path, config)]
+        tensors = _tensors(checkpoint, blueprint)
+        found = [*_files(path, config), *_stored(checkpoint, blueprint, config, dtype), tensors]
+    tokenizer, why_not = _tokenizer(path)
+    found += _memory(blueprint, config, ranks, dtype)
+    return [*found, *_texts(path, config, tokenizer, why_not)], tensors.ok and not why_not
+
+
+def _tokenizer(path: Path) -> tuple[Tokenizer | None, str]:
+    """A model's, if it has one; or what is wrong with it: all else is worth knowing all the same."""
+    try:
+        return tokenizer_of(path), ""
+    except InputError as error:
+        return None, f"this model can't be run: {error}"
 
 
 def _files(path: Path, config: ModelConfig) -> Iterator[Finding]:
@@ -61,10 +72,10 @@ def _stored(
     kinds, scheme = checkpoint.kinds(), scheme_of(config.fields)
     told = ", ".join(f"{count} {kind}" for kind, (count, _) in kinds.items())
     bits = 8 * sum(size for _, size in kinds.values()) / max(1, blueprint.numbers)
-    what = f"{scheme.words}: {told}" if scheme else told
+    what = f"{scheme.described}: {told}" if scheme else told
     yield Finding("stored", True, f"{what}; {bits:.1f} bits a number", f"computed in {dtype}, and kept so")
     for remark in scheme.remarks if scheme else ():
-        yield Finding("made for more", True, "few bits", remark)
+        yield Finding("left out", True, "a part of the scheme", remark)
 
 
 def _tensors(checkpoint: Checkpoint, blueprint: Blueprint) -> Finding:
@@ -97,24 +108,15 @@ def _memory(blueprint: Blueprint, config: ModelConfig, ranks: int, dtype: str) -
                   f"room for {many:,} tokens beside the weights")  # fmt: skip
 
 
-def _texts(path: Path, config: ModelConfig) -> Iterator[Finding]:
-    tokenizer, why = None, "prompts as token ids only"
-    try:
-        tokenizer = tokenizer_of(path)
-    except InputError as error:  # the rest is worth knowing all the same
-        why = f"this model can't be run: {error}"
+def _texts(path: Path, config: ModelConfig, tokenizer: Tokenizer | None, why_not: str) -> Iterator[Finding]:
     if tokenizer is None:
-        yield Finding("tokenizer", False, "none", why)
+        yield Finding("tokenizer", False, "none", why_not or "prompts as token ids only")
     else:
-        yield Finding("tokenizer", True, tokenizer.words, "texts to tokens and back")
+        yield Finding("tokenizer", True, tokenizer.described, "texts to tokens and back")
         template = tokenizer.has_template
-        yield Finding(
-            "chat template",
-            template,
-            "yes" if template else "none",
-            "weft chat and /v1/chat/completions" if template else "weft generate and /v1/completions only",
-        )
+        use = "weft chat and /v1/chat/completions" if template else "weft generate and /v1/completions only"
+        yield Finding("chat template", template, "yes" if template else "none", use)
     ends, lines = end_ids(path, config, tokenizer)
-    names = [ascii(tokenizer.decode([end]))[1:-1] if tokenizer else str(end) for end in sorted(ends)]
+    names = [repr(tokenizer.decode([end]))[1:-1] if tokenizer else str(end) for end in sorted(ends)]
     yield Finding("end tokens", bool(ends), ", ".join(names) or "none",
                   "; ".join(lines) or ("end an answer" if ends else "answers end at --max-tokens"))  # fmt: skip

@@ -16,9 +16,8 @@ from typing import Any
 
 from weft.detokenizer import Detokenizer, Spelling
 from weft.errors import InputError
-from weft.formats.fingerprint import is_gguf
 from weft.formats.gguf import vocabulary
-from weft.formats.gguf.files import GgufFiles
+from weft.formats.gguf.files import GgufFiles, is_gguf
 from weft.formats.gguf.vocabulary import NONE
 
 _importing = threading.Lock()  # transformers fails where a second thread imports it before the first one has
@@ -73,7 +72,7 @@ class Tokenizer:
         return str(backend.to_str())
 
     @property
-    def words(self) -> str:
+    def described(self) -> str:
         """What it is, for people."""
         kind = type(self._hf.backend_tokenizer.model).__name__
         return f"{kind}, {len(self._hf):,} tokens"

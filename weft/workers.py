@@ -232,11 +232,13 @@ class Workers:
 
 def _read(tell: Progress) -> Callable[[int, int], None]:
     """Tells of bytes that are read, how many there are, and how fast they come."""
-    begun: list[tuple[float, int]] = []  # when the first ones were there, and how many
+    begun, first = 0.0, 0  # when the first ones were there, and how many
 
     def told(done: int, total: int) -> None:
-        begun.append((time.monotonic(), done)) if not begun else None
-        since, first = time.monotonic() - begun[0][0], begun[0][1]
+        nonlocal begun, first
+        if not begun:
+            begun, first = time.monotonic(), done
+        since = time.monotonic() - begun
         rate = f", {(done - first) / since / 1e6:,.0f} MB/s" if since > 0.05 else ""
         tell(f"reading {done / 1e6:,.0f} of {total / 1e6:,.0f} MB{rate}", done / max(1, total))
 

@@ -25,8 +25,8 @@ def headers_have_no_end() -> None:
 def ends_are_not_looked_at() -> None:
     """Tensors are where the header says, also beyond the end of the file."""
 
-    def tensors(self: Any, count: int, alignment: int) -> tuple[dict[str, GgufTensor], int]:
-        told = [self._tensor() for _ in range(count)]
+    def tensors(self: Any, alignment: int) -> tuple[dict[str, GgufTensor], int]:
+        told = [self._tensor() for _ in range(self._named)]
         size = -(-self._at // alignment) * alignment
         return {
             name: GgufTensor(name, shape, kind, size + offset, prod(shape) // kind.numbers * kind.bytes)

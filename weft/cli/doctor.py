@@ -48,16 +48,14 @@ def doctor(
     calibrations: Annotated[bool, typer.Option("--calibrations", help="Each one that is kept, too.")] = False,
 ) -> None:
     """See HELP."""
-    if model is not None:
-        checks, of = _surveyed(model, tp, dtype), f"weft {version('weft')} with {model}"
-    else:
-        checks, of = findings(calibrations), f"weft {version('weft')} on this machine"
+    checks, runs = _surveyed(model, tp, dtype) if model is not None else (findings(calibrations), True)
     if as_json:
         named = {} if model is None else {"model": model}
         print(json.dumps({"weft": version("weft"), **named, "findings": [asdict(finding) for finding in checks]}))
     else:
-        Console().print(_table(of, checks))
-    if model is not None and any("can't be run" in finding.meaning for finding in checks):
+        of = f"with {model}" if model is not None else "on this machine"
+        Console().print(_table(f"weft {version('weft')} {of}", checks))
+    if not runs:
         raise typer.Exit(1)
 
 
@@ -71,7 +69,7 @@ def _table(title: str, checks: Sequence[Finding]) -> Table:
     return table
 
 
-def _surveyed(model: str, tp: str, dtype: str) -> list[Finding]:
+def _surveyed(model: str, tp: str, dtype: str) -> tuple[list[Finding], bool]:
     from weft.hub import locate
     from weft.survey import survey
 

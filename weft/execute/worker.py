@@ -45,7 +45,8 @@ from weft.execute.process import (
 from weft.execute.sampler import sample
 from weft.formats.checkpoint import Checkpoint, open_checkpoint
 from weft.formats.fetched import FetchedFiles
-from weft.formats.fingerprint import Held, Wanted, held_here, is_gguf
+from weft.formats.fingerprint import Held, Wanted, held_here
+from weft.formats.gguf.files import is_gguf
 from weft.launch.launcher import LEASE_VARIABLE, MODEL_VARIABLE, PLACE_VARIABLE, TOKEN_VARIABLE, VERSION
 from weft.launch.sockets import worker_socket
 from weft.model.decoder import Decoder

@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from weft.formats.fingerprint import Wanted, is_gguf
+from weft.formats.fingerprint import Wanted
+from weft.formats.gguf.files import is_gguf
 from weft.formats.packed import TensorPart
 
 Bring = Callable[[Wanted], None]  # sees that those bytes are here

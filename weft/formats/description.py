@@ -10,8 +10,7 @@ from typing import Any
 
 from weft.config import ModelConfig
 from weft.errors import InputError
-from weft.formats.fingerprint import is_gguf
-from weft.formats.gguf.files import GgufFiles
+from weft.formats.gguf.files import GgufFiles, is_gguf
 from weft.formats.json_files import read_json
 from weft.formats.schemes import scheme_of
 

@@ -18,7 +18,7 @@ import msgspec
 from msgspec.structs import replace
 
 from weft.errors import InputError
-from weft.formats.gguf.files import parts_of
+from weft.formats.gguf.files import is_gguf, parts_of
 from weft.formats.gguf.header import header_of
 from weft.formats.json_files import read_json
 
@@ -72,11 +72,6 @@ class Wanted(NamedTuple):
     length: int
     stride: int
     times: int
-
-
-def is_gguf(path: Path) -> bool:
-    """By its name, unless that is a directory's: what is in it is looked at later."""
-    return path.suffix.lower() == ".gguf" and not os.path.isdir(path)
 
 
 def weight_files(path: Path) -> list[Path]:

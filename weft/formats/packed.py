@@ -1,7 +1,7 @@
 """A part of a tensor as a checkpoint stores it: plain numbers, or codes with their scales; and what they come to.
 
-A quantised tensor becomes what its reader asks for: `into` gives numbers, `codes` what they are made of. Both look at a
-few rows at a time, so that neither needs memory for the whole. Knows numbers; knows nothing of files.
+A quantised tensor becomes what its reader asks for: `into` gives numbers, `Packed.unpack` the codes that they are made
+of, a few rows at a time, so that neither needs memory for the whole. Knows numbers; knows nothing of files.
 
 Shapes: R rows, C columns, G = C / group.
 """
@@ -58,7 +58,7 @@ class Plain:
 @dataclass(frozen=True)
 class Codes:
     """Of whole rows: each number is codes [R, C] times its scale plus its offset, both [R, G]; no scales: they are the
-    numbers. `codes` are whole numbers of 8 bits or floats; the rest is float32."""
+    numbers. `codes` are whole numbers of 8 or 16 bits, or floats; the rest is float32."""
 
     codes: Tensor
     scales: Tensor | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from weft.errors import InputError
 from weft.formats.checkpoint import Bring, counted
-from weft.formats.fingerprint import Wanted
+from weft.formats.fingerprint import INDEX, SINGLE, Wanted
 from weft.formats.json_files import read_json
 from weft.formats.packed import Plain
 
@@ -34,13 +35,13 @@ class SafetensorsCheckpoint:
         self._file_of = self._find()
         self._bare = not any(name.startswith(PREFIX) for name in self._file_of)
         self._open: tuple[Path, Any] | None = None
-        self._lying: dict[Path, tuple[int, dict[str, Any]]] = {}
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
 
     def _find(self) -> dict[str, Path]:
-        single = self.path / "model.safetensors"
+        single = self.path / SINGLE
         if single.is_file():  # first, as in transformers: an index beside it may be of other files
             return dict.fromkeys(_names(single), single)
-        index = self.path / "model.safetensors.index.json"
+        index = self.path / INDEX
         if index.is_file():
             return self._from_index(index)
         if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt*")):
@@ -48,7 +49,7 @@ class SafetensorsCheckpoint:
                 f"{self.path} has its weights as pickle (.bin) only, which can run code when it is read; "
                 "weft reads safetensors: convert with transformers' save_pretrained"
             )
-        raise InputError(f"{self.path} has no model.safetensors and no model.safetensors.index.json")
+        raise InputError(f"{self.path} has no {SINGLE} and no {INDEX}")
 
     def _from_index(self, index: Path) -> dict[str, Path]:
         try:
@@ -96,10 +97,7 @@ class SafetensorsCheckpoint:
     def stored(self, name: str) -> int:
         """See `Checkpoint`."""
         found = self._slice(self._place(name), name)
-        numbers = 1
-        for count in found.get_shape():
-            numbers *= count
-        return numbers * _BYTES.get(found.get_dtype(), 1)
+        return int(prod(found.get_shape())) * _BYTES.get(found.get_dtype(), 1)
 
     def kinds(self) -> dict[str, tuple[int, int]]:
         """See `Checkpoint`."""
@@ -125,11 +123,11 @@ class SafetensorsCheckpoint:
 
     def _wanted(self, path: Path, stored: str, rows: range | None, columns: range | None) -> Wanted:
         """Where those parts of a tensor are. What this can't tell is taken whole."""
-        if path not in self._lying:
+        if path not in self._headers:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                self._lying[path] = 8 + length, json.loads(file.read(length))
-        first, header = self._lying[path]
+                self._headers[path] = 8 + length, json.loads(file.read(length))
+        first, header = self._headers[path]
         begin, end = header[stored]["data_offsets"]
         start, size, shape = first + begin, end - begin, header[stored]["shape"]
         element = _BYTES.get(header[stored]["dtype"], 0)

@@ -32,7 +32,7 @@ class Scheme:
     remarks: tuple[str, ...] = ()
 
     @property
-    def words(self) -> str:
+    def described(self) -> str:
         """For people."""
         return self.method if self.method in (FP8, MXFP4) else f"{self.method}, {self.bits} bits"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from functools import cached_property
@@ -17,7 +18,7 @@ MOST_FILES = 1000
 MOST_FACTORS = 4096
 
 
-class Lying(NamedTuple):
+class Located(NamedTuple):
     """A tensor, in a file."""
 
     path: Path
@@ -36,14 +37,14 @@ class GgufFiles:
         if count != len(self.headers):
             raise InputError(f"{first.path} is one of {count} files, by what it says, and named as one of "
                              f"{len(self.headers)}; give them the names that they had")  # fmt: skip
-        self.tensors: dict[str, Lying] = {}
+        self.tensors: dict[str, Located] = {}
         for number, header in enumerate(self.headers):
             if count > 1 and header.get("split.no", int) != number:
                 raise InputError(f"{header.path} says that it is not part {number + 1} of {count}; download it again")
             for name, tensor in header.tensors.items():
                 if name in self.tensors:
                     raise InputError(f"{header.path}: {name} is in {self.tensors[name].path} too; download them again")
-                self.tensors[name] = Lying(header.path, tensor)
+                self.tensors[name] = Located(header.path, tensor)
         promised = first.get("split.tensors.count", int, len(self.tensors))
         if promised != len(self.tensors):
             raise InputError(f"{path}: {promised} tensors are promised and {len(self.tensors)} there; download again")
@@ -64,6 +65,11 @@ class GgufFiles:
         with path.open("rb") as file:
             file.seek(tensor.start)
             return list(struct.unpack(f"<{tensor.shape[0]}f", file.read(tensor.bytes)))
+
+
+def is_gguf(path: Path) -> bool:
+    """By its name, unless that is a directory's: what is in it is looked at later."""
+    return path.suffix.lower() == ".gguf" and not os.path.isdir(path)
 
 
 def parts_of(path: Path) -> list[Path]:

@@ -49,7 +49,7 @@ class GgufTensor:
 
 
 @dataclass(frozen=True)
-class _Lies:
+class _Unread:
     """Where a list lies, or a long text, and how many of what it holds."""
 
     kind: int
@@ -67,8 +67,7 @@ class GgufHeader:
             reader = _HeaderReader(view, path)
             self._values = reader.values()
             self.alignment = self._aligned()
-            named = reader.named
-            self.tensors, self.size = reader.tensors(named, self.alignment)
+            self.tensors, self.size = reader.tensors(self.alignment)
 
     def _aligned(self) -> int:
         found = self._values.get("general.alignment", ALIGNMENT)
@@ -82,7 +81,7 @@ class GgufHeader:
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         """A value of that type; whole numbers are numbers. Raises `InputError` for one of another type."""
         value = self._values.get(key, default)
-        if isinstance(value, _Lies) and not value.listed:
+        if isinstance(value, _Unread) and not value.listed:
             [value] = self._read(value)
         if value is default or type(value) is kind or (kind is float and type(value) is int):
             return value
@@ -91,7 +90,7 @@ class GgufHeader:
     def one(self, key: str) -> Any:
         """A value that is one, or a list of equal ones; else what it is, in words."""
         value = self._values[key]
-        if not isinstance(value, _Lies):
+        if not isinstance(value, _Unread):
             return value
         if value.count > MOST_ALIKE or not value.listed:
             return _shown(value)
@@ -101,18 +100,18 @@ class GgufHeader:
     def count(self, key: str) -> int:
         """How many a list has; none if there is none."""
         value = self._values.get(key)
-        return value.count if isinstance(value, _Lies) and value.listed else 0
+        return value.count if isinstance(value, _Unread) and value.listed else 0
 
     def listed(self, key: str) -> list[Any] | None:
         """All of it; None if there is none."""
         value = self._values.get(key)
         if value is None:
             return None
-        if not (isinstance(value, _Lies) and value.listed):
+        if not (isinstance(value, _Unread) and value.listed):
             raise InputError(f"{self.path}: {key} is {_shown(value)}, not a list; download another file")
         return self._read(value)
 
-    def _read(self, value: _Lies) -> list[Any]:
+    def _read(self, value: _Unread) -> list[Any]:
         with _mapped(self.path) as view:
             return _HeaderReader(view, self.path).all_of(value)
 
@@ -159,7 +158,7 @@ class _HeaderReader:
     def __init__(self, view: memoryview, path: Path) -> None:
         self._view, self._path, self._at = view, path, 0
         self._end = min(len(view), LONGEST_HEADER)
-        self.named = 0  # tensors, of what was promised
+        self._named = 0  # tensors that are promised
 
     def _wrong(self, what: str) -> InputError:
         return InputError(f"{self._path} is truncated or corrupt: {what}; download it again")
@@ -203,8 +202,8 @@ class _HeaderReader:
             known = " and ".join(map(str, VERSIONS))
             why = "it is for big-endian machines" if version & 0xFFFF == 0 else f"its version is {version}"
             raise InputError(f"{self._path}: {why}; weft reads versions {known} of GGUF, little-endian")
-        self.named, keys = self._take("<Q"), self._take("<Q")
-        for count, most, what in ((self.named, MOST_TENSORS, "tensors"), (keys, MOST_KEYS, "keys")):
+        self._named, keys = self._take("<Q"), self._take("<Q")
+        for count, most, what in ((self._named, MOST_TENSORS, "tensors"), (keys, MOST_KEYS, "keys")):
             if count > most:
                 raise self._wrong(f"it promises {count} {what}, and {most} are the most")
         values: dict[str, Any] = {}
@@ -220,12 +219,12 @@ class _HeaderReader:
             return self._take(f"<{_SCALARS[kind]}")
         if kind == _STRING:
             start, text = self._at, self._text(LONGEST_STRING)
-            return text if len(text) <= KEPT_STRING else _Lies(kind, 1, start, listed=False)
+            return text if len(text) <= KEPT_STRING else _Unread(kind, 1, start, listed=False)
         if kind != _LIST:
             raise self._wrong(f"a value before byte {self._at} has the unknown type {kind}")
         return self._passed(self._take("<I"), self._take("<Q"))
 
-    def _passed(self, kind: int, count: int) -> _Lies:
+    def _passed(self, kind: int, count: int) -> _Unread:
         """Goes on to behind a list."""
         start, left = self._at, self._end - self._at
         if kind in _SCALARS:
@@ -236,7 +235,7 @@ class _HeaderReader:
             self._pass_texts(count)
         else:
             raise self._wrong(f"a list at byte {start} is of type {kind}, which lists can't hold here")
-        return _Lies(kind, count, start)
+        return _Unread(kind, count, start)
 
     def _demand_count(self, start: int, count: int, room: int, what: str) -> None:
         if count > min(MOST_LISTED, room):
@@ -253,16 +252,16 @@ class _HeaderReader:
             raise self._wrong(f"a text before byte {at} is longer than the header")
         self._at = at
 
-    def all_of(self, found: _Lies) -> list[Any]:
+    def all_of(self, found: _Unread) -> list[Any]:
         """What a list holds."""
         if found.kind in _SCALARS:
             return list(struct.unpack_from(f"<{found.count}{_SCALARS[found.kind]}", self._view, found.start))
         self._at = found.start
         return [self._text(LONGEST_STRING) for _ in range(found.count)]
 
-    def tensors(self, count: int, alignment: int) -> tuple[dict[str, GgufTensor], int]:
+    def tensors(self, alignment: int) -> tuple[dict[str, GgufTensor], int]:
         """Where all are, and where the first one may begin."""
-        told = [self._tensor() for _ in range(count)]
+        told = [self._tensor() for _ in range(self._named)]
         size = -(-self._at // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
         free = 0  # the first byte behind all tensors so far
@@ -295,6 +294,6 @@ class _HeaderReader:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, _Lies):
+    if isinstance(value, _Unread):
         return f"a list of {value.count}" if value.listed else "a long text"
     return repr(value)[:60]

@@ -17,7 +17,7 @@ from weft.formats.checkpoint import Bring, counted
 from weft.formats.fingerprint import Wanted
 from weft.formats.gguf.architectures import FACTORS, architecture_of, heads_of, stored_name
 from weft.formats.gguf.blocks import PLAIN, unpacked
-from weft.formats.gguf.files import GgufFiles, Lying
+from weft.formats.gguf.files import GgufFiles, Located
 from weft.formats.gguf.header import GgufTensor
 from weft.formats.packed import Packed, Plain, TensorPart
 
@@ -37,7 +37,7 @@ class GgufCheckpoint:
     def __contains__(self, name: str) -> bool:
         return stored_name(name) in self._files.tensors
 
-    def _lying(self, name: str) -> Lying:
+    def _located(self, name: str) -> Located:
         if name not in self:
             raise InputError(
                 f"{self.path} has no tensor {stored_name(name)!r}, which its configuration calls for; download it again"
@@ -46,11 +46,11 @@ class GgufCheckpoint:
 
     def shape(self, name: str) -> list[int]:
         """See `Checkpoint`."""
-        return list(self._lying(name).tensor.shape)
+        return list(self._located(name).tensor.shape)
 
     def stored(self, name: str) -> int:
         """See `Checkpoint`."""
-        return self._lying(name).tensor.bytes
+        return self._located(name).tensor.bytes
 
     def kinds(self) -> dict[str, tuple[int, int]]:
         """See `Checkpoint`."""
@@ -63,7 +63,8 @@ class GgufCheckpoint:
 
     def read(self, name: str, rows: range | None = None, columns: range | None = None) -> TensorPart:
         """See `Checkpoint`."""
-        path, tensor = self._lying(name)
+        found = self._located(name)
+        path, tensor = found
         if len(tensor.shape) > 2 or (len(tensor.shape) == 1 and tensor.type.numbers > 1):
             raise InputError(f"{path}: {tensor.name} is {list(tensor.shape)} in {tensor.type.name}; download it again")
         all_rows, width = (*tensor.shape, 1)[:2]
@@ -71,15 +72,15 @@ class GgufCheckpoint:
         columns = range(width) if columns is None else columns
         if not (rows and columns):
             return Plain(torch.empty((len(rows), len(columns))[: len(tensor.shape)]))
-        raw, keep = self._raw(Lying(path, tensor), rows, columns)
+        raw, keep = self._raw(found, rows, columns)
         if tensor.type.name not in PLAIN:
             return Packed(len(rows), keep, lambda some: unpacked(raw[some.start : some.stop], tensor.type))
         values = raw.view(PLAIN[tensor.type.name])
         return Plain(values if len(tensor.shape) > 1 else values.reshape(-1))
 
-    def _raw(self, lying: Lying, rows: range, columns: range) -> tuple[Tensor, range]:
+    def _raw(self, located: Located, rows: range, columns: range) -> tuple[Tensor, range]:
         """Bytes of whole blocks [rows, …], and which of the blocks' columns are those that are wanted."""
-        path, tensor = lying
+        path, tensor = located
         kind, row = tensor.type, tensor.bytes // max(1, tensor.shape[0])
         first, last = columns.start // kind.numbers, -(-columns.stop // kind.numbers)
         keep = range(columns.start - first * kind.numbers, columns.stop - first * kind.numbers)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NONE = (None, "none", "no_vocab")  # what files without a tokenizer call theirs
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds: text, no text, text that is found whole, text of nobody
 MOST_ADDED = 1 << 15  # tokens that are found whole; usual vocabularies have up to some thousands
-MOST_MERGES = 1 << 20  # that pieces are made by; usual vocabularies have a tenth of that
+MOST_MERGES = 1 << 20  # that pieces are made by; the largest in use have half of that
 LONGEST_TOKEN = 1 << 10  # characters
 MOST_WORK = 1 << 28  # squares of all tokens' lengths: what finding their merges takes; usual ones have 2^24
 LONGEST_TEMPLATE = 1 << 20
@@ -179,8 +179,8 @@ def _merges(header: GgufHeader, tokens: list[str]) -> list[tuple[str, str]]:
     scores, kinds = _for_each(header, tokens, "scores"), _kinds(header, tokens)
     if not scores:
         raise InputError(f"{header.path} has no scores for its tokens; download it again")
-    normal = {score for score, kind in zip(scores, kinds, strict=True) if kind == NORMAL}
-    if len(normal) > 1 or len(tokens) < 3:
+    normal = [score for score, kind in zip(scores, kinds, strict=True) if kind == NORMAL]
+    if len(normal) < 2 or len({*normal}) > 1:
         return _by_score(header, tokens, scores, kinds)
     listed = header.listed("tokenizer.ggml.merges")
     if listed is None:
