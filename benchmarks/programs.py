@@ -26,8 +26,8 @@ from models import random_llama
 from weft import LLM, SamplingParams
 from weft.execute import protocol as p
 from weft.execute.results import RunOptions
-from weft.formats.description import model_config
 from weft.model.blueprint import Blueprint
+from weft.model.description import model_config
 from weft.model.families import blueprint_of
 from weft.model.shares import shares_of
 from weft.outlook.figures import shard_of

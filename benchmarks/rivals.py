@@ -32,13 +32,13 @@ from weft.execute.executor import Executor
 from weft.execute.lanes import ThreadLanes
 from weft.execute.process import keep_freed_memory
 from weft.execute.sampler import likeliest
-from weft.formats.checkpoint import open_checkpoint
-from weft.formats.description import model_config
 from weft.launch.namespaces import NamespaceLauncher
 from weft.links import Link
 from weft.model.decoder import Decoder, Extent, Forward
+from weft.model.description import model_config
 from weft.model.families import blueprint_of
-from weft.model.rope import Rope
+from weft.model.opening import open_model
+from weft.model.rope import ropes_for
 from weft.model.shares import shares_of
 from weft.model.weights import load
 from weft.parallel.allreduce import all_reduce, swap
@@ -133,8 +133,8 @@ def rank(given: argparse.Namespace) -> None:
     config = model_config(model)
     blueprint = blueprint_of(config)
     shares = shares_of(blueprint, (1.0, 1.0))
-    weights = load(open_checkpoint(model, config.fields), blueprint, shares[number])
-    decoder = Decoder(config, blueprint, shares[number], weights, Rope(config))
+    weights = load(open_model(model, config), blueprint, shares[number])
+    decoder = Decoder(blueprint, shares[number], weights, ropes_for(config, blueprint))
     mesh = Mesh(given.address, PORT)
     subnet = given.address.rpartition(".")[0]
     mesh.join(number, [Place(f"{subnet}.{place}", PORT, "") for place in (1, 2)], [KEY, KEY])

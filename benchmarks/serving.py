@@ -35,8 +35,8 @@ from weft.batching.request import Request
 from weft.bench.machine import cores_of
 from weft.config import processor_name
 from weft.engine import Engine
-from weft.formats.description import model_config
 from weft.hub import PACKAGED
+from weft.model.description import model_config
 from weft.server.app import Settings, application
 from weft.server.run import bound, serve
 from weft.server.service import Service

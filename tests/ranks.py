@@ -18,11 +18,11 @@ from tests.execute.programs import lagging
 from weft.cache.slabs import Slabs
 from weft.execute.executor import Executor, Result, Scope
 from weft.execute.lanes import ThreadLanes
-from weft.formats.checkpoint import open_checkpoint
-from weft.formats.description import model_config
 from weft.model.decoder import Decoder
+from weft.model.description import model_config
 from weft.model.families import blueprint_of
-from weft.model.rope import Rope
+from weft.model.opening import open_model
+from weft.model.rope import ropes_for
 from weft.model.shares import shares_of
 from weft.model.weights import load
 from weft.parallel.allreduce import gather_columns
@@ -123,8 +123,9 @@ class Ranks:
 
         def rank(r: int) -> tuple[Decoder, Executor, Slabs]:
             share = self.shares[r % len(shares)]
-            weights = load(open_checkpoint(directory, self.config.fields), self.blueprint, share, exact_rows=exact_rows)
-            decoder = Decoder(self.config, self.blueprint, share, weights, Rope(self.config), exact_rows)
+            weights = load(open_model(directory, self.config), self.blueprint, share, exact_rows=exact_rows)
+            ropes = ropes_for(self.config, self.blueprint)
+            decoder = Decoder(self.blueprint, share, weights, ropes, exact_rows)
             group = Group(self.transports[r] if world > 1 else None, range(world))
             executor = Executor(decoder, self.outline, group, ThreadLanes(torch.no_grad), self.widths)
             heads = len(share.kv_heads)

@@ -19,9 +19,9 @@ from weft.config import EngineConfig
 from weft.errors import InputError
 from weft.execute.process import GROUPS, free_memory, machine_name
 from weft.execute.protocol import Hello, Loaded
-from weft.formats.description import model_config
 from weft.launch.keys import key_of
 from weft.launch.launcher import VERSION
+from weft.model.description import model_config
 from weft.model.families import blueprint_of
 from weft.model.shares import shard_bytes, shares_of
 

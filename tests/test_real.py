@@ -19,7 +19,8 @@ from benchmarks.models import smollm2
 from tests.processes import weft
 from weft import LLM, SamplingParams
 from weft.bench.quality import TEXT
-from weft.formats.checkpoint import open_checkpoint
+from weft.model.description import model_config
+from weft.model.opening import open_model
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 PROMPTS = [
@@ -74,7 +75,7 @@ def greedy(reference: Any, prompt: list[int], count: int) -> list[int]:
 
 
 def test_tensors(model: Path, reference: Any) -> None:
-    checkpoint = open_checkpoint(model, {})
+    checkpoint = open_model(model, model_config(model))
     for name, values in reference.state_dict().items():
         if name != "lm_head.weight":  # it is the embedding's
             assert torch.equal(checkpoint.read(name).numbers(torch.float32), values), name

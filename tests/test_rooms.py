@@ -14,7 +14,7 @@ TORCH_FREE = (
     "weft.plan.kept", "weft.plan.budget", "weft.outlook.figures", "weft.batching.batcher", "weft.batching.params",
     "weft.cache.prefixes", "weft.execute.protocol", "weft.execute.controller", "weft.launch.namespaces",
     "weft.launch.joined", "weft.parallel.mesh", "weft.parallel.ring", "weft.model.families", "weft.model.shares",
-    "weft.formats.description", "weft.formats.fingerprint", "weft.cli.main",
+    "weft.model.description", "weft.formats.fingerprint", "weft.cli.main",
 )  # fmt: skip
 
 

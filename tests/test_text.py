@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weft.errors import InputError
-from weft.formats.description import generation_defaults
+from weft.model.description import generation_defaults
 from weft.text import StopText, Tokenizer, tokenizer_of
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,15 @@ from tests.ranks import Ranks
 from tests.simulate.costs import costs
 from tests.tiny import Checkpoints, prompt_of
 from weft.config import ModelConfig
-from weft.formats.description import model_config
-from weft.model import decoder, families
-from weft.model.blueprint import Blueprint, Matrix, StageParts
-from weft.model.decoder import Adds, Extent, Forward, Making, RowWise
-from weft.model.families import FAMILIES, Flags
+from weft.model import families
+from weft.model.blueprint import Blueprint, Branch, Matrix, Norm, StageParts
+from weft.model.branches import BRANCHES, Making, Mlp
+from weft.model.description import model_config
+from weft.model.families import FAMILIES
+from weft.model.family import Family, decoder
+from weft.model.forward import Extent
 from weft.model.shares import shard_bytes, shares_of
+from weft.model.weights import BranchWeights
 from weft.outlook.figures import shard_of
 from weft.program.batch import Batch, Rows, one_prompt
 from weft.program.build import build
@@ -35,29 +38,28 @@ from weft.timeline.svg import svg
 # A family: a Llama with one more stage in each layer, relu(x @ up) @ down, divided like the MLP.
 
 
-def toy(config: ModelConfig, flags: Flags) -> Blueprint:
-    plain = families.decoder(config, flags)
+@dataclass(frozen=True)
+class ToyBranch(Branch):
+    """Declares it."""
+
+
+def toy(config: ModelConfig, family: Family) -> Blueprint:
+    plain = decoder(config, family)
     width = plain.axis("width")
     up, down = Matrix("toy.up_proj", width, plain.hidden), Matrix("toy.down_proj", plain.hidden, width)
-    stage = StageParts(Stage("toy", Kind.REDUCE), "toy_layernorm", (up,), down, traffic=2.0)
+    stage = StageParts(Stage("toy", Kind.REDUCE), (ToyBranch((up,), down, Norm("toy_layernorm"), 2.0),))
     return replace(plain, layer=(*plain.layer, stage))
 
 
-class Toy(decoder.Mlp, Adds):
-    def body(self, forward: Forward, extent: Extent, input_TM: torch.Tensor) -> RowWise:
-        return RowWise(extent.leaves, self.weights.first(input_TM).relu_())
-
-
-def made(making: Making, layer: int | None) -> Toy:
-    assert layer is not None
-    return Toy(making.weights.stages["toy", layer], making.epsilon, making.exact_rows)
+def made(making: Making, branch: Branch, layer: int, weights: BranchWeights) -> Mlp:
+    return Mlp(weights, torch.relu)
 
 
 @pytest.fixture
 def toys(checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint of the toy family."""
     monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], declare=toy))
-    monkeypatch.setitem(decoder.FUNCTIONS, "toy", made)
+    monkeypatch.setitem(BRANCHES, ToyBranch, made)
     source = checkpoints.directory("llama")
     tensors, generator = load_file(source / "model.safetensors"), torch.Generator().manual_seed(4)
     config = model_config(source)
@@ -97,7 +99,7 @@ def test_a_family_with_one_more_stage(toys: Path) -> None:
 
 def test_memory_costs_and_programs_know_of_it(toys: Path) -> None:
     config = model_config(toys)
-    blueprint, plain = families.blueprint_of(config), families.decoder(config, Flags(*[False] * 5))
+    blueprint, plain = families.blueprint_of(config), decoder(config, FAMILIES["llama"])
     more = config.layers * 2 * config.hidden * config.intermediate
     for made_of, numbers in ((blueprint, plain.numbers + more), (plain, plain.numbers)):
         [share] = shares_of(made_of, (1.0,))

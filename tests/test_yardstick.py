@@ -16,9 +16,9 @@ from tests.processes import free_port
 from tests.simulate.costs import costs
 from weft import LLM, InputError, SamplingParams, yardstick
 from weft.config import EngineConfig, available_cores
-from weft.formats.description import model_config
 from weft.launch.joined import JoinedLauncher
 from weft.links import Link
+from weft.model.description import model_config
 from weft.opening import open_engine
 from weft.plan.planner import Planner
 from weft.yardstick import Yardstick, alone, best_of, counts, judged, measured, predicted, recalled, with_ranks

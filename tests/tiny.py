@@ -25,7 +25,11 @@ def _rope(kind: str, **values: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **values}}
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
+LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+YARN = {"factor": 16.0, "original_max_position_embeddings": 64, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0}
+FACTORS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "attention_multiplier": 0.2, "logits_scaling": 4.0}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-one-group": ("Llama", {"num_key_value_heads": 6}),
@@ -36,20 +40,55 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-yarn": ("Llama", _rope("yarn", factor=4.0, original_max_position_embeddings=256)),
     "mistral": ("Mistral", {"sliding_window": 96}),
     "mistral-whole": ("Mistral", {"sliding_window": None}),
+    "ministral": ("Ministral", {"head_dim": 16, "sliding_window": 40, "layer_types": [SLIDING, FULL]}),
+    "ministral3": ("Ministral3", {"head_dim": 16, "max_position_embeddings": 1024} | _rope(
+        "yarn", **YARN, mscale_all_dim=1.0, llama_4_scaling_beta=0.1
+    )),
     "qwen2": ("Qwen2", {}),
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 40}),
+    "gemma3": ("Gemma3", {
+        "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 40, "num_hidden_layers": 6,
+        "final_logit_softcapping": 9.0,
+    }),
+    "phi3": ("Phi3", {"sliding_window": 50}),
+    "phi3-part": ("Phi3", _rope("default", partial_rotary_factor=0.75)),
+    "phi3-long": ("Phi3", {"original_max_position_embeddings": 64} | _rope("longrope", **LONG)),
+    "glm": ("Glm", {"head_dim": 16}),
+    "glm4": ("Glm4", {"head_dim": 16}),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 40}),
+    "granite": ("Granite", FACTORS),
+    "granite_swa": ("GraniteSWA", FACTORS | {
+        "num_hidden_layers": 4, "sliding_window": 40, "layer_rope_theta": [0, 1e4, 5e4, 1e4]
+    }),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4}),
+    "nemotron": ("Nemotron", {}),
+    "cohere2": ("Cohere2", {"num_hidden_layers": 4, "sliding_window": 40, "attention_bias": True}),
+    "gpt_neox": ("GPTNeoX", {}),
+    "gpt_neox-serial": ("GPTNeoX", {"use_parallel_residual": False}),
+}  # fmt: skip
+# Of each family, of sizes that no kernel likes: heads that ranks don't divide, one key/value head, odd widths.
+ODD = {"hidden_size": 50, "intermediate_size": 37, "num_attention_heads": 5, "num_key_value_heads": 1}
+OWN = {"head_dim": 10}  # where it isn't what hidden_size gives
+FIRST = {family: name for name, (family, _) in reversed(MODELS.items())}
+MODELS |= {
+    f"{name}-odd": (family, MODELS[name][1] | ODD | (OWN if "head_dim" in MODELS[name][1] else {}))
+    for family, name in reversed(FIRST.items())
 }
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}  # that aren't named after their model
 
 
 def random_model(family: str, sizes: dict[str, Any]) -> Any:
     """transformers' model of a family, whose norms and biases are not all alike."""
-    config = getattr(transformers, f"{family}Config")(**sizes)
+    config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**sizes)
+    config._attn_implementation = "eager"  # the others leave caps and sinks out
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or "bias" in name:
+            if any(part in name for part in ("norm", "bias", "sinks")):
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return model
 
@@ -75,7 +114,7 @@ class Checkpoints:
 
     def model_anew(self, name: str) -> Any:
         """The same; its rotary embedding has not seen a long prompt yet."""
-        return copy.deepcopy(self.model(name)) if "dynamic" in name else self.model(name)
+        return copy.deepcopy(self.model(name)) if {"dynamic", "long"} & {*name.split("-")} else self.model(name)
 
     def greedy(self, directory: Path, prompt: tuple[int, ...], tokens: int) -> list[int]:
         """What transformers makes of a checkpoint as it is on disk."""

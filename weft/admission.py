@@ -12,7 +12,7 @@ from weft.batching.params import SamplingParams, shown
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, NoRoom
 from weft.execute.protocol import Hello, Loaded
-from weft.formats.description import generation_defaults
+from weft.model.description import generation_defaults
 from weft.model.families import blueprint_of
 from weft.model.shares import shard_bytes, shares_of
 from weft.parallel.sizes import NUMBER_BYTES

@@ -19,7 +19,7 @@ from weft.program.strategy import GRANULE, Strategy
 from weft.simulate.cost import Costs
 from weft.wires import needed
 
-COSTS = 6  # counts what of them was given another meaning
+COSTS = 7  # counts what of them was given another meaning
 
 
 def key_of(model: ModelConfig, config: EngineConfig, link: str) -> dict[str, str]:
@@ -51,7 +51,7 @@ def subject_of(
         outline=blueprint.outline, width=model.hidden, logits=LIKELIEST_BYTES, world=config.ranks,
         length=config.max_length, slots=config.max_sequences, limit=ONE_SHOT_BYTES, algorithms=algorithms(machines),
         elements={wire: row_bytes(wire, config.dtype, model.hidden) / model.hidden for wire in wires},
-        window=blueprint.window, granule=granule_of(config),
+        windows=blueprint.windows, granule=granule_of(config), seen=blueprint.seen,
     )  # fmt: skip
 
 

@@ -23,9 +23,9 @@ from weft.calibration import granule_of
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, WorkerFailed, WorkerLost, in_a_line
 from weft.execute.results import RunOptions, RunResult
-from weft.formats.description import model_config
 from weft.grammar import Grammar
 from weft.launch.launcher import Launcher
+from weft.model.description import model_config
 from weft.model.families import blueprint_of
 from weft.plan.budget import Budget
 from weft.plan.calibrate import TooSlow

@@ -14,12 +14,12 @@ from weft.batching.params import SamplingParams
 from weft.config import EngineConfig
 from weft.engine import Engine
 from weft.errors import InputError
-from weft.formats.description import generation_defaults
-from weft.formats.description import model_config as described
 from weft.hub import locate
 from weft.launch.launcher import Launcher
 from weft.launch.namespaces import NamespaceLauncher
 from weft.links import NO_LINK, Link
+from weft.model.description import generation_defaults
+from weft.model.description import model_config as described
 from weft.program.strategy import AUTO
 from weft.quality import within_limits
 from weft.workers import Progress

@@ -14,13 +14,14 @@ from weft.config import ModelConfig
 from weft.errors import InputError
 from weft.execute.process import free_memory
 from weft.finding import Finding
-from weft.formats.checkpoint import Checkpoint, open_checkpoint
-from weft.formats.description import model_config
+from weft.formats.checkpoint import Checkpoint
 from weft.formats.fingerprint import weight_files
 from weft.formats.gguf.files import GgufFiles, is_gguf
 from weft.formats.schemes import scheme_of
 from weft.model.blueprint import Blueprint
+from weft.model.description import model_config
 from weft.model.families import blueprint_of
+from weft.model.opening import open_model
 from weft.model.shares import remembered, shard_bytes, shares_of
 from weft.parallel.sizes import NUMBER_BYTES
 from weft.text import Tokenizer, tokenizer_of
@@ -35,7 +36,7 @@ def survey(path: Path, ranks: int, dtype: str) -> tuple[list[Finding], bool]:
     """
     config = model_config(path)
     blueprint = blueprint_of(config)
-    with closing(open_checkpoint(path, config.fields)) as checkpoint:
+    with closing(open_model(path, config)) as checkpoint:
         tensors = _tensors(checkpoint, blueprint)
         found = [*_files(path, config), *_stored(checkpoint, blueprint, config, dtype), tensors]
     tokenizer, why_not = _tokenizer(path)

@@ -18,10 +18,9 @@ import torch
 from gguf import GGUFReader, quants
 
 from weft.errors import InputError
-from weft.formats.checkpoint import open_checkpoint
-from weft.formats.description import generation_defaults, model_config
-from weft.formats.gguf.architectures import stored_name
+from weft.model.description import generation_defaults, model_config
 from weft.model.families import blueprint_of
+from weft.model.opening import open_model
 from weft.model.shares import shares_of
 from weft.model.weights import load
 from weft.text import tokenizer_of
@@ -35,7 +34,7 @@ def read(path: Path) -> None:
     config = model_config(path)
     blueprint = blueprint_of(config)
     generation_defaults(path)
-    with closing(open_checkpoint(path, config.fields)) as checkpoint:
+    with closing(open_model(path, config)) as checkpoint:
         for share in shares_of(blueprint, (1.0, 2.0)):
             load(checkpoint, blueprint, share)
         if path.suffix == ".gguf":
@@ -50,11 +49,11 @@ def _compare(path: Path, checkpoint: Any, names: list[str], heads: int, kv_heads
         there = {tensor.name: tensor for tensor in reader.tensors}
         with np.errstate(all="ignore"):
             expected = {name: quants.dequantize(np.array(there[name].data), there[name].tensor_type)
-                        for name in map(stored_name, names) if name in there}  # fmt: skip
+                        for name in map(checkpoint.stored_name, names) if name in there}  # fmt: skip
     except Exception:  # whatever it doesn't like
         return
     for name in names:
-        if (stored := stored_name(name)) in expected:
+        if (stored := checkpoint.stored_name(name)) in expected:
             found = checkpoint.read(name).numbers(torch.float32).numpy()
             values = expected[stored].astype(np.float32).reshape(found.shape)
             for part, count in (("attn_q", heads), ("attn_k", kv_heads)):

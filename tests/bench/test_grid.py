@@ -9,8 +9,8 @@ import pytest
 from weft.bench.grid import Bench, Grid
 from weft.config import available_cores
 from weft.errors import InputError
-from weft.formats.description import model_config
 from weft.links import NO_LINK, Link
+from weft.model.description import model_config
 
 
 def grid(**changes: object) -> Grid:

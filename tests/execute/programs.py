@@ -34,10 +34,9 @@ class _Drawn:
         self.draw, self.outline, self.stages, self.groups = draw, outline, outline.stages, groups
         self.firsts = self._firsts()
         reducing = [place for place, stage in enumerate(self.stages) if stage.collective is Kind.REDUCE]
-        lagging = any(stage.lag for stage in self.stages)
         scattering = [place for place in reducing if place >= max(self.firsts, default=0)]  # rows then stay there
         never = [len(self.stages)] * 2
-        self.scatters_from = draw(st.sampled_from(never if lagging else scattering + never))
+        self.scatters_from = draw(st.sampled_from(scattering + never if outline.scatters else never))
         scatters = self.scatters_from < len(self.stages)
         self.narrow = (
             len(self.stages) - 1 if scatters else draw(st.sampled_from(range(outline.narrow_from, len(self.stages))))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.execute.programs import SEGMENTS, TOKENS, legal_programs
 from tests.outlines import changed
 from tests.ranks import Ranks
-from tests.tiny import MODELS, Checkpoints, prompt_of
+from tests.tiny import FIRST, MODELS, Checkpoints, prompt_of
 from weft.execute.executor import Scope
 from weft.execute.owed import Owed
 from weft.model.attention import GRANULE
@@ -32,12 +32,21 @@ STRATEGIES = ("serial", "iso:2", "iso@5,300", "iso:2/4", "tiles:4", "requests", 
               "iso:3+ahead")  # fmt: skip
 SPLITS = ((1.0,), (1.0, 1.0), (1.0,) * 3, (1.0,) * 4, (2.0, 1.0), (1.0, 3.0, 2.0, 1.0))
 PROMPTS = ((1,), (2,), (17,), (700,), (3, 200, 41))
+FAMILIES = tuple(reversed(FIRST.values()))  # one of each
+FEWER = ("serial", "iso:2", "iso@5,300", "tiles:4")  # of the odd ones
+
+
+def strategies(name: str) -> tuple[str, ...]:
+    """Those that a model is tried with; where norms go over all heads, sums can't be scattered."""
+    tried = FEWER if name.endswith("-odd") else STRATEGIES
+    return tuple(each for each in tried if not ("rs" in each and "olmo" in name))
+
 
 SAMPLE = [
     (name, SPLITS[(index + number) % len(SPLITS)], strategy, PROMPTS[(2 * index + number) % len(PROMPTS)])
     for index, name in enumerate(MODELS)
-    for number, strategy in enumerate(STRATEGIES)
-    if (index + number) % 2 == 0 or strategy == "iso:2"
+    for number, strategy in enumerate(strategies(name))
+    if (index + number) % 3 == 0 or (strategy == "iso:2" and not name.endswith("-odd"))
 ]
 
 
@@ -83,19 +92,22 @@ def test_same_as_transformers(checkpoints, split, name, shares, strategy, length
 
 @pytest.mark.grid
 @pytest.mark.parametrize(
-    ("name", "shares", "strategy", "lengths"), [*itertools.product(MODELS, SPLITS, STRATEGIES, PROMPTS)]
+    ("name", "shares", "strategy", "lengths"),
+    [case for name in MODELS for case in itertools.product([name], SPLITS, strategies(name), PROMPTS)],
 )
 def test_same_as_transformers_everywhere(checkpoints, split, name, shares, strategy, lengths) -> None:
     agrees(checkpoints, split(name, shares), name, strategy, lengths)
 
 
-@pytest.mark.parametrize("lags", [(0, 0), (0, 1), (1, 1)])
+@pytest.mark.parametrize(("name", "lags"), [
+    ("qwen3", (0, 0)), ("qwen3", (0, 1)), ("qwen3", (1, 1)), ("olmo2", (0, 0, 0)), ("cohere2", (0,)), ("gemma2", (0, 0))
+])  # fmt: skip
 @pytest.mark.parametrize("world", [2, 3])
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_legal_program_equals_serial(split, world: int, lags: tuple[int, int], data: st.DataObject) -> None:
+def test_any_legal_program_equals_serial(split, world: int, name, lags, data: st.DataObject) -> None:
     """Whatever its stages read, its lanes and its algorithms are, and from where on wanted rows go on alone."""
-    ranks = split("qwen3", (1.0,) * world, lags=lags)
+    ranks = split(name, (1.0,) * world, lags=lags)
     program = data.draw(legal_programs(ranks.outline))
     tokens, batch = prompt_of(TOKENS), Batch(SEGMENTS)
     check(program, ranks.outline, batch)
@@ -159,21 +171,21 @@ def test_some_sums_may_travel_in_fewer_bytes_than_others(split) -> None:
     assert 0 < some < 0.1 * logits[0].abs().max() and not torch.equal(logits[1], logits[2]) and all_of_them > 0
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
-@pytest.mark.parametrize("shares", [(1.0,), (1.0, 1.0), (2.0, 1.0, 1.0)])
+@pytest.mark.parametrize(("name", "shares"), [
+    *itertools.product(["llama", "mistral", "qwen3"], [(1.0,), (1.0, 1.0), (2.0, 1.0, 1.0)]),
+    *((name, (2.0, 1.0, 1.0)) for name in (*FAMILIES, "phi3-part", "gemma2-odd", "olmo2-odd", "gpt_neox-odd")),
+])  # fmt: skip
 def test_reproducible_bits_do_not_depend_on_the_strategy(split, name, shares) -> None:
     ranks, prompt = split(name, shares, exact_rows=True), prompt_of(700)
     batch = one_prompt(len(prompt))
-    programs = [
-        ranks.plan(batch, s, GRANULE)
-        for s in (*STRATEGIES[:2], "iso:3", "iso:2/4", "tiles:4", "tiles:7", "rs", "iso:2+rs")
-    ]
+    tried = ("serial", "iso:2", "iso:3", "iso:2/4", "tiles:4", "tiles:7", "rs", "iso:2+rs")
+    programs = [ranks.plan(batch, s, GRANULE) for s in tried if not ("rs" in s and "olmo" in name)]
     expected = ranks.run(batch, prompt, programs[0])[0]
     for program in programs[1:]:
         assert torch.equal(ranks.run(batch, prompt, program)[0].logits, expected.logits)
 
 
-@pytest.mark.parametrize("name", ["llama-biased-tied", "qwen2-window"])
+@pytest.mark.parametrize("name", ["llama-biased-tied", "qwen2-window", "phi3-part", *FAMILIES])
 def test_reproducible_bits_do_not_depend_on_the_batch(split, name) -> None:
     ranks, prompts = split(name, (1.0, 1.0), exact_rows=True), [prompt_of(n) for n in (5, 300, 150)]
     for strategy in ("serial", "requests", "iso:2"):
@@ -188,8 +200,9 @@ def _together(ranks: Ranks, prompts, strategy: str, wire: str = "exact"):
     return ranks.run(batch, flat, ranks.plan(batch, strategy, GRANULE), wire)[0].logits
 
 
-def test_reproducible_decoding_does_not_depend_on_the_batch(split) -> None:
-    ranks, prompts = split("llama", (1.0, 1.0), exact_rows=True), [prompt_of(n) for n in (9, 140, 30)]
+@pytest.mark.parametrize("name", FAMILIES)
+def test_reproducible_decoding_does_not_depend_on_the_batch(split, name) -> None:
+    ranks, prompts = split(name, (1.0, 1.0), exact_rows=True), [prompt_of(n) for n in (9, 140, 30)]
     _, together = ranks.greedy(prompts, "serial", 12)
     assert [ranks.greedy([prompt], "serial", 12)[1][0] for prompt in prompts] == together
 

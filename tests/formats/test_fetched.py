@@ -18,11 +18,12 @@ from tests.formats.test_quantised import saved
 from weft.errors import InputError
 from weft.formats import fetched
 from weft.formats.checkpoint import open_checkpoint
-from weft.formats.description import model_config
 from weft.formats.fetched import Fetch, FetchedFiles
 from weft.formats.fingerprint import Wanted, WeightFile, cut_out, demand_same, fingerprint
 from weft.formats.gguf.tensors import GgufCheckpoint
 from weft.formats.safetensor import SafetensorsCheckpoint
+from weft.model.description import model_config
+from weft.model.gguf import ARCHITECTURES
 
 TENSORS = {
     "model.a": torch.randn(40, 30),
@@ -210,10 +211,10 @@ def test_a_gguf_model_is_fetched_by_its_blocks(tmp_path: Path) -> None:
     directory.mkdir()
     written(directory / "tiny.gguf", "llama", mixed, split_max_tensors=9)
     parts = sorted(directory.glob("*.gguf"))
-    real, other = GgufCheckpoint(parts[0]), Counting(parts[0])
+    real, other = GgufCheckpoint(parts[0], ARCHITECTURES), Counting(parts[0])
     with closing(FetchedFiles(other.files, other, tmp_path / "cache")) as files:
         before = sum(wanted.length * wanted.times for wanted in other.asked)
-        here = GgufCheckpoint(files.directory / parts[0].name, files.bring)
+        here = GgufCheckpoint(files.directory / parts[0].name, ARCHITECTURES, files.bring)
         for name, parts_of in (
             ("model.layers.0.self_attn.q_proj.weight", {"rows": range(64, 192)}),
             ("model.layers.1.mlp.down_proj.weight", {"columns": range(256, 512)}),

@@ -18,9 +18,9 @@ from tests.processes import weft
 from tests.ranks import Ranks
 from tests.tiny import SMALL, random_model
 from weft.errors import InputError
-from weft.formats.checkpoint import open_checkpoint
-from weft.formats.description import model_config
+from weft.model.description import model_config
 from weft.model.families import blueprint_of
+from weft.model.opening import open_model
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2,
         "initializer_range": 0.08, "vocab_size": 258}  # fmt: skip
@@ -80,7 +80,7 @@ def dequantised(path: Path, name: str) -> Any:
 def demand_tensors(path: Path, name: str) -> None:
     """That all are what the package reads, whole and in parts that end anywhere."""
     config = model_config(path)
-    checkpoint = open_checkpoint(path, config.fields)
+    checkpoint = open_model(path, config)
     tensors = held(path, tiny(name), FAMILIES[name][1])
     assert set(tensors) <= set(blueprint_of(config).tensors) and not checkpoint.unexpected(blueprint_of(config).tensors)
     for tensor, values in tensors.items():
@@ -193,7 +193,7 @@ def test_split_files(tmp_path: Path) -> None:
     whole = written(tmp_path / "whole.gguf", "llama", "Q8_0")
     expected = held(whole, tiny("llama"), "llama")
     for given in (parts[0], parts[-1]):
-        checkpoint = open_checkpoint(given, {})
+        checkpoint = open_model(given, model_config(given))
         assert all(torch.equal(checkpoint.read(n).numbers(torch.float32), v) for n, v in expected.items())
         assert model_config(given).layers == 2
     Ranks(parts[1], (1.0, 1.0)).close()
@@ -232,7 +232,7 @@ def refused(path: Path, more: Any, name: str = "llama", arch: str = "llama") -> 
     write(path, tiny(name), arch, "F32", more)
     with pytest.raises(InputError) as told:
         config = model_config(path)
-        missing = open_checkpoint(path, config.fields).unexpected(blueprint_of(config).tensors)
+        missing = open_model(path, config).unexpected(blueprint_of(config).tensors)
         raise InputError(f"unexpected {missing}") if missing else AssertionError
     assert ("\n" not in str(told.value) and str(path) in str(told.value)) or "unexpected" in str(told.value)
     return str(told.value)

@@ -16,9 +16,9 @@ from tests.formats.test_gguf import tiny, written
 from tests.processes import weft
 from weft.errors import InputError
 from weft.execute.process import Peak
-from weft.formats.description import generation_defaults, model_config
 from weft.formats.gguf import header
 from weft.formats.gguf.header import GgufHeader, header_of
+from weft.model.description import generation_defaults, model_config
 
 MIB = 1 << 20
 

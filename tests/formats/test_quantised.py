@@ -24,8 +24,8 @@ from tests.ranks import Ranks
 from tests.tiny import SMALL
 from weft.errors import InputError
 from weft.formats.checkpoint import open_checkpoint
-from weft.formats.description import model_config
 from weft.formats.schemes import scheme_of
+from weft.model.description import model_config
 
 CONFIG: dict[str, Any] = SMALL | {
     "hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16,

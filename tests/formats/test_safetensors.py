@@ -12,8 +12,8 @@ import torch
 from tests.tiny import Checkpoints
 from weft.errors import InputError
 from weft.execute.process import Peak
-from weft.formats.description import generation_defaults, model_config
 from weft.formats.safetensor import SafetensorsCheckpoint
+from weft.model.description import generation_defaults, model_config
 from weft.model.families import blueprint_of
 from weft.model.shares import shares_of
 from weft.model.weights import load
@@ -165,11 +165,11 @@ def test_a_norm_is_folded_before_anything_is_rounded(checkpoints: Checkpoints, n
         for dtype in (torch.float64, torch.bfloat16)
     )
     for stage, fine in exact.stages.items():
-        coarse = rounded.stages[stage]
-        for one, other in zip(vars(fine).values(), vars(coarse).values(), strict=True):
+        pairs = zip(fine.branches, rounded.stages[stage].branches, strict=True)
+        for one, other in (each for pair in pairs for each in zip(*(vars(p).values() for p in pair), strict=True)):
             left, right = (getattr(each, "weight", each) for each in (one, other))
             assert (left is None and right is None) or torch.equal(left.to(torch.bfloat16), right)
-    assert torch.equal(exact.scale.to(torch.bfloat16), rounded.scale)
+    assert torch.equal(exact.gain.scale.to(torch.bfloat16), rounded.gain.scale)
 
 
 @pytest.mark.skipif(not MAPS.is_file(), reason="needs Linux's list of mapped files")

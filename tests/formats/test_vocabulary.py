@@ -14,10 +14,10 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 
 from weft.errors import InputError
 from weft.execute.process import Peak
-from weft.formats.description import model_config
 from weft.formats.gguf.architectures import _ends
 from weft.formats.gguf.header import header_of
 from weft.formats.gguf.vocabulary import PRE_TOKENIZERS
+from weft.model.description import model_config
 from weft.text import Tokenizer as Weft
 from weft.text import has_tokenizer, tokenizer_of
 

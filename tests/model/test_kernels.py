@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
 
 from weft.model import attention, kernels
-from weft.model.attention import GRANULE, attend
-from weft.model.kernels import Linear, rotate, swiglu, unit_rows
+from weft.model.attention import GRANULE, Scoring, attend
+from weft.model.family import ACTIVATIONS
+from weft.model.kernels import Linear, UnitRows, activation, capped, rotate
 
 ROWS = 300
 PARTS = [(0, 1), (7, 8), (3, 20), (64, 192), (100, 300), (17, 150)]
@@ -38,12 +40,30 @@ def test_products_without_rows_or_heads() -> None:
 
 
 @pytest.mark.parametrize("width", [704, 100, 37])
-def test_exact_rows_of_swiglu(threads, width: int) -> None:
-    both = torch.randn(ROWS, 2 * width)
-    whole = swiglu(both, True)
-    assert torch.allclose(whole, torch.nn.functional.silu(both[:, :width]) * both[:, width:], atol=1e-6)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu2"])
+def test_activations(threads, name: str, gated: bool, width: int) -> None:
+    """They are transformers', and the exact forms have the same bits wherever a row stands."""
+    rows = 3 * torch.randn(ROWS, 2 * width if gated else width)
+    expected = ACT2FN[name](rows[:, :width]) * (rows[:, width:] if gated else 1)
+    fast, exact = (activation(ACTIVATIONS[name], gated, exact) for exact in (False, True))
+    whole = exact(rows)
+    for got in (fast(rows), whole):
+        assert torch.allclose(got, expected, atol=1e-5)
     for start, stop in PARTS:
-        assert torch.equal(swiglu(both[start:stop], True), whole[start:stop])
+        assert torch.equal(exact(rows[start:stop].clone()), whole[start:stop])
+    far = torch.tensor([[-1e4, -90.0, 0.0, 90.0, 1e4]])
+    assert torch.allclose(activation(ACTIVATIONS[name], False, True)(far), ACT2FN[name](far), atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [131, 37])
+def test_capped(threads, width: int) -> None:
+    rows = 40 * torch.randn(ROWS, width)
+    whole = capped(rows.clone(), 30.0)
+    assert torch.allclose(whole, torch.tanh(rows / 30) * 30, atol=2e-5)
+    for start, stop in PARTS:
+        assert torch.equal(capped(rows[start:stop].clone(), 30.0), whole[start:stop])
+    assert capped(torch.tensor([-1e9, 0.0, 1e9]), 30.0).tolist() == [-30.0, 0.0, 30.0]
 
 
 @pytest.mark.parametrize(("heads", "width"), [(5, 64), (3, 6), (12, 32)])
@@ -57,16 +77,19 @@ def test_exact_rows_of_rotate(threads, heads: int, width: int) -> None:
         assert torch.equal(rotate(values[start:stop].clone(), angles[start:stop], True), whole[start:stop])
 
 
-@pytest.mark.parametrize("width", [64, 100, 2048])
-def test_exact_rows_of_the_norm(threads, width: int) -> None:
-    rows, weight = torch.randn(ROWS, width), torch.randn(width)
-    epsilon = torch.tensor(1e-5 * width).sqrt()
-    whole = unit_rows(rows, epsilon, True)
-    expected = torch.nn.functional.rms_norm(rows, (width,), weight, 1e-5)
-    for exact in (True, False):
-        assert torch.allclose(unit_rows(rows, epsilon, exact) * weight * width**0.5, expected, atol=1e-5)
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("width", [64, 100, 2048, 37])
+def test_exact_rows_of_the_norm(threads, width: int, centred: bool) -> None:
+    rows, weight = torch.randn(ROWS, width) + 0.5, torch.randn(width)
+    if centred:
+        expected = torch.nn.functional.layer_norm(rows, (width,), weight, None, 1e-5)
+    else:
+        expected = torch.nn.functional.rms_norm(rows, (width,), weight, 1e-5)
+    unit = {exact: UnitRows(width, 1e-5, torch.device("cpu"), exact, centred) for exact in (True, False)}
+    for each in unit.values():
+        assert torch.allclose(each(rows) * weight * (1.0 if centred else width**0.5), expected, atol=1e-5)
     for start, stop in PARTS:
-        assert torch.equal(unit_rows(rows[start:stop], epsilon, True), whole[start:stop])
+        assert torch.equal(unit[True](rows[start:stop]), unit[True](rows)[start:stop])
 
 
 def test_blocks_keep_row_bits_on_the_block(threads, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,42 +112,62 @@ def test_fallback_without_packed_weights(monkeypatch: pytest.MonkeyPatch) -> Non
         kernels.packed_weights_work.cache_clear()
 
 
-@pytest.mark.parametrize("window", [None, 30, 200, 1000])
+def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    """In plain words, [n, H * D]."""
+    heads, tokens, width = query.shape
+    each = heads // keys.shape[0]
+    scores = query @ keys.repeat_interleave(each, 0).transpose(1, 2) / width**0.5
+    if scoring.softcap is not None:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
+    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)[None, :]
+    scores = scores.masked_fill((distance < 0) | (distance >= (scoring.window or tokens)), -torch.inf)
+    if scoring.sinks is not None:
+        scores = torch.cat([scores, scoring.sinks[:, :, None].expand(-1, tokens, 1)], dim=2)
+    parts = scores.softmax(dim=2)[:, :, :tokens]
+    return (parts @ values.repeat_interleave(each, 0)).transpose(0, 1).flatten(1)
+
+
+SINKS = torch.tensor([[-2.0], [0.0], [1.0], [4.0]])
+SCORINGS = [
+    *(Scoring(window) for window in (None, 30, 200, 1000)), Scoring(None, 2.0), Scoring(30, 2.0),
+    Scoring(None, None, SINKS), Scoring(30, None, SINKS), Scoring(200, 2.0, SINKS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scoring", SCORINGS, ids=lambda s: f"{s.window}-{s.softcap}-{s.sinks is not None}")
 @pytest.mark.parametrize("exact", [False, True])
-def test_attention_in_chunks_is_attention_in_one(window: int | None, exact: bool) -> None:
+def test_attention_in_chunks_is_attention_in_one(scoring: Scoring, exact: bool) -> None:
     tokens, heads, groups, width = 500, 4, 2, 16
     query, keys, values = (torch.randn(n, tokens, width) for n in (heads, groups, groups))
-    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)[None, :]
-    seen = (distance >= 0) & (distance < (window or tokens))
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query, keys.repeat_interleave(2, 0), values.repeat_interleave(2, 0), attn_mask=seen
-    )
-    expected = expected.transpose(0, 1).flatten(1)
-    whole = attend(query, keys, values, 0, window, exact)
+    expected = reference(query, keys, values, scoring)
+    whole = attend(query, keys, values, 0, scoring, exact)
     assert torch.allclose(whole, expected, atol=1e-5)
     cuts = [0, GRANULE, 3 * GRANULE, tokens] if exact else [0, 1, 90, 91, 400, tokens]
-    pieces = [attend(query[:, a:b], keys, values, a, window, exact) for a, b in zip(cuts, cuts[1:], strict=False)]
+    pieces = [attend(query[:, a:b], keys, values, a, scoring, exact) for a, b in zip(cuts, cuts[1:], strict=False)]
     together = torch.cat(pieces)
     assert torch.equal(together, whole) if exact else torch.allclose(together, expected, atol=1e-5)
+    for at in (0, 1, 29, 30, 31, 257, 499):  # token by token, as when decoding
+        one = attend(query[:, at : at + 1], keys, values, at, scoring, exact)
+        assert torch.allclose(one, expected[at : at + 1], atol=1e-5), at
 
 
-@pytest.mark.parametrize("window", [None, 30])
-def test_attention_without_the_fused_kernel(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scoring", SCORINGS, ids=lambda s: f"{s.window}-{s.softcap}-{s.sinks is not None}")
+def test_attention_without_the_fused_kernel(scoring: Scoring, monkeypatch: pytest.MonkeyPatch) -> None:
     query, keys, values = (torch.randn(n, 200, 16) for n in (4, 2, 2))
-    fused = [attend(query[:, a:b], keys, values, a, window, False) for a, b in ((0, 90), (90, 200))]
+    fused = [attend(query[:, a:b], keys, values, a, scoring, False) for a, b in ((0, 90), (90, 200))]
     monkeypatch.setattr(attention, "fused_attention_works", lambda: False)
-    plain = [attend(query[:, a:b], keys, values, a, window, False) for a, b in ((0, 90), (90, 200))]
+    plain = [attend(query[:, a:b], keys, values, a, scoring, False) for a, b in ((0, 90), (90, 200))]
     assert torch.allclose(torch.cat(fused), torch.cat(plain), atol=1e-5)
 
 
 def test_exact_attention_wants_the_granule() -> None:
     query = torch.randn(1, 10, 8)
     with pytest.raises(ValueError, match="not a multiple of 128"):
-        attend(query, query, query, 5, None, True)
+        attend(query, query, query, 5, Scoring(), True)
 
 
 def test_a_single_row_that_a_cut_left_has_the_bits_of_the_whole() -> None:
     query, keys, values = torch.randn(4, 129, 16), torch.randn(2, 129, 16), torch.randn(2, 129, 16)
-    whole = attend(query, keys, values, 0, None, True)
-    last = attend(query[:, 128:], keys, values, 128, None, True, decoding=False)
+    whole = attend(query, keys, values, 0, Scoring(), True)
+    last = attend(query[:, 128:], keys, values, 128, Scoring(), True, decoding=False)
     assert torch.equal(whole[128:], last)

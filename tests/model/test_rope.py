@@ -10,7 +10,7 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.tiny import LLAMA3
-from weft.config import ModelConfig
+from weft.model.configuration import configured
 from weft.model.families import ROPES
 from weft.model.rope import FORMULAS
 
@@ -39,7 +39,7 @@ def test_frequencies_are_those_of_transformers(case: tuple[str, dict[str, Any]],
             rope_parameters={"rope_type": kind, "rope_theta": theta, **more},
         )  # fmt: skip
         expected, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=length or None)
-        ours = ModelConfig.from_dict(config.to_dict())
+        ours = configured(config.to_dict())
         positions = ours.fields["max_position_embeddings"]
         got, got_factor = FORMULAS[kind](ours.fields["rope_parameters"], ours.head_dim, positions, length or positions)
         assert torch.equal(got, expected) and got_factor == pytest.approx(factor, abs=0)

@@ -10,6 +10,7 @@ import pytest
 from tests.browser import needs_browser, opened
 from weft.config import ModelConfig
 from weft.errors import InputError
+from weft.model.configuration import configured
 from weft.outlook.figures import Outlook, Question, offers, planned_shares
 from weft.outlook.report import as_json, page, remarks
 from weft.simulate.hardware import parse_hardware
@@ -24,7 +25,7 @@ ASKED = Question(tokens=(1024, 8192), overlaps=("iso:2", "auto"), wires=("exact"
 
 @pytest.fixture(scope="module")
 def model() -> ModelConfig:
-    return ModelConfig.from_dict(LLAMA_8B)
+    return configured(LLAMA_8B)
 
 
 def test_forecasts_hang_together(model: ModelConfig) -> None:
@@ -95,9 +96,7 @@ def test_bad_questions(model: ModelConfig, hardware: str, asked: Question, said:
 
 
 def test_impossible_splits() -> None:
-    small = ModelConfig.from_dict(
-        LLAMA_8B | {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 4}
-    )
+    small = configured(LLAMA_8B | {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 4})
     with pytest.raises(InputError, match="would hold nothing of a model with 4 heads and an MLP of 4; use fewer"):
         Outlook(small, parse_hardware("16x h100"), Question((64,), ("auto",), ("exact",)))
 

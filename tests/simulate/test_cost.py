@@ -33,9 +33,12 @@ def test_scores_know_positions() -> None:
 
 
 def test_windows_limit_what_a_token_sees() -> None:
-    windowed = replace(RANK, window=100)
+    windowed = replace(RANK, windows=((100, 1.0),))
     late = Batch((Segment(0, 5000, 64),))
     assert windowed.scores(late, Rows(0, 64)) < 0.1 * RANK.scores(late, Rows(0, 64))
+    mixed = replace(RANK, windows=((100, 0.75), (None, 0.25)))
+    each = [0.75 * windowed.scores(late, Rows(0, 64)), 0.25 * RANK.scores(late, Rows(0, 64))]
+    assert mixed.scores(late, Rows(0, 64)) == pytest.approx(sum(each))
 
 
 def test_parts_of_a_stage_add_up() -> None:

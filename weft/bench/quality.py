@@ -20,7 +20,7 @@ from weft.config import ModelConfig
 from weft.engine import Engine
 from weft.errors import InputError
 from weft.execute.results import RunOptions
-from weft.formats.description import model_config
+from weft.model.description import model_config
 from weft.opening import open_engine
 from weft.parallel.sizes import row_bytes
 from weft.program.batch import Batch, Segment

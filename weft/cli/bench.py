@@ -34,10 +34,10 @@ from weft.bench.report import (
 from weft.cli.options import WIRE, numbers, relative_shares, words
 from weft.config import ModelConfig
 from weft.errors import InputError, WorkerFailed
-from weft.formats.description import model_config
 from weft.hub import locate
 from weft.launch.namespaces import demand_namespaces
 from weft.links import links_of
+from weft.model.description import model_config
 from weft.timeline.files import demand_form, demand_writable, timelines_as, write
 from weft.wires import allowed
 

@@ -14,8 +14,8 @@ from rich.table import Table
 from weft.cli.options import WIRE, numbers, relative_shares, words
 from weft.config import ModelConfig
 from weft.errors import InputError
-from weft.formats.description import model_config
 from weft.hub import locate_config
+from weft.model.description import model_config
 from weft.outlook.figures import Offer, Outlook, Question, offers
 from weft.outlook.report import (
     ASSUMING,

@@ -34,11 +34,11 @@ from weft.cli.options import (
 from weft.cli.terminal import bar, warn_of_shared_cores
 from weft.engine import Engine
 from weft.errors import InputError
-from weft.formats.description import model_config
 from weft.hub import locate
 from weft.launch.addresses import is_loopback, resolved
 from weft.launch.joined import JoinedLauncher
 from weft.launch.launcher import TOKEN_VARIABLE
+from weft.model.description import model_config
 from weft.model.families import blueprint_of
 from weft.opening import open_engine
 from weft.text import leave_torch_out

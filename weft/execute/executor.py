@@ -22,7 +22,8 @@ from weft.execute.lanes import Lanes, Pending
 from weft.execute.owed import Owed
 from weft.execute.residual import Residual
 from weft.execute.sampler import likeliest
-from weft.model.decoder import Decoder, Extent, Forward, StageFunctions
+from weft.model.decoder import Decoder, StageFunctions
+from weft.model.forward import Extent, Forward
 from weft.parallel.allreduce import all_gather, all_reduce, hand_over, reduce_scatter, shard, swap
 from weft.parallel.codec import Codec, codec_named
 from weft.parallel.group import Group
@@ -306,7 +307,7 @@ class _Pass:
         if not rows.length:
             self._nothing_travels(number, step)
             return
-        tensor = self._outgoing(kind, stage, rows)
+        tensor = self._outgoing(kind, stage, rows, place)
         if kind is Kind.REDUCE:
             self.residual.put(place, stage, extent, tensor)
         elif kind is Kind.REDUCE_SCATTER:
@@ -324,13 +325,13 @@ class _Pass:
         elif self.scope is not Scope.COMPUTE:
             self._submit(now, tensor, urgent)
 
-    def _outgoing(self, kind: Kind, stage: StageFunctions, rows: Rows) -> Tensor:
+    def _outgoing(self, kind: Kind, stage: StageFunctions, rows: Rows, place: int) -> Tensor:
         """What travels: all of it is this rank's partial, or the rows that it entered."""
         if not self.scope.computes:
-            return self._stand_in(kind, rows)
+            return self._stand_in(kind, rows, place)
         if kind is Kind.GATHER and not self.partials.has(stage, rows):
             assert not self.part.width, "a rank with a part of the vocabulary, and a program without its head"
-            return self._stand_in(kind, rows)
+            return self._stand_in(kind, rows, place)
         return (self.inputs if kind is Kind.ALL_GATHER else self.partials).take(stage, rows)
 
     def _submit(self, now: _Now, tensor: Tensor, urgent: bool) -> None:
@@ -367,8 +368,10 @@ class _Pass:
         """On its lane. What arrives replaces what is sent, in its own buffer."""
         begin, step = time.perf_counter(), now.step
         group = self.groups[step.lane, () if step.to else step.ranks]
-        codec = codec_named(step.wire) if step.wire else self.codec
-        owed = self.owed.of(now.place, now.extent) if self.owed and step.kind in SUMS else None
+        wire = "exact" if self.outline.stages[now.place].aside else step.wire
+        codec = codec_named(wire) if wire else self.codec
+        owes = self.owed is not None and step.kind in SUMS and now.stage.adds
+        owed = self.owed.of(now.place, now.extent) if self.owed is not None and owes else None
         match step.kind:
             case Kind.SEND:
                 hand_over(group, codec, tensor, step.ranks, step.to)
@@ -384,8 +387,10 @@ class _Pass:
             self.checksums[now.number] = zlib.crc32(tensor.view(torch.uint8).numpy().tobytes())
         self._ended(now.number, step.lane, begin)
 
-    def _stand_in(self, kind: Kind, rows: Rows) -> Tensor:
+    def _stand_in(self, kind: Kind, rows: Rows, place: int) -> Tensor:
         """Memory of a partial's size, where nothing was computed."""
+        if aside := self.outline.stages[place].aside:
+            return self.residual.hidden.new_zeros(rows.length, aside).float()
         if kind is Kind.GATHER:
             return self.residual.hidden.new_zeros(rows.length, self.part.width).float()
         return self.residual.hidden[: rows.length]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from weft.execute.residual import Residual
-from weft.model.decoder import Extent
+from weft.model.forward import Extent
 
 
 class Owed:

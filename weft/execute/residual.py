@@ -6,13 +6,12 @@ the wanted ones counted from 0. Knows stages and rows; knows nothing of lanes or
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from weft.model.decoder import Decoder, Extent, Forward, StageFunctions
+from weft.model.decoder import Decoder, StageFunctions
+from weft.model.forward import Extent, Forward
 from weft.program.batch import Rows
 from weft.program.stages import Outline
 
@@ -39,11 +38,6 @@ class Residual:
         self.kept = decoder.empty_hidden(self._kept) if self._some else self.hidden
         self._lagging = outline.lags
         self._sums: list[_Sum] = []
-
-    @cached_property
-    def _wanted(self) -> Tensor:
-        """Places of the wanted rows."""
-        return torch.tensor(self.forward.batch.wanted_rows, dtype=torch.long, device=self.hidden.device)
 
     def leaves_alone(self, place: int) -> bool:
         """Whether wanted rows alone leave the stage at this place."""
@@ -85,8 +79,7 @@ class Residual:
 
     def pick(self, values: Tensor, rows: Rows) -> Tensor:
         """The wanted ones of some rows of the batch."""
-        leaves = self.forward.batch.wanted(rows)
-        return values[self._wanted[leaves.start : leaves.stop] - rows.start]
+        return self.forward.pick(values, rows)
 
     def _absorb(self, rows: Rows, until: int, narrow: bool) -> None:
         """Adds all contributions of the stages up to `until` to some rows of the batch.

@@ -43,7 +43,7 @@ from weft.execute.process import (
     settle,
 )
 from weft.execute.sampler import sample
-from weft.formats.checkpoint import Checkpoint, open_checkpoint
+from weft.formats.checkpoint import Checkpoint
 from weft.formats.fetched import FetchedFiles
 from weft.formats.fingerprint import Held, Wanted, held_here
 from weft.formats.gguf.files import is_gguf
@@ -52,7 +52,8 @@ from weft.launch.sockets import worker_socket
 from weft.model.decoder import Decoder
 from weft.model.families import blueprint_of
 from weft.model.kernels import packed_weights_work
-from weft.model.rope import Rope
+from weft.model.opening import open_model
+from weft.model.rope import ropes_for
 from weft.model.shares import shard_bytes, shares_of
 from weft.model.weights import load
 from weft.parallel import gloo
@@ -204,7 +205,7 @@ class Worker:
             )  # fmt: skip
         kv_heads = len(share.kv_heads)
         slabs = Slabs(m.slots, m.config.layers, kv_heads, m.length, m.config.head_dim, dtype, m.device)
-        decoder = Decoder(m.config, blueprint, share, weights, Rope(m.config, m.device), m.exact_rows)
+        decoder = Decoder(blueprint, share, weights, ropes_for(m.config, blueprint, m.device), m.exact_rows)
         vocabulary = [len(each.ranges["vocabulary"]) for each in shares]
         executor = Executor(decoder, blueprint.outline, self.group, self.lanes, vocabulary)
         self.model = _Model(decoder, slabs, executor, {}, vocabulary)
@@ -223,7 +224,7 @@ class Worker:
             stack.callback(files.close)
             path = files.directory / Path(m.path).name if is_gguf(Path(m.path)) else files.directory
             bring = files.bring
-        return stack.enter_context(closing(open_checkpoint(path, m.config.fields, bring)))
+        return stack.enter_context(closing(open_model(path, m.config, bring)))
 
     def _fetch(self, wanted: Wanted) -> bytes:
         self.say(p.Fetch(wanted))

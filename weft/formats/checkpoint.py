@@ -5,11 +5,12 @@ Knows which format is which; knows nothing of ranks or of what the tensors are f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from weft.formats.fingerprint import Wanted
+from weft.formats.gguf.architectures import Architecture
 from weft.formats.gguf.files import is_gguf
 from weft.formats.packed import TensorPart
 
@@ -52,8 +53,12 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(path: Path, fields: dict[str, Any], bring: Bring | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, fields: dict[str, Any], bring: Bring | None = None, aliases: Sequence[tuple[str, str]] = (),
+    architectures: Sequence[Architecture] = (),
+) -> Checkpoint:  # fmt: skip
     """The tensors of a model, by its configuration's `fields`. `bring`: for files that are not here yet, or not whole.
+    `aliases`: how names may begin, and how in files then; `architectures`: what the model may be called in GGUF.
 
     Raises `InputError` for files that can't be read.
     """
@@ -63,8 +68,8 @@ def open_checkpoint(path: Path, fields: dict[str, Any], bring: Bring | None = No
     from weft.formats.schemes import scheme_of
 
     if is_gguf(path):
-        return GgufCheckpoint(path, bring)
-    plain, scheme = SafetensorsCheckpoint(path, bring), scheme_of(fields)
+        return GgufCheckpoint(path, architectures, bring)
+    plain, scheme = SafetensorsCheckpoint(path, bring, aliases), scheme_of(fields)
     return QuantisedCheckpoint(plain, scheme) if scheme is not None else plain
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,25 @@ from weft.formats.fingerprint import INDEX, SINGLE, Wanted
 from weft.formats.json_files import read_json
 from weft.formats.packed import Plain
 
-PREFIX = "model."
+# How names begin here, and in files: without a head, and as the text part of a larger model.
+ALIASES = (("model.", ""), ("model.", "model.language_model."), ("model.", "language_model.model."),
+           ("lm_head.", "language_model.lm_head."))  # fmt: skip
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2,
           "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}  # fmt: skip
 
 
 class SafetensorsCheckpoint:
-    """See `Checkpoint`. A decoder that was saved without a head has its names without "model." in front; they are read
-    as if they had it.
+    """See `Checkpoint`. Names may begin otherwise in files: a decoder that was saved without a head has its names
+    without "model." in front, one that is a part of a larger model has more there. `aliases`: further ones.
 
     Raises `InputError` on opening if there is no safetensors file, if a file that the index names is missing,
     or if a file is truncated or corrupt.
     """
 
-    def __init__(self, path: Path, bring: Bring | None = None) -> None:
+    def __init__(self, path: Path, bring: Bring | None = None, aliases: Sequence[tuple[str, str]] = ()) -> None:
         self.path, self._bring = path, bring
         self._file_of = self._find()
-        self._bare = not any(name.startswith(PREFIX) for name in self._file_of)
+        self._begins = [alias for alias in (*ALIASES, *aliases) if any(n.startswith(alias[1]) for n in self._file_of)]
         self._open: tuple[Path, Any] | None = None
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
 
@@ -72,7 +74,10 @@ class SafetensorsCheckpoint:
 
     def _stored(self, name: str) -> str:
         """What it is called in the file."""
-        return name.removeprefix(PREFIX) if self._bare else name
+        if name in self._file_of:
+            return name
+        others = (theirs + name.removeprefix(ours) for ours, theirs in self._begins if name.startswith(ours))
+        return next((other for other in others if other in self._file_of), name)
 
     def read(self, name: str, rows: range | None = None, columns: range | None = None) -> Plain:
         """See `Checkpoint`."""
@@ -101,8 +106,8 @@ class SafetensorsCheckpoint:
 
     def kinds(self) -> dict[str, tuple[int, int]]:
         """See `Checkpoint`."""
-        names = [PREFIX + name if self._bare else name for name in self._file_of]
-        return counted((self._slice(self._place(name), name).get_dtype(), self.stored(name)) for name in names)
+        slices = {name: self._slice(path, name) for name, path in self._file_of.items()}
+        return counted((part.get_dtype(), self.stored(name)) for name, part in slices.items())
 
     def unexpected(self, known: Collection[str]) -> list[str]:
         """Nothing: as in transformers, what the configuration doesn't call for is left alone."""

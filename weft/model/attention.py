@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import math
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from weft.model.kernels import capped
 from weft.program.strategy import GRANULE
 
+CAPPED_BLOCK = 128  # query positions to one call where scores are capped, and so all there at once
 WINDOW_BLOCK = 256  # query positions to one masked call when attention is limited to a window
 
 
@@ -33,35 +36,55 @@ def fused_attention_works() -> bool:
     return torch.allclose(out, expected, atol=1e-5) and torch.allclose(weight, expected_weight, atol=1e-5)
 
 
+class Scoring(NamedTuple):
+    """What becomes of scores. `window`: positions that a token sees, itself included. `softcap`: scores s become
+    softcap * tanh(s / softcap). `sinks` [H, 1]: a score a head that counts in the denominator alone."""
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """A kernel's own softmax does."""
+        return self.softcap is None and self.sinks is None
+
+
 def attend(
     query_HnD: Tensor,
     keys_GSD: Tensor,
     values_GSD: Tensor,
     start: int,
-    window: int | None,
+    scoring: Scoring,
     exact_rows: bool,
     decoding: bool = True,
 ) -> Tensor:
     """Attention of the tokens at positions start, start + 1, … over keys 0 … start + n: [n, H * D].
 
-    The keys and values of the new tokens are already in memory. `window`: positions that a token sees, itself
-    included. `exact_rows`: bits of a row do not depend on where the sequence was cut, as long as `start` is a
-    multiple of GRANULE; raises ValueError if it isn't and n > 1. `decoding`: a single token is the next one of its
-    sequence, not what a cut left of a longer piece, which must have the bits that it has in that piece.
+    The keys and values of the new tokens are already in memory. `exact_rows`: bits of a row do not depend on where the
+    sequence was cut, as long as `start` is a multiple of GRANULE; raises ValueError if it isn't and n > 1. `decoding`:
+    a single token is the next one of its sequence, not what a cut left of a longer piece, which must have the bits that
+    it has in that piece.
     """
-    count, end = query_HnD.shape[1], start + query_HnD.shape[1]
+    count, end, window = query_HnD.shape[1], start + query_HnD.shape[1], scoring.window
     if count == 1 and (decoding or not exact_rows):
         first = 0 if window is None else max(0, end - window)
-        return _one_token(query_HnD, keys_GSD[:, first:end], values_GSD[:, first:end])
+        keys, values = keys_GSD[:, first:end], values_GSD[:, first:end]
+        if scoring.plain:
+            return _one_token(query_HnD, keys, values)
+        return _rows(_sunk(*_call(query_HnD, keys, values, causal=False, softcap=scoring.softcap), scoring.sinks))
     if exact_rows and start % GRANULE:
         raise ValueError(f"a chunk starts at position {start}, which is not a multiple of {GRANULE}")
     block = GRANULE if exact_rows else count
     if window is not None and end > window:
         block = min(block, WINDOW_BLOCK)
     else:
-        window = None
+        scoring = scoring._replace(window=None)
+    if scoring.softcap is not None:
+        block = min(block, CAPPED_BLOCK)
     pieces = [
-        _block(query_HnD[:, at : at + block], keys_GSD, values_GSD, start + at, window) for at in range(0, count, block)
+        _block(query_HnD[:, at : at + block], keys_GSD, values_GSD, start + at, scoring)
+        for at in range(0, count, block)
     ]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -74,19 +97,28 @@ def _one_token(query_H1D: Tensor, keys_GSD: Tensor, values_GSD: Tensor) -> Tenso
     return out.reshape(1, -1)
 
 
-def _block(query_HnD: Tensor, keys_GSD: Tensor, values_GSD: Tensor, start: int, window: int | None) -> Tensor:
+def _block(query_HnD: Tensor, keys_GSD: Tensor, values_GSD: Tensor, start: int, scoring: Scoring) -> Tensor:
     """[n, H * D] of consecutive positions from `start`."""
-    count, end = query_HnD.shape[1], start + query_HnD.shape[1]
-    if window is not None:
-        first = max(0, start - window + 1)
-        mask = _window_mask(count, end - first, window).to(query_HnD)
-        out, _ = _call(query_HnD, keys_GSD[:, first:end], values_GSD[:, first:end], causal=False, mask=mask)
-        return _rows(out)
+    count, end, window = query_HnD.shape[1], start + query_HnD.shape[1], scoring.window
+    if window is not None or scoring.softcap is not None:
+        first = 0 if window is None else max(0, start - window + 1)
+        mask = _window_mask(count, count if window is None else end - first, window).to(query_HnD)
+        keys, values = keys_GSD[:, first:end], values_GSD[:, first:end]
+        out, weight = _call(query_HnD, keys, values, causal=False, mask=mask, softcap=scoring.softcap)
+        return _rows(_sunk(out, weight, scoring.sinks))
     out, weight = _call(query_HnD, keys_GSD[:, start:end], values_GSD[:, start:end], causal=True)
     if start > 0:
         past, past_weight = _call(query_HnD, keys_GSD[:, :start], values_GSD[:, :start], causal=False)
         out = torch.lerp(out, past, torch.sigmoid(past_weight - weight).to(out.dtype)[..., None])
-    return _rows(out)
+        weight = torch.logaddexp(weight, past_weight) if scoring.sinks is not None else weight
+    return _rows(_sunk(out, weight, scoring.sinks))
+
+
+def _sunk(out_HnD: Tensor, weight_Hn: Tensor, sinks_H1: Tensor | None) -> Tensor:
+    """With the sinks in the denominators, from the log-sum-exp of the other scores."""
+    if sinks_H1 is None:
+        return out_HnD
+    return out_HnD * torch.sigmoid(weight_Hn - sinks_H1).to(out_HnD.dtype)[..., None]
 
 
 def _rows(out_HnD: Tensor) -> Tensor:
@@ -94,20 +126,43 @@ def _rows(out_HnD: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _window_mask(count: int, keys: int, window: int) -> Tensor:
+def _window_mask(count: int, keys: int, window: int | None) -> Tensor:
     """[n, S] for the last n of S positions: 0 where a token sees a key, minus infinity elsewhere."""
     query = torch.arange(keys - count, keys)[:, None]
     key = torch.arange(keys)[None, :]
-    seen = (key <= query) & (key > query - window)
+    seen = (key <= query) & (key > query - (keys if window is None else window))
     return torch.zeros(count, keys).masked_fill_(~seen, -math.inf)
 
 
 def _call(
-    query_HnD: Tensor, keys_GSD: Tensor, values_GSD: Tensor, *, causal: bool, mask: Tensor | None = None
+    query_HnD: Tensor,
+    keys_GSD: Tensor,
+    values_GSD: Tensor,
+    *,
+    causal: bool,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output [H, n, D] and log-sum-exp of the scores [H, n]. `causal` wants n == S."""
+    if softcap is not None:
+        return _capped(query_HnD, keys_GSD, values_GSD, mask, softcap)
     fused = query_HnD.device.type == "cpu" and fused_attention_works()
     return (_fused if fused else _plain)(query_HnD, keys_GSD, values_GSD, causal, mask)
+
+
+def _capped(
+    query_HnD: Tensor, keys_GSD: Tensor, values_GSD: Tensor, mask: Tensor | None, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """No fused kernel of torch's caps scores. `mask`: of all keys, or of the last ones."""
+    heads, count, width = query_HnD.shape
+    groups = keys_GSD.shape[0]
+    query = (query_HnD / math.sqrt(width)).reshape(groups, -1, width)  # a group's heads are rows of one product
+    scores = capped((query @ keys_GSD.transpose(1, 2)).float(), softcap).view(heads, count, -1)
+    if mask is not None:
+        scores[..., scores.shape[2] - mask.shape[1] :].add_(mask)
+    weight = torch.logsumexp(scores, dim=2)
+    parts = scores.sub_(weight[..., None]).exp_().to(values_GSD.dtype)
+    return (parts.view(groups, -1, parts.shape[2]) @ values_GSD).view(heads, count, width), weight
 
 
 def _fused(

@@ -1,113 +1,211 @@
-"""The families that weft runs: one row each, and what each consists of. No torch; knows configurations only.
+"""The families that weft runs: a row each, by model type. No torch; knows configurations only.
 
-A flag is True, False, or the name of the field of `config.json` that says so.
+docs/families.md is made from these rows, and says how one is added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 from weft.config import ModelConfig
 from weft.errors import InputError
-from weft.model.blueprint import Axis, Blueprint, Matrix, StageParts
-from weft.program.stages import Kind, Stage
-
-Flag = bool | str
-
-
-@dataclass(frozen=True)
-class Flags:
-    """A family's row with every flag looked up in one model's configuration."""
-
-    qkv_bias: bool
-    output_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    windowed: bool
+from weft.model.blueprint import Blueprint
+from weft.model.closest import closest
+from weft.model.family import ACTIVATIONS, Family, Names, NormKind, field_value
 
 
-def decoder(config: ModelConfig, flags: Flags) -> Blueprint:
-    """A pre-norm decoder with rotary positions and a gated MLP."""
-    hidden = config.hidden
-    heads = Axis("heads", config.heads, config.head_dim, unit=config.heads // config.kv_heads)
-    kv_heads = Axis("kv_heads", config.kv_heads, config.head_dim, of="heads")
-    width, vocabulary = Axis("width", config.intermediate, unit=16), Axis("vocabulary", config.vocabulary, unit=16)
-    scales = (("self_attn.q_norm", heads), ("self_attn.k_norm", kv_heads))
-    attention = StageParts(
-        Stage("attention", Kind.REDUCE, ordered=True), "input_layernorm",
-        (
-            Matrix("self_attn.q_proj", heads, hidden, flags.qkv_bias, paired=True),
-            Matrix("self_attn.k_proj", kv_heads, hidden, flags.qkv_bias, paired=True),
-            Matrix("self_attn.v_proj", kv_heads, hidden, flags.qkv_bias),
-        ),
-        Matrix("self_attn.o_proj", hidden, heads, flags.output_bias),
-        scales if flags.qk_norm else (), remembers=kv_heads, traffic=2.0,
-    )  # fmt: skip
-    mlp = StageParts(
-        Stage("mlp", Kind.REDUCE), "post_attention_layernorm",
-        tuple(Matrix(f"mlp.{part}_proj", width, hidden, flags.mlp_bias) for part in ("gate", "up")),
-        Matrix("mlp.down_proj", hidden, width, flags.mlp_bias), traffic=1.5,
-    )  # fmt: skip
-    return Blueprint(
-        hidden, (heads, kv_heads, width, vocabulary), (StageParts(Stage("embed", None)),), (attention, mlp),
-        (StageParts(Stage("head", Kind.GATHER), "model.norm"),), config.layers,
-        Matrix("model.embed_tokens", config.vocabulary, hidden), Matrix("lm_head", vocabulary, hidden),
-        config.tied_embeddings, _windows(config) if flags.windowed else (None,) * config.layers,
-    )  # fmt: skip
+def _root_of_hidden(config: ModelConfig) -> float:
+    return float(config.hidden**0.5)
 
 
-@dataclass(frozen=True)
-class Family:
-    """What sets one family apart from a plain pre-norm Llama. `declare`: all that it consists of."""
+def _scalar(config: ModelConfig) -> float:
+    return float(config.fields["query_pre_attn_scalar"] ** -0.5)
 
-    architecture: str
-    qkv_bias: Flag = False
-    output_bias: Flag = False
-    mlp_bias: Flag = False
-    qk_norm: Flag = False
-    windowed: Flag = False  # attention to the last `sliding_window` positions only
-    declare: Callable[[ModelConfig, Flags], Blueprint] = decoder
 
+def _divided_logits(config: ModelConfig) -> float:
+    return 1.0 / float(config.fields["logits_scaling"])
+
+
+def _rope_layers(config: ModelConfig) -> tuple[bool, ...]:
+    return tuple(map(bool, config.fields["no_rope_layers"]))[: config.layers]
+
+
+def _where_it_slides(config: ModelConfig) -> tuple[bool, ...]:
+    sliding = config.fields.get("sliding_window") is not None
+    return tuple(sliding and kind == "sliding_attention" for kind in config.fields["layer_types"])
+
+
+LAYERS = ("layer_types",)
+ATTENTION, MLP = {"attention_bias": False}, {"mlp_bias": False}
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+GLM = {"attention_bias": True, "head_dim": 128, "eos_token_id": [151329, 151336, 151338], **UNTIED}
+FUSED = dict.fromkeys(("queries", "keys", "values"), "self_attn.qkv_proj")
+GATE_UP = Names(gate="mlp.gate_up_proj", up="mlp.gate_up_proj")
+FOUR_NORMS = Names(
+    after_attention="post_attention_layernorm", before_mlp="pre_feedforward_layernorm",
+    after_mlp="post_feedforward_layernorm",
+)  # fmt: skip
+POST_NORMS = replace(FOUR_NORMS, before_attention="", before_mlp="")
+# What several have in common.
+BIASED = Family("", qkv_bias="attention_bias", output_bias="attention_bias")
+GEMMA = replace(
+    BIASED, fields={"hidden_act": "hidden_activation"}, names=FOUR_NORMS, norm=NormKind(offset=1.0), windowed=True,
+    derived=LAYERS, embedding_factor=_root_of_hidden, score_factor=_scalar,
+    defaults=ATTENTION | TIED | {
+        "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "eos_token_id": 1,
+        "sliding_window": 4096,
+    },
+    neutral={"use_bidirectional_attention": (None, False)},
+)  # fmt: skip
+GRANITE = replace(
+    BIASED, mlp_bias="mlp_bias", embedding_factor=field_value("embedding_multiplier"),
+    score_factor=field_value("attention_multiplier"), contribution_factor=field_value("residual_multiplier"),
+    logit_factor=_divided_logits,
+    defaults=ATTENTION | MLP | {
+        "embedding_multiplier": 1.0, "attention_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
+    },
+)  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        "LlamaForCausalLM", qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"
+    "llama": replace(
+        BIASED, architecture="LlamaForCausalLM", mlp_bias="mlp_bias",
+        defaults=ATTENTION | MLP | UNTIED | {"eos_token_id": 2},
+        notes="Llama 2 and 3, SmolLM 2, DeepSeek's distillations, and whoever says llama",
     ),
-    "mistral": Family("MistralForCausalLM", windowed=True),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, windowed="use_sliding_window"),
-    "qwen3": Family(
-        "Qwen3ForCausalLM", qkv_bias="attention_bias", output_bias="attention_bias", qk_norm=True,
-        windowed="use_sliding_window",
+    "mistral": Family(
+        "MistralForCausalLM", windowed=True, wrapped=("mistral3",), defaults=UNTIED | {"eos_token_id": 2},
+        notes="Mistral 7B, Nemo, Small; of 3.1 and later the text part",
+    ),
+    "ministral": Family(
+        "MinistralForCausalLM", windowed=True, derived=LAYERS, defaults=UNTIED | {"eos_token_id": 2},
+        notes="Ministral 8B of 2024: windows by layer",
+    ),
+    "ministral3": Family(
+        "Ministral3ForCausalLM", windowed=True, wrapped=("mistral3",),
+        defaults=UNTIED | {"eos_token_id": 2, "head_dim": 128, "sliding_window": None},
+        notes="yarn, and queries scaled by position; the text part",
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", qkv_bias=True, windowed="use_sliding_window", derived=LAYERS,
+        defaults=UNTIED | {"use_sliding_window": False, "eos_token_id": None}, notes="Qwen 2 and 2.5",
+    ),
+    "qwen3": replace(
+        BIASED, architecture="Qwen3ForCausalLM", qk_norm=True, windowed="use_sliding_window", derived=LAYERS,
+        defaults=ATTENTION | UNTIED | {"use_sliding_window": False, "eos_token_id": None, "head_dim": 128},
+        notes="norms of query and key heads",
+    ),
+    "gemma2": replace(
+        GEMMA, architecture="Gemma2ForCausalLM", softcaps=("attn_logit_softcapping", "final_logit_softcapping"),
+        defaults=GEMMA.defaults | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        notes="norms before and after, gain 1 + w, capped scores and logits, every second layer slides",
+    ),
+    "gemma3_text": replace(
+        GEMMA, architecture="Gemma3ForCausalLM", qk_norm=True, softcaps=("", "final_logit_softcapping"),
+        defaults=GEMMA.defaults | {"final_logit_softcapping": None}, wrapped=("gemma3",),
+        notes="five layers slide to one that doesn't, each kind with a rope of its own; the text part",
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM", windowed=True, partial=True, names=replace(GATE_UP, **FUSED),
+        defaults=UNTIED | {
+            "eos_token_id": 32000, "sliding_window": None, "original_max_position_embeddings": 4096,
+        },
+        notes="Phi-3, 3.5, 4 and 4-mini: one tensor for queries, keys and values, longrope",
+    ),
+    "glm": Family(
+        "GlmForCausalLM", qkv_bias="attention_bias", partial=True, interleaved=True, names=GATE_UP, defaults=GLM,
+        notes="GLM-4 9B of 2024: half of each head turns, in neighbours",
+    ),
+    "glm4": Family(
+        "Glm4ForCausalLM", qkv_bias="attention_bias", partial=True, interleaved=True, defaults=GLM,
+        names=replace(GATE_UP, after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm"),
+        notes="GLM-4 of 2025: norms before and after",
+    ),
+    "olmo2": replace(
+        BIASED, architecture="Olmo2ForCausalLM", names=POST_NORMS, qk_norm=True, across=True,
+        defaults=ATTENTION | UNTIED | {"eos_token_id": 50279},
+        notes="norms after only; those of queries and keys go over all heads, one more small sum a layer",
+    ),
+    "olmo3": replace(
+        BIASED, architecture="Olmo3ForCausalLM", names=POST_NORMS, qk_norm=True, across=True, windowed=True,
+        derived=LAYERS, defaults=ATTENTION | UNTIED | {"eos_token_id": 50279, "sliding_window": 4096},
+        notes="the same, and three layers in four slide",
+    ),
+    "granite": replace(
+        GRANITE, architecture="GraniteForCausalLM", defaults=GRANITE.defaults | UNTIED | {"eos_token_id": 2},
+        notes="Granite 3 and 4, dense: multipliers of embeddings, scores, contributions and logits",
+    ),
+    "granite_swa": replace(
+        GRANITE, architecture="GraniteSWAForCausalLM", windowed=True, derived=(*LAYERS, "layer_rope_theta"),
+        sinks="self_attn.sinks",
+        defaults=GRANITE.defaults | TIED | {"eos_token_id": 100257, "sliding_window": 128},
+        notes="windows, a base by layer, attention sinks",
+    ),
+    "smollm3": replace(
+        BIASED, architecture="SmolLM3ForCausalLM", mlp_bias="mlp_bias", windowed="use_sliding_window",
+        derived=(*LAYERS, "no_rope_layers"), rotates=_rope_layers,
+        defaults=ATTENTION | MLP | TIED | {"eos_token_id": 128001, "use_sliding_window": False},
+        notes="every fourth layer without positions",
+    ),
+    "nemotron": replace(
+        BIASED, architecture="NemotronForCausalLM", mlp_bias="mlp_bias", fields={"rms_norm_eps": "norm_eps"},
+        norm=NormKind(centred=True, offset=1.0, biased=True), names=Names(gate=""), partial=True,
+        defaults=ATTENTION | MLP | UNTIED | {"eos_token_id": 3},
+        notes="Nemotron 3 and Minitron: LayerNorm, squared ReLU, no gate",
+    ),
+    "cohere2": replace(
+        BIASED, architecture="Cohere2ForCausalLM", fields={"rms_norm_eps": "layer_norm_eps"},
+        norm=NormKind(centred=True), names=Names(before_mlp="input_layernorm"), parallel=True, windowed=True,
+        derived=LAYERS, interleaved=True, rotates=_where_it_slides, logit_factor=field_value("logit_scale"),
+        defaults=ATTENTION | TIED | {"eos_token_id": 255001, "sliding_window": 4096, "logit_scale": 0.0625},
+        notes="Command R7B and A: parallel blocks; layers that see everything have no positions",
+    ),
+    "gpt_neox": replace(
+        BIASED, architecture="GPTNeoXForCausalLM", mlp_bias=True,
+        fields={"rms_norm_eps": "layer_norm_eps", "num_key_value_heads": "num_attention_heads"},
+        norm=NormKind(centred=True, biased=True), parallel="use_parallel_residual", partial=True, by_head=True,
+        names=Names(
+            "gpt_neox.layers.{}.", "gpt_neox.embed_in", "gpt_neox.final_layer_norm", gate="",
+            **dict.fromkeys(("queries", "keys", "values"), "attention.query_key_value"), output="attention.dense",
+            up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h",
+        ),
+        aliases=(("lm_head.", "embed_out."),),
+        defaults=UNTIED | {"attention_bias": True, "use_parallel_residual": True, "eos_token_id": 2},
+        notes="GPT-NeoX, Pythia: parallel blocks",
     ),
 }  # fmt: skip
+# Model types of which several things are a part, with the families that this part may be of.
+WRAPPED: dict[str, tuple[str, ...]] = {
+    outer: tuple(name for name, family in FAMILIES.items() if outer in family.wrapped)
+    for outer in sorted({outer for family in FAMILIES.values() for outer in family.wrapped})
+}
+ROPES = ("default", "linear", "dynamic", "yarn", "llama3", "factors", "longrope")
+STRETCHING = ("dynamic", "longrope")  # with the length of a sequence
 
-SILU = ("silu", "swish")  # two names for one thing
-ROPES = ("default", "linear", "dynamic", "yarn", "llama3", "factors")
 
-
-def blueprint_of(config: ModelConfig) -> Blueprint:
-    """What the model consists of. Raises `InputError`, saying what is known, for anything weft can't run."""
+def family_of(config: ModelConfig) -> Family:
+    """Its row. Raises `InputError`, saying which one is closest, for one that weft doesn't have."""
     family = FAMILIES.get(config.model_type)
     # As in transformers the type counts, not what of it was saved, as long as the checkpoint has no code of its own.
     if family is None or (config.fields.get("auto_map") and config.architecture not in ("", family.architecture)):
         given = config.architecture or config.model_type
         names = ", ".join(row.architecture for row in FAMILIES.values())
-        raise InputError(f"the architecture {given} ({config.model_type}) is not known; known are {names}")
-    if config.activation not in SILU:
-        raise InputError(f"the activation {config.activation!r} is not known; known is silu")
-    rope = (config.fields.get("rope_parameters") or {}).get("rope_type", "default")
-    if rope not in ROPES:
-        raise InputError(f"the rope scaling {rope!r} is not known; known are {', '.join(ROPES)}")
-
-    def on(flag: Flag) -> bool:
-        return bool(config.fields.get(flag)) if isinstance(flag, str) else flag
-
-    row = (family.qkv_bias, family.output_bias, family.mlp_bias, family.qk_norm, family.windowed)
-    return family.declare(config, Flags(*map(on, row)))
+        told = closest(config.fields, FAMILIES)
+        raise InputError(f"the architecture {given} ({config.model_type}) is not known; {told}; known are {names}")
+    return family
 
 
-def _windows(config: ModelConfig) -> tuple[int | None, ...]:
-    window = config.fields.get("sliding_window")
-    kinds = config.fields.get("layer_types") or ["sliding_attention"] * config.layers
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+def blueprint_of(config: ModelConfig) -> Blueprint:
+    """What the model consists of. Raises `InputError`, saying what is known, for anything weft can't run."""
+    family = family_of(config)
+    if config.activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise InputError(f"the activation {config.activation!r} is not known; known are {known}")
+    for name, values in family.neutral.items():
+        if (value := config.fields.get(name)) not in values:
+            raise InputError(f"{name} {value!r} is not known for {family.architecture}; leave it out")
+    blueprint = family.declare(config, family)
+    for rope in blueprint.ropes:
+        kind = rope.get("rope_type", "default")
+        if kind not in ROPES or (kind in STRETCHING and len(blueprint.ropes) > 1):
+            raise InputError(f"the rope scaling {kind!r} is not known; known are {', '.join(ROPES)}")
+    return blueprint

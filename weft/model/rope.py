@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from weft.config import ModelConfig
+from weft.model.blueprint import Blueprint
 
 Parameters = dict[str, Any]  # rope_parameters of config.json
 Formula = Callable[[Parameters, int, int, int], tuple[Tensor, float]]
 
 
 def _default(rope: Parameters, width: int, trained: int = 0, length: int = 0) -> tuple[Tensor, float]:
-    """Su et al., arXiv 2104.09864: D/2 frequencies, and a factor for cos and sin."""
+    """Su et al., arXiv 2104.09864: a frequency for each two of `width` numbers, and a factor for cos and sin."""
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     return 1.0 / rope["rope_theta"] ** exponents, 1.0
 
@@ -87,32 +88,46 @@ def _factors(rope: Parameters, width: int, trained: int, length: int) -> tuple[T
     return frequencies / torch.tensor(rope["factors"], dtype=torch.float32), 1.0
 
 
+def _longrope(rope: Parameters, width: int, trained: int, length: int) -> tuple[Tensor, float]:
+    """LongRoPE, arXiv 2402.13753: each frequency is divided by a number of its own, by another one in sequences that
+    are longer than the original ones."""
+    original = rope["original_max_position_embeddings"]
+    factors = torch.tensor(rope["long_factor" if length > original else "short_factor"], dtype=torch.float32)
+    powers = rope["rope_theta"] ** (torch.arange(0, width, 2).to(torch.float32) / width)
+    stretch = rope["factor"] if rope.get("factor") is not None else trained / original
+    scale = rope.get("attention_factor")
+    if scale is None:
+        scale = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+    return 1.0 / (factors * powers), float(scale)
+
+
 FORMULAS: dict[str, Formula] = {
     "factors": _factors, "default": _default, "linear": _linear, "dynamic": _dynamic, "yarn": _yarn, "llama3": _llama3,
+    "longrope": _longrope,
 }  # fmt: skip
 
 
 class Rope:
     """Complex angles of positions, computed on first use and kept.
 
-    The `dynamic` scaling stretches with the sequence. transformers turns a whole prompt by its length and each token
-    after it by the length up to there; so does this, however the tokens come in batches: `prompt` is an argument,
-    which the others ignore.
+    The `dynamic` and `longrope` scalings stretch with the sequence. transformers turns a whole prompt by its length and
+    each token after it by the length up to there; so does this, however the tokens come in batches: `prompt` is an
+    argument, which the others ignore. `width`: how many numbers of a head turn; an odd one is rounded up.
     """
 
-    def __init__(self, config: ModelConfig, device: str = "cpu") -> None:
-        self._parameters: Parameters = config.fields.get("rope_parameters") or {}
+    def __init__(self, config: ModelConfig, parameters: Parameters, width: int, device: str = "cpu") -> None:
+        self._parameters = parameters
         self._kind: str = self._parameters.get("rope_type", "default")
         self._trained = config.stretches_beyond or 0
         self._positions = int(config.fields["max_position_embeddings"])
-        self._width = config.head_dim
+        self._width = width
         self._limit = config.max_length
         self._device = device
         self._fixed = self._table(*self._frequencies(None), self._limit) if not self._trained else None
         self._stretched = lru_cache(maxsize=8)(self._for_length)
 
     def angles(self, start: int, end: int, prompt: int) -> Tensor:
-        """cos + i sin, times the scaling's attention factor: complex [end - start, D/2].
+        """cos + i sin, times the scaling's attention factor: complex [end - start, D/2] for D numbers that turn.
 
         `prompt`: tokens of the sequence's prompt.
         """
@@ -122,6 +137,16 @@ class Rope:
         parts = [self._stretched(alike)[start : min(end, alike)]] if start < alike else []
         parts += [self._for_length(at + 1, at) for at in range(max(start, alike), end)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @property
+    def query_factors(self) -> Tensor | None:
+        """What queries are multiplied by at each position, if they are: Llama 4's scaling, as Ministral has it."""
+        beta = self._parameters.get("llama_4_scaling_beta")
+        if beta is None:
+            return None
+        steps = torch.arange(self._limit) / self._parameters["original_max_position_embeddings"]
+        factors: Tensor = 1 + beta * torch.log(1 + torch.floor(steps))
+        return factors.to(self._device)
 
     def _for_length(self, length: int, start: int = 0) -> Tensor:
         """Positions `start` to `length` of a sequence of that length."""
@@ -133,3 +158,8 @@ class Rope:
     def _table(self, frequencies: Tensor, factor: float, length: int, start: int = 0) -> Tensor:
         turns = torch.outer(torch.arange(start, length, dtype=torch.float32), frequencies)
         return torch.complex(turns.cos() * factor, turns.sin() * factor).to(self._device)
+
+
+def ropes_for(config: ModelConfig, blueprint: Blueprint, device: str = "cpu") -> list[Rope]:
+    """A model's, in the blueprint's order."""
+    return [Rope(config, each, blueprint.rotary, device) for each in blueprint.ropes]

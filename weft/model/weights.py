@@ -12,8 +12,8 @@ Knows names and shares; knows nothing of how the weights are used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,17 @@ from torch import Tensor
 from weft.errors import InputError
 from weft.formats.checkpoint import Checkpoint
 from weft.formats.packed import Plain, TensorPart
-from weft.model.blueprint import Axis, Blueprint, Matrix, StageParts, size
+from weft.model.blueprint import (
+    AttentionBranch,
+    Axis,
+    Blueprint,
+    Branch,
+    Matrix,
+    Norm,
+    ProjectionBranch,
+    StageParts,
+    size,
+)
 from weft.model.kernels import Linear
 from weft.model.shares import Share
 
@@ -29,23 +39,45 @@ LINE = 64  # bytes of a cache line
 
 
 @dataclass(frozen=True)
-class StageWeights:
-    """What one rank holds of a stage: the fused projections before the last one, the last one, and the scales of
-    per-head norms [heads, D] if any."""
+class Gain:
+    """What is left of a norm once rows have unit size: times `scale`, and plus `bias` if any."""
 
-    first: Linear
-    last: Linear
+    scale: Tensor
+    bias: Tensor | None
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Rows of unit size become what the norm gives, in place."""
+        rows.mul_(self.scale)
+        return rows if self.bias is None else rows.add_(self.bias)
+
+
+@dataclass(frozen=True)
+class BranchWeights:
+    """What one rank holds of a branch: the fused projections before the last one, the last one, the scales [heads, D]
+    of norms of heads, and the sinks [heads], as far as there are any."""
+
+    first: Linear | None
+    last: Linear | None
     scales: Tensor | None
+    sinks: Tensor | None
+
+
+@dataclass(frozen=True)
+class StageWeights:
+    """What one rank holds of a stage."""
+
+    branches: tuple[BranchWeights, ...]
+    post: Gain | None
 
 
 @dataclass(frozen=True)
 class Weights:
-    """All that one rank holds: `stages` by part and layer. `scale` [hidden]: of the last norm, which a tied head can't
-    take in."""
+    """All that one rank holds: `stages` by part and layer. `gain`: of the last norm, which a tied head can't take
+    in."""
 
     embedding: Tensor
     stages: dict[tuple[str, int], StageWeights]
-    scale: Tensor
+    gain: Gain
     head: Linear
 
 
@@ -73,19 +105,21 @@ def load(
         checkpoint.forget()
     embedding = reader.whole(reader.embedding_name, blueprint.embedding)
     head = reader.head(embedding)
-    scale = reader.scale(blueprint.after[-1].norm, blueprint.hidden).to(dtype)
+    gain = reader.gain("", blueprint.norm)
     checkpoint.forget()
-    return Weights(embedding, stages, scale, head)
+    return Weights(embedding, stages, gain, head)
 
 
-def _pairs(heads: Tensor) -> Tensor:
-    """Reorders a head's width D from halves (x, x + D/2) to neighbours, as `kernels.rotate` wants it.
+def _pair(heads: Tensor, halves: int) -> None:
+    """Reorders the first `halves` of a head's width D from (x, x + halves/2) to neighbours, as `kernels.rotate` wants
+    it, in place.
 
     Queries and keys are reordered alike, so their products stay what they were. [..., D, ...] with D second.
     """
-    count, width = heads.shape[:2]
-    halves = torch.unflatten(heads, 1, (2, width // 2))
-    return halves.transpose(1, 2).reshape(count, width, *heads.shape[2:])
+    if halves <= 2:  # two numbers are neighbours
+        return
+    turned = heads[:, :halves]
+    turned.copy_(torch.unflatten(turned, 1, (2, halves // 2)).transpose(1, 2).flatten(1, 2))
 
 
 class _ShardReader:
@@ -97,6 +131,8 @@ class _ShardReader:
         self.device, self.dtype, self.exact_rows = device, dtype, exact_rows
         self._progress, self._done = progress, 0
         self._total = sum(self._bytes(name, matrix) for name, matrix in blueprint.named)
+        matrices = (matrix for parts in blueprint.layer for matrix in parts.matrices)
+        self.halves = max((matrix.halves for matrix in matrices), default=0)
 
     def demand_all(self) -> None:
         """Before memory is taken for any: raises `InputError` for the first that is missing or misshapen."""
@@ -108,25 +144,53 @@ class _ShardReader:
 
     def stage(self, parts: StageParts, prefix: str) -> StageWeights:
         """A layer's stage; its matrices one after the other."""
-        counts = [len(self._mine(matrix.outputs)) for matrix in parts.first]
-        weight = torch.empty(sum(counts), self.blueprint.hidden)
-        rows = torch.split(weight, counts)
-        read = [self._rows(prefix, matrix, into) for matrix, into in zip(parts.first, rows, strict=True)]
-        biases = [bias for bias in read if bias is not None]
-        # The norm's gain in float32: a product of two bfloat16 would be rounded twice.
-        weight.mul_(self.scale(prefix + parts.norm, self.blueprint.hidden))
-        first = self._linear(self._there(weight), self._there(torch.cat(biases)) if biases else None)
-        del weight, rows
-        assert parts.last is not None, "a layer's stage ends in a projection"
-        return StageWeights(first, self._columns(prefix, parts.last), self._scales(prefix, parts))
+        branches = tuple(self._branch(branch, prefix) for branch in parts.branches)
+        return StageWeights(branches, self.gain(prefix, parts.post) if parts.post else None)
+
+    def _branch(self, branch: Branch, prefix: str) -> BranchWeights:
+        first = self._first(branch, prefix) if branch.first else None
+        last = self._columns(prefix, branch.last) if branch.last is not None else None
+        scales = self._head_scales(prefix, branch) if isinstance(branch, ProjectionBranch) else None
+        sinks = None
+        if isinstance(branch, AttentionBranch) and branch.sinks is not None:
+            name, axis = branch.sinks
+            sinks = self.checkpoint.read(prefix + name, rows=self._mine(axis, 1)).numbers(torch.float32)
+        return BranchWeights(first, last, scales, None if sinks is None else self._there(sinks, torch.float32))
+
+    def _first(self, branch: Branch, prefix: str) -> Linear:
+        """The fused projections, with the norm before them."""
+        counts = [len(self._mine(matrix.outputs)) for matrix in branch.first]
+        weight, bias = torch.empty(sum(counts), self.blueprint.hidden), torch.zeros(sum(counts))
+        parts = zip(branch.first, torch.split(weight, counts), torch.split(bias, counts), strict=True)
+        for matrix, rows, biases in parts:
+            self._rows(prefix, matrix, rows, biases)
+        biased = any(matrix.biased for matrix in branch.first)
+        if branch.norm is not None:
+            # In float32: a product of two bfloat16 would be rounded twice.
+            scale, shift = self._norm(prefix, branch.norm, self.blueprint.hidden)
+            if shift is not None:
+                bias, biased = bias.addmv_(weight, shift), True
+            weight.mul_(scale)
+        return self._linear(self._there(weight), self._there(bias) if biased else None)
 
     def whole(self, name: str, matrix: Matrix) -> Tensor:
         """A matrix that every rank has."""
-        return self._own(self._read(name, matrix))
+        found = self._own(self._read(name, matrix))
+        self._read_all(name, matrix)
+        return found
 
-    def scale(self, name: str, width: int) -> Tensor:
-        """A norm's weight times sqrt(width), in float32: what is left of the norm after `kernels.unit_rows`."""
-        return self.checkpoint.read(name + ".weight").numbers(torch.float32).to(self.device) * math.sqrt(width)
+    def gain(self, prefix: str, norm: Norm) -> Gain:
+        """Of a norm of whole rows."""
+        scale, bias = self._norm(prefix, norm, self.blueprint.hidden)
+        return Gain(self._there(scale), None if bias is None else self._there(bias))
+
+    def _norm(self, prefix: str, norm: Norm, width: int) -> tuple[Tensor, Tensor | None]:
+        """What is left of a norm after `kernels.unit_rows`, which leaves the root of the mean square to `width`: a
+        scale, and a bias if there is one; in float32."""
+        name = prefix + norm.name
+        scale = self.checkpoint.read(f"{name}.weight").numbers(torch.float32).add(norm.offset).mul_(norm.factor)
+        bias = self.checkpoint.read(f"{name}.bias").numbers(torch.float32).mul(norm.factor) if norm.biased else None
+        return (scale if norm.centred else scale * math.sqrt(width)), bias
 
     def _own(self, part: TensorPart) -> Tensor:
         """In memory of its own: one view of the mapped file would keep all of it mapped. It begins where it does in the
@@ -140,24 +204,25 @@ class _ShardReader:
         part.into(out)
         return out.to(self.device)
 
-    def _there(self, values: Tensor) -> Tensor:
-        return values.to(self.device, self.dtype)
+    def _there(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return values.to(self.device, dtype or self.dtype)
 
     def _sides(self, matrix: Matrix) -> tuple[int, int]:
         outputs, inputs = (size(side, lambda axis: axis.count) for side in (matrix.outputs, matrix.inputs))
         return outputs, inputs
 
-    def _mine(self, axis: Axis | int) -> range:
-        """Numbers along an axis that is divided."""
+    def _mine(self, axis: Axis | int, width: int | None = None) -> range:
+        """Numbers along an axis that is divided. `width`: of a piece, where it isn't the axis's own."""
         assert isinstance(axis, Axis), "before a stage's last projection rows are divided, and columns of that one"
-        pieces = self.share.of(axis)
-        return range(pieces.start * axis.width, pieces.stop * axis.width)
+        pieces, width = self.share.of(axis), axis.width if width is None else width
+        return range(pieces.start * width, pieces.stop * width)
 
     def _bytes(self, name: str, matrix: Matrix) -> int:
         """Of this rank's part of a matrix, in the files; none of one that is another's."""
         if f"{name}.weight" not in self.checkpoint:
             return 0
         outputs, inputs = self._sides(matrix)
+        outputs = matrix.within.rows if matrix.within else outputs
         return self.checkpoint.stored(f"{name}.weight") * self.share.numbers(matrix) // max(1, outputs * inputs)
 
     def _read(self, name: str, matrix: Matrix, rows: range | None = None, columns: range | None = None) -> TensorPart:
@@ -168,42 +233,76 @@ class _ShardReader:
                 f"{self.checkpoint.path}: {name}.weight is in {part.values.dtype}, and no scale says what that means; "
                 "download the checkpoint again"
             )
-        self._done += self._bytes(name, matrix)
-        self._progress(self._done, self._total)
         return part
 
-    def _rows(self, prefix: str, matrix: Matrix, into: Tensor) -> Tensor | None:
-        """This rank's rows of a projection, in float32, go `into` a tensor; their bias is returned."""
-        name, rows = prefix + matrix.name, self._mine(matrix.outputs)
-        self._read(name, matrix, rows=rows).into(into)
-        bias = None
-        if matrix.biased:
-            bias = self.checkpoint.read(name + ".bias", rows=rows).numbers(torch.float32)
-        if matrix.paired:
+    def _read_all(self, name: str, matrix: Matrix) -> None:
+        """Counts what was read."""
+        self._done += self._bytes(name, matrix)
+        self._progress(self._done, self._total)
+
+    def _placed(self, matrix: Matrix) -> Iterator[tuple[range, range]]:
+        """Where this rank's rows of a matrix are in its tensor, and among each other."""
+        rows, axis, within = self._mine(matrix.outputs), matrix.outputs, matrix.within
+        assert isinstance(axis, Axis), "rows are divided"
+        if within is None or within.step == axis.width:
+            start = rows.start + (within.start if within else 0)
+            yield range(start, start + len(rows)), range(len(rows))
+            return
+        for number, piece in enumerate(self.share.of(axis)):
+            start = within.start + piece * within.step
+            yield range(start, start + axis.width), range(number * axis.width, (number + 1) * axis.width)
+
+    def _rows(self, prefix: str, matrix: Matrix, into: Tensor, biases: Tensor) -> None:
+        """This rank's rows of a projection, in float32, go `into` a tensor, and their bias if any into another."""
+        name = prefix + matrix.name
+        for there, here in self._placed(matrix):
+            self._read(name, matrix, rows=there).into(into[here.start : here.stop])
+            if matrix.biased:
+                bias = self.checkpoint.read(name + ".bias", rows=there).numbers(torch.float32)
+                biases[here.start : here.stop] = bias
+        self._read_all(name, matrix)
+        if matrix.halves:
             assert isinstance(matrix.outputs, Axis), "what is turned by position is made of heads"
             heads = len(self.share.of(matrix.outputs)), matrix.outputs.width
-            into.copy_(_pairs(into.view(*heads, into.shape[1])).view(into.shape))
-            bias = _pairs(bias.view(heads)).flatten() if bias is not None else None
-        return bias
+            for values in (into.view(*heads, into.shape[1]), biases.view(heads)):
+                _pair(values, matrix.halves)
+        if matrix.factor != 1.0:
+            into.mul_(matrix.factor)
+            biases.mul_(matrix.factor)
 
     def _columns(self, prefix: str, matrix: Matrix) -> Linear:
         name = prefix + matrix.name
-        weight = self._own(self._read(name, matrix, columns=self._mine(matrix.inputs)))
+        part = self._read(name, matrix, columns=self._mine(matrix.inputs))
+        weight = self._own(part) if matrix.factor == 1.0 else self._times(part, matrix.factor)
+        self._read_all(name, matrix)
         bias = None
-        if matrix.biased:
-            # The sum over ranks would count a bias once a rank: one rank adds it.
-            bias = self._own(self.checkpoint.read(name + ".bias")) if self.share.leads else None
+        if matrix.biased and self.share.leads:  # the sum over ranks would count a bias once a rank: one rank adds it
+            read = self.checkpoint.read(name + ".bias")
+            bias = self._own(read) if matrix.factor == 1.0 else self._times(read, matrix.factor)
         return self._linear(weight.contiguous(), bias)
 
-    def _scales(self, prefix: str, parts: StageParts) -> Tensor | None:
-        """One row a head, in the order of the projections."""
-        if not parts.scales:
+    def _times(self, part: TensorPart, factor: float) -> Tensor:
+        """Rounded once."""
+        return self._there(part.numbers(torch.float32).mul(factor))
+
+    def _head_scales(self, prefix: str, branch: ProjectionBranch) -> Tensor | None:
+        """One row a head, in the order of the projections. Of norms over all heads, without the root of their width:
+        that is taken from the sum over ranks."""
+        if not branch.head_norms:
             return None
-        rows = [
-            _pairs(self.scale(prefix + name, axis.width)[None]).expand(len(self.share.of(axis)), -1)
-            for name, axis in parts.scales
-        ]
-        return torch.cat(rows).to(self.dtype)
+        rows = []
+        for norm, axis in branch.head_norms:
+            pieces = self.share.of(axis)
+            if branch.across:
+                scale, _ = self._norm(prefix, replace(norm, centred=True), axis.numbers)
+                each = scale.view(axis.count, axis.width)[pieces.start : pieces.stop].clone()
+            else:
+                scale, _ = self._norm(prefix, norm, axis.width)
+                each = scale.expand(len(pieces), -1).clone()
+            if self.halves:
+                _pair(each, self.halves)
+            rows.append(each)
+        return self._there(torch.cat(rows))
 
     @property
     def embedding_name(self) -> str:
@@ -221,6 +320,7 @@ class _ShardReader:
         weight = embedding[rows.start : rows.stop]
         if not self.blueprint.tied or name in self.checkpoint:
             own = self._own(self._read(matrix.name, matrix, rows=rows))
+            self._read_all(matrix.name, matrix)
             weight = weight if self.blueprint.tied and torch.equal(own, weight) else own
         return Linear(weight, exact_rows=self.exact_rows, packed=False)
 

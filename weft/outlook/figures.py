@@ -209,16 +209,17 @@ def shard_of(blueprint: Blueprint, share: Share) -> Shard:
 
     def products(parts: StageParts) -> Products:
         outputs = sum(numbers(matrix.outputs) for matrix in parts.first)
-        last = (numbers(parts.last.inputs), numbers(parts.last.outputs)) if parts.last else (0, 0)
-        return Products((blueprint.hidden, outputs), last, parts.traffic * outputs)
+        last = (sum(numbers(matrix.inputs) for matrix in parts.last), blueprint.hidden if parts.last else 0)
+        moved = sum(b.traffic * numbers(matrix.outputs) for b in parts.branches for matrix in b.first)
+        return Products((blueprint.hidden, outputs), last, moved)
 
     scored = next(parts for parts in blueprint.layer if parts.remembers)
-    assert scored.remembers and scored.last, "what remembers rows has heads"
+    assert scored.remembers, "what remembers rows has heads"
     return Shard(
         blueprint.hidden, tuple((parts.stage.part, products(parts)) for parts in blueprint.layer),
         (blueprint.after[-1].stage.part, Products((blueprint.hidden, numbers(blueprint.head.outputs)))),
-        tuple(parts.stage.part for parts in blueprint.before), scored.stage.part, numbers(scored.last.inputs),
-        numbers(scored.remembers), blueprint.window,
+        tuple(parts.stage.part for parts in blueprint.before), scored.stage.part, numbers(blueprint.axis("heads")),
+        numbers(scored.remembers), blueprint.seen, tuple((s.part, s.aside) for s in blueprint.outline.layer if s.aside),
     )  # fmt: skip
 
 

@@ -98,7 +98,8 @@ def _runs(subject: Subject, most: int, deep: int) -> Iterator[Trial]:
     for n in sorted({n for n in (2, 32, 128, most) if 1 < n <= most}):
         yield _run(subject, "tiles", n, 1, "tiles:2")
     for n in sorted({max(2, most // 4), most}):
-        yield _run(subject, "scattered", n, 1, "rs")
+        if subject.outline.scatters:
+            yield _run(subject, "scattered", n, 1, "rs")
         if n >= 2 * subject.granule:
             yield _run(subject, "cut", n, 2, "iso:2")
             yield _run(subject, "computed", n, 2, "iso:2", scope="compute")

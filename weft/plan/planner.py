@@ -206,7 +206,7 @@ class Planner:
 
         def cheapest(step: Step) -> str:
             way = costs.wires[step.wire or usual]
-            return way.cheapest(costs.size(way, step.kind, program.rows[step.chunk], batch, step.wanted))
+            return way.cheapest(costs.size(way, step.kind, step.part, program.rows[step.chunk], batch, step.wanted))
 
         return program.summed_by(cheapest)
 

@@ -6,7 +6,7 @@ medians for differences. Knows what calibrate.py runs; runs nothing itself. No t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from statistics import fmean
 
@@ -28,7 +28,9 @@ def read(samples: Samples) -> Costs:
     """The costs that explain what was measured."""
     subject, network = samples.subject, _Network(samples)
     ranks = tuple(_Rank(samples, rank).costs() for rank in range(subject.world))
-    costs = Costs(ranks, network.wires(), Contention(), subject.width, subject.logits, subject.world)
+    costs = Costs(
+        ranks, network.wires(), Contention(), subject.width, subject.logits, subject.world, aside=subject.aside
+    )
     return network.beside_computation(costs)
 
 
@@ -53,7 +55,7 @@ class _Rank:
             tail[part] = self._tail(part)
             body[part] = _less(_straight(whole), map(tail[part].at, whole.sizes))
         begin = self._begin()
-        return ComputeCosts(body, tail, self._enter(), present, past, one, begin, subject.window, subject.scored)
+        return ComputeCosts(body, tail, self._enter(), present, past, one, begin, subject.seen, subject.scored)
 
     def _seconds(self, name: str, rows: int, part: str, kind: Kind = Kind.COMPUTE) -> float:
         """A step of this part, in the mean over layers and rounds: a rank that shares its core computes in turns."""
@@ -81,14 +83,20 @@ class _Rank:
         """Seconds for a pair of one of several new tokens and an earlier one, and for a key that a lone token sees."""
         if not self.samples.of("past", 1):
             return 0.0, 0.0
-        earlier = self.samples.named("past")[0].batch.segments[0].start
-        seen = min(earlier, self.samples.subject.window or earlier)
         scored = self.samples.subject.scored
-        extra = [
-            max(0.0, self._seconds("past", n, scored) - self._seconds("serial", n, scored)) / seen
-            for n in (self.most, 1)
-        ]
-        return extra[0] / self.most, extra[1]
+        extra = {
+            run.rows: max(0.0, self._seconds("past", run.rows, scored) - self._seconds("serial", run.rows, scored))
+            / self._seen(run)
+            for run in self.samples.named("past")
+        }
+        return extra[self.most] / self.most, extra[1]
+
+    def _seen(self, run: Trial) -> float:
+        """Earlier positions that a token sees, in the mean over the layers of a run."""
+        earlier = run.batch.segments[0].start
+        layers = 1 + max(step.layer or 0 for block in run.program.form.blocks for step in block.steps)
+        windows = self.samples.subject.windows[:layers] or (None,)
+        return fmean(earlier if window is None else min(earlier, window) for window in windows)
 
     def _present(self, past: float) -> Table:
         """Seconds for each pair of the n x n square of new tokens with themselves.
@@ -110,6 +118,8 @@ class _Rank:
     def _enter(self) -> Table:
         runs, world = self.samples.named("scattered"), self.samples.subject.world
         part = self.samples.subject.outline.layer[-1].part
+        if not runs:  # a model whose sums can't be scattered
+            return NOTHING
         seconds = tuple(self._seconds("scattered", run.rows, part, Kind.ENTER) for run in runs)
         return _rising(Table((0.0, *(run.rows / world for run in runs)), (0.0, *seconds)))
 
@@ -147,6 +157,10 @@ class _Network:
     def _bytes(self, rows: int, wire: str) -> float:
         """Of a partial of so many rows."""
         return rows * self.subject.width * self.subject.elements[wire]
+
+    def _taken(self, timeline: Timeline) -> list[float]:
+        """Seconds of each sum of whole rows."""
+        return _collectives(timeline, self.subject.aside)
 
     def _longer(self, wire: str) -> float:
         """Seconds that a sum takes longer on this wire than on the first one, beside its bytes."""
@@ -207,7 +221,7 @@ class _Network:
     def _sums(self, name: str, rows: int, wire: str | None = None) -> list[float]:
         """Sums' seconds. Back to back, the first one is left out: it found the link idle."""
         first = 1 if name.startswith("network") else 0
-        return [s for sample in self.samples.of(name, rows, wire) for s in _collectives(sample.timeline)[first:]]
+        return [s for sample in self.samples.of(name, rows, wire) for s in self._taken(sample.timeline)[first:]]
 
     def _slope(self, wire: str) -> float:
         """Seconds of one byte more on this wire."""
@@ -224,7 +238,7 @@ class _Network:
         smallest sums that are more than that, where it is most of the difference."""
         saved, least = 0.0, fmean(self._sums("serial", self.samples.sizes[0]))
         for n in (n for n in self.samples.sizes if n * self.row >= SMALLEST_BURST or n == self.samples.sizes[-1]):
-            first = median(_collectives(sample.timeline)[0] for sample in self.samples.of("serial", n))
+            first = median(self._taken(sample.timeline)[0] for sample in self.samples.of("serial", n))
             size = n * self.row
             saved = (least + size * self.slope - first) / self.slope if self.slope > 0 else 0.0
             if saved < 0.8 * size:
@@ -248,7 +262,7 @@ class _Network:
         """Processor seconds of one sum of so many rows, from runs that do nothing but communicate."""
         runs = self.samples.of("network", rows, wire)
         return median(
-            KERNEL * max(sample.processor) / sum(event.rank == 0 for event in sample.timeline.events)
+            KERNEL * max(sample.processor) / len(self._taken(sample.timeline))
             for sample in runs
         )  # fmt: skip
 
@@ -267,8 +281,8 @@ class _Network:
 
     def _turn(self, costs: Costs, run: Trial) -> float:
         """Seconds that a sum takes longer while something computes than it is predicted to without that."""
-        expected = fmean(_collectives(simulate(run.program, run.batch, costs, run.wire)))
-        return median(fmean(_collectives(sample.timeline)) for sample in self.samples.of("cut", run.rows)) - expected
+        expected = fmean(self._taken(simulate(run.program, run.batch, costs, run.wire)))
+        return median(fmean(self._taken(sample.timeline)) for sample in self.samples.of("cut", run.rows)) - expected
 
     def _wake(self) -> float:
         """Seconds from a collective's end to the start of what waited for it."""
@@ -289,9 +303,12 @@ def _computing(sample: Sample) -> float:
     return max(sample.timeline.busy(rank, COMPUTE) for rank in sample.timeline.ranks)
 
 
-def _collectives(timeline: Timeline) -> list[float]:
-    """Seconds of each sum, from when the last rank came until the last one has it."""
-    lanes = [[e for e in timeline.lane(rank, NETWORK) if e.kind is Kind.REDUCE] for rank in timeline.ranks]
+def _collectives(timeline: Timeline, aside: Collection[str]) -> list[float]:
+    """Seconds of each sum, but for those of parts `aside`, from when the last rank came until the last one has it."""
+    lanes = [
+        [e for e in timeline.lane(rank, NETWORK) if e.kind is Kind.REDUCE and e.stage.rpartition(".")[2] not in aside]
+        for rank in timeline.ranks
+    ]
     return [max(e.stop for e in same) - max(e.start for e in same) for same in zip(*lanes, strict=True)]
 
 

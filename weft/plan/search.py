@@ -140,7 +140,8 @@ class Search:
             if seconds(Wiring(wire)) <= limit:
                 base = wire
                 break
-        others, sums = dict[Sum, str](), sums_of(weave(self.outline, batch.tokens, cuts).form)
+        others, aside = dict[Sum, str](), {stage.part for stage in self.outline.layer if stage.aside}
+        sums = [each for each in sums_of(weave(self.outline, batch.tokens, cuts).form) if each[0] not in aside]
         for each in sums:
             for wire in wires[: wires.index(base)]:
                 if seconds(Wiring(base, {**others, each: wire})) <= limit:
@@ -236,7 +237,8 @@ class _Searching:
             yield _even(3, requests=True)
         if self._uneven():
             yield self._by_time([1.0] * chunks, 1)
-        if self.wiring.usual not in GROUPS and self._leads(Strategy(scattered=True), Strategy()):
+        scatters = self.wiring.usual not in GROUPS and self.search.outline.scatters
+        if scatters and self._leads(Strategy(scattered=True), Strategy()):
             yield _even(4, scattered=True)
 
     def _even_chunks(self) -> int:
@@ -343,9 +345,8 @@ def _curve(batch: Batch, costs: Costs, parts: Sequence[str]) -> tuple[list[float
         for piece in range(1, pieces + 1):
             at = span.length * piece / pieces
             step, middle = span.length / pieces, segment.start + at - span.length / pieces / 2
-            pairs = min(middle, pace.window) if pace.window else middle
             rows.append(span.start + at)
-            seconds.append(seconds[-1] + step * (a_row + pace.past * pairs))
+            seconds.append(seconds[-1] + step * (a_row + pace.past * pace.seen(middle)))
     return rows, seconds
 
 

@@ -143,8 +143,10 @@ class _ScatteringWeaver(_Weaver):
 
     def __init__(self, outline: Outline, tiles: Sequence[Sequence[int]]) -> None:
         super().__init__(outline, tiles)
-        if outline.lags:
-            raise InputError("--overlap rs: this model has stages that don't read all sums before them; use another")
+        if not outline.scatters:
+            raise InputError(
+                "--overlap rs: a stage of this model needs more, or less, than the sum before it; use another"
+            )
         self._narrow_from = len(outline.stages) - 1  # before that, each rank has its part of the rows
         self._scattered: tuple[int, Rows, int] | None = None  # the stage that wants them, rows, reduce_scatter
 

@@ -214,7 +214,7 @@ class _Checker:
             raise ProgramError(f"{step.name!r}: other ranks go on with some of these rows since a send")
         match step.kind:
             case Kind.SEND:
-                self._send(step, place)
+                self._send(step, place, stage)
             case Kind.ENTER:
                 self._enter(step, place)
             case Kind.TAIL:
@@ -258,9 +258,9 @@ class _Checker:
         self._sums_arrived(step, place)
         progress.entered.append(step.rows)
 
-    def _send(self, step: Issued, place: int) -> None:
+    def _send(self, step: Issued, place: int, stage: Stage) -> None:
         """The rank that sends has all that came to these rows; to one that receives, it comes from all those stages."""
-        if self.outline.lags or place + 1 >= len(self.outline.stages):
+        if self.outline.lags or stage.aside or place + 1 >= len(self.outline.stages):
             raise ProgramError(f"{step.name!r}: no stage reads all that came to these rows up to here, and goes on")
         if any(rows.intersects(step.rows) for rows in self.spread):
             raise ProgramError(f"{step.name!r}: since a reduce_scatter, each rank has its part of these rows only")
@@ -305,8 +305,8 @@ class _Checker:
             raise ProgramError(f"{step.name!r}: this stage ends in {stage.collective or 'no collective'}")
         if step.kind is Kind.GATHER:
             return
-        if scatters and self.outline.lags:
-            raise ProgramError(f"{step.name!r}: a stage of this model goes without the last sum; it needs reduce")
+        if scatters and not self.outline.scatters:
+            raise ProgramError(f"{step.name!r}: a stage of this model needs more, or less, than the sum before it")
         if scatters and self.narrow < len(self.outline.stages) - 1:
             raise ProgramError(f"{step.name!r}: wanted rows go on alone, but each rank has its part of all rows only")
         spread = [rows for rows in self.spread if rows.intersects(step.rows)]

@@ -46,13 +46,15 @@ class Stage:
 
     `ordered`: within a sequence, later rows read what earlier rows wrote (attention). `lag`: how many of the stages
     just before it its input goes without: 0 is usual, 1 where it reads all but the last sum, or the same input as its
-    neighbour. `layer`: None outside the layers.
+    neighbour. `aside`: numbers of each row that are summed, exactly, for the next stage alone; with 0 the sum is a
+    contribution to the residual stream. `layer`: None outside the layers.
     """
 
     part: str
     collective: Kind | None
     ordered: bool = False
     lag: int = 0
+    aside: int = 0
     layer: int | None = None
 
     @property
@@ -127,6 +129,11 @@ class Outline:
     def lags(self) -> bool:
         """Some stage goes without a sum before it."""
         return any(stage.lag for stage in self.layer)
+
+    @cached_property
+    def scatters(self) -> bool:
+        """Each sum is all that the next stage reads, so that it may be taken on each rank's part of the rows."""
+        return not self.lags and not any(stage.aside for stage in self.layer)
 
     @cached_property
     def readers(self) -> tuple[int | None, ...]:

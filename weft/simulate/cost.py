@@ -74,8 +74,9 @@ class ComputeCosts:
     scores.
     `enter`: the norm, against rows, where a step of its own takes it. Scores of n new tokens of one sequence over p
     earlier ones: `present` against n, divided by n² (it is the kernel's business how much of the square it skips), and
-    `past` for each of the n * p pairs. `one`: for each key that a single new token sees. `window`: positions that a
-    token sees at most. `begin`: before the first step, against rows.
+    `past` for each of the n * p pairs. `one`: for each key that a single new token sees. `windows`: positions that a
+    token sees at most, or None, each with the share of the layers where that is so; none where it sees all. `begin`:
+    before the first step, against rows.
     """
 
     body: dict[str, Table]
@@ -85,8 +86,14 @@ class ComputeCosts:
     past: float
     one: float
     begin: Table
-    window: int | None = None
+    windows: tuple[tuple[int | None, float], ...] = ()
     scored: str = ""
+
+    def seen(self, earlier: float) -> float:
+        """Of so many earlier positions, in the mean over layers."""
+        if not self.windows:
+            return earlier
+        return sum(share * (earlier if window is None else min(earlier, window)) for window, share in self.windows)
 
     @cached_property
     def whole(self) -> dict[str, Table]:
@@ -104,11 +111,10 @@ class ComputeCosts:
         return total
 
     def _scores(self, count: int, earlier: int) -> float:
-        if self.window is not None:
-            earlier = min(earlier, self.window)
+        seen = self.seen(earlier)
         if count == 1:
-            return self.one * (earlier + 1)
-        return self.present.at(count) * count * count + self.past * count * earlier
+            return self.one * (seen + 1)
+        return self.present.at(count) * count * count + self.past * count * seen
 
     def scaled(self, factor: float) -> ComputeCosts:
         """The same rank, slower by this factor."""
@@ -130,7 +136,7 @@ class ComputeCosts:
             {part: Table.slowest([rank.tail[part] for rank in ranks]) for part in first.tail},
             Table.slowest([rank.enter for rank in ranks]), Table.slowest([rank.present for rank in ranks]),
             max(rank.past for rank in ranks), max(rank.one for rank in ranks),
-            Table.slowest([rank.begin for rank in ranks]), first.window, first.scored,
+            Table.slowest([rank.begin for rank in ranks]), first.windows, first.scored,
         )  # fmt: skip
 
 
@@ -211,7 +217,8 @@ SHARED = Contention(part=0.5)
 class Costs:
     """Everything that the simulator needs: ranks (several may be alike), wires by name, contention.
 
-    `width`: numbers in one row of a partial. `logits`: bytes that a rank tells the others of a wanted row.
+    `width`: numbers in one row of a partial; `aside`: of those parts whose sums are float32's and of another width.
+    `logits`: bytes that a rank tells the others of a wanted row.
     `world`: ranks, where `ranks` holds one entry for all of them. `contention`: of the network with computation;
     `between`: of other pairs of lanes, by both names, "compute network2".
     """
@@ -223,6 +230,7 @@ class Costs:
     logits: float
     world: int
     between: dict[str, Contention] = field(default_factory=dict)
+    aside: dict[str, int] = field(default_factory=dict)
 
     def contention_of(self, one: str, other: str) -> Contention:
         """What `other` does to `one`. Without a measurement every lane treats computation as the network does, and two
@@ -260,11 +268,14 @@ class Costs:
         start, stop = batch.wanted(rows) if wanted else rows
         return stop - start
 
-    def size(self, wire: WireCosts, kind: Kind, rows: Rows, batch: Batch, wanted: bool = False) -> float:
+    def size(
+        self, wire: WireCosts, kind: Kind, part: str, rows: Rows, batch: Batch, wanted: bool = False
+    ) -> float:  # fmt: skip
         """Bytes that a collective is about."""
         if kind is Kind.GATHER:
             return self.logits * len(batch.wanted_rows)
-        return wire.element * self.width * self.count(rows, batch, wanted)
+        a_row = 4.0 * self.aside[part] if part in self.aside else wire.element * self.width
+        return a_row * self.count(rows, batch, wanted)
 
     def scaled(self, compute: float, network: float) -> Costs:
         """The same with slower (or faster) computation and collectives, by these factors."""

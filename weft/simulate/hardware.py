@@ -211,7 +211,8 @@ class Products:
 @dataclass(frozen=True)
 class Shard:
     """One rank's part of a model: products by part of a layer (`layer`) and of the output head. `scored`: the part that
-    looks at earlier rows; `queries`, `keys`: numbers of its query heads and of its key/value heads in a row."""
+    looks at earlier rows; `queries`, `keys`: numbers of its query heads and of its key/value heads in a row. `windows`:
+    see `ComputeCosts`; `aside`: see `Costs`."""
 
     hidden: int
     layer: tuple[tuple[str, Products], ...]
@@ -220,7 +221,8 @@ class Shard:
     scored: str
     queries: int
     keys: int
-    window: int | None = None
+    windows: tuple[tuple[int | None, float], ...] = ()
+    aside: tuple[tuple[str, int], ...] = ()
 
 
 def costs_of(group: Hardware, shards: Sequence[Shard], wires: Sequence[str]) -> Costs:
@@ -232,7 +234,7 @@ def costs_of(group: Hardware, shards: Sequence[Shard], wires: Sequence[str]) -> 
     part = group.source.assumption(device, "share") / max(1, device.cores)
     return Costs(
         ranks[:1] if same else ranks, {name: _wire(group, row_bytes(name, dtype, hidden) / hidden) for name in wires},
-        Contention(part=part), hidden, LIKELIEST_BYTES, group.world,
+        Contention(part=part), hidden, LIKELIEST_BYTES, group.world, aside=dict(shards[0].aside),
     )  # fmt: skip
 
 
@@ -252,7 +254,7 @@ def _rank(group: Hardware, device: Device, shard: Shard) -> ComputeCosts:
         tail[part] = roof.product(*products.last, 0, 0.3)
     return ComputeCosts(
         body=body, tail=tail, enter=roof.moved(norm, 0.0), present=Table.line(pair / 2, 0.0), past=pair,
-        one=2 * shard.keys * roof.itemsize / roof.bandwidth, begin=nothing, window=shard.window, scored=shard.scored,
+        one=2 * shard.keys * roof.itemsize / roof.bandwidth, begin=nothing, windows=shard.windows, scored=shard.scored,
     )  # fmt: skip
 
 

@@ -133,7 +133,7 @@ def taken(work: Work, rows: Rows, batch: Batch, costs: Costs, wire: str, rank: C
     if kind not in COLLECTIVES:
         return Taken(costs.compute_seconds(rank, kind, work.part, rows, batch, work.entered, work.wanted))
     way = costs.wires[work.wire or wire]
-    size = costs.size(way, kind, rows, batch, work.wanted)
+    size = costs.size(way, kind, work.part, rows, batch, work.wanted)
     if not size:
         return Taken(0.0)
     table = way.table(kind, size, work.algorithm)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 import struct
-from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from weft.errors import InputError
-from weft.formats.gguf.architectures import FACTORS, configuration
+from weft.formats.gguf.architectures import Architecture, configuration
 from weft.formats.gguf.header import GgufTensor, header_of
 
 SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
@@ -49,19 +48,17 @@ class GgufFiles:
         if promised != len(self.tensors):
             raise InputError(f"{path}: {promised} tensors are promised and {len(self.tensors)} there; download again")
 
-    @cached_property
-    def configuration(self) -> dict[str, object]:
+    def configuration(self, architecture: Architecture) -> dict[str, Any]:
         """As a config.json would have it. Raises `InputError`."""
         shapes = {name: found.tensor.shape for name, found in self.tensors.items()}
-        return configuration(self.header, shapes, self._factors())
+        lists = {name: self._numbers(name) for name in architecture.lists if name in self.tensors}
+        return configuration(self.header, architecture, shapes, lists)
 
-    def _factors(self) -> list[float]:
-        """Numbers that the configuration needs, and that are a tensor in GGUF."""
-        if FACTORS not in self.tensors:
-            return []
-        path, tensor = self.tensors[FACTORS]
+    def _numbers(self, name: str) -> list[float]:
+        """What the configuration needs, and is a tensor in GGUF."""
+        path, tensor = self.tensors[name]
         if tensor.type.name != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > MOST_FACTORS:
-            raise InputError(f"{path}: {FACTORS} is {list(tensor.shape)} in {tensor.type.name}, not a list of F32")
+            raise InputError(f"{path}: {name} is {list(tensor.shape)} in {tensor.type.name}, not a list of F32")
         with path.open("rb") as file:
             file.seek(tensor.start)
             return list(struct.unpack(f"<{tensor.shape[0]}f", file.read(tensor.bytes)))

@@ -5,7 +5,7 @@ Knows files, blocks and names; knows nothing of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,34 +15,38 @@ from torch import Tensor
 from weft.errors import InputError
 from weft.formats.checkpoint import Bring, counted
 from weft.formats.fingerprint import Wanted
-from weft.formats.gguf.architectures import FACTORS, architecture_of, heads_of, stored_name
+from weft.formats.gguf.architectures import Architecture, architecture_of, heads_of, stored_name
 from weft.formats.gguf.blocks import PLAIN, unpacked
 from weft.formats.gguf.files import GgufFiles, Located
 from weft.formats.gguf.header import GgufTensor
 from weft.formats.packed import Packed, Plain, TensorPart
 
 # Numbers that follow from the configuration, and were stored all the same.
-IGNORED = (FACTORS, "rope_factors_long.weight", "rope_factors_short.weight", ".attn_rot_embd.weight",
-           ".attention.rotary_emb.inv_freq")  # fmt: skip
+IGNORED = (".attn_rot_embd.weight", ".attention.rotary_emb.inv_freq")
 
 
 class GgufCheckpoint:
     """See `Checkpoint`."""
 
-    def __init__(self, path: Path, bring: Bring | None = None) -> None:
+    def __init__(self, path: Path, architectures: Sequence[Architecture], bring: Bring | None = None) -> None:
         self.path, self._files, self._bring = path, GgufFiles(path), bring
-        _, self._architecture = architecture_of(self._files.header)
-        self._heads = heads_of(self._files.header)
+        self._architecture = architecture_of(self._files.header, architectures)
+        self._heads = heads_of(self._files.header, self._architecture)
+
+    def stored_name(self, name: str) -> str:
+        """What a tensor is called in the file."""
+        return stored_name(name, self._architecture)
 
     def __contains__(self, name: str) -> bool:
-        return stored_name(name) in self._files.tensors
+        return self.stored_name(name) in self._files.tensors
 
     def _located(self, name: str) -> Located:
         if name not in self:
             raise InputError(
-                f"{self.path} has no tensor {stored_name(name)!r}, which its configuration calls for; download it again"
+                f"{self.path} has no tensor {self.stored_name(name)!r}, which its configuration calls for; download "
+                "it again"
             )
-        return self._files.tensors[stored_name(name)]
+        return self._files.tensors[self.stored_name(name)]
 
     def shape(self, name: str) -> list[int]:
         """See `Checkpoint`."""
@@ -58,8 +62,8 @@ class GgufCheckpoint:
 
     def unexpected(self, known: Collection[str]) -> list[str]:
         """See `Checkpoint`; here every tensor counts, but those that follow from the configuration."""
-        names = {stored_name(name) for name in known}
-        return [name for name in self._files.tensors if name not in names and not name.endswith(IGNORED)]
+        names, ignored = {self.stored_name(name) for name in known}, (*IGNORED, *self._architecture.lists)
+        return [name for name in self._files.tensors if name not in names and not name.endswith(ignored)]
 
     def read(self, name: str, rows: range | None = None, columns: range | None = None) -> TensorPart:
         """See `Checkpoint`."""
@@ -76,6 +80,8 @@ class GgufCheckpoint:
         if tensor.type.name not in PLAIN:
             return Packed(len(rows), keep, lambda some: unpacked(raw[some.start : some.stop], tensor.type))
         values = raw.view(PLAIN[tensor.type.name])
+        if self._architecture.more_by_one and name.endswith("norm.weight"):
+            values = values.to(torch.float32) - 1
         return Plain(values if len(tensor.shape) > 1 else values.reshape(-1))
 
     def _raw(self, located: Located, rows: range, columns: range) -> tuple[Tensor, range]:
@@ -96,16 +102,22 @@ class GgufCheckpoint:
         return (raw if order is None else raw[order]), keep
 
     def _order(self, tensor: GgufTensor, rows: range) -> tuple[range, Tensor | None]:
-        """Which rows to read for these, and in which order they are these; whole heads, where they were reordered."""
-        part = tensor.name.split(".")[-2]
-        if part not in self._architecture.interleaved:
+        """Which rows to read for these, and in which order they are these; None if that is theirs."""
+        part, row = tensor.name.split(".")[-2], self._architecture
+        if part not in (*row.interleaved, *row.by_head):
             return rows, None
-        width = tensor.shape[0] // self._heads[part]
-        if width * self._heads[part] != tensor.shape[0] or width % 2:
-            raise InputError(f"{tensor.name} has {tensor.shape[0]} rows, which {self._heads[part]} heads don't divide")
-        stored = range(rows.start // width * width, -(-rows.stop // width) * width)
-        halves = torch.arange(len(stored)).view(-1, width // 2, 2).transpose(1, 2).reshape(-1)
-        return stored, halves[rows.start - stored.start : rows.stop - stored.start]
+        count, heads = tensor.shape[0], self._heads[part]
+        parts = 3 if part in row.by_head else 2
+        width = count // heads
+        if width * heads != count or width % parts:
+            raise InputError(f"{tensor.name} has {count} rows, which {heads} heads don't divide")
+        numbers = torch.arange(count)
+        if part in row.by_head:  # [3, heads, D] to [heads, 3, D]
+            places = numbers.view(3, heads, -1).transpose(0, 1).reshape(-1)[rows.start : rows.stop]
+        else:
+            places = numbers.view(heads, -1, 2).transpose(1, 2).reshape(-1)[rows.start : rows.stop]
+        first, last = int(places.min()), int(places.max())
+        return range(first, last + 1), places - first
 
     def forget(self) -> None:
         """Nothing is kept mapped."""

@@ -13,6 +13,8 @@ from weft.errors import InputError
 from weft.formats.gguf.files import GgufFiles, is_gguf
 from weft.formats.json_files import read_json
 from weft.formats.schemes import scheme_of
+from weft.model.configuration import configured
+from weft.model.gguf import gguf_fields
 
 PROPOSED = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
             "penalty_repeat": "repetition_penalty"}  # fmt: skip
@@ -24,7 +26,7 @@ def model_config(path: Path) -> ModelConfig:
     Raises `InputError` if it is missing, unreadable, or can't be run, but for families: those are `model.families`'.
     """
     if is_gguf(path):
-        return _checked(path, dict(GgufFiles(path).configuration))
+        return _checked(path, gguf_fields(path))
     if not path.is_file():
         if not path.is_dir():
             raise InputError(f"{path} is not a directory; give a Hugging Face checkpoint's, a .gguf file or a hub id")
@@ -37,7 +39,7 @@ def model_config(path: Path) -> ModelConfig:
 
 def _checked(path: Path, raw: dict[str, Any]) -> ModelConfig:
     try:
-        config = ModelConfig.from_dict(raw)
+        config = configured(raw)
         scheme_of(config.fields)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None

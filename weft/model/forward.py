@@ -1,0 +1,100 @@
+"""What the model's stages need to know of one batch. Knows rows, positions and memory; knows no stage.
+
+Shapes: T rows of the call, L of them that leave, M model width, H this rank's query heads, G its key/value heads,
+D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weft.cache.slabs import Slabs
+from weft.program.batch import Batch, Rows
+
+
+class Extent(NamedTuple):
+    """What a step is about: `rows` of the batch, and which rows leave the stage; these are other ones where the batch's
+    wanted rows, counted from 0, go on alone."""
+
+    rows: Rows
+    leaves: Rows
+
+
+class SequenceRows(NamedTuple):
+    """Tokens of one sequence: its slot, the first one's position, how many of them, the last ones, are wanted, and
+    whether they are decoded."""
+
+    slot: int
+    start: int
+    wanted: int
+    decoding: bool
+
+
+@dataclass
+class Forward:
+    """One pass. `angles`: of each of the model's ropes, complex [all rows, 1, D/2]; `query_factors`: of queries, by
+    position, [all rows, 1, 1]."""
+
+    batch: Batch
+    tokens: Tensor  # [all rows]
+    angles: tuple[Tensor, ...]
+    query_factors: Tensor | None
+    slabs: Slabs
+    projected: Tensor | None = (
+        None  # heads of all rows, where a stage leaves them to the next one: [all rows, H + 2G, D]
+    )
+    _pieces: dict[Rows, list[tuple[slice, SequenceRows]]] = field(default_factory=dict)
+
+    def pieces(self, rows: Rows) -> list[tuple[slice, SequenceRows]]:
+        """The sequences that have tokens in `rows`, and where in `rows`."""
+        if rows not in self._pieces:  # every layer asks for the same few rows
+            self._pieces[rows] = [
+                (
+                    slice(part.start - rows.start, part.stop - rows.start),
+                    SequenceRows(
+                        segment.sequence, segment.end - (span.stop - part.start), self.batch.wanted(part).length,
+                        segment.decoding,
+                    ),
+                )
+                for segment, span, part in self.batch.within(rows)
+            ]  # fmt: skip
+        return self._pieces[rows]
+
+    @cached_property
+    def _wanted(self) -> Tensor:
+        """Places of the wanted rows."""
+        return torch.tensor(self.batch.wanted_rows, dtype=torch.long, device=self.tokens.device)
+
+    def pick(self, values: Tensor, rows: Rows) -> Tensor:
+        """The wanted ones of some rows of the batch."""
+        leaves = self.batch.wanted(rows)
+        return values[self._wanted[leaves.start : leaves.stop] - rows.start]
+
+    def leave(self, heads_THD: Tensor, rows: Rows) -> None:
+        """Projected heads of some rows, to the stage that attends."""
+        if self.projected is None:
+            self.projected = heads_THD.new_empty(self.batch.tokens, *heads_THD.shape[1:])
+        self.projected[rows.start : rows.stop] = heads_THD
+
+    def left(self, rows: Rows) -> Tensor:
+        """Projected heads of some rows."""
+        assert self.projected is not None, "a stage before has projected"
+        return self.projected[rows.start : rows.stop]
+
+
+class RowWise(NamedTuple):
+    """Features of which each row is on its own: `values` [L, width], of these rows."""
+
+    leaves: Rows
+    values: Tensor
+
+    def of(self, leaves: Rows) -> Tensor:
+        """Some of them, or all."""
+        if leaves == self.leaves:
+            return self.values
+        return self.values[leaves.start - self.leaves.start : leaves.stop - self.leaves.start]
