@@ -24,7 +24,9 @@ def threads(request: pytest.FixtureRequest):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize(("width", "inputs"), [(96, 64), (37, 100), (704, 256), (1000, 999)])
+@pytest.mark.parametrize(
+    ("width", "inputs"), [(96, 64), (37, 100), (704, 256), (1000, 999), (9, 50), (11, 19), (1, 10)]
+)
 def test_exact_rows_of_products(threads, packed: bool, width: int, inputs: int) -> None:
     weight, bias, rows = torch.randn(width, inputs), torch.randn(width), torch.randn(ROWS, inputs)
     linear = Linear(weight, bias, exact_rows=True, packed=packed)

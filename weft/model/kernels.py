@@ -23,6 +23,7 @@ PACKED_ROWS = 1024  # MKL lays the weight out for this many rows; it then serves
 EXACT_BLOCK = 64  # rows of one matrix product where packed weights are missing and row bits are asked for
 # Below this, MKL's packed product keeps to one thread, and the plain one with two was twice as fast (docs/log.md).
 PACKED_BYTES = 1 << 20
+NARROW = 32  # outputs below which a row's bits depend on the row count, on some processors: weights get rows of zeros
 
 
 @cache
@@ -66,18 +67,25 @@ class Linear:
         pays = exact_rows or weight_WK.nbytes >= PACKED_BYTES or torch.get_num_threads() == 1
         self.packed = fits and pays and packed and packed_weights_work()
         self.block = 0 if self.packed or not exact_rows else EXACT_BLOCK if packed else 1
+        narrow = max(0, NARROW - self.width) if exact_rows and weight_WK.numel() else 0
+        if narrow:
+            weight_WK = functional.pad(weight_WK, (0, 0, 0, narrow))
+            self.bias = None if bias_W is None else functional.pad(bias_W, (0, narrow))
         self.weight = _pack(weight_WK) if self.packed else weight_WK
         # Looked up once, and written out below: decoding calls this a few times a layer for one row.
         self._product = torch.ops.mkl._mkl_linear.default if self.packed else None
-        self._shape = torch.empty(1).expand(self.width, self.inputs) if self.packed else None
+        self._shape = torch.empty(1).expand(weight_WK.shape) if self.packed else None
+        self._cut = self.width if narrow else 0
 
     def __call__(self, rows_TK: Tensor) -> Tensor:
         """[T, K] -> [T, W]."""
         if self._product is not None:
-            return self._product(rows_TK, self.weight, self._shape, self.bias, rows_TK.shape[0])  # type: ignore[no-any-return]
-        if self.block:
-            return _in_blocks(rows_TK, self.weight, self.bias, self.block)
-        return functional.linear(rows_TK, self.weight, self.bias)
+            product: Tensor = self._product(rows_TK, self.weight, self._shape, self.bias, rows_TK.shape[0])
+        elif self.block:
+            product = _in_blocks(rows_TK, self.weight, self.bias, self.block)
+        else:
+            return functional.linear(rows_TK, self.weight, self.bias)
+        return product if not self._cut else product[:, : self._cut].contiguous()
 
 
 def _in_blocks(rows_TK: Tensor, weight_WK: Tensor, bias_W: Tensor | None, size: int) -> Tensor:
