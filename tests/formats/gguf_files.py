@@ -62,10 +62,24 @@ def restored(values: Tensor, heads: int) -> Tensor:
     )
 
 
-def reordered(name: str, values: Tensor, config: Any, how: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Of queries and keys the rows, of other tensors nothing."""
-    heads = {".q_proj.": config.num_attention_heads, ".k_proj.": config.num_key_value_heads}
-    return next((how(values, count) for part, count in heads.items() if part in name), values)
+PERMUTED, ONE_MORE = ("llama", "mistral3", "granite", "smollm3"), ("gemma2", "gemma3", "nemotron")
+
+
+def stored(name: str, values: Tensor, config: Any, arch: str, back: bool = False) -> Tensor:
+    """As convert_hf_to_gguf.py changes a tensor of some architectures; or `back` from there."""
+    heads = config.num_attention_heads
+    if arch in PERMUTED:
+        counts = {".q_proj.": heads, ".k_proj.": config.num_key_value_heads}
+        how = restored if back else permuted
+        return next((how(values, count) for part, count in counts.items() if part in name), values)
+    if arch in ONE_MORE and name.endswith("norm.weight"):
+        return values - 1 if back else values + 1
+    if arch == "gptneox" and "query_key_value" in name:
+        one, other = ((3, heads), (heads, 3)) if back else ((heads, 3), (3, heads))
+        return values.view(*one, -1, *values.shape[1:]).transpose(0, 1).reshape(*values.shape).contiguous().view(
+            *other, -1, *values.shape[1:]
+        ).reshape(values.shape)  # fmt: skip
+    return values
 
 
 def write(
@@ -80,25 +94,31 @@ def write(
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if arch != "gptneox":
+        writer.add_head_count_kv(config.num_key_value_heads)
+    epsilons = [getattr(config, name, None) for name in ("layer_norm_eps", "norm_eps")]
+    if epsilon := next(filter(None, epsilons), None):
+        writer.add_layer_norm_eps(epsilon)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_key_length(width)
     writer.add_value_length(width)
-    writer.add_rope_dimension_count(width)
+    writer.add_rope_dimension_count(int(width * rope.get("partial_rotary_factor", 1.0)))
     if more is not None:
         more(writer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
     for seed, (name, own) in enumerate(model.state_dict().items()):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        values = reordered(name, own, config, permuted) if arch == "llama" else own
+        values = stored(name, own, config, arch)
         kind = (
             plain(name, tuple(values.shape), choice) if isinstance(choice, str) else choice(name, tuple(values.shape))
         )
-        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        writer.add_tensor(stored, encoded(values, kind, seed), raw_dtype=Type[kind])
+        called = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        writer.add_tensor(called, encoded(values, kind, seed), raw_dtype=Type[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -137,5 +157,5 @@ def held(path: Path, model: Any, arch: str) -> dict[str, Tensor]:
             values = torch.from_numpy(quants.dequantize(np.array(tensor.data), tensor.tensor_type).copy()).reshape(
                 shape
             )
-            found[name] = reordered(name, values.float(), config, restored) if arch == "llama" else values.float()
+            found[name] = stored(name, values.float(), config, arch, back=True)
     return found
