@@ -100,7 +100,8 @@ def test_models_that_can_not_be_run(checkpoints: Checkpoints, tmp_path: Path) ->
     assert "has no tokenizer" in weft("generate", str(checkpoints.directory("llama")), "hi", code=2).stderr
     (tmp_path / "config.json").write_text('{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}')
     assert (
-        "MambaForCausalLM (mamba) is not known; known are Llama" in weft("generate", str(tmp_path), "x", code=2).stderr
+        "MambaForCausalLM (mamba) is not known; its configuration says too little"
+        in weft("generate", str(tmp_path), "x", code=2).stderr
     )
 
 

@@ -87,7 +87,8 @@ OWN: dict[str, Any] = {
         name: isolated(GGUF_PRE_TOKENIZER_SPLITS[name])
         for name in ("llama-bpe", "qwen2", "tekken", "gpt-4o", "smaug-bpe")
     },
-    "smollm": DIGITS_FIRST,
+    **dict.fromkeys(("smollm", "refact", "command-r"), DIGITS_FIRST),
+    "olmo": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
     "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
 }
 
@@ -127,9 +128,10 @@ LLAMA3 = (
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 PUBLISHED = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0"), (LLAMA3,)),
-    **dict.fromkeys(("dbrx", "smaug-bpe"), (LLAMA3,)),
+    **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), (LLAMA3,)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), (LLAMA3.replace("{1,3}", ""),)),
-    **dict.fromkeys(("smollm", "minerva-7b"), (r"\p{N}", GPT2)), "gpt-2": (GPT2,),
+    **dict.fromkeys(("smollm", "minerva-7b", "refact", "command-r"), (r"\p{N}", GPT2)),
+    **dict.fromkeys(("olmo", "mpt", "gpt-2"), (GPT2,)),
 }  # fmt: skip
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
-from tests.tiny import MODELS, SMALL, Checkpoints
+from benchmarks.families import PAGE, lines_of, page
+from tests.ranks import Ranks
+from tests.tiny import FIRST, MODELS, SMALL, Checkpoints, prompt_of
 from weft.errors import InputError
 from weft.model.configuration import complete_fields, configured, huggingface_fields
 from weft.model.description import model_config
@@ -46,7 +51,10 @@ def test_context_counts_rope_scaling_in(checkpoints: Checkpoints, name: str, len
 @pytest.mark.parametrize(
     ("raw", "complaint"),
     [
-        (config_of("Starcoder2"), "Starcoder2ForCausalLM .starcoder2. is not known; .*; known are LlamaForCausalLM, M"),
+        (
+            config_of("Starcoder2"),
+            "Starcoder2ForCausalLM .starcoder2. is not known; closest by .* is Mistral.*; known are llama, ",
+        ),
         (config_of("Llama") | {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModel": "own.Own"}}, "OwnFor"),
         ({"model_type": "t5"}, "the architecture t5"),
         ({"model_type": "never-heard-of"}, "never-heard-of"),
@@ -163,3 +171,72 @@ def test_whatever_a_file_leaves_open_is_transformers_to_say() -> None:
         {"model_type": "gemma2"}, {"rope_parameters": [1]},
     ):  # fmt: skip
         assert complete_fields({key: value for key, value in raw.items() if key != "head_dim"} | change) is None, change
+
+
+def test_the_page_is_as_the_rows_have_it() -> None:
+    """`python -m benchmarks.families --write` makes it so."""
+    assert page() == PAGE.read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_a_few_lines(name: str) -> None:
+    assert 0 < lines_of(name) <= 40
+
+
+def wrapped(path: Path, text: Path, outer: str, prefix: str, head: str) -> Path:
+    """A checkpoint of a larger model whose text part is that one: pictures beside, other names."""
+    tensors = load_file(text / "model.safetensors")
+    renamed = {name.replace("model.", prefix, 1) if name.startswith("model.") else head + name: tensor
+               for name, tensor in tensors.items()}  # fmt: skip
+    path.mkdir()
+    save_file(renamed | {"vision_tower.weight": torch.zeros(3)}, path / "model.safetensors", {"format": "pt"})
+    part = json.loads((text / "config.json").read_text("utf-8"))
+    raw = {"model_type": outer, "architectures": ["LargerForConditionalGeneration"], "text_config": part,
+           "vision_config": {"hidden_size": 8}, "eos_token_id": [1, 106],
+           "tie_word_embeddings": part.pop("tie_word_embeddings")}  # fmt: skip
+    (path / "config.json").write_text(json.dumps(raw))
+    return path
+
+
+@pytest.mark.parametrize(("name", "outer"), [("gemma3", "gemma3"), ("ministral3", "mistral3"), ("mistral", "mistral3")])
+@pytest.mark.parametrize(("prefix", "head"), [("language_model.model.", "language_model."),
+                                              ("model.language_model.", "")])  # fmt: skip
+def test_the_text_part_of_a_larger_model(
+    name: str, outer: str, prefix: str, head: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    larger = wrapped(tmp_path / "larger", checkpoints.directory(name), outer, prefix, head)
+    assert model_config(larger).fields["eos_token_id"] == [1, 106]
+    ranks = Ranks(larger, (1.0, 1.0))
+    found, prompt = ranks.logits([prompt_of(90)], "iso:2")[0], prompt_of(90)
+    ranks.close()
+    expected, _ = checkpoints.reference(name, prompt)
+    assert (found - expected).abs().max() <= 2e-4 * expected.abs().max()
+
+
+def test_another_text_part_is_refused() -> None:
+    raw = {"model_type": "gemma3", "text_config": {"model_type": "qwen2", "hidden_size": 8}}
+    with pytest.raises(InputError, match="the architecture gemma3 .gemma3. is not known"):
+        blueprint_of(configured(raw))
+
+
+TYPES: dict[str, tuple[torch.dtype, float]] = {"bfloat16": (torch.bfloat16, 2**-8), "float16": (torch.float16, 2**-11)}
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", reversed(FIRST.values()))
+def test_checkpoints_of_fewer_bits(name: str, dtype: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Computed in float32, they give what transformers computes from them in float32, to 2e-4; and what both types
+    change of the answer is of the size of their rounding."""
+    kind, rounding = TYPES[dtype]
+    prompt = prompt_of(40)
+    copy.deepcopy(checkpoints.model(name)).to(kind).save_pretrained(tmp_path / name)
+    theirs: Any = type(checkpoints.model(name))
+    model = theirs.from_pretrained(tmp_path / name, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0, -1]
+    ranks = Ranks(tmp_path / name, (2.0, 1.0))
+    found = ranks.logits([prompt], "iso:2")[0]
+    ranks.close()
+    assert (found - expected).abs().max() <= 2e-4 * expected.abs().max()
+    exact, _ = checkpoints.reference(name, prompt)
+    assert 0 < (found - exact).norm() / exact.norm() < 60 * rounding

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from weft.model.family import ACTIVATIONS, Family
@@ -16,7 +17,7 @@ MISSING: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("state-space or linear-attention layers",
      ("mamba_d_state", "ssm_state_size", "state_size", "mamba_expand", "linear_num_value_heads", "linear_key_head_dim",
       "time_step_rank", "conv_kernel", "lru_width", "attn_layer_period", "hybrid_override_pattern", "wkv_head_size")),
-    ("an encoder", ("is_encoder_decoder", "encoder_layers", "num_encoder_layers", "encoder")),
+    ("an encoder", ("is_encoder_decoder", "encoder_layers", "num_encoder_layers", "encoder", "num_decoder_layers")),
     ("ALiBi", ("alibi", "use_alibi")),
     ("attention in chunks", ("attention_chunk_size",)),
     ("clamped queries, keys and values", ("clip_qkv",)),
@@ -26,18 +27,64 @@ MISSING: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("attention that sees what follows", ("use_bidirectional_attention",)),
 )  # fmt: skip
 LAYERS = ("full_attention", "sliding_attention")
+LAYER_NORMS = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+ROTARY = ("rope_theta", "rope_parameters", "rope_scaling", "rotary_pct", "rotary_dim", "partial_rotary_factor")
+SOME = 4  # names that are told
 
 
-def closest(fields: Mapping[str, Any], families: Mapping[str, Family]) -> str:
-    """The known architecture whose configuration says most of what this one says, and what it has beside."""
+def closest(fields: Mapping[str, Any], families: Mapping[str, Family], tensors: Iterable[str] = ()) -> str:
+    """The known architecture that says most of what this one says, in its configuration or, where they are at hand, by
+    the names of a layer's tensors; and what this one has beside."""
     inner = fields.get("text_config")
     flat = {**inner, **fields} if isinstance(inner, dict) else dict(fields)
-    name = max(families, key=lambda each: _alike(flat, each, families[each]))
-    lacking = list(missing(flat))
-    told = f"the closest that is, by its configuration, is {families[name].architecture}"
-    if lacking:
-        return f"{told}, and missing are {', '.join(lacking)}"
-    return f"{told}, and nothing tells what would be missing: if it is one under another name, say model_type {name!r}"
+    layer = layer_of(tensors)
+    if not layer and not {"num_attention_heads", "n_head", "num_heads"} & set(flat):
+        return "its configuration says too little to tell which known one is closest"
+    lacking = missing(flat)
+    if not layer:
+        name = max(families, key=lambda each: _alike(flat, each, families[each]))
+        lacking += _other_norm(flat, families[name])
+        told = f"closest by its configuration is {families[name].architecture} ({name})"
+        plain = f"{told}; where it differs shows in its tensors' names, not there"
+        return f"{told}, which lacks {', '.join(lacking)}" if lacking else plain
+    names = {each: _layer_names(family) for each, family in families.items()}
+    name = max(names, key=lambda each: (len(layer & names[each]), _alike(flat, each, families[each])))
+    told = f"closest by its tensors is {families[name].architecture} ({name})"
+    lacking += _other_norm(flat, families[name])
+    more, less = layer - names[name], _needed(families[name]) - layer
+    lacking += [f"what uses {_some(more)}"] if more else []
+    told += f", which lacks {', '.join(lacking)}" if lacking else ""
+    told += f"{' and' if lacking else ', which'} has {_some(less)} besides" if less else ""
+    return told if lacking or less else told + "; their names are alike, which doesn't say that they are used alike"
+
+
+def _other_norm(fields: Mapping[str, Any], family: Family) -> list[str]:
+    return ["LayerNorm"] if {*LAYER_NORMS} & set(fields) and not family.norm.centred else []
+
+
+def layer_of(tensors: Iterable[str]) -> set[str]:
+    """Of the first layer, what follows the layer's own prefix, without .weight and .bias."""
+    parts = (re.fullmatch(r"\D*\.0\.(.+)\.(?:weight|bias)", name) for name in tensors)
+    return {re.sub(r"\.\d+\.", ".*.", part[1]) for part in parts if part is not None}
+
+
+def _layer_names(family: Family) -> set[str]:
+    """All that a layer may have."""
+    names = family.names
+    found = {names.before_attention, names.queries, names.keys, names.values, names.output, names.after_attention,
+             names.before_mlp, names.gate, names.up, names.down, names.after_mlp}  # fmt: skip
+    return (found | ({names.query_norm, names.key_norm} if family.qk_norm else set())) - {""}
+
+
+def _needed(family: Family) -> set[str]:
+    """All but what a flag of the configuration may leave out."""
+    names = family.names
+    return _layer_names(family) - ({names.query_norm, names.key_norm} if isinstance(family.qk_norm, str) else set())
+
+
+def _some(names: Collection[str]) -> str:
+    some = sorted(names)
+    return ", ".join(some[:SOME]) + (f" and {len(some) - SOME} more" if len(some) > SOME else "")
 
 
 def missing(fields: Mapping[str, Any]) -> list[str]:
@@ -49,6 +96,7 @@ def missing(fields: Mapping[str, Any]) -> list[str]:
     kinds = fields.get("layer_types")
     others = sorted({str(kind) for kind in kinds if kind not in LAYERS}) if isinstance(kinds, list) else []
     found += [f"layers of another kind ({', '.join(others)})"] if others else []
+    found += [] if {*ROTARY} & set(fields) else ["positions that are not rotary"]
     activation = fields.get("hidden_act") or fields.get("hidden_activation")
     if isinstance(activation, str) and activation not in ACTIVATIONS:
         found.append(f"the activation {activation}")

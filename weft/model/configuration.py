@@ -64,9 +64,9 @@ def text_part(raw: dict[str, Any]) -> dict[str, Any]:
     known = WRAPPED[str(raw["model_type"])]
     family = part.get("model_type", known[0])
     if family not in known:
-        return raw | {"model_type": str(family)}
-    around = {name: raw[name] for name in OUTSIDE if name in raw}
-    return around | part | {"model_type": family, "architectures": [FAMILIES[family].architecture]}
+        return raw
+    around = {name: raw[name] for name in OUTSIDE if raw.get(name) is not None}
+    return part | around | {"model_type": family, "architectures": [FAMILIES[family].architecture]}
 
 
 def _canonical(fields: dict[str, Any], family: Family) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from weft.config import ModelConfig
 from weft.errors import InputError
 from weft.formats.gguf.files import GgufFiles, is_gguf
 from weft.formats.json_files import read_json
+from weft.formats.names import tensor_names
 from weft.formats.schemes import scheme_of
 from weft.model.configuration import configured
+from weft.model.families import family_of
 from weft.model.gguf import gguf_fields
 
 PROPOSED = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
@@ -23,7 +25,7 @@ PROPOSED = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": 
 def model_config(path: Path) -> ModelConfig:
     """Of a model, or from a configuration's file of any name.
 
-    Raises `InputError` if it is missing, unreadable, or can't be run, but for families: those are `model.families`'.
+    Raises `InputError` if it is missing, unreadable, or can't be run.
     """
     if is_gguf(path):
         return _checked(path, gguf_fields(path))
@@ -41,6 +43,7 @@ def _checked(path: Path, raw: dict[str, Any]) -> ModelConfig:
     try:
         config = configured(raw)
         scheme_of(config.fields)
+        family_of(config, tensor_names(path.parent))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return config

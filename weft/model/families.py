@@ -5,6 +5,7 @@ docs/families.md is made from these rows, and says how one is added.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from weft.config import ModelConfig
@@ -182,15 +183,16 @@ ROPES = ("default", "linear", "dynamic", "yarn", "llama3", "factors", "longrope"
 STRETCHING = ("dynamic", "longrope")  # with the length of a sequence
 
 
-def family_of(config: ModelConfig) -> Family:
-    """Its row. Raises `InputError`, saying which one is closest, for one that weft doesn't have."""
+def family_of(config: ModelConfig, tensors: Iterable[str] = ()) -> Family:
+    """Its row. Raises `InputError`, saying which one is closest, for one that weft doesn't have. `tensors`: names of
+    the model's, where they are at hand."""
     family = FAMILIES.get(config.model_type)
     # As in transformers the type counts, not what of it was saved, as long as the checkpoint has no code of its own.
     if family is None or (config.fields.get("auto_map") and config.architecture not in ("", family.architecture)):
         given = config.architecture or config.model_type
-        names = ", ".join(row.architecture for row in FAMILIES.values())
-        told = closest(config.fields, FAMILIES)
-        raise InputError(f"the architecture {given} ({config.model_type}) is not known; {told}; known are {names}")
+        told = closest(config.fields, FAMILIES, tensors)
+        known = ", ".join(FAMILIES)
+        raise InputError(f"the architecture {given} ({config.model_type}) is not known; {told}; known are {known}")
     return family
 
 

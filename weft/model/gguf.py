@@ -177,6 +177,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 def gguf_fields(path: Path) -> dict[str, Any]:
     """What a file says, as a config.json of its family would. Raises `InputError`."""
     files = GgufFiles(path)
-    row = architecture_of(files.header, ARCHITECTURES)
+    row = architecture_of(files.header, ARCHITECTURES, [*files.tensors])
     fields = files.configuration(row)
     return {FAMILIES[row.family].fields.get(name, name): value for name, value in fields.items()}

@@ -5,7 +5,7 @@ The rows themselves are beside the families' (model/gguf.py). Knows names and ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,8 +64,10 @@ class Architecture:
     lists: tuple[str, ...] = (FACTORS,)
 
 
-def architecture_of(header: GgufHeader, known: Sequence[Architecture]) -> Architecture:
-    """Of a file. Raises `InputError` for one that isn't known."""
+def architecture_of(
+    header: GgufHeader, known: Sequence[Architecture], tensors: Collection[str] = ()
+) -> Architecture:  # fmt: skip
+    """Of a file. Raises `InputError` for one that isn't known, saying which one is closest by its `tensors`."""
     name = header.get("general.architecture", str)
     if name is None:
         raise InputError(f"{header.path} names no general.architecture, so it is no model; give another file")
@@ -73,8 +75,21 @@ def architecture_of(header: GgufHeader, known: Sequence[Architecture]) -> Archit
     found = next((row for row in known if row.name == name and row.when(keys)), None)
     if found is None:
         names = ", ".join(dict.fromkeys(row.name for row in known))
-        raise InputError(f"{header.path}: the architecture {name!r} is not known in GGUF; known are {names}")
+        told = f"is not known in GGUF{_closest(tensors, known)}; known are {names}"
+        raise InputError(f"{header.path}: the architecture {name!r} {told}")
     return found
+
+
+def _closest(tensors: Collection[str], known: Sequence[Architecture]) -> str:
+    """Which one has most of the tensors of a layer, and what it lacks."""
+    layer = {name.removeprefix("blk.0.").rpartition(".")[0] for name in tensors if name.startswith("blk.0.")}
+    if not layer:
+        return ""
+    own = [{*LAYER_NAMES.values(), *row.names.values()} for row in known]
+    at = max(range(len(known)), key=lambda number: len(layer & own[number]))
+    row, more = known[at], sorted(layer - own[at])
+    told = f", which has no use for {', '.join(more[:4])}{' and more' if len(more) > 4 else ''}" if more else ""
+    return f"; closest by its tensors is {row.name}{told}"
 
 
 def stored_name(name: str, architecture: Architecture) -> str:

@@ -54,15 +54,17 @@ class PreTokenizer:
     composed: bool = False
 
 
-# Those of Llama, Mistral, Qwen and of what was made from them; the tests hold each against somebody else's words.
+# By what GGUF calls them; the tests hold each against somebody else's words.
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0"),
                     PreTokenizer((_LLAMA3,), begins=True, whole=True)),
-    **dict.fromkeys(("dbrx", "smaug-bpe"), PreTokenizer((_LLAMA3,))),
+    **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), PreTokenizer((_LLAMA3,))),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), PreTokenizer((_QWEN2,), composed=True)),
     "tekken": PreTokenizer((_cased("", r"\p{N}"),), begins=True, whole=True),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), PreTokenizer((_cased(f"{_ENDINGS}?", r"\p{N}{1,3}"),))),
-    **dict.fromkeys(("smollm", "minerva-7b"), PreTokenizer((r"\p{N}", _GPT2))),
+    **dict.fromkeys(("smollm", "minerva-7b", "refact"), PreTokenizer((r"\p{N}", _GPT2))),
+    "command-r": PreTokenizer((r"\p{N}", _GPT2), composed=True),
+    **dict.fromkeys(("olmo", "mpt"), PreTokenizer((_GPT2,), composed=True)),
     "gpt-2": PreTokenizer((_GPT2,)),
 }  # fmt: skip
 # Tokens of SentencePiece's vocabularies that a file need not name.
