@@ -97,3 +97,20 @@ def test_only_the_model_names_its_parts() -> None:
     for path, tree in package():
         words = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
         assert path.parts[1] == "model" or not {"attention", "mlp"} & {w for w in words if isinstance(w, str)}, path
+
+
+def test_only_the_model_names_families() -> None:
+    """And GGUF's own words for what cuts a text before pairs are merged, which are no families."""
+    from weft.model.families import FAMILIES, WRAPPED
+    from weft.model.gguf import ARCHITECTURES
+
+    names = {*FAMILIES, *WRAPPED, *(family.architecture for family in FAMILIES.values())}
+    names |= {row.name for row in ARCHITECTURES}
+    named = {
+        str(path)
+        for path, tree in package()
+        if "model" not in path.parts
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    assert named == {"weft/formats/gguf/vocabulary.py"}
