@@ -236,7 +236,9 @@ def test_numbers_that_are_none_end_the_request(soup: Path, tmp_path: Path) -> No
         assert fine.error is None and wrong.error is not None and "not finite" in wrong.error
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-biased-tied", "mistral", "qwen3", "llama-dynamic"])
+@pytest.mark.parametrize(
+    "name", ["llama-biased-tied", "mistral", "llama-dynamic", "phi3-long", "gemma2", "cohere2", "olmo3"]
+)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_scores_of_prompts_are_those_of_transformers(checkpoints: Checkpoints, name: str, ranks: int) -> None:
     """In pieces, beside others, and with what comes after them."""
@@ -288,6 +290,33 @@ def test_angles_that_stretch_do_not_depend_on_cuts_or_reuse(checkpoints: Checkpo
             [output] = llm.generate({"prompt_token_ids": list(prompt)}, GREEDY)
             assert output.outputs[0].token_ids == expected
             assert llm.engine.batcher.counts.reused > 300, "the same prompt again is reused"
+
+
+@pytest.mark.parametrize("lengths", [(60, 61, 30), (64, 63, 65, 200)])
+@pytest.mark.parametrize("options", [{}, {"tensor_parallel_size": 2, "overlap": "iso:2"}, {"reproducible": True}])
+def test_answers_that_outgrow_short_angles_are_computed_anew(
+    checkpoints: Checkpoints, lengths: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    """longrope, with 64 positions of the shorter form: each token is what a pass over all before it gives, also with
+    prefixes that others left."""
+    prompts, theirs = [prompt_of(length) for length in lengths], checkpoints.model_anew("phi3-long")
+
+    def greedy(tokens: list[int]) -> list[int]:
+        found = list(tokens)
+        for _ in range(24):
+            found.append(int(theirs(torch.tensor([found])).logits[0, -1].argmax()))
+        return found[len(tokens) :]
+
+    expected, params = [greedy(list(prompt)) for prompt in prompts], replace(GREEDY, max_tokens=24)
+    with LLM(checkpoints.directory("phi3-long"), num_threads=1, **options) as llm:
+        for again in range(3):
+            outputs = llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], params)
+            assert [list(output.outputs[0].token_ids) for output in outputs] == expected, again
+        whole = [*prompts[0], *expected[0]]
+        [longer] = llm.generate({"prompt_token_ids": whole}, params)
+        assert list(longer.outputs[0].token_ids) == greedy(whole)
+        llm.engine.batcher.check_integrity()
+        assert llm.engine.batcher.counts.reused > 0 or options.get("reproducible")  # then 128 and more are reused
 
 
 def test_reproducible_bits_survive_reuse_preemption_and_restarts(checkpoints: Checkpoints) -> None:

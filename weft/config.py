@@ -48,6 +48,11 @@ class ModelConfig:
         trained = said.get(str(rope.get("rope_type")))
         return None if trained is None else int(trained)
 
+    @property
+    def turns_anew(self) -> bool:
+        """Beyond that, all positions of a sequence are turned by other angles, which no longer length changes."""
+        return (self.fields.get("rope_parameters") or {}).get("rope_type") == "longrope"
+
 
 TRANSPORTS = ("auto", "shm", "tcp", "tls", "gloo")
 DTYPES = ("float32", "bfloat16")

@@ -69,8 +69,9 @@ class Engine:
         self.config, started = self.workers.config, self.workers.started
         scored = SCORED_BYTES // (4 * self.model.vocabulary)
         self.batcher = Batcher(
-            config.max_sequences, self.workers.memory, config.prefixes, granule, self.model.stretches_beyond, scored
-        )
+            config.max_sequences, self.workers.memory, config.prefixes, granule, self.model.stretches_beyond, scored,
+            self.model.turns_anew,
+        )  # fmt: skip
         try:
             self.requests = Requests(
                 path, self.model, tokenizer(), config.max_length, lambda: self.batcher.memory, started.loaded

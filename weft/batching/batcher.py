@@ -30,14 +30,16 @@ class Batcher:
     over may be kept for those that begin alike; 0 reuses nothing. granule: positions on whose multiples alone a
     sequence may be cut; above 1 answers are computed token by token also where they are known already, as after a
     loss, so that the bits of keys and values don't tell. trained: where rotary angles stretch with a prompt that is
-    longer than this many tokens. scored: rows of prompts that a batch may score at most.
+    longer than this many tokens; anew: they have two forms, for shorter and for longer sequences, and one that grows
+    beyond is computed anew. scored: rows of prompts that a batch may score at most.
     """
 
     def __init__(
         self, sequences: int, memory: int, prefixes: int = 0, granule: int = 1, trained: int | None = None,
-        scored: int = 1 << 20,
+        scored: int = 1 << 20, anew: bool = False,
     ) -> None:  # fmt: skip
         self.sequences, self.memory, self.granule, self.trained = sequences, memory, granule, trained
+        self.anew = anew
         self.most_scored = max(scored, 2 * granule, FEW)
         self.slots = sequences + prefixes
         self.waiting: list[Sequence] = []
@@ -83,6 +85,9 @@ class Batcher:
 
     def next(self, budget: int, now: float = 0.0) -> Scheduled:
         """The next batch, of about `budget` tokens at most; there must be something to do."""
+        for sequence in self.running:
+            if self._outgrown(sequence, len(sequence.tokens)):
+                self._begin(sequence, 0)
         self._alone_last = not self._alone_last
         turns = [self._together, self._one_alone][:: -1 if self._alone_last else 1]
         chosen = turns[0](budget, now) or turns[1](budget, now)
@@ -138,6 +143,8 @@ class Batcher:
             return None
         if any(not s.foreseeable or s.alone or s.produced + 1 >= s.request.limit for s in scheduled.sequences):
             return None
+        if any(self._outgrown(s, len(s.tokens) + 1) for s in scheduled.sequences):
+            return None
         segments = tuple(Segment(old.sequence, old.end, 1, prompt=old.prompt) for old in scheduled.batch.segments)
         for segment in segments:
             self._filled[segment.sequence] = max(self._filled[segment.sequence], segment.end)
@@ -155,9 +162,8 @@ class Batcher:
         for sequence, count in chosen.items():
             assert sequence.slot is not None
             whole = count == sequence.left
-            prompt = len(sequence.request.prompt) if self.trained is not None else 0
             wanted = count if sequence.scored else int(whole)
-            segments.append(Segment(sequence.slot, sequence.computed, count, wanted, prompt))
+            segments.append(Segment(sequence.slot, sequence.computed, count, wanted, self._prompt(sequence)))
             growing.append(whole and sequence.request.limit > 0)
             tokens += sequence.tokens[sequence.computed : sequence.computed + count]
         return Scheduled(Batch(tuple(segments)), tuple(chosen), tuple(tokens), tuple(growing))
@@ -245,7 +251,7 @@ class Batcher:
         prefixes = [kept] if kept is not None else []
         for other in self.running:
             assert other.slot is not None
-            if other.tokens[0] == sequence.tokens[0] and self._stretch(other) == self._stretch(sequence):
+            if other.tokens[0] == sequence.tokens[0] and other.stretch == self._stretch(sequence):
                 prefixes.append(Prefix(other.slot, min(other.computed, shared(other.request.packed, tokens))))
         slot, length = max(prefixes, key=lambda f: f.length, default=Prefix(0, 0))
         length = self._usable(length, sequence)
@@ -266,17 +272,35 @@ class Batcher:
             self._usable(shared(other.request.packed, sequence.request.packed), sequence)
             for other in self.running
             if other.left > 1 and other.tokens[0] == sequence.tokens[0] and not other.alone
-            if self._stretch(other) == self._stretch(sequence)
+            if other.stretch == self._stretch(sequence)
         )
         return max(soon, default=0)
 
     def _stretch(self, sequence: Sequence) -> int:
         """What the angles of a prompt's positions depend on beside the position; alike for all but with `trained`."""
-        return max(self.trained, len(sequence.request.prompt)) if self.trained is not None else 0
+        if self.trained is None:
+            return 0
+        if self.anew:
+            return int(len(sequence.tokens) > self.trained)
+        return max(self.trained, len(sequence.request.prompt))
+
+    def _outgrown(self, sequence: Sequence, length: int) -> bool:
+        """With so many tokens, what is computed of it is of the form for shorter sequences."""
+        return self.anew and self.trained is not None and not sequence.stretch and length > self.trained
+
+    def _prompt(self, sequence: Sequence) -> int:
+        """Tokens by which its angles are stretched, if they are: of the prompt, or what is longer than a short one."""
+        if self.trained is None:
+            return 0
+        return max(len(sequence.request.prompt), self.trained + 1 if self.anew and sequence.stretch else 0)
+
+    def _begin(self, sequence: Sequence, computed: int) -> None:
+        """It is computed from there on, in the form that its tokens call for."""
+        sequence.computed, sequence.stretch = computed, self._stretch(sequence)
 
     def _lasting(self, sequence: Sequence) -> int:
         """How many of its computed positions are what they would be in another sequence that begins alike."""
-        most = self._stretch(sequence) if self.trained is not None else sequence.computed
+        most = sequence.stretch if self.trained is not None and not self.anew else sequence.computed
         if self.granule > 1:
             most = min(most, len(sequence.request.prompt))
         return min(most, sequence.computed)
@@ -295,7 +319,8 @@ class Batcher:
         self._filled[slot] = max(self._filled[slot], length)
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        sequence.slot, sequence.computed, sequence.reused = slot, length, length
+        sequence.slot, sequence.reused = slot, length
+        self._begin(sequence, length)
         self.counts.looked_up += len(sequence.request.prompt)
         self.counts.reused += length
 
@@ -315,7 +340,7 @@ class Batcher:
         self._filled = [0] * self.slots
         self._moves.clear()
         for sequence in self.running:
-            sequence.computed = 0
+            self._begin(sequence, 0)
 
     def leave(self, sequences: Iterable[Sequence]) -> None:
         """Takes sequences out, running or waiting; what they have computed may be of use to others."""
@@ -326,7 +351,7 @@ class Batcher:
             self.running.remove(sequence)
             # What a request that failed has in memory may be why.
             tokens = packed(sequence.tokens[: self._lasting(sequence) if sequence.finish_reason != "error" else 0])
-            for slot in self.prefixes.keep(sequence.slot, tokens, self._stretch(sequence)):
+            for slot in self.prefixes.keep(sequence.slot, tokens, sequence.stretch):
                 self._drop(slot)
             sequence.slot = None
 

@@ -53,8 +53,9 @@ class Sequence:
     """One completion under way.
 
     `computed`: how many of its tokens have their keys and values in memory; `reused`: how many of them were not
-    computed for it. `finish_reason`: "stop", "length", "timeout" or "error". `alone`: it is computed in batches by
-    itself, because one that failed had it; `failures`: how many of those failed too, one upon the other.
+    computed for it; `stretch`: what their angles depend on beside the position, see `Batcher`. `finish_reason`: "stop",
+    "length", "timeout" or "error". `alone`: it is computed in batches by itself, because one that failed had it;
+    `failures`: how many of those failed too, one upon the other.
     """
 
     request: Request
@@ -63,6 +64,7 @@ class Sequence:
     slot: int | None = None
     computed: int = 0
     reused: int = 0
+    stretch: int = 0
     finish_reason: str | None = None
     alone: bool = False
     failures: int = 0
