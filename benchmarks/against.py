@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from models import random_llama
+from models import random_model
 
 HERE = Path(__file__).parent.parent
 MEASURE = """
@@ -62,7 +62,7 @@ def grid(checkout: Path) -> dict[str, float]:
     """Seconds of each point of the bench's sampled grid, in one checkout."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "grid.json"
-        command = [str(checkout / ".venv/bin/weft"), "bench", str(random_llama("h1024")), *GRID, "--json", str(file)]
+        command = [str(checkout / ".venv/bin/weft"), "bench", str(random_model("h1024")), *GRID, "--json", str(file)]
         run = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=900, check=False)
         if run.returncode:
             raise SystemExit(f"{checkout}: {run.stderr[-2000:]}")
@@ -73,7 +73,7 @@ def grid(checkout: Path) -> dict[str, float]:
 def seconds(checkout: Path, case: tuple[str | None, int, str, str, int]) -> float:
     """Of one case in one checkout: the best of three after one that warms up."""
     name, *rest = case
-    given = json.dumps([str(random_llama(name)) if name else None, *rest])
+    given = json.dumps([str(random_model(name)) if name else None, *rest])
     command = [str(checkout / ".venv/bin/python"), "-c", MEASURE, given]
     run = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=600, check=False)
     if run.returncode:

@@ -22,7 +22,7 @@ from datetime import date
 from pathlib import Path
 from statistics import median
 
-from models import SIZES, random_llama
+from models import SIZES, random_model
 from rich.console import Console
 from rich.table import Table
 
@@ -62,7 +62,7 @@ def terms(engine: Engine) -> tuple[float, float]:
 
 def measure(model: str, given: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of every round."""
-    directory = None if model == "packaged" else random_llama(model)
+    directory = None if model == "packaged" else random_model(model)
     rounds: dict[str, list[float]] = {name: [] for name in ("one rank", "two ranks", "compute", "sums")}
     with ExitStack() as stack:
 
@@ -86,7 +86,7 @@ def measure(model: str, given: argparse.Namespace) -> dict[str, list[float]]:
 
 def measure_algorithms(model: str, given: argparse.Namespace) -> None:
     """Prints what a token takes by the planner's sums and by two-shot ones, in turns."""
-    directory = None if model == "packaged" else random_llama(model)
+    directory = None if model == "packaged" else random_model(model)
     seconds: dict[str, list[float]] = {"chosen": [], "two-shot": []}
     with ExitStack() as stack:
         engines = {

@@ -12,14 +12,15 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama's dimensions."""
+    """A model's dimensions, its family by transformers' name for it, and what more its configuration says."""
 
     hidden: int
     layers: int
@@ -27,6 +28,8 @@ class Size:
     kv_heads: int
     intermediate: int
     vocabulary: int = 32000
+    family: str = "Llama"
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 SIZES = {
@@ -36,25 +39,30 @@ SIZES = {
     "h2048": Size(2048, 3, 32, 32, 5632, 8192),
     "deep": Size(64, 32, 4, 4, 176, 512),
     "483m": Size(2048, 8, 16, 4, 5632),  # a Llama of 483 M parameters, embedding and head included
+    "parallel": Size(1024, 6, 16, 16, 4096, 8192, "GPTNeoX"),
+    "sequential": Size(1024, 6, 16, 16, 4096, 8192, "GPTNeoX", {"use_parallel_residual": False}),
+    "across": Size(1024, 6, 16, 16, 2816, 8192, "Olmo2"),  # norms of queries and keys over all heads
+    "each": Size(1024, 6, 16, 16, 2816, 8192, "Qwen3", {"head_dim": 64}),  # of each head
 }
 
 
-def random_llama(name: str) -> Path:
-    """The directory of a random float32 Llama of this size, made on first use and kept with the temporary files."""
+def random_model(name: str) -> Path:
+    """The directory of a random float32 model of this size, made on first use and kept with the temporary files."""
     directory = _place(name)
     if (directory / "model.safetensors").is_file():
         return directory
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     size = SIZES[name]
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = getattr(transformers, f"{size.family}Config")(
         hidden_size=size.hidden, num_hidden_layers=size.layers, num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads, intermediate_size=size.intermediate, vocab_size=size.vocabulary,
         max_position_embeddings=32768, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+        **size.more,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(directory, max_shard_size="8GB")
+    getattr(transformers, f"{size.family}ForCausalLM")(config).save_pretrained(directory, max_shard_size="8GB")
     return directory
 
 
@@ -93,7 +101,7 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["smollm2"]:
         print(smollm2())
     elif sys.argv[1:] and sys.argv[1] in SIZES:
-        print(random_llama(sys.argv[1]))
+        print(random_model(sys.argv[1]))
     elif sys.argv[1:] in (["--help"], ["-h"]):
         print(f"{__doc__}\nModels: {', '.join(SIZES)}, smollm2")
     else:

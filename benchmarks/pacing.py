@@ -17,7 +17,7 @@ from datetime import date
 from pathlib import Path
 from statistics import median
 
-from models import SIZES, random_llama
+from models import SIZES, random_model
 from rich.console import Console
 from rich.table import Table
 
@@ -51,7 +51,7 @@ def measure(given: argparse.Namespace) -> Rounds:
 
         def opened(link: str) -> Engine:
             engine = open_engine(
-                random_llama(given.model), ranks=2, threads=1, cores=cores_of(2, 1), overlap="serial", link=link,
+                random_model(given.model), ranks=2, threads=1, cores=cores_of(2, 1), overlap="serial", link=link,
                 max_length=given.tokens + 8, max_sequences=1, prefixes=False,
             )  # fmt: skip
             return stack.enter_context(closing(engine))

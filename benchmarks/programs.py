@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import psutil
-from models import random_llama
+from models import random_model
 
 from weft import LLM, SamplingParams
 from weft.execute import protocol as p
@@ -44,7 +44,7 @@ FORMS = ("serial", "iso:4", "iso:4+ahead", "iso:4+rs")
 
 def blueprint() -> Blueprint:
     """A model's, of which the number of layers is changed."""
-    return blueprint_of(model_config(random_llama("483m")))
+    return blueprint_of(model_config(random_model("483m")))
 
 
 def planning(layers: int) -> list[float]:
@@ -82,7 +82,7 @@ def traffic(batches: int) -> tuple[list[dict[str, float]], float, float]:
     """MiB of each process after each third of the batches; milliseconds of the engine's own part of a step, and of its
     processor."""
     random, memory = Random(0), []
-    with LLM(random_llama("deep"), tensor_parallel_size=2, num_threads=1, max_model_len=1024) as llm:
+    with LLM(random_model("deep"), tensor_parallel_size=2, num_threads=1, max_model_len=1024) as llm:
         engine = llm.engine
         for number in range(batches):
             lengths = [random.choice((1, 1, 1, 7, 60, 300)) + random.randrange(40) for _ in range(random.randint(1, 4))]

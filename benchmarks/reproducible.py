@@ -9,7 +9,7 @@ import argparse
 from datetime import date
 
 import torch
-from models import random_llama
+from models import random_model
 from rich.console import Console
 from rich.table import Table
 from single import Weft
@@ -29,7 +29,7 @@ def main() -> None:
     for column in ("model", "what", "plain ms", "reproducible ms", "times as long"):
         table.add_column(column, justify="left" if column in ("model", "what") else "right")
     tokens = torch.randint(1, 4000, (given.tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    for name, path in (("483m", random_llama("483m")), ("packaged", PACKAGED)):
+    for name, path in (("483m", random_model("483m")), ("packaged", PACKAGED)):
         plain, exact = Weft(path, given.threads), Weft(path, given.threads, reproducible=True)
         for what in ("prefill", "decode"):
             pairs = [(getattr(plain, what)(tokens), getattr(exact, what)(tokens)) for _ in range(given.rounds + 1)][1:]

@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from models import random_llama
+from models import random_model
 from rich.console import Console
 from rich.table import Table
 
@@ -129,7 +129,7 @@ def rank(given: argparse.Namespace) -> None:
     number = int(given.address.rpartition(".")[2]) - 1  # its place in the namespaces' subnet
     os.sched_setaffinity(0, {number})
     torch.set_num_threads(1)
-    model = random_llama(given.model)
+    model = random_model(given.model)
     config = model_config(model)
     blueprint = blueprint_of(config)
     shares = shares_of(blueprint, (1.0, 1.0))
@@ -180,7 +180,7 @@ def main() -> None:
     if given.join:
         rank(given)
         return
-    model = random_llama(given.model)
+    model = random_model(given.model)
     options = [f"--{name}={getattr(given, name)}" for name in ("model", "tokens", "rounds", "link")]
     launcher, out = (
         NamespaceLauncher(Link.parse(given.link).rate),

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
-from models import SIZES, random_llama
+from models import SIZES, random_model
 from rich.console import Console
 from rich.table import Table
 
@@ -141,7 +141,7 @@ def batching(given: argparse.Namespace) -> Table:
 
 def balance(given: argparse.Namespace) -> Table:
     """Prompt tokens a second, of auto and of serial."""
-    model = random_llama(given.model)
+    model = random_model(given.model)
     vocabulary, cores = SIZES[given.model].vocabulary, cores_of(2, 1)
     common = {"model": model, "tensor_parallel_size": 2, "num_threads": 1, "cores": cores, "max_model_len": 4096}
     with LLM(**common, overlap="serial", link="1x") as llm:
@@ -227,7 +227,7 @@ def prefix(given: argparse.Namespace) -> Table:
     """Seconds to the first token of new prompts, and of prompts that share 90% with one before."""
     table = Table("model", "tokens", "new, ms", "90% shared, ms", "ratio", title="medians of rounds")
     for name, length in (("packaged", 512), ("packaged", 1500), ("h1024", 512), ("h1024", 2048)):
-        model = PACKAGED if name == "packaged" else random_llama(name)
+        model = PACKAGED if name == "packaged" else random_model(name)
         vocabulary = model_config(model).vocabulary
         pairs = []
         with server(model=model, num_threads=2, max_model_len=2049 if name != "packaged" else None) as port:

@@ -19,7 +19,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from models import random_llama
+from models import random_model
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
@@ -111,7 +111,7 @@ def main() -> None:
     for column in ("model", "what", "weft ms", "transformers ms", "times as fast", "lowest", "highest"):
         table.add_column(column, justify="left" if column in ("model", "what") else "right")
     for name in given.models.split(","):
-        path = PACKAGED if name == "packaged" else random_llama(name)
+        path = PACKAGED if name == "packaged" else random_model(name)
         ours, theirs = Weft(path, given.threads), Transformers(path, given.threads)
         tokens = torch.randint(1, 4000, (given.tokens,), generator=torch.Generator().manual_seed(0)).tolist()
         for what in ("prefill", "decode"):

@@ -23,7 +23,7 @@ from typing import Any
 
 import httpx2
 import psutil
-from models import SIZES, random_llama, smollm2
+from models import SIZES, random_model, smollm2
 from servers import OFFLINE, WEFT, serving
 
 PROMPT = "def main("
@@ -60,7 +60,7 @@ def first_output(command: list[str]) -> float:
 
 def memory(name: str) -> dict[str, float]:
     """MiB of each process, and of what a rank must hold."""
-    directory, size = random_llama(name), SIZES[name]
+    directory, size = random_model(name), SIZES[name]
     tokens = 512
     found: dict[str, float] = {"weights": sum(file.stat().st_size for file in directory.glob("*.safetensors")) / 2**20}
     width = size.hidden // size.heads * size.kv_heads

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 
 from decoding import WARM
-from models import SIZES, random_llama
+from models import SIZES, random_model
 from rich.console import Console
 from rich.table import Table
 
@@ -53,7 +53,7 @@ def answered(engine: Engine) -> dict[str, float]:
 
 def measure(model: str, link: str) -> dict[str, float]:
     """One round on this link."""
-    directory = None if model == "packaged" else random_llama(model)
+    directory = None if model == "packaged" else random_model(model)
     engine = open_engine(
         directory, ranks=2, threads=1, link=link, max_length=512, max_sequences=4, recalibrate=True, prefixes=False
     )

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from random import Random
 
-from models import SIZES, random_llama
+from models import SIZES, random_model
 
 from weft import LLM
 from weft.bench.machine import cores_of
@@ -25,7 +25,7 @@ from weft.timeline.timeline import median
 def started(model: str, link: str, shares: tuple[float, ...] | str) -> LLM:
     """Two pinned ranks."""
     return LLM(
-        random_llama(model), tensor_parallel_size=2, num_threads=1, cores=cores_of(2, 1), link=link,
+        random_model(model), tensor_parallel_size=2, num_threads=1, cores=cores_of(2, 1), link=link,
         shares=shares, max_model_len=4096, recalibrate=True,
     )  # fmt: skip
 

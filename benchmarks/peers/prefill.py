@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from models import random_llama
+from models import random_model
 from rich.console import Console
 from rich.table import Table
 
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    model, results = random_llama(given.model), []
+    model, results = random_model(given.model), []
     ids = torch.randint(1, 8000, (given.tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     with ExitStack() as stack:
         launcher = NamespaceLauncher(shared=given.shared)

@@ -352,3 +352,35 @@ def test_a_message_is_sent_once_for_every_collective(split) -> None:
     assert sent[0] == 2 * (ranks.config.layers - 1) * 600 * a_row + last + told
     assert sent[1] == sent[0] and sent[2] == 2 * ranks.config.layers * 600 * a_row + told
     assert sent[3] <= sent[0] * 2  # small tiles go one-shot, which sends everything
+
+
+@pytest.mark.parametrize("strategy", ["serial", "iso:2", "iso@5,300", "tiles:4"])
+def test_parallel_blocks_send_half_the_messages(split, strategy: str) -> None:
+    """One GPT-NeoX with attention and MLP beside each other, and behind each other."""
+    sent, sums = [], []
+    for name in ("gpt_neox", "gpt_neox-serial"):
+        ranks = split(name, (1.0, 1.0))
+        program = ranks.plan(one_prompt(600), strategy)
+        group = ranks.parts[0][1].group
+        before = group.bytes_sent
+        ranks.run(one_prompt(600), prompt_of(600), program)
+        sent.append(group.bytes_sent - before)
+        sums.append(sum(step.kind is Kind.REDUCE for step in program))
+    told, row = 16, ranks.config.hidden * 4  # of the logits; the last layer's sums are of the wanted row alone
+    assert sums[1] == 2 * sums[0]
+    if strategy != "tiles:4":  # small tiles go one-shot, which is more bytes
+        assert sent == [601 * row + told, 2 * 601 * row + told]
+
+
+@pytest.mark.parametrize("strategy", ["serial", "iso:2", "iso:2/4"])
+def test_norms_over_all_heads_are_two_numbers_a_row(split, strategy: str) -> None:
+    """On any wire as float32; nobody's error feedback."""
+    ranks, prompt = split("olmo2", (1.0, 1.0)), prompt_of(600)
+    group, sent = ranks.parts[0][1].group, {}
+    for wire in ("exact", "int8"):
+        before = group.bytes_sent
+        ranks.logits([prompt], strategy, wire)
+        sent[wire] = group.bytes_sent - before
+    row, told, aside = ranks.config.hidden * 4, 16, 600 * 2 * 4
+    assert sent["exact"] == 2 * 601 * row + told + ranks.config.layers * aside
+    assert sent["int8"] < 0.4 * sent["exact"]
