@@ -36,9 +36,10 @@ Made = tuple[dict[str, Tensor], Tensor]  # what is stored of a matrix, and what 
 
 
 @cache
-def tiny() -> Any:
+def tiny(family: str = "Llama") -> Any:
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).eval()
+    config = getattr(transformers, f"{family}Config")(**CONFIG)
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
 
 def compressed(kind: str, dtype: torch.dtype = torch.float32, **weights: Any) -> tuple[Callable[[Tensor], Made], Any]:
@@ -159,19 +160,19 @@ SCHEMES: dict[str, tuple[Callable[[Tensor], Made], Any]] = {
 }  # fmt: skip
 
 
-def saved(directory: Path, name: str) -> dict[str, Tensor]:
+def saved(directory: Path, name: str, family: str = "Llama") -> dict[str, Tensor]:
     """A checkpoint whose projections are quantised; what all its tensors are."""
     make, scheme = SCHEMES[name]
     stored, values = {}, {}
-    for tensor, weight in tiny().state_dict().items():
-        if "_proj" in tensor:
+    for tensor, weight in tiny(family).state_dict().items():
+        if any(part in tensor for part in ("_proj", "dense", "query_key_value")) and tensor.endswith(".weight"):
             parts, values[tensor] = make(weight)
             stored |= {tensor.removesuffix(".weight") + part: value.contiguous() for part, value in parts.items()}
         else:
             stored[tensor] = values[tensor] = weight.contiguous().clone()
     directory.mkdir()
     save_file(stored, directory / "model.safetensors")
-    config = tiny().config.to_dict() | {"quantization_config": scheme, "architectures": ["LlamaForCausalLM"]}
+    config = tiny(family).config.to_dict() | {"quantization_config": scheme, "architectures": [f"{family}ForCausalLM"]}
     (directory / "config.json").write_text(json.dumps(config, default=str))
     return values
 
@@ -195,8 +196,16 @@ def test_schemes(name: str, tmp_path: Path) -> None:
     demand_logits(tmp_path / name, values)
 
 
-def demand_logits(directory: Path, values: dict[str, Tensor]) -> None:
-    model = type(tiny())(tiny().config).eval()
+@pytest.mark.parametrize("family", ["Phi3", "GPTNeoX"])
+@pytest.mark.parametrize("name", ["packed-4-group", "int-row", "gptq-4", "gptq-act", "awq", "fp8-odd-tiles"])
+def test_tensors_that_are_several_matrices(name: str, family: str, tmp_path: Path) -> None:
+    """Ranks read their rows of each, which end anywhere."""
+    values = saved(tmp_path / name, name, family)
+    demand_logits(tmp_path / name, values, family)
+
+
+def demand_logits(directory: Path, values: dict[str, Tensor], family: str = "Llama") -> None:
+    model = type(tiny(family))(tiny(family).config).eval()
     model.load_state_dict({name: value.float() for name, value in values.items()})
     with torch.no_grad():
         expected = model(torch.tensor([PROMPT])).logits[0, -1]

@@ -11,8 +11,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.tiny import LLAMA3
 from weft.model.configuration import configured
-from weft.model.families import ROPES
-from weft.model.rope import FORMULAS
+from weft.model.families import ROPES, blueprint_of
+from weft.model.rope import BLOCK, FORMULAS, ropes_for
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 256}
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -43,3 +43,20 @@ def test_frequencies_are_those_of_transformers(case: tuple[str, dict[str, Any]],
         positions = ours.fields["max_position_embeddings"]
         got, got_factor = FORMULAS[kind](ours.fields["rope_parameters"], ours.head_dim, positions, length or positions)
         assert torch.equal(got, expected) and got_factor == pytest.approx(factor, abs=0)
+
+
+def test_angles_are_the_same_whenever_they_come_first() -> None:
+    """Token by token, in pieces across blocks, or all at once; only what is asked for takes memory."""
+    config = configured(
+        transformers.LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=1 << 20).to_dict()
+    )
+    [whole], [pieces], [late] = (ropes_for(config, blueprint_of(config)) for _ in range(3))
+    expected = whole.angles(0, 3 * BLOCK, 0)
+    frequencies, _ = FORMULAS["default"](config.fields["rope_parameters"], 16, 0, 0)
+    turns = torch.outer(torch.arange(3 * BLOCK, dtype=torch.float32), frequencies)
+    assert torch.allclose(expected, torch.polar(torch.ones_like(turns), turns), atol=1e-6)
+    cuts = [0, 1, 7, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK]
+    found = [pieces.angles(a, b, 0) for a, b in zip(cuts, cuts[1:], strict=False)]
+    assert torch.equal(torch.cat(found), expected)
+    assert torch.equal(late.angles(2 * BLOCK + 5, 2 * BLOCK + 6, 0), expected[2 * BLOCK + 5 : 2 * BLOCK + 6])
+    assert late.angles(9, 9, 0).shape == (0, 8)

@@ -16,6 +16,7 @@ from torch import Tensor
 from weft.config import ModelConfig
 from weft.model.blueprint import Blueprint
 
+BLOCK = 4096  # positions whose angles are computed at a time
 Parameters = dict[str, Any]  # rope_parameters of config.json
 Formula = Callable[[Parameters, int, int, int], tuple[Tensor, float]]
 
@@ -123,7 +124,7 @@ class Rope:
         self._width = width
         self._limit = config.max_length
         self._device = device
-        self._fixed = self._table(*self._frequencies(None), self._limit) if not self._trained else None
+        self._blocks: list[Tensor] = []  # of so many positions each, where length changes nothing
         self._stretched = lru_cache(maxsize=8)(self._for_length)
 
     def angles(self, start: int, end: int, prompt: int) -> Tensor:
@@ -131,11 +132,21 @@ class Rope:
 
         `prompt`: tokens of the sequence's prompt.
         """
-        if self._fixed is not None:
-            return self._fixed[start:end]
+        if not self._trained:
+            return self._from_blocks(start, end)
         alike = max(prompt, self._trained)  # as many positions are turned by one table
         parts = [self._stretched(alike)[start : min(end, alike)]] if start < alike else []
         parts += [self._for_length(at + 1, at) for at in range(max(start, alike), end)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _from_blocks(self, start: int, end: int) -> Tensor:
+        """Always the same blocks are computed, so that a position has the same bits whenever it comes first."""
+        for at in range(len(self._blocks) * BLOCK, end, BLOCK):
+            self._blocks.append(self._table(*self._frequencies(None), at + BLOCK, at))
+        parts = [
+            self._blocks[at // BLOCK][max(start - at, 0) : end - at]
+            for at in range(start // BLOCK * BLOCK, max(end, start + 1), BLOCK)
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @property
