@@ -174,6 +174,28 @@ def test_whatever_a_file_leaves_open_is_transformers_to_say() -> None:
         assert complete_fields({key: value for key, value in raw.items() if key != "head_dim"} | change) is None, change
 
 
+WRONG = {"full_attention": {"rope_type": "yarn", "rope_theta": 1e4, "factor": -1},
+         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}  # fmt: skip
+SHORT = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, "short_factor": [1.0],
+         "long_factor": [1.0], "original_max_position_embeddings": 4096}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("Gemma3Text", {"layer_types": ["sliding_attention"]}), ("SmolLM3", {"no_rope_layers": [1]}),
+        ("GraniteSWA", {"layer_rope_theta": [1e4]}), ("Cohere2", {"layer_types": []}),
+        ("Gemma3Text", {"layer_types": ["full_attention"] * 2, "rope_parameters": WRONG}),
+        ("Glm4", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.5}}),
+        ("Phi3", {"rope_parameters": SHORT}),
+    ],
+)  # fmt: skip
+def test_what_says_nothing_of_some_layers_is_one_line(family: str, change: dict[str, Any]) -> None:
+    with pytest.raises(InputError) as told:
+        blueprint_of(configured(config_of(family) | change))
+    assert "\n" not in str(told.value)
+
+
 def test_the_page_is_as_the_rows_have_it() -> None:
     """`python -m benchmarks.families --write` makes it so."""
     assert page() == PAGE.read_text("utf-8")

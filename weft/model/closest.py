@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from weft.model.family import ACTIVATIONS, Family
+from weft.model.family import ACTIVATIONS, KINDS, Family
 
 # What a field with any other value than these tells of, and weft hasn't.
 ABSENT: tuple[Any, ...] = (None, False, 0, 0.0, [], {}, 1)
@@ -26,7 +26,6 @@ MISSING: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("embeddings of each layer", ("hidden_size_per_layer_input",)),
     ("attention that sees what follows", ("use_bidirectional_attention",)),
 )  # fmt: skip
-LAYERS = ("full_attention", "sliding_attention")
 LAYER_NORMS = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
 ROTARY = ("rope_theta", "rope_parameters", "rope_scaling", "rotary_pct", "rotary_dim", "partial_rotary_factor")
 SOME = 4  # names that are told
@@ -94,7 +93,7 @@ def missing(fields: Mapping[str, Any]) -> list[str]:
         there = [name for name in names if fields.get(name) not in ABSENT]
         found += [f"{what} ({', '.join(there)})"] if there else []
     kinds = fields.get("layer_types")
-    others = sorted({str(kind) for kind in kinds if kind not in LAYERS}) if isinstance(kinds, list) else []
+    others = sorted({str(kind) for kind in kinds if kind not in KINDS}) if isinstance(kinds, list) else []
     found += [f"layers of another kind ({', '.join(others)})"] if others else []
     found += [] if {*ROTARY} & set(fields) else ["positions that are not rotary"]
     activation = fields.get("hidden_act") or fields.get("hidden_activation")

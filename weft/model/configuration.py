@@ -11,7 +11,7 @@ from typing import Any
 from weft.config import ModelConfig
 from weft.errors import InputError
 from weft.model.families import FAMILIES, WRAPPED
-from weft.model.family import Family
+from weft.model.family import KINDS, Family, by_kind
 
 WHOLE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size",
          "vocab_size", "max_position_embeddings")  # fmt: skip
@@ -28,7 +28,6 @@ ROPE_NEEDS: dict[str, tuple[str, ...]] = {
 ORIGINAL = "original_max_position_embeddings"
 LISTS = ("factors", "short_factor", "long_factor")  # of one number for each two that are turned
 WORDS = ("type", "rope_type", "truncate")
-KINDS = ("full_attention", "sliding_attention")
 
 
 def configured(raw: dict[str, Any]) -> ModelConfig:
@@ -44,6 +43,7 @@ def configured(raw: dict[str, Any]) -> ModelConfig:
         most = MOST.get(name, LARGEST)
         if fields[name] is not None and not (name != "num_hidden_layers") <= fields[name] <= most:
             raise _inconsistent(f"{name} {fields[name]}; it must be above 0, and at most {most}")
+    _demand_lists(fields, FAMILIES[str(raw["model_type"])])
     _demand_ropes(fields)
     _demand_heads(fields)
     heads = fields["num_attention_heads"]
@@ -174,9 +174,22 @@ def huggingface_fields(raw: dict[str, Any]) -> dict[str, Any] | None:
 def _demand_ropes(fields: dict[str, Any]) -> None:
     """Raises `InputError` for numbers that no rotary formula can take: transformers only warns of some."""
     rope = fields.get("rope_parameters") or {}
-    nested = bool(rope) and all(isinstance(part, dict) for part in rope.values())
-    for part in rope.values() if nested else [rope]:
-        _demand_rope(part, fields)
+    if not by_kind(rope):
+        _demand_rope(rope, fields)
+        return
+    for kind in set(fields.get("layer_types") or KINDS):
+        if kind not in rope:
+            raise _inconsistent(f"layers of the kind {kind!r}, and no rope_parameters for them")
+        _demand_rope(rope[kind] or {}, fields)
+
+
+def _demand_lists(fields: dict[str, Any], family: Family) -> None:
+    """Raises `InputError` for what is said layer by layer, and not of each."""
+    layers = fields["num_hidden_layers"]
+    for name in ("layer_types", *family.derived):
+        said = fields.get(name)
+        if said is not None and not (isinstance(said, list) and len(said) >= layers):
+            raise _inconsistent(f"{name} says nothing of some of {layers} layers")
 
 
 def _demand_rope(rope: dict[str, Any], fields: dict[str, Any]) -> None:

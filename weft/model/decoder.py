@@ -128,17 +128,11 @@ class Embed:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerStage:
-    """A norm, a branch, and the norm of what all ranks' partials come to; either norm may be missing."""
+class _Layered:
+    """A norm, if any, and a branch."""
 
     norm: UnitRows | None
     branch: BranchFunctions
-    post: tuple[UnitRows, Gain] | None
-
-    @property
-    def adds(self) -> bool:
-        """See `StageFunctions`."""
-        return self.post is None
 
     def enter(self, forward: Forward, extent: Extent, hidden_TM: Tensor) -> Tensor:
         """The norm before the projections."""
@@ -152,8 +146,20 @@ class LayerStage:
         """The branch's."""
         return self.branch.tail(forward, extent, features)
 
+
+@dataclass(frozen=True, slots=True)
+class LayerStage(_Layered):
+    """A contribution, or the norm of what all ranks' partials come to."""
+
+    post: tuple[UnitRows, Gain] | None
+
+    @property
+    def adds(self) -> bool:
+        """See `StageFunctions`."""
+        return self.post is None
+
     def absorb(self, forward: Forward, extent: Extent, hidden_LM: Tensor, total_LM: Tensor) -> None:
-        """Adds it, or its norm."""
+        """Adds it."""
         if self.post is None:
             hidden_LM.add_(total_LM)
         else:
@@ -162,28 +168,15 @@ class LayerStage:
 
 
 @dataclass(frozen=True, slots=True)
-class ProjectionStage:
+class ProjectionStage(_Layered):
     """What the next stage needs of all ranks before it can attend; nothing of it comes to the residual stream."""
 
-    norm: UnitRows | None
-    branch: Projection
+    heads: Projection
     adds: bool = False
-
-    def enter(self, forward: Forward, extent: Extent, hidden_TM: Tensor) -> Tensor:
-        """The norm before the projections."""
-        return hidden_TM if self.norm is None else self.norm(hidden_TM)
-
-    def body(self, forward: Forward, extent: Extent, input_TM: Tensor) -> Any:
-        """The branch's."""
-        return self.branch.body(forward, extent, input_TM)
-
-    def tail(self, forward: Forward, extent: Extent, features: Any) -> Tensor:
-        """The branch's."""
-        return self.branch.tail(forward, extent, features)
 
     def absorb(self, forward: Forward, extent: Extent, hidden_LM: Tensor, total_L2: Tensor) -> None:
         """Takes the norms of queries and keys."""
-        self.branch.normed(forward, extent.leaves, total_L2)
+        self.heads.normed(forward, extent.leaves, total_L2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +228,7 @@ class _StageMaker:
         norm = self.norm(before) if before is not None else None
         if parts.stage.aside:
             assert isinstance(branches[0], Projection), "what is no contribution is what norms of heads need"
-            return ProjectionStage(norm, branches[0])
+            return ProjectionStage(norm, branches[0], branches[0])
         post = None if parts.post is None or held.post is None else (self.norm(parts.post), held.post)
         branch = branches[0] if len(branches) == 1 else Parallel(branches[0], tuple(branches[1:]))
         return LayerStage(norm, branch, post)

@@ -33,7 +33,7 @@ def _rope_layers(config: ModelConfig) -> tuple[bool, ...]:
 
 def _where_it_slides(config: ModelConfig) -> tuple[bool, ...]:
     sliding = config.fields.get("sliding_window") is not None
-    return tuple(sliding and kind == "sliding_attention" for kind in config.fields["layer_types"])
+    return tuple(sliding and kind == "sliding_attention" for kind in config.fields["layer_types"][: config.layers])
 
 
 LAYERS = ("layer_types",)

@@ -25,6 +25,7 @@ from weft.program.stages import Kind, Stage
 
 Flag = bool | str
 SLIDING = "sliding_attention"
+KINDS = ("full_attention", SLIDING)  # of layers
 # Names for one thing, in configurations and here.
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
@@ -68,7 +69,8 @@ class NormKind:
 
 def _sliding(config: ModelConfig) -> tuple[bool, ...]:
     """Which layers have a window, as `layer_types` has it: all of them, where it says nothing."""
-    return tuple(kind == SLIDING for kind in config.fields.get("layer_types") or [SLIDING] * config.layers)
+    kinds = config.fields.get("layer_types") or [SLIDING] * config.layers
+    return tuple(kind == SLIDING for kind in kinds[: config.layers])
 
 
 def everywhere(config: ModelConfig) -> tuple[bool, ...]:
@@ -91,6 +93,11 @@ def field_value(name: str) -> Callable[[ModelConfig], float]:
     return read
 
 
+def decoder(config: ModelConfig, family: Family) -> Blueprint:
+    """A decoder with rotary positions and an MLP, as the row says."""
+    return _Declaring(config, family).blueprint()
+
+
 @dataclass(frozen=True)
 class Family:
     """What sets one family apart from a plain pre-norm Llama.
@@ -100,7 +107,7 @@ class Family:
     that transformers makes from others then; `neutral`: values of fields beside which it would be computed otherwise.
 
     `norm`: of rows. `qk_norm`: of each query and key head; with `across`, over all heads. `parallel`: attention and MLP
-    read one input. `windowed`: attention to the last `sliding_window` positions only, in the layers of `sliding`;
+    read one input. `windowed`: attention to the last `sliding_window` positions only, in the layers of that kind;
     `rotates`: layers in which positions turn queries and keys; `interleaved`: neighbours, not halves; `partial`: a part
     of each head, by partial_rotary_factor. `by_head`: the one tensor of queries, keys and values has the three of a
     head together. Factors: of embeddings, scores (instead of 1/sqrt(head width)), contributions and logits. `softcaps`:
@@ -124,7 +131,6 @@ class Family:
     across: bool = False
     parallel: Flag = False
     windowed: Flag = False
-    sliding: Callable[[ModelConfig], tuple[bool, ...]] = _sliding
     rotates: Callable[[ModelConfig], tuple[bool, ...]] = everywhere
     interleaved: bool = False
     partial: bool = False
@@ -136,12 +142,7 @@ class Family:
     softcaps: tuple[str, str] = ("", "")
     sinks: str = ""
     aliases: tuple[tuple[str, str], ...] = ()
-    declare: Callable[[ModelConfig, Family], Blueprint] = lambda config, family: decoder(config, family)  # noqa: PLW0108
-
-
-def decoder(config: ModelConfig, family: Family) -> Blueprint:
-    """A decoder with rotary positions and an MLP, as the row says."""
-    return _Declaring(config, family).blueprint()
+    declare: Callable[[ModelConfig, Family], Blueprint] = decoder
 
 
 class _Declaring:
@@ -167,7 +168,7 @@ class _Declaring:
         config, names, family = self.config, self.names, self.family
         norm = self.norm(names.norm, family.logit_factor(config))
         assert norm is not None, "no family is without a norm before the head"
-        windowed = family.sliding(config) if self.on(family.windowed) else (False,) * config.layers
+        windowed = _sliding(config) if self.on(family.windowed) else (False,) * config.layers
         window = config.fields.get("sliding_window")
         ropes, turned = ropes_of(config, family.rotates(config))
         return Blueprint(
@@ -258,15 +259,20 @@ def rotary_width(config: ModelConfig) -> int:
     return config.head_dim if part is None else int(config.head_dim * part)
 
 
+def by_kind(rope: dict[str, Any]) -> bool:
+    """Whether these rope_parameters are one for each kind of layer; None for a kind that doesn't turn."""
+    return any(isinstance(rope.get(kind), dict) for kind in KINDS)
+
+
 def ropes_of(config: ModelConfig, turns: tuple[bool, ...]) -> tuple[tuple[dict[str, Any], ...], tuple[int | None, ...]]:
     """All ways in which positions turn, and for each layer which of them it has: one for all layers, one by kind of
     layer, or a base for each layer, where 0 is none."""
     given, kinds = config.fields.get("rope_parameters") or {}, config.fields.get("layer_types") or []
     bases = config.fields.get("layer_rope_theta")
     if isinstance(bases, list):
-        each = [given | {"rope_theta": base} if base else None for base in bases]
-    elif given and all(isinstance(part, dict) for part in given.values()):
-        each = [given[kind] for kind in kinds]
+        each = [given | {"rope_theta": base} if base else None for base in bases[: config.layers]]
+    elif by_kind(given):
+        each = [given[kind] for kind in kinds[: config.layers]]
     else:
         each = [given] * config.layers
     found: list[dict[str, Any]] = []

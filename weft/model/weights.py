@@ -3,7 +3,7 @@
     before a stage's last projection  by rows: each rank computes its own heads and its own part of the MLP
     the last projection               by columns: each rank adds a partial of the whole width
     embedding                         whole on every rank; output head by rows (vocabulary)
-    norms                             whole on every rank, folded into the projection behind (see kernels.unit_rows)
+    norms                             whole on every rank, folded into the projection behind (see kernels.UnitRows)
 
 Matrices are read, fused, converted and packed one at a time, so that loading peaks at the shard and one matrix.
 Knows names and shares; knows nothing of how the weights are used.
@@ -185,7 +185,7 @@ class _ShardReader:
         return Gain(self._there(scale), None if bias is None else self._there(bias))
 
     def _norm(self, prefix: str, norm: Norm, width: int) -> tuple[Tensor, Tensor | None]:
-        """What is left of a norm after `kernels.unit_rows`, which leaves the root of the mean square to `width`: a
+        """What is left of a norm after `kernels.UnitRows`, which leaves the root of the mean square to `width`: a
         scale, and a bias if there is one; in float32."""
         name = prefix + norm.name
         scale = self.checkpoint.read(f"{name}.weight").numbers(torch.float32).add(norm.offset).mul_(norm.factor)
