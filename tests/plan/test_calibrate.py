@@ -15,9 +15,9 @@ from weft.plan.planner import Planner
 from weft.plan.readings import KERNEL
 from weft.plan.samples import Sample, Subject
 from weft.program.batch import Batch, Segment, one_prompt
-from weft.program.stages import COMPUTE, NETWORK, Kind
+from weft.program.stages import COMPUTE, NETWORK, Kind, Outline, Stage
 from weft.program.steps import Program
-from weft.simulate.cost import Contention, Costs, Table
+from weft.simulate.cost import ComputeCosts, Contention, Costs, Table
 from weft.simulate.run import simulate
 from weft.timeline.timeline import Timeline
 
@@ -174,3 +174,44 @@ def test_small_subjects() -> None:
     tiny = replace(SUBJECT, outline=decoder_outline(1), length=200, slots=1, elements={"exact": 4.0})
     found = calibrate(machine(costs()), tiny)
     assert found.ranks[0].body["mlp"].at(100) == pytest.approx(RANK.body["mlp"].at(100), rel=0.1)
+
+
+BLOCK = replace(OUTLINE, layer=(Stage("block", Kind.REDUCE, ordered=True),))
+ASIDE = replace(OUTLINE, layer=(Stage("qk_norm", Kind.REDUCE, aside=2), *OUTLINE.layer))
+
+
+def of_parts(*parts: str) -> ComputeCosts:
+    """A rank whose stages are like the usual ones."""
+    like = {"block": "mlp", "qk_norm": "mlp"}
+    body, tail = (
+        {part: table[like.get(part, part)] for part in ("embed", *parts, "head")} for table in (RANK.body, RANK.tail)
+    )
+    return replace(RANK, body=body, tail=tail, scored=next(part for part in parts if part != "qk_norm"))
+
+
+@pytest.mark.parametrize("layers", [1, 6])
+@pytest.mark.parametrize("times", [0.3, 2.0])
+@pytest.mark.parametrize("outline", [BLOCK, ASIDE], ids=["block", "aside"])
+def test_layers_of_one_sum_and_sums_that_stay_aside(outline: Outline, times: float, layers: int) -> None:
+    """What a sum takes is read from those of whole rows alone, and from more layers where each has but one."""
+    rank, some = of_parts(*(stage.part for stage in outline.layer)), outline.of(layers)
+    aside = {stage.part: stage.aside for stage in outline.layer if stage.aside}
+    truth = replace(costs(times, ranks=(rank,)), aside=aside)
+    found = calibrate(machine(truth, 0.02), replace(SUBJECT, outline=some))
+    assert found.aside == aside
+    for strategy in ("serial", "iso:2", "tiles:4"):
+        real, guess = (
+            Planner(some, strategy, "exact", 1, each).plan(one_prompt(1000)).predicted for each in (truth, found)
+        )
+        assert real is not None and guess is not None
+        assert guess.seconds == pytest.approx(real.seconds, rel=0.12), strategy
+        assert guess.network_alone == pytest.approx(real.network_alone, rel=0.12), strategy
+
+
+def test_windows_by_layer_are_seen_in_the_mean() -> None:
+    """The layers that are measured see less than the mean of all."""
+    truth = costs(ranks=(replace(RANK, windows=((100, 1.0),)),))
+    windows, seen = (100,) * 8 + (None,) * 4, ((100, 2 / 3), (None, 1 / 3))
+    found = calibrate(machine(truth), replace(SUBJECT, windows=windows, seen=seen)).ranks[0]
+    assert found.past == pytest.approx(RANK.past, rel=0.1) and found.one == pytest.approx(RANK.one, rel=0.1)
+    assert found.seen(5000) == pytest.approx((2 * 100 + 5000) / 3) and found.seen(50) == pytest.approx(50)

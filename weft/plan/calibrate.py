@@ -114,7 +114,8 @@ def _sums(subject: Subject, most: int, sizes: list[int]) -> Iterator[Trial]:
             yield _run(subject, by_name(algorithm), n, 2, scope="network", algorithm=algorithm)
     for wire in subject.elements:
         for n in sizes:
-            yield _run(subject, "network", n, 2 if n <= 16 else 1, wire=wire, scope="beside")
+            layers = -(-(4 if n <= 16 else 2) // subject.sums)  # the first sum finds the link idle
+            yield _run(subject, "network", n, layers, wire=wire, scope="beside")
 
 
 def _run(

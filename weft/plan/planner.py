@@ -14,7 +14,7 @@ from weft.plan.drift import Drift, Factors
 from weft.plan.search import Estimate, Search
 from weft.plan.wiring import Wiring, reasons, sums_of, travels
 from weft.program.batch import Batch, Segment, one_prompt
-from weft.program.build import build
+from weft.program.build import build, demand_scattering
 from weft.program.check import check
 from weft.program.stages import Kind, Outline
 from weft.program.steps import Program, Step
@@ -104,6 +104,8 @@ class Planner:
         self.outline, self.wire, self.granule, self.costs = outline, wire, granule, costs
         self.wires = allowed(wire)
         self.overlap = canonical(overlap)
+        if self.overlap != AUTO and Strategy.parse(self.overlap).scattered:
+            demand_scattering(outline)
         self.drift = drift or Drift()
         self.search = Search(outline, granule)
         self._known: OrderedDict[tuple[Batch, int], Plan] = OrderedDict()

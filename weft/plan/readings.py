@@ -117,7 +117,8 @@ class _Rank:
 
     def _enter(self) -> Table:
         runs, world = self.samples.named("scattered"), self.samples.subject.world
-        part = self.samples.subject.outline.layer[-1].part
+        layer = self.samples.subject.outline.layer
+        part = layer[-1].part if len(layer) > 1 else self.samples.subject.head
         if not runs:  # a model whose sums can't be scattered
             return NOTHING
         seconds = tuple(self._seconds("scattered", run.rows, part, Kind.ENTER) for run in runs)
@@ -221,7 +222,8 @@ class _Network:
     def _sums(self, name: str, rows: int, wire: str | None = None) -> list[float]:
         """Sums' seconds. Back to back, the first one is left out: it found the link idle."""
         first = 1 if name.startswith("network") else 0
-        return [s for sample in self.samples.of(name, rows, wire) for s in self._taken(sample.timeline)[first:]]
+        each = [self._taken(sample.timeline) for sample in self.samples.of(name, rows, wire)]
+        return [seconds for taken in each for seconds in taken[first:] or taken]
 
     def _slope(self, wire: str) -> float:
         """Seconds of one byte more on this wire."""

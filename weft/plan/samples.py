@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from weft.program.batch import Batch
-from weft.program.stages import Outline
+from weft.program.stages import Kind, Outline
 from weft.program.steps import Program
 from weft.timeline.timeline import Timeline
 
@@ -55,6 +55,11 @@ class Subject:
     def aside(self) -> dict[str, int]:
         """Parts whose sums are of another width, with that."""
         return {stage.part: stage.aside for stage in self.outline.layer if stage.aside}
+
+    @property
+    def sums(self) -> int:
+        """Of whole rows, in a layer."""
+        return sum(stage.collective is Kind.REDUCE and not stage.aside for stage in self.outline.layer)
 
     @property
     def scored(self) -> str:

@@ -28,6 +28,12 @@ def build(strategy: Strategy, outline: Outline, batch: Batch, granule: int = 1) 
     return weave(outline, batch.tokens, place(strategy, batch, granule))
 
 
+def demand_scattering(outline: Outline) -> None:
+    """Raises `InputError` for a model whose sums can't be scattered."""
+    if not outline.scatters:
+        raise InputError("--overlap rs: a stage of this model needs more, or less, than the sum before it; use another")
+
+
 def weave(outline: Outline, tokens: int, cuts: Cuts) -> Program:
     """The program of these cuts, for so many rows."""
     pattern, offsets = numbered(tokens, cuts)
@@ -143,10 +149,7 @@ class _ScatteringWeaver(_Weaver):
 
     def __init__(self, outline: Outline, tiles: Sequence[Sequence[int]]) -> None:
         super().__init__(outline, tiles)
-        if not outline.scatters:
-            raise InputError(
-                "--overlap rs: a stage of this model needs more, or less, than the sum before it; use another"
-            )
+        demand_scattering(outline)
         self._narrow_from = len(outline.stages) - 1  # before that, each rank has its part of the rows
         self._scattered: tuple[int, Rows, int] | None = None  # the stage that wants them, rows, reduce_scatter
 
