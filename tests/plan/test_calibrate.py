@@ -14,7 +14,7 @@ from weft.plan.calibrate import BUDGET, Probe, TooSlow, calibrate
 from weft.plan.planner import Planner
 from weft.plan.readings import KERNEL
 from weft.plan.samples import Sample, Subject
-from weft.program.batch import Batch, Segment, one_prompt
+from weft.program.batch import Batch, Rows, Segment, one_prompt
 from weft.program.stages import COMPUTE, NETWORK, Kind, Outline, Stage
 from weft.program.steps import Program
 from weft.simulate.cost import ComputeCosts, Contention, Costs, Table
@@ -214,4 +214,8 @@ def test_windows_by_layer_are_seen_in_the_mean() -> None:
     windows, seen = (100,) * 8 + (None,) * 4, ((100, 2 / 3), (None, 1 / 3))
     found = calibrate(machine(truth), replace(SUBJECT, windows=windows, seen=seen)).ranks[0]
     assert found.past == pytest.approx(RANK.past, rel=0.1) and found.one == pytest.approx(RANK.one, rel=0.1)
+    alike = replace(found, windows=((100, 1.0),))
+    for rows in (512, 2048):
+        ours, theirs = (each.scores(one_prompt(rows), Rows(0, rows)) for each in (alike, truth.pace))
+        assert ours == pytest.approx(theirs, rel=0.3), rows
     assert found.seen(5000) == pytest.approx((2 * 100 + 5000) / 3) and found.seen(50) == pytest.approx(50)

@@ -12,7 +12,7 @@ from statistics import fmean
 
 from weft.plan.samples import Sample, Samples, Trial, by_name
 from weft.program.stages import COMPUTE, NETWORK, Kind
-from weft.simulate.cost import NOTHING, ComputeCosts, Contention, Costs, Table, WireCosts
+from weft.simulate.cost import NOTHING, ComputeCosts, Contention, Costs, Table, WireCosts, squared
 from weft.simulate.run import simulate
 from weft.timeline.timeline import Timeline, median
 
@@ -50,7 +50,7 @@ class _Rank:
         for part in (stage.part for stage in subject.outline.layer):
             whole = self._serial(part)
             if part == subject.scored:
-                scores = (present.at(n) * n * n if n > 1 else one for n in whole.sizes)
+                scores = (present.at(self._near(n)) * self._squared(n) if n > 1 else one for n in whole.sizes)
                 whole = _less(whole, scores)
             tail[part] = self._tail(part)
             body[part] = _less(_straight(whole), map(tail[part].at, whole.sizes))
@@ -98,6 +98,14 @@ class _Rank:
         windows = self.samples.subject.windows[:layers] or (None,)
         return fmean(earlier if window is None else min(earlier, window) for window in windows)
 
+    def _squared(self, rows: float) -> float:
+        """Of a prompt, in the first layer, which most runs end with."""
+        return squared(rows, next(iter(self.samples.subject.windows), None))
+
+    def _near(self, rows: float) -> float:
+        """How much of a prompt a token sees there."""
+        return min(rows, next(iter(self.samples.subject.windows), None) or rows)
+
     def _present(self, past: float) -> Table:
         """Seconds for each pair of the n x n square of new tokens with themselves.
 
@@ -107,7 +115,7 @@ class _Rank:
         if parted := self.samples.named("parted"):
             scored = self.samples.subject.scored
             lone, short = (self._seconds(name, self.most, scored) for name in ("serial", "parted"))
-            each = (lone - short) / self.most**2 + past / len(parted[0].batch.segments)
+            each = (lone - short) / self._squared(self.most) + past / len(parted[0].batch.segments)
         return Table((0.0, 512.0, 1e6), (past, max(0.3 * past, each), max(0.3 * past, each)))
 
     def _tail(self, part: str) -> Table:

@@ -66,17 +66,23 @@ class Table:
 NOTHING = Table((1.0,), (0.0,))
 
 
+def squared(count: float, window: int | None) -> float:
+    """Twice the pairs of so many new tokens with themselves, where a token sees so many at most."""
+    if window is None or count <= window:
+        return count * count
+    return window * (2 * count - window)
+
+
 @dataclass(frozen=True)
 class ComputeCosts:
     """One rank's computation, in seconds.
 
     `body`, `tail`: of a stage, by its part, against rows; that of `scored`, which looks at earlier rows, without its
-    scores.
-    `enter`: the norm, against rows, where a step of its own takes it. Scores of n new tokens of one sequence over p
-    earlier ones: `present` against n, divided by n² (it is the kernel's business how much of the square it skips), and
-    `past` for each of the n * p pairs. `one`: for each key that a single new token sees. `windows`: positions that a
-    token sees at most, or None, each with the share of the layers where that is so; none where it sees all. `begin`:
-    before the first step, against rows.
+    scores. `enter`: the norm, against rows, where a step of its own takes it. Scores of n new tokens of one sequence
+    over p earlier ones: `present` against n, divided by n² or what `squared` makes of it (how much of that it skips is
+    the kernel's business), and `past` for each of the n * p pairs. `one`: for each key that a single new token sees.
+    `windows`: positions that a token sees at most, or None, each with the share of the layers where that is so; none
+    where it sees all. `begin`: before the first step, against rows.
     """
 
     body: dict[str, Table]
@@ -114,7 +120,9 @@ class ComputeCosts:
         seen = self.seen(earlier)
         if count == 1:
             return self.one * (seen + 1)
-        return self.present.at(count) * count * count + self.past * count * seen
+        each = self.windows or ((None, 1.0),)
+        present = sum(share * self.present.at(min(count, w or count)) * squared(count, w) for w, share in each)
+        return present + self.past * count * seen
 
     def scaled(self, factor: float) -> ComputeCosts:
         """The same rank, slower by this factor."""
