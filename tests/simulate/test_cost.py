@@ -38,7 +38,7 @@ def test_windows_limit_what_a_token_sees() -> None:
     assert windowed.scores(late, Rows(0, 64)) < 0.1 * RANK.scores(late, Rows(0, 64))
     whole, sliding = one_prompt(8000), Rows(0, 8000)
     pairs = 100 * 100 / 2 + 7900 * 100
-    assert windowed.scores(whole, sliding) == pytest.approx(RANK.present.at(100) * 2 * pairs)
+    assert windowed.scores(whole, sliding) == pytest.approx(RANK.present.at(8000) * 2 * pairs)
     assert windowed.scores(one_prompt(100), Rows(0, 100)) == RANK.scores(one_prompt(100), Rows(0, 100))
     mixed = replace(RANK, windows=((100, 0.75), (None, 0.25)))
     each = [0.75 * windowed.scores(late, Rows(0, 64)), 0.25 * RANK.scores(late, Rows(0, 64))]

@@ -50,7 +50,7 @@ class _Rank:
         for part in (stage.part for stage in subject.outline.layer):
             whole = self._serial(part)
             if part == subject.scored:
-                scores = (present.at(self._near(n)) * self._squared(n) if n > 1 else one for n in whole.sizes)
+                scores = (present.at(n) * self._squared(n) if n > 1 else one for n in whole.sizes)
                 whole = _less(whole, scores)
             tail[part] = self._tail(part)
             body[part] = _less(_straight(whole), map(tail[part].at, whole.sizes))
@@ -101,10 +101,6 @@ class _Rank:
     def _squared(self, rows: float) -> float:
         """Of a prompt, in the first layer, which most runs end with."""
         return squared(rows, next(iter(self.samples.subject.windows), None))
-
-    def _near(self, rows: float) -> float:
-        """How much of a prompt a token sees there."""
-        return min(rows, next(iter(self.samples.subject.windows), None) or rows)
 
     def _present(self, past: float) -> Table:
         """Seconds for each pair of the n x n square of new tokens with themselves.

@@ -121,8 +121,8 @@ class ComputeCosts:
         if count == 1:
             return self.one * (seen + 1)
         each = self.windows or ((None, 1.0),)
-        present = sum(share * self.present.at(min(count, w or count)) * squared(count, w) for w, share in each)
-        return present + self.past * count * seen
+        square = sum(share * squared(count, window) for window, share in each)
+        return self.present.at(count) * square + self.past * count * seen
 
     def scaled(self, factor: float) -> ComputeCosts:
         """The same rank, slower by this factor."""
