@@ -62,6 +62,7 @@ def restored(values: Tensor, heads: int) -> Tensor:
     )
 
 
+SILENT = {"freq_base": ("gemma2", "gptneox"), "width": ("phi3", "gptneox", "chatglm")}  # what isn't written for whom
 PERMUTED, ONE_MORE = ("llama", "mistral3", "granite", "smollm3"), ("gemma2", "gemma3", "nemotron")
 
 
@@ -102,10 +103,12 @@ def write(
     else:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
-    writer.add_rope_freq_base(rope["rope_theta"])
+    if arch not in SILENT["freq_base"]:
+        writer.add_rope_freq_base(rope["rope_theta"])
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_key_length(width)
-    writer.add_value_length(width)
+    if arch not in SILENT["width"]:
+        writer.add_key_length(width)
+        writer.add_value_length(width)
     writer.add_rope_dimension_count(int(width * rope.get("partial_rotary_factor", 1.0)))
     if more is not None:
         more(writer)

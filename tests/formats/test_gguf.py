@@ -68,7 +68,9 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "glm": ("Glm", "chatglm", {"head_dim": 32}),
     "glm4": ("Glm4", "glm4", {"head_dim": 32}),
     "olmo2": ("Olmo2", "olmo2", {}),
-    "olmo3": ("Olmo3", "olmo2", {"num_hidden_layers": 4, "sliding_window": 40, **by_kind(**YARN, factor=4.0)}),
+    "olmo3": ("Olmo3", "olmo2", {
+        "num_hidden_layers": 4, "sliding_window": 40, **by_kind(**YARN, factor=4.0, attention_factor=1.25),
+    }),
     "granite": ("Granite", "granite", FACTORS | {"tie_word_embeddings": True}),
     "smollm3": ("SmolLM3", "smollm3", {"num_hidden_layers": 4}),
     "nemotron": ("Nemotron", "nemotron", {}),
@@ -76,6 +78,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "factor": 16.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
     }}),
     "mistral3": ("Mistral", "mistral3", {"sliding_window": None}),
+    "olmo3-plain": ("Olmo3", "olmo2", {"num_hidden_layers": 4, "sliding_window": 40, **by_kind(**YARN, factor=4.0)}),
     "cohere2": ("Cohere2", "cohere2", {"num_hidden_layers": 4, "sliding_window": 40}),
     "gpt_neox": ("GPTNeoX", "gptneox", {}),
     "gpt_neox-serial": ("GPTNeoX", "gptneox", {"use_parallel_residual": False}),
@@ -137,6 +140,8 @@ def scaling(writer: gguf.GGUFWriter, config: Any, rope: dict[str, Any]) -> None:
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(rope["factor"])
+    if kind == "yarn" and rope.get("attention_factor") is not None:
+        writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
     if kind in ("yarn", "longrope"):
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if kind == "longrope":

@@ -15,24 +15,27 @@ from gguf import GGMLQuantizationType as Type
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.processes import weft
-from tests.tiny import SMALL
+from tests.tiny import SMALL, Checkpoints
 from weft.errors import InputError
+from weft.formats.names import MOST_TENSORS, tensor_names
 from weft.model.closest import closest
+from weft.model.configuration import configured
 from weft.model.description import model_config
-from weft.model.families import FAMILIES
+from weft.model.families import FAMILIES, blueprint_of
 
 
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        ("mixtral", "istral"), ("mixtral", "lacks experts (num_local_experts, num_experts_per_tok)"),
-        ("qwen3_moe", "Qwen3ForCausalLM (qwen3), which lacks experts"), ("granitemoe", "GraniteForCausalLM"),
-        ("deepseek_v3", "latent attention (MLA) (kv_lora_rank"), ("jamba", "state-space or linear-attention layers"),
-        ("qwen3_next", "layers of another kind (linear_attention)"), ("apertus", "lacks the activation xielu"),
-        ("starcoder2", "lacks LayerNorm"), ("gpt2", "lacks positions that are not rotary"),
-        ("cohere", "Cohere2ForCausalLM (cohere2); where it differs shows in its tensors' names"),
-        ("gemma3n_text", "Gemma3ForCausalLM (gemma3_text), which lacks layers that share keys and values"),
-        ("llama4_text", "attention in chunks (attention_chunk_size)"), ("t5", "lacks an encoder"),
+        ("mixtral", "istral"), ("mixtral", "differs by experts (num_local_experts, num_experts_per_tok)"),
+        ("qwen3_moe", "Qwen3ForCausalLM (qwen3), from which it differs by experts"),
+        ("granitemoe", "GraniteForCausalLM"), ("deepseek_v3", "latent attention (MLA) (kv_lora_rank"),
+        ("jamba", "state-space or linear-attention layers"), ("lfm2", "layers (conv_L_cache)"),
+        ("qwen3_next", "layers of another kind (linear_attention)"), ("apertus", "by the activation xielu"),
+        ("starcoder2", "by LayerNorm"), ("gpt2", "by learned positions (n_positions"),
+        ("cohere", "Cohere2ForCausalLM (cohere2); nothing tells where it differs"),
+        ("gemma3n_text", "Gemma3ForCausalLM (gemma3_text), from which it differs by layers that share keys and values"),
+        ("llama4_text", "attention in chunks (attention_chunk_size)"), ("t5", "by an encoder"),
         ("mamba", "says too little"),
     ],
 )  # fmt: skip
@@ -47,15 +50,20 @@ def saved(path: Path, family: str, **sizes: Any) -> Path:
     return path
 
 
+ABSENT = "tensors that that one wants and that aren't there"
+
+
 @pytest.mark.parametrize(
     ("family", "told"),
     [
-        ("Starcoder2", ("MistralForCausalLM", "lacks LayerNorm, what uses mlp.c_fc, mlp.c_proj", "mlp.gate_proj")),
-        ("Mixtral", ("lacks experts", "block_sparse_moe.experts.*.w1, ", "mlp.gate_proj, mlp.up_proj besides")),
-        ("SeedOss", ("LlamaForCausalLM (llama); their names are alike, which doesn't say that they are used alike",)),
+        ("Starcoder2", ("MistralForCausalLM (mistral), from which it differs by LayerNorm, ",
+                        "tensors that that one has no use for (mlp.c_fc, mlp.c_proj), ",
+                        f"{ABSENT} (mlp.down_proj, mlp.gate_proj, mlp.up_proj)")),
+        ("Mixtral", ("experts", "(block_sparse_moe.experts.*.w1, ", f"{ABSENT} (mlp.down_proj, mlp.gate_proj, ")),
+        ("SeedOss", ("LlamaForCausalLM (llama), with tensors of the same names; nothing tells where it differs",)),
         ("Exaone4", ("Olmo3ForCausalLM (olmo3)",)),
     ],
-)
+)  # fmt: skip
 def test_by_the_tensors(family: str, told: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         model_config(saved(tmp_path / "model", family))
@@ -71,6 +79,19 @@ def test_by_the_tensors_of_several_files(tmp_path: Path) -> None:
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     said = weft("doctor", str(path), code=2).stderr
     assert "closest by its tensors" in said and "mlp.c_fc" in said
+
+
+def test_names_are_read_where_they_are_needed_and_with_limits(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = b"[" * 200_000
+    (tmp_path / "model.safetensors").write_bytes(len(deep).to_bytes(8, "little") + deep)
+    assert tensor_names(tmp_path) == []
+    many = json.dumps({f"model.layers.{n}.x.weight": {} for n in range(MOST_TENSORS + 1)}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(many).to_bytes(8, "little") + many)
+    assert tensor_names(tmp_path) == []
+    monkeypatch.setattr("weft.model.description.tensor_names", lambda path: pytest.fail("the family is known"))
+    model_config(checkpoints.directory("llama"))
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]", b"\x05\0\0\0\0\0\0\0{}"])
@@ -89,6 +110,13 @@ def test_in_gguf(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    told = "'starcoder2' is not known in GGUF; closest by its tensors is llama, which has no use for odd; known"
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError) as told:
         model_config(tmp_path / "a.gguf")
+    said = "is chatglm or nemotron, from which it differs by tensors that that one has no use for (odd); known are"
+    assert f"'starcoder2' is not known in GGUF; closest by its tensors {said}" in str(told.value)
+
+
+def test_a_form_with_code_of_its_own() -> None:
+    raw = {"model_type": "chatglm", "architectures": ["ChatGLMModel"], "auto_map": {"AutoModel": "x.Y"}}
+    with pytest.raises(InputError, match="it is GlmForCausalLM .glm. in a form with code of its own"):
+        blueprint_of(configured(raw))

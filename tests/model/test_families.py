@@ -62,7 +62,10 @@ def test_context_counts_rope_scaling_in(checkpoints: Checkpoints, name: str, len
         (config_of("Llama") | {"num_hidden_layers": -1}, "num_hidden_layers -1; it must be above 0"),
         (config_of("Llama") | {"vocab_size": 0}, "vocab_size 0; it must be above 0"),
         (config_of("Llama", hidden_act="mish"), "activation 'mish' is not known; known are silu, swish, gelu"),
-        (config_of("Gemma3Text", use_bidirectional_attention=True), "use_bidirectional_attention True is not known"),
+        (
+            config_of("Gemma3Text", use_bidirectional_attention=True),
+            "use_bidirectional_attention True computes what weft",
+        ),
     ],
 )
 def test_what_is_not_known_is_refused_with_what_is(raw: dict[str, Any], complaint: str) -> None:
@@ -120,7 +123,27 @@ def test_fields_of_odd_kinds_are_one_line(change: dict[str, Any], tmp_path: Path
     assert "\n" not in str(told.value)
 
 
+SIX = {"num_hidden_layers": 6, "layer_types": [*["sliding_attention"] * 5, "full_attention"], "sliding_window": 40}
+LINEAR, YARN = {"rope_type": "linear", "factor": 8.0}, {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.2,
+                                                        "original_max_position_embeddings": 128}  # fmt: skip
 MORE: list[tuple[str, dict[str, Any]]] = [
+    # As files of before transformers 5 have them: two ropes in one, patterns instead of lists, parts by other names.
+    ("Gemma3Text", SIX | {"rope_parameters": ..., "rope_theta": 1e6, "rope_local_base_freq": 1e4}),
+    ("Gemma3Text", SIX | {"rope_parameters": ..., "rope_theta": 1e6, "rope_scaling": LINEAR}),
+    ("Gemma3Text", SIX | {"rope_parameters": ..., "layer_types": ..., "sliding_window_pattern": 3}),
+    ("Olmo3", SIX | {"rope_parameters": ..., "rope_theta": 5e5, "rope_scaling": YARN}),
+    ("Olmo3", SIX | {"rope_parameters": ..., "rope_theta": 5e5, "rope_scaling": None}),
+    ("Cohere2", {"rope_parameters": ..., "rope_theta": 5e4, "layer_types": ..., "sliding_window_pattern": 2,
+                 "rotary_pct": 1.0, "head_dim": 8}),
+    ("GPTNeoX", {"rope_parameters": ..., "rotary_pct": 0.5, "rotary_emb_base": 5000}),
+    ("Nemotron", {"rope_parameters": ..., "partial_rotary_factor": 0.25, "rope_theta": 1e4}),
+    ("Glm4", {"rope_parameters": ..., "partial_rotary_factor": 0.5, "rope_theta": 1e4, "eos_token_id": None}),
+    ("Glm", {"rope_parameters": ..., "rope_theta": 1e4, "eos_token_id": ...}),
+    ("Phi3", {"rope_parameters": ..., "rope_theta": 1e4, "rope_scaling": None, "layer_types": ["full_attention"] * 2,
+              "sliding_window": 40}),
+    ("SmolLM3", {"no_rope_layers": ..., "layer_types": ..., "no_rope_layer_interval": 2}),
+    ("GraniteSWA", {"layer_rope_theta": ..., "layer_types": ...}), ("Granite", {"attention_multiplier": ...}),
+    ("Llama", {"num_key_value_heads": ...}), ("Mistral", {"num_attention_heads": 8, "num_key_value_heads": ...}),
     ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
                "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_theta": 5e5}),
@@ -166,7 +189,8 @@ def test_whatever_a_file_leaves_open_is_transformers_to_say() -> None:
     raw = config_of("Llama")
     assert complete_fields(raw) is not None
     for change in (
-        {"num_hidden_layers": "2"}, {"num_hidden_layers": 0}, {"rms_norm_eps": 1}, {"hidden_size": 50},
+        {"num_key_value_heads": None}, {"num_hidden_layers": "2"}, {"num_hidden_layers": 0}, {"rms_norm_eps": 1},
+        {"hidden_size": 50},
         {"attention_bias": None}, {"partial_rotary_factor": 0.5}, {"rope_parameters": {"rope_type": "longrope"}},
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
         {"model_type": "gemma2"}, {"rope_parameters": [1]},
@@ -176,6 +200,8 @@ def test_whatever_a_file_leaves_open_is_transformers_to_say() -> None:
 
 WRONG = {"full_attention": {"rope_type": "yarn", "rope_theta": 1e4, "factor": -1},
          "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}  # fmt: skip
+STRETCHED = {kind: {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+             for kind in ("full_attention", "sliding_attention")}  # fmt: skip
 SHORT = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, "short_factor": [1.0],
          "long_factor": [1.0], "original_max_position_embeddings": 4096}  # fmt: skip
 
@@ -187,7 +213,12 @@ SHORT = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.
         ("GraniteSWA", {"layer_rope_theta": [1e4]}), ("Cohere2", {"layer_types": []}),
         ("Gemma3Text", {"layer_types": ["full_attention"] * 2, "rope_parameters": WRONG}),
         ("Glm4", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.5}}),
-        ("Phi3", {"rope_parameters": SHORT}),
+        ("Phi3", {"rope_parameters": SHORT}), ("Granite", {"logits_scaling": 0.0}),
+        ("Granite", {"logits_scaling": None}),
+        ("Gemma2", {"query_pre_attn_scalar": 0}), ("Gemma2", {"query_pre_attn_scalar": "x"}),
+        ("Gemma2", {"attn_logit_softcapping": "x"}), ("Cohere2", {"logit_scale": "x"}),
+        ("GraniteSWA", {"layer_rope_theta": ["x", 1]}), ("GraniteSWA", {"layer_rope_theta": [-1.0, 1]}),
+        ("Gemma3Text", {"layer_types": ["full_attention"] * 2, "rope_parameters": STRETCHED}),
     ],
 )  # fmt: skip
 def test_what_says_nothing_of_some_layers_is_one_line(family: str, change: dict[str, Any]) -> None:

@@ -131,7 +131,7 @@ def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sco
 
 SINKS = torch.tensor([[-2.0], [0.0], [1.0], [4.0]])
 SCORINGS = [
-    *(Scoring(window) for window in (None, 30, 200, 1000)), Scoring(None, 2.0), Scoring(30, 2.0),
+    *(Scoring(window) for window in (None, 30, 200, 300, 1000)), Scoring(None, 2.0), Scoring(30, 2.0),
     Scoring(None, None, SINKS), Scoring(30, None, SINKS), Scoring(200, 2.0, SINKS),
 ]  # fmt: skip
 
@@ -144,10 +144,12 @@ def test_attention_in_chunks_is_attention_in_one(scoring: Scoring, exact: bool) 
     expected = reference(query, keys, values, scoring)
     whole = attend(query, keys, values, 0, scoring, exact)
     assert torch.allclose(whole, expected, atol=1e-5)
-    cuts = [0, GRANULE, 3 * GRANULE, tokens] if exact else [0, 1, 90, 91, 400, tokens]
+    cuts = [0, GRANULE, 2 * GRANULE, 3 * GRANULE, tokens] if exact else [0, 1, 90, 91, 400, tokens]
     pieces = [attend(query[:, a:b], keys, values, a, scoring, exact) for a, b in zip(cuts, cuts[1:], strict=False)]
     together = torch.cat(pieces)
     assert torch.equal(together, whole) if exact else torch.allclose(together, expected, atol=1e-5)
+    halves = [attend(query[:, a:b], keys, values, a, scoring, exact) for a, b in ((0, 256), (256, tokens))]
+    assert torch.equal(torch.cat(halves), whole) if exact else torch.allclose(torch.cat(halves), expected, atol=1e-5)
     for at in (0, 1, 29, 30, 31, 257, 499):  # token by token, as when decoding
         one = attend(query[:, at : at + 1], keys, values, at, scoring, exact)
         assert torch.allclose(one, expected[at : at + 1], atol=1e-5), at

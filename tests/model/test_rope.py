@@ -59,4 +59,26 @@ def test_angles_are_the_same_whenever_they_come_first() -> None:
     found = [pieces.angles(a, b, 0) for a, b in zip(cuts, cuts[1:], strict=False)]
     assert torch.equal(torch.cat(found), expected)
     assert torch.equal(late.angles(2 * BLOCK + 5, 2 * BLOCK + 6, 0), expected[2 * BLOCK + 5 : 2 * BLOCK + 6])
-    assert late.angles(9, 9, 0).shape == (0, 8)
+
+
+def test_two_forms_of_longrope() -> None:
+    """A sequence's positions are of the longer form once it is longer; what is kept doesn't grow with prompts."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, "short_factor": [1.0, 2.0],
+            "long_factor": [3.0, 4.0], "original_max_position_embeddings": 64}  # fmt: skip
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "max_position_embeddings": 1024}
+    config = configured(
+        transformers.Phi3Config(**sizes, original_max_position_embeddings=64, rope_parameters=rope).to_dict()
+    )
+    [made] = ropes_for(config, blueprint_of(config))
+
+    def expected(length: int, start: int, end: int) -> torch.Tensor:
+        frequencies, factor = FORMULAS["longrope"](config.fields["rope_parameters"], 4, 1024, length)
+        turns = torch.outer(torch.arange(start, end, dtype=torch.float32), frequencies)
+        return torch.polar(torch.full_like(turns, factor), turns)
+
+    for start, end, prompt, length in ((0, 64, 64, 64), (0, 65, 65, 65), (63, 64, 10, 64), (64, 65, 10, 65),
+                                       (0, 900, 900, 900), (5, 9, 700, 700), (900, 901, 65, 901)):  # fmt: skip
+        assert torch.allclose(made.angles(start, end, prompt), expected(length, start, end), atol=1e-6), (start, end)
+    both = made.angles(60, 70, 20)
+    assert torch.allclose(both, torch.cat([expected(64, 60, 64), expected(65, 64, 70)]), atol=1e-6)
+    assert [len(blocks) for blocks in made._blocks] == [1, 1]

@@ -78,8 +78,6 @@ def attend(
     block = GRANULE if exact_rows else count
     if window is not None and end > window:
         block = min(block, WINDOW_BLOCK)
-    else:
-        scoring = scoring._replace(window=None)
     if scoring.softcap is not None:
         block = min(block, CAPPED_BLOCK)
     pieces = [
@@ -99,10 +97,12 @@ def _one_token(query_H1D: Tensor, keys_GSD: Tensor, values_GSD: Tensor) -> Tenso
 
 def _block(query_HnD: Tensor, keys_GSD: Tensor, values_GSD: Tensor, start: int, scoring: Scoring) -> Tensor:
     """[n, H * D] of consecutive positions from `start`."""
-    count, end, window = query_HnD.shape[1], start + query_HnD.shape[1], scoring.window
+    count, end = query_HnD.shape[1], start + query_HnD.shape[1]
+    # By the block's own end: its bits don't depend on what comes after it.
+    window = scoring.window if scoring.window is not None and end > scoring.window else None
     if window is not None or scoring.softcap is not None:
         first = 0 if window is None else max(0, start - window + 1)
-        mask = _window_mask(count, count if window is None else end - first, window).to(query_HnD)
+        mask = _mask(count, end - first, window).to(query_HnD)
         keys, values = keys_GSD[:, first:end], values_GSD[:, first:end]
         out, weight = _call(query_HnD, keys, values, causal=False, mask=mask, softcap=scoring.softcap)
         return _rows(_sunk(out, weight, scoring.sinks))
@@ -125,13 +125,29 @@ def _rows(out_HnD: Tensor) -> Tensor:
     return out_HnD.transpose(0, 1).flatten(1)
 
 
-@lru_cache(maxsize=64)
-def _window_mask(count: int, keys: int, window: int | None) -> Tensor:
-    """[n, S] for the last n of S positions: 0 where a token sees a key, minus infinity elsewhere."""
-    query = torch.arange(keys - count, keys)[:, None]
-    key = torch.arange(keys)[None, :]
-    seen = (key <= query) & (key > query - (keys if window is None else window))
-    return torch.zeros(count, keys).masked_fill_(~seen, -math.inf)
+@lru_cache(maxsize=4)
+def _window_mask(window: int) -> Tensor:
+    """[n, S] of the last n = WINDOW_BLOCK positions and all S that one of them sees: 0 where a token sees a key, minus
+    infinity elsewhere. Those of fewer tokens, or of fewer keys, are a part of it."""
+    keys = window + WINDOW_BLOCK - 1
+    query, key = torch.arange(window - 1, keys)[:, None], torch.arange(keys)[None, :]
+    seen = (key <= query) & (key > query - window)
+    return torch.zeros(WINDOW_BLOCK, keys).masked_fill_(~seen, -math.inf)
+
+
+@lru_cache(maxsize=1)
+def _causal_mask() -> Tensor:
+    """The same of CAPPED_BLOCK positions with themselves, where nothing limits how far they see."""
+    return torch.full((CAPPED_BLOCK, CAPPED_BLOCK), -math.inf).triu_(1)
+
+
+def _mask(count: int, keys: int, window: int | None) -> Tensor:
+    """[n, S] for the last n of S positions that begin a sequence or are all that the first of them sees; or of the n
+    with themselves, where they see all before them."""
+    if window is None:
+        return _causal_mask()[:count, :count]
+    first = window - 1 - (keys - count)  # a sequence's beginning has fewer positions before it
+    return _window_mask(window)[:count, first : first + keys].contiguous()
 
 
 def _call(

@@ -16,7 +16,8 @@ MISSING: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("latent attention (MLA)", ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim")),
     ("state-space or linear-attention layers",
      ("mamba_d_state", "ssm_state_size", "state_size", "mamba_expand", "linear_num_value_heads", "linear_key_head_dim",
-      "time_step_rank", "conv_kernel", "lru_width", "attn_layer_period", "hybrid_override_pattern", "wkv_head_size")),
+      "time_step_rank", "conv_kernel", "conv_L_cache", "lru_width", "attn_layer_period", "hybrid_override_pattern",
+      "wkv_head_size")),
     ("an encoder", ("is_encoder_decoder", "encoder_layers", "num_encoder_layers", "encoder", "num_decoder_layers")),
     ("ALiBi", ("alibi", "use_alibi")),
     ("attention in chunks", ("attention_chunk_size",)),
@@ -27,34 +28,33 @@ MISSING: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("attention that sees what follows", ("use_bidirectional_attention",)),
 )  # fmt: skip
 LAYER_NORMS = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+LEARNED = ("n_positions", "n_ctx", "relative_attention_num_buckets")
 ROTARY = ("rope_theta", "rope_parameters", "rope_scaling", "rotary_pct", "rotary_dim", "partial_rotary_factor")
 SOME = 4  # names that are told
 
 
 def closest(fields: Mapping[str, Any], families: Mapping[str, Family], tensors: Iterable[str] = ()) -> str:
     """The known architecture that says most of what this one says, in its configuration or, where they are at hand, by
-    the names of a layer's tensors; and what this one has beside."""
+    the names of a layer's tensors; and where this one differs."""
     inner = fields.get("text_config")
     flat = {**inner, **fields} if isinstance(inner, dict) else dict(fields)
+    for name, family in families.items():
+        if fields.get("model_type") in family.formerly:
+            return f"it is {family.architecture} ({name}) in a form with code of its own; give the form without"
     layer = layer_of(tensors)
     if not layer and not {"num_attention_heads", "n_head", "num_heads"} & set(flat):
         return "its configuration says too little to tell which known one is closest"
-    lacking = missing(flat)
-    if not layer:
-        name = max(families, key=lambda each: _alike(flat, each, families[each]))
-        lacking += _other_norm(flat, families[name])
-        told = f"closest by its configuration is {families[name].architecture} ({name})"
-        plain = f"{told}; where it differs shows in its tensors' names, not there"
-        return f"{told}, which lacks {', '.join(lacking)}" if lacking else plain
-    names = {each: _layer_names(family) for each, family in families.items()}
+    names = {each: layer_names(family) for each, family in families.items()}
     name = max(names, key=lambda each: (len(layer & names[each]), _alike(flat, each, families[each])))
-    told = f"closest by its tensors is {families[name].architecture} ({name})"
-    lacking += _other_norm(flat, families[name])
-    more, less = layer - names[name], _needed(families[name]) - layer
-    lacking += [f"what uses {_some(more)}"] if more else []
-    told += f", which lacks {', '.join(lacking)}" if lacking else ""
-    told += f"{' and' if lacking else ', which'} has {_some(less)} besides" if less else ""
-    return told if lacking or less else told + "; their names are alike, which doesn't say that they are used alike"
+    told = f"closest by its {'tensors' if layer else 'configuration'} is {families[name].architecture} ({name})"
+    differs = [*missing(flat), *_other_norm(flat, families[name])]
+    if layer and (more := layer - names[name]):
+        differs.append(f"tensors that that one has no use for ({some_of(more)})")
+    if layer and (less := _needed(families[name]) - layer):
+        differs.append(f"tensors that that one wants and that aren't there ({some_of(less)})")
+    if differs:
+        return f"{told}, from which it differs by {', '.join(differs)}"
+    return f"{told}{', with tensors of the same names' if layer else ''}; nothing tells where it differs"
 
 
 def _other_norm(fields: Mapping[str, Any], family: Family) -> list[str]:
@@ -67,7 +67,7 @@ def layer_of(tensors: Iterable[str]) -> set[str]:
     return {re.sub(r"\.\d+\.", ".*.", part[1]) for part in parts if part is not None}
 
 
-def _layer_names(family: Family) -> set[str]:
+def layer_names(family: Family) -> set[str]:
     """All that a layer may have."""
     names = family.names
     found = {names.before_attention, names.queries, names.keys, names.values, names.output, names.after_attention,
@@ -78,16 +78,17 @@ def _layer_names(family: Family) -> set[str]:
 def _needed(family: Family) -> set[str]:
     """All but what a flag of the configuration may leave out."""
     names = family.names
-    return _layer_names(family) - ({names.query_norm, names.key_norm} if isinstance(family.qk_norm, str) else set())
+    return layer_names(family) - ({names.query_norm, names.key_norm} if isinstance(family.qk_norm, str) else set())
 
 
-def _some(names: Collection[str]) -> str:
+def some_of(names: Collection[str]) -> str:
+    """The first few, for people."""
     some = sorted(names)
     return ", ".join(some[:SOME]) + (f" and {len(some) - SOME} more" if len(some) > SOME else "")
 
 
 def missing(fields: Mapping[str, Any]) -> list[str]:
-    """What the fields tell of that no known family has, with the fields."""
+    """What the fields tell of that no known family has, or that one has not, with the fields."""
     found = []
     for what, names in MISSING:
         there = [name for name in names if fields.get(name) not in ABSENT]
@@ -95,7 +96,8 @@ def missing(fields: Mapping[str, Any]) -> list[str]:
     kinds = fields.get("layer_types")
     others = sorted({str(kind) for kind in kinds if kind not in KINDS}) if isinstance(kinds, list) else []
     found += [f"layers of another kind ({', '.join(others)})"] if others else []
-    found += [] if {*ROTARY} & set(fields) else ["positions that are not rotary"]
+    learned = [name for name in LEARNED if name in fields] if not {*ROTARY} & set(fields) else []
+    found += [f"learned positions ({', '.join(learned)})"] if learned else []
     activation = fields.get("hidden_act") or fields.get("hidden_activation")
     if isinstance(activation, str) and activation not in ACTIVATIONS:
         found.append(f"the activation {activation}")
@@ -112,4 +114,4 @@ def _alike(fields: Mapping[str, Any], name: str, family: Family) -> tuple[float,
     stem = str(fields.get("model_type", "")).lower().replace("_", "").replace("-", "")
     known = name.replace("_", "")
     common = next((n for n in range(min(len(stem), len(known)), 0, -1) if stem[:n] == known[:n]), 0)
-    return (3.0 * (common >= 3) * common + 2 * there - len(own), common)
+    return (3.0 * (common >= 4) * common + 2 * there - len(own), common)

@@ -66,14 +66,13 @@ def text_part(raw: dict[str, Any]) -> dict[str, Any]:
     if family not in known:
         return raw
     around = {name: raw[name] for name in OUTSIDE if raw.get(name) is not None}
-    return part | around | {"model_type": family, "architectures": [FAMILIES[family].architecture]}
+    tied = {"tie_word_embeddings": True}  # what the larger models take for granted
+    return tied | part | around | {"model_type": family, "architectures": [FAMILIES[family].architecture]}
 
 
 def _canonical(fields: dict[str, Any], family: Family) -> dict[str, Any]:
-    """With the usual names for what this family calls otherwise, and as many key/value heads as heads where it says
-    nothing of them."""
-    named = {usual: fields[own] for usual, own in family.fields.items() if own in fields}
-    return {"num_key_value_heads": fields.get("num_attention_heads")} | fields | named
+    """With the usual names for what this family calls otherwise."""
+    return fields | {usual: fields[own] for usual, own in family.fields.items() if own in fields}
 
 
 def complete_fields(raw: dict[str, Any]) -> dict[str, Any] | None:
@@ -86,7 +85,7 @@ def complete_fields(raw: dict[str, Any]) -> dict[str, Any] | None:
     kinds: dict[str, type] = dict.fromkeys(WHOLE, int) | {"rms_norm_eps": float, "hidden_act": str}
     kinds |= {name: type(value) for name, value in family.defaults.items() if isinstance(value, bool)}
     plain = all(type(fields.get(name)) is kind for name, kind in kinds.items()) and all(fields[n] > 0 for n in WHOLE)
-    if not plain or not _plain_heads(fields) or not _plain_windows(fields, family) or not _plain_ends(fields):
+    if not plain or not _plain_heads(fields) or not _plain_windows(fields, family) or not _plain_ends(fields, family):
         return None
     return fields if all(isinstance(fields.get(name), list) for name in family.derived[1:]) else None
 
@@ -114,9 +113,11 @@ def _plain_windows(fields: dict[str, Any], family: Family) -> bool:
     return bool(plain and (each or (kinds is None and "layer_types" not in family.derived)))
 
 
-def _plain_ends(fields: dict[str, Any]) -> bool:
-    ends = fields["eos_token_id"]
-    return ends is None or all(type(token) is int for token in (ends if isinstance(ends, list) else [ends]))
+def _plain_ends(fields: dict[str, Any], family: Family) -> bool:
+    ends = fields.get("eos_token_id")
+    if ends is None:  # where that is not what is usual, transformers has others
+        return "eos_token_id" in family.defaults
+    return all(type(token) is int for token in (ends if isinstance(ends, list) else [ends]))
 
 
 def _complete_rope(raw: dict[str, Any], family: Family) -> dict[str, Any] | None:
@@ -124,7 +125,9 @@ def _complete_rope(raw: dict[str, Any], family: Family) -> dict[str, Any] | None
     new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
     if new and (old or "rope_theta" in raw or "partial_rotary_factor" in raw):
         return None  # which of them counts
-    if isinstance(new, dict) and set(new) == set(KINDS):
+    if family.ropes_by_kind:
+        if not isinstance(new, dict) or set(new) != set(KINDS):
+            return None
         parts = {kind: _plain_rope(part, family) for kind, part in new.items()}
         return parts if all(parts.values()) else None
     written = new or old or {}

@@ -62,7 +62,6 @@ class Decoder:
         self, blueprint: Blueprint, share: Share, weights: Weights, ropes: Sequence[Rope], exact_rows: bool = False
     ) -> None:
         self.width, self.embedding, self.ropes = blueprint.hidden, weights.embedding, ropes
-        self.query_factors = next((f for rope in ropes if (f := rope.query_factors) is not None), None)
         making = _StageMaker(blueprint, share, self.embedding.device, exact_rows)
         outline = blueprint.outline
         self.stages: dict[tuple[str, int | None], StageFunctions] = {
@@ -86,11 +85,13 @@ class Decoder:
             _joined([rope.angles(s.start, s.end, s.prompt or s.end) for s in batch.segments])[:, None]
             for rope in self.ropes
         )
-        factors = None
-        if self.query_factors is not None:
-            factors = _joined([self.query_factors[s.start : s.end] for s in batch.segments])
-            factors = factors.to(self.embedding.dtype)[:, None, None]
-        return Forward(batch, ids, angles, factors, slabs)
+        return Forward(batch, ids, angles, self._query_factors(batch), slabs)
+
+    def _query_factors(self, batch: Batch) -> Tensor | None:
+        """By the first rope, which is the only one where there are any."""
+        found = [self.ropes[0].query_factors(s.start, s.end) for s in batch.segments] if self.ropes else []
+        some = [factors for factors in found if factors is not None]
+        return _joined(some).to(self.embedding.dtype)[:, None, None] if some else None
 
     def empty_hidden(self, rows: int) -> Tensor:
         """An uninitialised residual stream [rows, M]."""

@@ -43,7 +43,7 @@ def _checked(path: Path, raw: dict[str, Any]) -> ModelConfig:
     try:
         config = configured(raw)
         scheme_of(config.fields)
-        family_of(config, tensor_names(path.parent))
+        family_of(config, lambda: tensor_names(path.parent))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return config

@@ -5,14 +5,14 @@ docs/families.md is made from these rows, and says how one is added.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from weft.config import ModelConfig
 from weft.errors import InputError
 from weft.model.blueprint import Blueprint
 from weft.model.closest import closest
-from weft.model.family import ACTIVATIONS, Family, Names, NormKind, field_value
+from weft.model.family import ACTIVATIONS, Family, Names, NormKind, by_kind, field_value, number
 
 
 def _root_of_hidden(config: ModelConfig) -> float:
@@ -20,11 +20,11 @@ def _root_of_hidden(config: ModelConfig) -> float:
 
 
 def _scalar(config: ModelConfig) -> float:
-    return float(config.fields["query_pre_attn_scalar"] ** -0.5)
+    return float(number(config, "query_pre_attn_scalar", 0.0) ** -0.5)
 
 
 def _divided_logits(config: ModelConfig) -> float:
-    return 1.0 / float(config.fields["logits_scaling"])
+    return 1.0 / number(config, "logits_scaling", 0.0)
 
 
 def _rope_layers(config: ModelConfig) -> tuple[bool, ...]:
@@ -39,7 +39,7 @@ def _where_it_slides(config: ModelConfig) -> tuple[bool, ...]:
 LAYERS = ("layer_types",)
 ATTENTION, MLP = {"attention_bias": False}, {"mlp_bias": False}
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
-GLM = {"attention_bias": True, "head_dim": 128, "eos_token_id": [151329, 151336, 151338], **UNTIED}
+GLM = {"attention_bias": True, "head_dim": 128, **UNTIED}
 FUSED = dict.fromkeys(("queries", "keys", "values"), "self_attn.qkv_proj")
 GATE_UP = Names(gate="mlp.gate_up_proj", up="mlp.gate_up_proj")
 FOUR_NORMS = Names(
@@ -101,8 +101,9 @@ FAMILIES: dict[str, Family] = {
         notes="norms before and after, gain 1 + w, capped scores and logits, every second layer slides",
     ),
     "gemma3_text": replace(
-        GEMMA, architecture="Gemma3ForCausalLM", qk_norm=True, softcaps=("", "final_logit_softcapping"),
-        defaults=GEMMA.defaults | {"final_logit_softcapping": None}, wrapped=("gemma3",),
+        GEMMA, architecture="Gemma3ForCausalLM", qk_norm=True, ropes_by_kind=True,
+        softcaps=("", "final_logit_softcapping"), defaults=GEMMA.defaults | {"final_logit_softcapping": None},
+        wrapped=("gemma3",),
         notes="five layers slide to one that doesn't, each kind with a rope of its own; the text part",
     ),
     "phi3": Family(
@@ -110,10 +111,11 @@ FAMILIES: dict[str, Family] = {
         defaults=UNTIED | {
             "eos_token_id": 32000, "sliding_window": None, "original_max_position_embeddings": 4096,
         },
-        notes="Phi-3, 3.5, 4 and 4-mini: one tensor for queries, keys and values, longrope",
+        notes="Phi-3, 3.5, 4 and 4-mini: one tensor for queries, keys and values, longrope; slides if its file says so",
     ),
     "glm": Family(
-        "GlmForCausalLM", qkv_bias="attention_bias", partial=True, interleaved=True, names=GATE_UP, defaults=GLM,
+        "GlmForCausalLM", formerly=("chatglm",), qkv_bias="attention_bias", partial=True, interleaved=True,
+        names=GATE_UP, defaults=GLM,
         notes="GLM-4 9B of 2024: half of each head turns, in neighbours",
     ),
     "glm4": Family(
@@ -128,7 +130,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmo3": replace(
         BIASED, architecture="Olmo3ForCausalLM", names=POST_NORMS, qk_norm=True, across=True, windowed=True,
-        derived=LAYERS, defaults=ATTENTION | UNTIED | {"eos_token_id": 50279, "sliding_window": 4096},
+        ropes_by_kind=True, derived=LAYERS,
+        defaults=ATTENTION | UNTIED | {"eos_token_id": 50279, "sliding_window": 4096},
         notes="the same, and three layers in four slide",
     ),
     "granite": replace(
@@ -183,14 +186,14 @@ ROPES = ("default", "linear", "dynamic", "yarn", "llama3", "factors", "longrope"
 STRETCHING = ("dynamic", "longrope")  # with the length of a sequence
 
 
-def family_of(config: ModelConfig, tensors: Iterable[str] = ()) -> Family:
-    """Its row. Raises `InputError`, saying which one is closest, for one that weft doesn't have. `tensors`: names of
-    the model's, where they are at hand."""
+def family_of(config: ModelConfig, tensors: Callable[[], Iterable[str]] = tuple) -> Family:
+    """Its row. Raises `InputError`, saying which one is closest, for one that weft doesn't have. `tensors`: gives names
+    of the model's, where they are at hand."""
     family = FAMILIES.get(config.model_type)
     # As in transformers the type counts, not what of it was saved, as long as the checkpoint has no code of its own.
     if family is None or (config.fields.get("auto_map") and config.architecture not in ("", family.architecture)):
         given = config.architecture or config.model_type
-        told = closest(config.fields, FAMILIES, tensors)
+        told = closest(config.fields, FAMILIES, tensors())
         known = ", ".join(FAMILIES)
         raise InputError(f"the architecture {given} ({config.model_type}) is not known; {told}; known are {known}")
     return family
@@ -204,10 +207,10 @@ def blueprint_of(config: ModelConfig) -> Blueprint:
         raise InputError(f"the activation {config.activation!r} is not known; known are {known}")
     for name, values in family.neutral.items():
         if (value := config.fields.get(name)) not in values:
-            raise InputError(f"{name} {value!r} is not known for {family.architecture}; leave it out")
+            raise InputError(f"{family.architecture} with {name} {value!r} computes what weft doesn't: it can't be run")
     blueprint = family.declare(config, family)
     for rope in blueprint.ropes:
         kind = rope.get("rope_type", "default")
-        if kind not in ROPES or (kind in STRETCHING and len(blueprint.ropes) > 1):
+        if kind not in ROPES or (kind in STRETCHING and by_kind(config.fields.get("rope_parameters") or {})):
             raise InputError(f"the rope scaling {kind!r} is not known; known are {', '.join(ROPES)}")
     return blueprint

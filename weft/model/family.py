@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from weft.config import ModelConfig
+from weft.errors import InputError
 from weft.model.blueprint import (
     AttentionBranch,
     Axis,
@@ -67,15 +68,18 @@ class NormKind:
     biased: bool = False
 
 
-def _sliding(config: ModelConfig) -> tuple[bool, ...]:
-    """Which layers have a window, as `layer_types` has it: all of them, where it says nothing."""
-    kinds = config.fields.get("layer_types") or [SLIDING] * config.layers
-    return tuple(kind == SLIDING for kind in kinds[: config.layers])
-
-
 def everywhere(config: ModelConfig) -> tuple[bool, ...]:
     """All layers."""
     return (True,) * config.layers
+
+
+def number(config: ModelConfig, name: str, above: float = float("-inf")) -> float:
+    """A field's value. Raises `InputError` for what is no number, or not above that one."""
+    value: Any = config.fields.get(name)
+    if type(value) not in (int, float) or not above < value < float("inf"):
+        least = "" if above == float("-inf") else f" above {above:g}"
+        raise InputError(f"the configuration is inconsistent: {name} is {value!r}; it must be a number{least}")
+    return float(value)
 
 
 def no_factor(config: ModelConfig) -> float:
@@ -85,12 +89,7 @@ def no_factor(config: ModelConfig) -> float:
 
 def field_value(name: str) -> Callable[[ModelConfig], float]:
     """A field's value, as a number; 1.0 where it is missing or null."""
-
-    def read(config: ModelConfig) -> float:
-        value = config.fields.get(name)
-        return 1.0 if value is None else float(value)
-
-    return read
+    return lambda config: 1.0 if config.fields.get(name) is None else number(config, name)
 
 
 def decoder(config: ModelConfig, family: Family) -> Blueprint:
@@ -102,21 +101,23 @@ def decoder(config: ModelConfig, family: Family) -> Blueprint:
 class Family:
     """What sets one family apart from a plain pre-norm Llama.
 
-    `notes`: for people. `wrapped`: model types of which it is the text part. `fields`: what its configuration calls
-    rms_norm_eps and the like; `defaults`: of fields that its files may leave out, as in transformers; `derived`: those
-    that transformers makes from others then; `neutral`: values of fields beside which it would be computed otherwise.
+    `notes`: for people. `wrapped`: model types of which it is the text part; `formerly`: what checkpoints with code of
+    their own call it. `fields`: what its configuration calls rms_norm_eps and the like; `defaults`: of fields that its
+    files may leave out, as in transformers; `derived`: those that transformers makes from others then; `neutral`:
+    values of fields beside which it would be computed otherwise.
 
     `norm`: of rows. `qk_norm`: of each query and key head; with `across`, over all heads. `parallel`: attention and MLP
     read one input. `windowed`: attention to the last `sliding_window` positions only, in the layers of that kind;
     `rotates`: layers in which positions turn queries and keys; `interleaved`: neighbours, not halves; `partial`: a part
     of each head, by partial_rotary_factor. `by_head`: the one tensor of queries, keys and values has the three of a
-    head together. Factors: of embeddings, scores (instead of 1/sqrt(head width)), contributions and logits. `softcaps`:
-    fields of scores and logits. `sinks`: the tensor. `aliases`: how names may begin, and how in files then. `declare`:
-    all that it consists of.
+    head together. `ropes_by_kind`: layers that slide turn otherwise than those that don't. Factors: of embeddings,
+    scores (instead of 1/sqrt(head width)), contributions and logits. `softcaps`: fields of scores and logits. `sinks`:
+    the tensor. `aliases`: how names may begin, and how in files then. `declare`: all that it consists of.
     """
 
     architecture: str
     wrapped: tuple[str, ...] = ()
+    formerly: tuple[str, ...] = ()
     notes: str = ""
     fields: Mapping[str, str] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -135,6 +136,7 @@ class Family:
     interleaved: bool = False
     partial: bool = False
     by_head: bool = False
+    ropes_by_kind: bool = False
     embedding_factor: Callable[[ModelConfig], float] = no_factor
     score_factor: Callable[[ModelConfig], float] | None = None
     contribution_factor: Callable[[ModelConfig], float] = no_factor
@@ -168,7 +170,7 @@ class _Declaring:
         config, names, family = self.config, self.names, self.family
         norm = self.norm(names.norm, family.logit_factor(config))
         assert norm is not None, "no family is without a norm before the head"
-        windowed = _sliding(config) if self.on(family.windowed) else (False,) * config.layers
+        windowed = self.sliding() if self.on(family.windowed) else (False,) * config.layers
         window = config.fields.get("sliding_window")
         ropes, turned = ropes_of(config, family.rotates(config))
         return Blueprint(
@@ -180,10 +182,14 @@ class _Declaring:
             names.layer, family.embedding_factor(config), self.softcap(1),
         )  # fmt: skip
 
+    def sliding(self) -> tuple[bool, ...]:
+        """Which layers have a window: as `layer_types` has it, where the family reads that; else all of them."""
+        kinds = self.config.fields.get("layer_types") if "layer_types" in self.family.derived else None
+        return tuple(kind == SLIDING for kind in (kinds or [SLIDING] * self.config.layers)[: self.config.layers])
+
     def softcap(self, which: int) -> float | None:
         name = self.family.softcaps[which]
-        value = self.config.fields.get(name) if name else None
-        return float(value) if value else None
+        return number(self.config, name, 0.0) if name and self.config.fields.get(name) else None
 
     def layer(self) -> tuple[StageParts, ...]:
         names, stages, mlp = self.names, list[StageParts](), self.mlp()
@@ -270,6 +276,8 @@ def ropes_of(config: ModelConfig, turns: tuple[bool, ...]) -> tuple[tuple[dict[s
     given, kinds = config.fields.get("rope_parameters") or {}, config.fields.get("layer_types") or []
     bases = config.fields.get("layer_rope_theta")
     if isinstance(bases, list):
+        if not all(type(base) in (int, float) and 0 <= base < float("inf") for base in bases):
+            raise InputError(f"the configuration is inconsistent: layer_rope_theta is {bases!r}; give numbers from 0")
         each = [given | {"rope_theta": base} if base else None for base in bases[: config.layers]]
     elif by_kind(given):
         each = [given[kind] for kind in kinds[: config.layers]]

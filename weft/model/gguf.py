@@ -6,12 +6,14 @@ Sources: llama.cpp's converter (what is written) and loaders (what is taken for 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from weft.errors import InputError
-from weft.formats.gguf.architectures import FACTORS, Architecture, Keys, architecture_of, sliding
+from weft.formats.gguf.architectures import FACTORS, LAYER_NAMES, Architecture, Keys, architecture_of, sliding
 from weft.formats.gguf.files import GgufFiles
+from weft.model.closest import layer_names, some_of
 from weft.model.families import FAMILIES
 
 PAIRS = ("attn_q", "attn_k")
@@ -110,6 +112,15 @@ def _ministral3(keys: Keys, given: dict[str, Any]) -> dict[str, Any]:
     return {"rope_parameters": rope, "sliding_window": None}
 
 
+def _nemotron(keys: Keys, given: dict[str, Any]) -> dict[str, Any]:
+    """Half of each head turns; where heads are not as wide as hidden_size has it, converters count by that all the
+    same."""
+    heads, hidden = given["num_attention_heads"], given["hidden_size"]
+    if given["head_dim"] == hidden // heads or keys.whole("rope.dimension_count", 0) != hidden // 2 // heads:
+        return {}
+    return {"rope_parameters": given["rope_parameters"] | {"partial_rotary_factor": 0.5}}
+
+
 def _cohere2(keys: Keys, given: dict[str, Any]) -> dict[str, Any]:
     return {"logit_scale": keys.number("logit_scale"), **sliding(keys, given["num_hidden_layers"], 4)}
 
@@ -152,7 +163,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("smollm3", "smollm3", interleaved=PAIRS, biased=(ATTENTION_BIAS, MLP_BIAS), fields=_smollm3),
     Architecture(
         "nemotron", "nemotron", epsilon=LAYER_NORM, activation="relu2", more_by_one=True, partial=True,
-        biased=(ATTENTION_BIAS, MLP_BIAS),
+        biased=(ATTENTION_BIAS, MLP_BIAS), fields=_nemotron,
     ),
     Architecture(
         "mistral3", "ministral3", lambda keys: bool(keys.there("attention.temperature_scale")), interleaved=PAIRS,
@@ -177,6 +188,26 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 def gguf_fields(path: Path) -> dict[str, Any]:
     """What a file says, as a config.json of its family would. Raises `InputError`."""
     files = GgufFiles(path)
-    row = architecture_of(files.header, ARCHITECTURES, [*files.tensors])
+    row = architecture_of(files.header, ARCHITECTURES, lambda: _closest([*files.tensors]))
     fields = files.configuration(row)
     return {FAMILIES[row.family].fields.get(name, name): value for name, value in fields.items()}
+
+
+def _closest(tensors: Collection[str]) -> str:
+    """The architecture that has most of the tensors of a layer, and where they differ."""
+    layer = {name.removeprefix("blk.0.").rpartition(".")[0] for name in tensors if name.startswith("blk.0.")}
+    own = [_parts(row) for row in ARCHITECTURES]
+    best = [(len(layer & each), -len(each)) for each in own]
+    at = best.index(max(best))
+    if not layer & own[at]:
+        return ""
+    alike = dict.fromkeys(row.name for row, each in zip(ARCHITECTURES, own, strict=True) if each == own[at])
+    kinds = (("has no use for", layer - own[at]), ("wants and that aren't there", own[at] - layer))
+    differs = ", ".join(f"tensors that that one {what} ({some_of(names)})" for what, names in kinds if names)
+    told = f"; closest by its tensors is {' or '.join(alike)}"
+    return f"{told}, from which it differs by {differs}" if differs else f"{told}; nothing tells where it differs"
+
+
+def _parts(row: Architecture) -> set[str]:
+    """What the tensors of a layer are called."""
+    return {row.names.get(name) or LAYER_NAMES.get(name, name) for name in layer_names(FAMILIES[row.family])}

@@ -120,11 +120,12 @@ class Rope:
         self._parameters = parameters
         self._kind: str = self._parameters.get("rope_type", "default")
         self._trained = config.stretches_beyond or 0
+        self._two_forms = config.turns_anew
         self._positions = int(config.fields["max_position_embeddings"])
         self._width = width
-        self._limit = config.max_length
         self._device = device
-        self._blocks: list[Tensor] = []  # of so many positions each, where length changes nothing
+        # Of so many positions each: of the only form, or of that for short sequences; of that for longer ones.
+        self._blocks: tuple[list[Tensor], list[Tensor]] = [], []
         self._stretched = lru_cache(maxsize=8)(self._for_length)
 
     def angles(self, start: int, end: int, prompt: int) -> Tensor:
@@ -132,30 +133,31 @@ class Rope:
 
         `prompt`: tokens of the sequence's prompt.
         """
-        if not self._trained:
-            return self._from_blocks(start, end)
-        alike = max(prompt, self._trained)  # as many positions are turned by one table
-        parts = [self._stretched(alike)[start : min(end, alike)]] if start < alike else []
-        parts += [self._for_length(at + 1, at) for at in range(max(start, alike), end)]
+        if not self._trained or self._two_forms:
+            short = self._trained if self._trained >= prompt else 0  # so many positions are of the short form
+            parts = [self._from_blocks(max(a, 0), b, long) for a, b, long in
+                     ((start, min(end, short), False), (max(start, short), end, True)) if a < b]  # fmt: skip
+        else:
+            alike = max(prompt, self._trained)  # as many positions are turned by one table
+            parts = [self._stretched(alike)[start : min(end, alike)]] if start < alike else []
+            parts += [self._for_length(at + 1, at) for at in range(max(start, alike), end)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _from_blocks(self, start: int, end: int) -> Tensor:
+    def _from_blocks(self, start: int, end: int, long: bool) -> Tensor:
         """Always the same blocks are computed, so that a position has the same bits whenever it comes first."""
-        for at in range(len(self._blocks) * BLOCK, end, BLOCK):
-            self._blocks.append(self._table(*self._frequencies(None), at + BLOCK, at))
-        parts = [
-            self._blocks[at // BLOCK][max(start - at, 0) : end - at]
-            for at in range(start // BLOCK * BLOCK, max(end, start + 1), BLOCK)
-        ]
+        blocks = self._blocks[long]
+        length = self._trained + long if self._two_forms else None
+        for at in range(len(blocks) * BLOCK, end, BLOCK):
+            blocks.append(self._table(*self._frequencies(length), at + BLOCK, at))
+        parts = [blocks[at // BLOCK][max(start - at, 0) : end - at] for at in range(start // BLOCK * BLOCK, end, BLOCK)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    @property
-    def query_factors(self) -> Tensor | None:
-        """What queries are multiplied by at each position, if they are: Llama 4's scaling, as Ministral has it."""
+    def query_factors(self, start: int, end: int) -> Tensor | None:
+        """What queries are multiplied by at these positions, if they are: Llama 4's scaling, as Ministral has it."""
         beta = self._parameters.get("llama_4_scaling_beta")
         if beta is None:
             return None
-        steps = torch.arange(self._limit) / self._parameters["original_max_position_embeddings"]
+        steps = torch.arange(start, end) / self._parameters["original_max_position_embeddings"]
         factors: Tensor = 1 + beta * torch.log(1 + torch.floor(steps))
         return factors.to(self._device)
 

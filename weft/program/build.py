@@ -31,7 +31,10 @@ def build(strategy: Strategy, outline: Outline, batch: Batch, granule: int = 1) 
 def demand_scattering(outline: Outline) -> None:
     """Raises `InputError` for a model whose sums can't be scattered."""
     if not outline.scatters:
-        raise InputError("--overlap rs: a stage of this model needs more, or less, than the sum before it; use another")
+        raise InputError(
+            "--overlap rs: sums of this model can't be scattered, because a stage needs more than the one before it "
+            "(norms over all heads), or not all of them; leave rs out"
+        )
 
 
 def weave(outline: Outline, tokens: int, cuts: Cuts) -> Program:

@@ -5,7 +5,7 @@ The rows themselves are beside the families' (model/gguf.py). Knows names and ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (0.0,), "embedding_scale": (1.0,), "residual_scale": (1.0,), "logit_scale": (1.0,),
     "use_parallel_residual": (False,), "leading_dense_block_count": (0,), "pooling_type": (0,),
     "attention.sliding_window_pattern": (0, 1), "rope.dimension_sections": (0,),
-    "rope.scaling.attn_factor": (1.0,), "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.attn_factor": (1.0,),
     "rope.scaling.yarn_ext_factor": (1.0, -1.0), "rope.scaling.yarn_log_multiplier": (0.0,),
     "nextn_predict_layers": (0,),
 }  # fmt: skip
@@ -65,9 +65,9 @@ class Architecture:
 
 
 def architecture_of(
-    header: GgufHeader, known: Sequence[Architecture], tensors: Collection[str] = ()
+    header: GgufHeader, known: Sequence[Architecture], closest: Callable[[], str] = str
 ) -> Architecture:  # fmt: skip
-    """Of a file. Raises `InputError` for one that isn't known, saying which one is closest by its `tensors`."""
+    """Of a file. Raises `InputError` for one that isn't known. `closest`: says which one that is."""
     name = header.get("general.architecture", str)
     if name is None:
         raise InputError(f"{header.path} names no general.architecture, so it is no model; give another file")
@@ -75,21 +75,9 @@ def architecture_of(
     found = next((row for row in known if row.name == name and row.when(keys)), None)
     if found is None:
         names = ", ".join(dict.fromkeys(row.name for row in known))
-        told = f"is not known in GGUF{_closest(tensors, known)}; known are {names}"
+        told = f"is not known in GGUF{closest()}; known are {names}"
         raise InputError(f"{header.path}: the architecture {name!r} {told}")
     return found
-
-
-def _closest(tensors: Collection[str], known: Sequence[Architecture]) -> str:
-    """Which one has most of the tensors of a layer, and what it lacks."""
-    layer = {name.removeprefix("blk.0.").rpartition(".")[0] for name in tensors if name.startswith("blk.0.")}
-    if not layer:
-        return ""
-    own = [{*LAYER_NAMES.values(), *row.names.values()} for row in known]
-    at = max(range(len(known)), key=lambda number: len(layer & own[number]))
-    row, more = known[at], sorted(layer - own[at])
-    told = f", which has no use for {', '.join(more[:4])}{' and more' if len(more) > 4 else ''}" if more else ""
-    return f"; closest by its tensors is {row.name}{told}"
 
 
 def stored_name(name: str, architecture: Architecture) -> str:
@@ -250,8 +238,9 @@ def _rope(keys: Keys, factors: list[float]) -> dict[str, Any]:
 def _yarn(keys: Keys) -> dict[str, Any]:
     """What that kind needs beside its factor."""
     original = keys.whole("rope.scaling.original_context_length", keys.whole("context_length"))
-    found = {key: keys.get(f"rope.scaling.yarn_{key}", float) for key in ("beta_fast", "beta_slow")}
-    given = {key: value for key, value in found.items() if value is not None}
+    named = {"beta_fast": "beta_fast", "beta_slow": "beta_slow", "attn_factor": "attention_factor"}
+    found = {name: keys.get(f"rope.scaling.yarn_{key}", float) for key, name in named.items()}
+    given = {name: value for name, value in found.items() if value is not None}
     return {"original_max_position_embeddings": original} | given
 
 

@@ -1,0 +1,5 @@
+"""`python -m weft`: the command."""
+
+from weft.cli.main import main
+
+main()
