@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import logging
 import sys
 from collections import Counter
 from functools import cache
@@ -119,6 +120,7 @@ def main() -> int:
     """Writes it, or compares."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="write docs/families.md")
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # small sizes lack the usual end tokens
     if parser.parse_args().write:
         PAGE.write_text(page(), "utf-8")
         return 0

@@ -77,7 +77,7 @@ def prefill_flops(model: ModelConfig, tokens: int) -> float:
     blueprint = blueprint_of(model)
     [share] = shares_of(blueprint, (1.0,))
     layer = sum(share.numbers(matrix) for parts in blueprint.layer for matrix in parts.matrices)
-    stored = sum(share.numbers(matrix) for parts in blueprint.layer if parts.remembers for matrix in parts.first)
+    stored = sum(share.numbers(matrix) for matrix in blueprint.stored)
     return 2.0 * tokens * max(0, (model.layers - 1) * layer + stored)
 
 

@@ -225,6 +225,20 @@ class Blueprint:
         counts = {window: self.windows.count(window) for window in dict.fromkeys(self.windows)}
         return tuple((window, count / len(self.windows)) for window, count in counts.items())
 
+    @cached_property
+    def kept(self) -> float:
+        """The part of what comes before the last projections of the stage with keys and values, in outputs, that all
+        rows go through where only some are wanted: projections, and not an MLP beside."""
+        parts = next(parts for parts in self.layer if parts.remembers)
+        attention = sum(size(matrix.outputs, _whole) for matrix in parts.branches[0].first)
+        return attention / sum(size(matrix.outputs, _whole) for matrix in parts.first) if attention else 1.0
+
+    @property
+    def stored(self) -> Iterator[Matrix]:
+        """Of a layer, the matrices that all rows go through also where only some are wanted."""
+        branches = (branch for parts in self.layer for branch in parts.branches)
+        return (matrix for branch in branches if isinstance(branch, ProjectionBranch) for matrix in branch.first)
+
     def axis(self, name: str) -> Axis:
         """By its name. Raises KeyError."""
         return {axis.name: axis for axis in self.axes}[name]

@@ -220,6 +220,7 @@ def shard_of(blueprint: Blueprint, share: Share) -> Shard:
         (blueprint.after[-1].stage.part, Products((blueprint.hidden, numbers(blueprint.head.outputs)))),
         tuple(parts.stage.part for parts in blueprint.before), scored.stage.part, numbers(blueprint.axis("heads")),
         numbers(scored.remembers), blueprint.seen, tuple((s.part, s.aside) for s in blueprint.outline.layer if s.aside),
+        blueprint.kept,
     )  # fmt: skip
 
 

@@ -52,10 +52,12 @@ class _Rank:
             if part == subject.scored:
                 scores = (present.at(n) * self._squared(n) if n > 1 else one for n in whole.sizes)
                 whole = _less(whole, scores)
-            tail[part] = self._tail(part)
+            tail[part] = NOTHING if part in subject.aside else self._tail(part)
             body[part] = _less(_straight(whole), map(tail[part].at, whole.sizes))
         begin = self._begin()
-        return ComputeCosts(body, tail, self._enter(), present, past, one, begin, subject.seen, subject.scored)
+        return ComputeCosts(
+            body, tail, self._enter(), present, past, one, begin, subject.seen, subject.scored, subject.kept
+        )
 
     def _seconds(self, name: str, rows: int, part: str, kind: Kind = Kind.COMPUTE) -> float:
         """A step of this part, in the mean over layers and rounds: a rank that shares its core computes in turns."""

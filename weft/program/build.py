@@ -120,7 +120,8 @@ class _Weaver:
             for index, summed in self._sums.get(stage, ())
             if summed.intersects(rows)
         ]
-        if self.outline.stages[place].collective is not Kind.REDUCE or rows not in self._tiles:
+        stage = self.outline.stages[place]
+        if stage.collective is not Kind.REDUCE or stage.aside or rows not in self._tiles:
             self._issue(Kind.COMPUTE, place, rows, *after)
             self._collective(place, rows)
             return

@@ -82,7 +82,8 @@ class ComputeCosts:
     over p earlier ones: `present` against n, divided by n² or what `squared` makes of it (how much of that it skips is
     the kernel's business), and `past` for each of the n * p pairs. `one`: for each key that a single new token sees.
     `windows`: positions that a token sees at most, or None, each with the share of the layers where that is so; none
-    where it sees all. `begin`: before the first step, against rows.
+    where it sees all. `kept`: the part of the body of `scored` that all rows go through where only wanted ones leave;
+    the rest is for these. `begin`: before the first step, against rows.
     """
 
     body: dict[str, Table]
@@ -94,6 +95,7 @@ class ComputeCosts:
     begin: Table
     windows: tuple[tuple[int | None, float], ...] = ()
     scored: str = ""
+    kept: float = 1.0
 
     def seen(self, earlier: float) -> float:
         """Of so many earlier positions, in the mean over layers."""
@@ -145,6 +147,7 @@ class ComputeCosts:
             Table.slowest([rank.enter for rank in ranks]), Table.slowest([rank.present for rank in ranks]),
             max(rank.past for rank in ranks), max(rank.one for rank in ranks),
             Table.slowest([rank.begin for rank in ranks]), first.windows, first.scored,
+            first.kept,
         )  # fmt: skip
 
 
@@ -263,6 +266,8 @@ class Costs:
             return rank.tail[part].at(count) if count else 0.0
         if part == rank.scored:  # stores what all rows leave behind
             seconds = rank.body[part].at(rows[1] - rows[0]) + rank.scores(batch, rows, wanted)
+            if count < rows[1] - rows[0]:
+                seconds -= (1 - rank.kept) * (rank.body[part].at(rows[1] - rows[0]) - rank.body[part].at(count))
             seconds += rank.tail[part].at(count) if count and kind is Kind.COMPUTE else 0.0
             count = rows[1] - rows[0]
         elif not count:

@@ -211,8 +211,8 @@ class Products:
 @dataclass(frozen=True)
 class Shard:
     """One rank's part of a model: products by part of a layer (`layer`) and of the output head. `scored`: the part that
-    looks at earlier rows; `queries`, `keys`: numbers of its query heads and of its key/value heads in a row. `windows`:
-    see `ComputeCosts`; `aside`: see `Costs`."""
+    looks at earlier rows; `queries`, `keys`: numbers of its query heads and of its key/value heads in a row. `windows`,
+    `kept`: see `ComputeCosts`; `aside`: see `Costs`."""
 
     hidden: int
     layer: tuple[tuple[str, Products], ...]
@@ -223,6 +223,7 @@ class Shard:
     keys: int
     windows: tuple[tuple[int | None, float], ...] = ()
     aside: tuple[tuple[str, int], ...] = ()
+    kept: float = 1.0
 
 
 def costs_of(group: Hardware, shards: Sequence[Shard], wires: Sequence[str]) -> Costs:
@@ -255,6 +256,7 @@ def _rank(group: Hardware, device: Device, shard: Shard) -> ComputeCosts:
     return ComputeCosts(
         body=body, tail=tail, enter=roof.moved(norm, 0.0), present=Table.line(pair / 2, 0.0), past=pair,
         one=2 * shard.keys * roof.itemsize / roof.bandwidth, begin=nothing, windows=shard.windows, scored=shard.scored,
+        kept=shard.kept,
     )  # fmt: skip
 
 
