@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,9 @@ def test_context_counts_rope_scaling_in(checkpoints: Checkpoints, name: str, len
             config_of("Gemma3Text", use_bidirectional_attention=True),
             "use_bidirectional_attention True computes what weft",
         ),
+        (config_of("Qwen2") | {"is_causal": False}, "Qwen2ForCausalLM with is_causal False computes what weft"),
+        (config_of("Llama") | {"is_causal": None}, "is_causal None"),
+        (config_of("Llama") | {"per_layer_config": {"0": {"intermediate_size": 40}}}, "per_layer_config {'0'"),
     ],
 )
 def test_what_is_not_known_is_refused_with_what_is(raw: dict[str, Any], complaint: str) -> None:
@@ -92,7 +96,7 @@ def test_a_file_that_says_everything_is_read_without_transformers(name: str, che
         assert theirs is not None
         if ours is None:  # of all of these, what each layer's window is
             assert (given is scarce and name in ("qwen2-window", "phi3-long")) or (
-                given is old and "rope_theta" not in ropes
+                given is old and ("rope_theta" not in ropes or FAMILIES[raw["model_type"]].own_ropes)
             )
             continue
         for key in (*WEFT_READS, *optional):
@@ -141,7 +145,10 @@ MORE: list[tuple[str, dict[str, Any]]] = [
     ("Glm", {"rope_parameters": ..., "rope_theta": 1e4, "eos_token_id": ...}),
     ("Phi3", {"rope_parameters": ..., "rope_theta": 1e4, "rope_scaling": None, "layer_types": ["full_attention"] * 2,
               "sliding_window": 40}),
+    ("GPTNeoX", {"rope_parameters": ..., "rotary_pct": 0.25, "partial_rotary_factor": 1.0, "rope_theta": 5e3}),
+    ("Ministral3", {"rope_parameters": ..., "rope_theta": 1e6, "rope_scaling": None, "head_dim": 8}),
     ("SmolLM3", {"no_rope_layers": ..., "layer_types": ..., "no_rope_layer_interval": 2}),
+    ("SmolLM3", {"layer_types": ..., "sliding_window": 40, "use_sliding_window": True}),
     ("GraniteSWA", {"layer_rope_theta": ..., "layer_types": ...}), ("Granite", {"attention_multiplier": ...}),
     ("Llama", {"num_key_value_heads": ...}), ("Mistral", {"num_attention_heads": 8, "num_key_value_heads": ...}),
     ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
@@ -202,6 +209,7 @@ WRONG = {"full_attention": {"rope_type": "yarn", "rope_theta": 1e4, "factor": -1
          "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}  # fmt: skip
 STRETCHED = {kind: {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
              for kind in ("full_attention", "sliding_attention")}  # fmt: skip
+BY_KIND = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in WRONG}
 SHORT = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, "short_factor": [1.0],
          "long_factor": [1.0], "original_max_position_embeddings": 4096}  # fmt: skip
 
@@ -219,12 +227,57 @@ SHORT = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.
         ("Gemma2", {"attn_logit_softcapping": "x"}), ("Cohere2", {"logit_scale": "x"}),
         ("GraniteSWA", {"layer_rope_theta": ["x", 1]}), ("GraniteSWA", {"layer_rope_theta": [-1.0, 1]}),
         ("Gemma3Text", {"layer_types": ["full_attention"] * 2, "rope_parameters": STRETCHED}),
+        ("Llama", {"rope_parameters": BY_KIND}), ("GPTNeoX", {"rope_parameters": BY_KIND}),
+        ("Llama", {"rope_parameters": BY_KIND | {"full_attention": "x"}}),
+        ("Llama", {"rope_parameters": BY_KIND | {"full_attention": {}}, "layer_types": ["sliding_attention"]}),
+        ("Llama", {"rope_parameters": {kind: {"rope_type": "default"} for kind in BY_KIND},
+                   "layer_types": ["full_attention"] * 2}),
+        *(("Llama", {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"rope_type": kind, "factor": None}})
+          for kind in ("linear", "dynamic", "llama3")),
+        ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": None}}),
+        ("Llama", {"rope_parameters": SHORT | {"partial_rotary_factor": 0.25}}),
+        ("Ministral3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}}),
+        ("GPTNeoX", {"rope_parameters": ..., "rotary_emb_base": None}),
+        ("Nemotron", {"head_dim": 12, "rope_parameters": {"rope_type": "yarn", "partial_rotary_factor": 0.75,
+                      "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}}),
+        ("Phi3", {"rope_parameters": {"rope_type": "dynamic", "partial_rotary_factor": 0.25, "factor": 2.0,
+                  "rope_theta": 1e4}}),
+        ("GraniteSWA", {"layer_types": ["linear_attention"] * 2}),
     ],
 )  # fmt: skip
 def test_what_says_nothing_of_some_layers_is_one_line(family: str, change: dict[str, Any]) -> None:
     with pytest.raises(InputError) as told:
-        blueprint_of(configured(config_of(family) | change))
+        given = {key: value for key, value in (config_of(family) | change).items() if value is not ...}
+        blueprint_of(configured(given))
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("smollm3", {"use_sliding_window": False, "sliding_window": 40, "layer_types": ["sliding_attention"] * 4}),
+        ("mistral", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0,
+                     "original_max_position_embeddings": 64, "llama_4_scaling_beta": 0.5}}),
+        ("gpt_neox", {"rope_parameters": ..., "rotary_pct": 0.5, "partial_rotary_factor": 1.0, "rope_theta": 5e3}),
+        ("ministral3", {"rope_parameters": ..., "rope_theta": 1e4, "rope_scaling": None}),
+    ],
+)  # fmt: skip
+def test_fields_count_where_they_do_in_transformers(
+    name: str, change: dict[str, Any], checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    path, prompt = tmp_path / name, prompt_of(150)
+    shutil.copytree(checkpoints.directory(name), path)
+    raw = json.loads((path / "config.json").read_text("utf-8")) | change
+    (path / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not ...}))
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0, -1]
+    before, _ = checkpoints.reference(name, prompt)
+    ranks = Ranks(path, (1.0, 1.0))
+    found = ranks.logits([prompt], "iso:2")[0]
+    ranks.close()
+    assert (found - expected).abs().max() <= 2e-4 * expected.abs().max()
+    assert (expected - before).abs().max() > 2e-3 * expected.abs().max()  # the change is one
 
 
 def test_the_page_is_as_the_rows_have_it() -> None:
@@ -265,6 +318,12 @@ def test_the_text_part_of_a_larger_model(
     ranks.close()
     expected, _ = checkpoints.reference(name, prompt)
     assert (found - expected).abs().max() <= 2e-4 * expected.abs().max()
+
+
+def test_what_is_around_a_text_part_says_whether_its_head_is_the_embedding() -> None:
+    part = config_of("Gemma3Text") | {"tie_word_embeddings": False}
+    assert configured({"model_type": "gemma3", "text_config": part}).tied_embeddings
+    assert not configured({"model_type": "gemma3", "text_config": part, "tie_word_embeddings": False}).tied_embeddings
 
 
 def test_another_text_part_is_refused() -> None:

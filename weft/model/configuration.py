@@ -11,7 +11,7 @@ from typing import Any
 from weft.config import ModelConfig
 from weft.errors import InputError
 from weft.model.families import FAMILIES, WRAPPED
-from weft.model.family import KINDS, Family, by_kind
+from weft.model.family import KINDS, SCALED_QUERIES, Family, by_kind
 
 WHOLE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size",
          "vocab_size", "max_position_embeddings")  # fmt: skip
@@ -25,7 +25,7 @@ ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }  # fmt: skip
-ORIGINAL = "original_max_position_embeddings"
+BASES, ORIGINAL = "layer_rope_theta", "original_max_position_embeddings"
 LISTS = ("factors", "short_factor", "long_factor")  # of one number for each two that are turned
 WORDS = ("type", "rope_type", "truncate")
 
@@ -44,7 +44,7 @@ def configured(raw: dict[str, Any]) -> ModelConfig:
         if fields[name] is not None and not (name != "num_hidden_layers") <= fields[name] <= most:
             raise _inconsistent(f"{name} {fields[name]}; it must be above 0, and at most {most}")
     _demand_lists(fields, FAMILIES[str(raw["model_type"])])
-    _demand_ropes(fields)
+    _demand_ropes(fields, FAMILIES[str(raw["model_type"])])
     _demand_heads(fields)
     heads = fields["num_attention_heads"]
     return ModelConfig(
@@ -67,7 +67,7 @@ def text_part(raw: dict[str, Any]) -> dict[str, Any]:
         return raw
     around = {name: raw[name] for name in OUTSIDE if raw.get(name) is not None}
     tied = {"tie_word_embeddings": True}  # what the larger models take for granted
-    return tied | part | around | {"model_type": family, "architectures": [FAMILIES[family].architecture]}
+    return part | tied | around | {"model_type": family, "architectures": [FAMILIES[family].architecture]}
 
 
 def _canonical(fields: dict[str, Any], family: Family) -> dict[str, Any]:
@@ -125,6 +125,8 @@ def _complete_rope(raw: dict[str, Any], family: Family) -> dict[str, Any] | None
     new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
     if new and (old or "rope_theta" in raw or "partial_rotary_factor" in raw):
         return None  # which of them counts
+    if family.own_ropes and not new:
+        return None
     if family.ropes_by_kind:
         if not isinstance(new, dict) or set(new) != set(KINDS):
             return None
@@ -174,16 +176,18 @@ def huggingface_fields(raw: dict[str, Any]) -> dict[str, Any] | None:
     return fields if all(name in fields for name in NEEDED) else None
 
 
-def _demand_ropes(fields: dict[str, Any]) -> None:
+def _demand_ropes(fields: dict[str, Any], family: Family) -> None:
     """Raises `InputError` for numbers that no rotary formula can take: transformers only warns of some."""
     rope = fields.get("rope_parameters") or {}
     if not by_kind(rope):
-        _demand_rope(rope, fields)
+        _demand_rope(rope, fields, family)
         return
-    for kind in set(fields.get("layer_types") or KINDS):
-        if kind not in rope:
+    if not (kinds := fields.get("layer_types")):
+        raise _inconsistent("rope_parameters for kinds of layers, and no layer_types")
+    for kind in sorted(set(kinds)):
+        if not isinstance(rope.get(kind, ""), dict | None):
             raise _inconsistent(f"layers of the kind {kind!r}, and no rope_parameters for them")
-        _demand_rope(rope[kind] or {}, fields)
+        _demand_rope(rope[kind] or {}, fields, family)
 
 
 def _demand_lists(fields: dict[str, Any], family: Family) -> None:
@@ -193,23 +197,32 @@ def _demand_lists(fields: dict[str, Any], family: Family) -> None:
         said = fields.get(name)
         if said is not None and not (isinstance(said, list) and len(said) >= layers):
             raise _inconsistent(f"{name} says nothing of some of {layers} layers")
+    read = "layer_types" in family.derived or by_kind(fields.get("rope_parameters") or {})
+    others = [kind for kind in fields.get("layer_types") or [] if kind not in KINDS] if read else []
+    if others:
+        raise _inconsistent(f"layer_types has {others[0]!r}; known are {', '.join(KINDS)}")
 
 
-def _demand_rope(rope: dict[str, Any], fields: dict[str, Any]) -> None:
-    needed = ROPE_NEEDS.get(str(rope.get("rope_type")))
-    if needed is None:
+def _demand_rope(rope: dict[str, Any], fields: dict[str, Any], family: Family) -> None:
+    kind = str(rope.get("rope_type"))
+    if kind not in ROPE_NEEDS:
         return  # whether that is known is not for here
+    needed = [*ROPE_NEEDS[kind], *(() if isinstance(fields.get(BASES), list) else ("rope_theta",))]
+    if family.scaled_queries and rope.get(SCALED_QUERIES) is not None:
+        needed.append(ORIGINAL)
     part = rope.get("partial_rotary_factor")
     if part is not None and not (_above_zero(part) and part <= 1):
         raise _inconsistent(f"partial_rotary_factor {part!r}; it must be above 0, and at most 1")
-    turned = _head_dim(fields) if part is None else int(_head_dim(fields) * part)
+    turned = int(_head_dim(fields) * part) if family.partial and part is not None else _head_dim(fields)
+    if (kind == "yarn" and turned % 2) or (kind == "dynamic" and turned == 2):
+        raise _inconsistent(f"heads of which {turned} numbers are turned, with the rope scaling {kind!r}")
     for name in set(LISTS) & set(needed):
         if not isinstance(rope.get(name), list) or len(rope[name]) != -(-turned // 2):
             raise _inconsistent(f"rope {name.replace('_', ' ')} for heads of which {turned} numbers are turned")
-    for name, value in rope.items():
-        if name in WORDS or value is None:
+    for name in (*needed, *(set(rope) - {*needed, *WORDS})):
+        value, counts = rope.get(name), name in needed
+        if value is None and (not counts or (kind, name) == ("yarn", "factor")):
             continue
-        counts = name in ("rope_theta", *needed)
         if not all(_above_zero(v) if counts else type(v) in (int, float) for v in _listed(value)):
             raise _inconsistent(f"rope_parameters.{name} is {value!r}")
 

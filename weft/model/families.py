@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 from weft.config import ModelConfig
 from weft.errors import InputError
 from weft.model.blueprint import Blueprint
 from weft.model.closest import closest
-from weft.model.family import ACTIVATIONS, Family, Names, NormKind, by_kind, field_value, number
+from weft.model.family import ACTIVATIONS, SLIDING, Family, Names, NormKind, by_kind, field_value, number
 
 
 def _root_of_hidden(config: ModelConfig) -> float:
@@ -33,7 +34,7 @@ def _rope_layers(config: ModelConfig) -> tuple[bool, ...]:
 
 def _where_it_slides(config: ModelConfig) -> tuple[bool, ...]:
     sliding = config.fields.get("sliding_window") is not None
-    return tuple(sliding and kind == "sliding_attention" for kind in config.fields["layer_types"][: config.layers])
+    return tuple(sliding and kind == SLIDING for kind in config.fields["layer_types"][: config.layers])
 
 
 LAYERS = ("layer_types",)
@@ -82,7 +83,7 @@ FAMILIES: dict[str, Family] = {
         notes="Ministral 8B of 2024: windows by layer",
     ),
     "ministral3": Family(
-        "Ministral3ForCausalLM", windowed=True, wrapped=("mistral3",),
+        "Ministral3ForCausalLM", windowed=True, wrapped=("mistral3",), own_ropes=True, scaled_queries=True,
         defaults=UNTIED | {"eos_token_id": 2, "head_dim": 128, "sliding_window": None},
         notes="yarn, and queries scaled by position; the text part",
     ),
@@ -145,9 +146,9 @@ FAMILIES: dict[str, Family] = {
         notes="windows, a base by layer, attention sinks",
     ),
     "smollm3": replace(
-        BIASED, architecture="SmolLM3ForCausalLM", mlp_bias="mlp_bias", windowed="use_sliding_window",
+        BIASED, architecture="SmolLM3ForCausalLM", mlp_bias="mlp_bias", windowed=True,
         derived=(*LAYERS, "no_rope_layers"), rotates=_rope_layers,
-        defaults=ATTENTION | MLP | TIED | {"eos_token_id": 128001, "use_sliding_window": False},
+        defaults=ATTENTION | MLP | TIED | {"eos_token_id": 128001, "sliding_window": None},
         notes="every fourth layer without positions",
     ),
     "nemotron": replace(
@@ -167,6 +168,7 @@ FAMILIES: dict[str, Family] = {
         BIASED, architecture="GPTNeoXForCausalLM", mlp_bias=True,
         fields={"rms_norm_eps": "layer_norm_eps", "num_key_value_heads": "num_attention_heads"},
         norm=NormKind(centred=True, biased=True), parallel="use_parallel_residual", partial=True, by_head=True,
+        own_ropes=True,
         names=Names(
             "gpt_neox.layers.{}.", "gpt_neox.embed_in", "gpt_neox.final_layer_norm", gate="",
             **dict.fromkeys(("queries", "keys", "values"), "attention.query_key_value"), output="attention.dense",
@@ -183,6 +185,8 @@ WRAPPED: dict[str, tuple[str, ...]] = {
     for outer in sorted({outer for family in FAMILIES.values() for outer in family.wrapped})
 }
 ROPES = ("default", "linear", "dynamic", "yarn", "llama3", "factors", "longrope")
+# Fields of any family beside which transformers computes otherwise, where they have other values than these.
+NEUTRAL: dict[str, tuple[Any, ...]] = {"is_causal": (True,), "per_layer_config": (None, {})}
 STRETCHING = ("dynamic", "longrope")  # with the length of a sequence
 
 
@@ -205,8 +209,8 @@ def blueprint_of(config: ModelConfig) -> Blueprint:
     if config.activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise InputError(f"the activation {config.activation!r} is not known; known are {known}")
-    for name, values in family.neutral.items():
-        if (value := config.fields.get(name)) not in values:
+    for name, values in (NEUTRAL | dict(family.neutral)).items():
+        if name in config.fields and (value := config.fields[name]) not in values:
             raise InputError(f"{family.architecture} with {name} {value!r} computes what weft doesn't: it can't be run")
     blueprint = family.declare(config, family)
     for rope in blueprint.ropes:

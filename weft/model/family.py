@@ -25,7 +25,7 @@ from weft.model.blueprint import (
 from weft.program.stages import Kind, Stage
 
 Flag = bool | str
-SLIDING = "sliding_attention"
+SLIDING, SCALED_QUERIES = "sliding_attention", "llama_4_scaling_beta"
 KINDS = ("full_attention", SLIDING)  # of layers
 # Names for one thing, in configurations and here.
 ACTIVATIONS = {
@@ -110,9 +110,11 @@ class Family:
     read one input. `windowed`: attention to the last `sliding_window` positions only, in the layers of that kind;
     `rotates`: layers in which positions turn queries and keys; `interleaved`: neighbours, not halves; `partial`: a part
     of each head, by partial_rotary_factor. `by_head`: the one tensor of queries, keys and values has the three of a
-    head together. `ropes_by_kind`: layers that slide turn otherwise than those that don't. Factors: of embeddings,
-    scores (instead of 1/sqrt(head width)), contributions and logits. `softcaps`: fields of scores and logits. `sinks`:
-    the tensor. `aliases`: how names may begin, and how in files then. `declare`: all that it consists of.
+    head together. `ropes_by_kind`: layers that slide turn otherwise than those that don't; `own_ropes`: what files
+    without rope_parameters mean is for transformers to say; `scaled_queries`: by position, if its rope says so.
+    Factors: of embeddings, scores (instead of 1/sqrt(head width)), contributions and logits. `softcaps`: fields of
+    scores and logits. `sinks`: the tensor. `aliases`: how names may begin, and how in files then. `declare`: all that
+    it consists of.
     """
 
     architecture: str
@@ -137,6 +139,8 @@ class Family:
     partial: bool = False
     by_head: bool = False
     ropes_by_kind: bool = False
+    own_ropes: bool = False
+    scaled_queries: bool = False
     embedding_factor: Callable[[ModelConfig], float] = no_factor
     score_factor: Callable[[ModelConfig], float] | None = None
     contribution_factor: Callable[[ModelConfig], float] = no_factor
@@ -173,6 +177,8 @@ class _Declaring:
         windowed = self.sliding() if self.on(family.windowed) else (False,) * config.layers
         window = config.fields.get("sliding_window")
         ropes, turned = ropes_of(config, family.rotates(config))
+        if not family.scaled_queries:
+            ropes = tuple({name: value for name, value in rope.items() if name != SCALED_QUERIES} for rope in ropes)
         return Blueprint(
             config.hidden, (self.heads, self.kv_heads, self.width, self.vocabulary),
             (StageParts(Stage("embed", None)),), self.layer(), (StageParts(Stage("head", Kind.GATHER)),),

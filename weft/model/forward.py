@@ -38,16 +38,14 @@ class SequenceRows(NamedTuple):
 @dataclass
 class Forward:
     """One pass. `angles`: of each of the model's ropes, complex [all rows, 1, D/2]; `query_factors`: of queries, by
-    position, [all rows, 1, 1]."""
+    position, [all rows, 1, 1]; `projected`: heads, where a stage leaves them to the next one, [all rows, H + 2G, D]."""
 
     batch: Batch
     tokens: Tensor  # [all rows]
     angles: tuple[Tensor, ...]
     query_factors: Tensor | None
     slabs: Slabs
-    projected: Tensor | None = (
-        None  # heads of all rows, where a stage leaves them to the next one: [all rows, H + 2G, D]
-    )
+    projected: Tensor | None = None
     _pieces: dict[Rows, list[tuple[slice, SequenceRows]]] = field(default_factory=dict)
 
     def pieces(self, rows: Rows) -> list[tuple[slice, SequenceRows]]:

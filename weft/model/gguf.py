@@ -15,6 +15,7 @@ from weft.formats.gguf.architectures import FACTORS, LAYER_NAMES, Architecture, 
 from weft.formats.gguf.files import GgufFiles
 from weft.model.closest import layer_names, some_of
 from weft.model.families import FAMILIES
+from weft.model.family import KINDS
 
 PAIRS = ("attn_q", "attn_k")
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -97,7 +98,7 @@ def _granite(keys: Keys, given: dict[str, Any]) -> dict[str, Any]:
 
 def _smollm3(keys: Keys, given: dict[str, Any]) -> dict[str, Any]:
     layers = range(given["num_hidden_layers"])
-    return {"no_rope_layers": [int((layer + 1) % 4 != 0) for layer in layers], "use_sliding_window": False}
+    return {"no_rope_layers": [int((layer + 1) % 4 != 0) for layer in layers], "layer_types": [KINDS[0]] * len(layers)}
 
 
 def _ministral3(keys: Keys, given: dict[str, Any]) -> dict[str, Any]:

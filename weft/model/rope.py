@@ -15,6 +15,7 @@ from torch import Tensor
 
 from weft.config import ModelConfig
 from weft.model.blueprint import Blueprint
+from weft.model.family import SCALED_QUERIES
 
 BLOCK = 4096  # positions whose angles are computed at a time
 Parameters = dict[str, Any]  # rope_parameters of config.json
@@ -154,7 +155,7 @@ class Rope:
 
     def query_factors(self, start: int, end: int) -> Tensor | None:
         """What queries are multiplied by at these positions, if they are: Llama 4's scaling, as Ministral has it."""
-        beta = self._parameters.get("llama_4_scaling_beta")
+        beta = self._parameters.get(SCALED_QUERIES)
         if beta is None:
             return None
         steps = torch.arange(start, end) / self._parameters["original_max_position_embeddings"]
