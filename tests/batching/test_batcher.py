@@ -217,6 +217,19 @@ class TestReuse:
         assert shape(batcher.next(100)) == [(0, 30)] and batcher.moves() == [Drop(0)]
         batcher.check_integrity()
 
+    def test_a_copy_fits_beside_what_is_kept_or_is_not_made(self) -> None:
+        for memory, moves in ((170, [Drop(1), CopyPrefix(0, 1, 50)]), (140, [Drop(1)])):  # then on in place
+            kept = request(100), request(30, first=500)
+            batcher = batcher_of(*kept, prefixes=4, memory=memory)
+            for each in kept:
+                commit(batcher, batcher.next(100))
+                finish(batcher, each.sequences)
+            assert batcher.moves() == [] and len(batcher.prefixes) == 2
+            batcher.add(Request((*range(50), 7, 7), SamplingParams(), 4))
+            [sequence] = batcher.next(1).sequences
+            assert batcher.moves() == moves and sequence.reused == 50
+            batcher.check_integrity()
+
     def test_nothing_is_reused_where_that_is_off(self) -> None:
         batcher = batcher_of(request(40, n=2))
         assert shape(batcher.next(100)) == [(0, 40), (0, 40)]
@@ -228,11 +241,12 @@ def test_whatever_happens_all_is_computed_once_and_memory_is_kept_right(data: st
     """Requests come, are cancelled, end; workers are lost. A model of the workers' memory sees every move.
 
     A position's memory is its token, and whatever else its bits depend on: with a granule, whether it was computed as a
-    token of an answer; with angles that stretch, by how much they were.
+    token of an answer; with angles that stretch, by how much they were, or in which of two forms.
     """
     granule = data.draw(st.sampled_from([1, 8]))
     memory = data.draw(st.integers(60, 300))
     trained = data.draw(st.sampled_from([None, 20]))
+    anew = trained is not None and data.draw(st.booleans())
     batcher = Batcher(
         data.draw(st.integers(1, 4)),
         memory,
@@ -240,6 +254,7 @@ def test_whatever_happens_all_is_computed_once_and_memory_is_kept_right(data: st
         granule,
         trained,
         data.draw(st.integers(1, 40)),
+        anew,
     )
     slots: list[list[Kept]] = [[] for _ in range(batcher.slots)]
     for turn in range(data.draw(st.integers(5, 40))):
@@ -277,6 +292,8 @@ def bits(batcher: Batcher, sequence: Sequence, position: int) -> Kept:
     """What a position's keys and values are, if each sequence were alone."""
     length = len(sequence.request.prompt)
     stretch = max(batcher.trained, length, position + 1) if batcher.trained is not None else 0
+    if batcher.trained is not None and batcher.anew:
+        stretch = int(len(sequence.tokens) > batcher.trained)
     return sequence.tokens[position], batcher.granule > 1 and position >= length, stretch
 
 
@@ -299,6 +316,8 @@ def run(batcher: Batcher, scheduled: Scheduled, slots: list[list[Kept]]) -> None
         tokens = list(scheduled.tokens[offset : offset + segment.length])
         assert tokens == sequence.tokens[segment.start : segment.end]
         length = len(sequence.request.prompt)
+        if batcher.trained is not None and batcher.anew:
+            assert (segment.prompt > batcher.trained) == (len(sequence.tokens) > batcher.trained)
         if batcher.granule > 1:
             assert segment.end <= length or segment.length == 1 or segment.start == 0 == length - segment.end
         if sequence.scored:

@@ -307,9 +307,11 @@ class Batcher:
 
     def _start(self, sequence: Sequence, prefix: Prefix | None) -> None:
         """Gives a waiting sequence a slot, with what is known of its beginning in it."""
+        copied = prefix is not None and self._worth_a_copy(prefix) and self._room_for_copy(prefix)
+        if prefix is not None and not copied and prefix.slot not in self.prefixes:
+            prefix = None
         length = prefix.length if prefix is not None else 0
-        in_place = prefix is not None and prefix.slot in self.prefixes
-        if prefix is not None and in_place and self.prefixes.length(prefix.slot) - length <= LITTLE * length:
+        if prefix is not None and not copied:
             self.prefixes.take(prefix.slot)
             slot = prefix.slot
         else:
@@ -323,6 +325,18 @@ class Batcher:
         self._begin(sequence, length)
         self.counts.looked_up += len(sequence.request.prompt)
         self.counts.reused += length
+
+    def _worth_a_copy(self, prefix: Prefix) -> bool:
+        """Whether going on in the prefix's own slot would cost another sequence its own, or much of what is kept."""
+        kept = prefix.slot in self.prefixes
+        return not kept or self.prefixes.length(prefix.slot) - prefix.length > LITTLE * prefix.length
+
+    def _room_for_copy(self, prefix: Prefix) -> bool:
+        """Sees to it that a copy fits beside all else, at the cost of other prefixes; False if it doesn't."""
+        while self.used + prefix.length > self.memory and (slot := self.prefixes.oldest(prefix.slot)) is not None:
+            self.prefixes.take(slot)
+            self._drop(slot)
+        return self.used + prefix.length <= self.memory
 
     def _drop(self, slot: int) -> None:
         self._moves.append(Drop(slot))
