@@ -57,10 +57,8 @@ def _stages(blueprint: Blueprint) -> str:
 
 
 def _windows(blueprint: Blueprint) -> str:
-    shares = {window is not None: share for window, share in blueprint.seen}
-    if not shares.get(True):
-        return "none"
-    return "all layers" if shares[True] == 1 else f"{shares[True]:.0%} of layers"
+    part = sum(window is not None for window in blueprint.windows) / len(blueprint.windows)
+    return "all layers" if part == 1 else f"{part:.0%} of layers" if part else "none"
 
 
 def lines_of(name: str) -> int:

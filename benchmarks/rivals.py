@@ -34,9 +34,10 @@ from weft.execute.process import keep_freed_memory
 from weft.execute.sampler import likeliest
 from weft.launch.namespaces import NamespaceLauncher
 from weft.links import Link
-from weft.model.decoder import Decoder, Extent, Forward
+from weft.model.decoder import Decoder
 from weft.model.description import model_config
 from weft.model.families import blueprint_of
+from weft.model.forward import Extent, Forward
 from weft.model.opening import open_model
 from weft.model.rope import ropes_for
 from weft.model.shares import shares_of

@@ -51,8 +51,7 @@ def subject_of(
         outline=blueprint.outline, width=model.hidden, logits=LIKELIEST_BYTES, world=config.ranks,
         length=config.max_length, slots=config.max_sequences, limit=ONE_SHOT_BYTES, algorithms=algorithms(machines),
         elements={wire: row_bytes(wire, config.dtype, model.hidden) / model.hidden for wire in wires},
-        windows=blueprint.windows, granule=granule_of(config), seen=blueprint.seen,
-        kept=blueprint.kept,
+        windows=blueprint.windows, granule=granule_of(config), kept=blueprint.kept,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from tests.tiny import FIRST, MODELS, Checkpoints, prompt_of
 from weft.execute.executor import Scope
 from weft.execute.owed import Owed
 from weft.model.attention import GRANULE
-from weft.model.decoder import Extent
+from weft.model.forward import Extent
 from weft.parallel.allreduce import all_reduce
 from weft.plan.wiring import Wiring
 from weft.program.batch import Batch, Rows, Segment, one_prompt

@@ -195,7 +195,7 @@ def of_parts(*parts: str) -> ComputeCosts:
 def test_layers_of_one_sum_and_sums_that_stay_aside(outline: Outline, times: float, layers: int) -> None:
     """What a sum takes is read from those of whole rows alone, and from more layers where each has but one."""
     rank, some = of_parts(*(stage.part for stage in outline.layer)), outline.of(layers)
-    aside = {stage.part: stage.aside for stage in outline.layer if stage.aside}
+    aside = {"qk_norm": 2} if outline is ASIDE else {}
     truth = replace(costs(times, ranks=(rank,)), aside=aside)
     found = calibrate(machine(truth, 0.02), replace(SUBJECT, outline=some))
     assert found.aside == aside
@@ -211,8 +211,8 @@ def test_layers_of_one_sum_and_sums_that_stay_aside(outline: Outline, times: flo
 def test_windows_by_layer_are_seen_in_the_mean() -> None:
     """The layers that are measured see less than the mean of all."""
     truth = costs(ranks=(replace(RANK, windows=((100, 1.0),)),))
-    windows, seen = (100,) * 8 + (None,) * 4, ((100, 2 / 3), (None, 1 / 3))
-    found = calibrate(machine(truth), replace(SUBJECT, windows=windows, seen=seen)).ranks[0]
+    windows = (100,) * 8 + (None,) * 4
+    found = calibrate(machine(truth), replace(SUBJECT, windows=windows)).ranks[0]
     assert found.past == pytest.approx(RANK.past, rel=0.1) and found.one == pytest.approx(RANK.one, rel=0.1)
     alike = replace(found, windows=((100, 1.0),))
     for rows in (512, 2048):

@@ -220,12 +220,6 @@ class Blueprint:
         return Outline(before, layer, after, self.layers)
 
     @cached_property
-    def seen(self) -> tuple[tuple[int | None, float], ...]:
-        """The windows that layers have, each with its share of the layers."""
-        counts = {window: self.windows.count(window) for window in dict.fromkeys(self.windows)}
-        return tuple((window, count / len(self.windows)) for window, count in counts.items())
-
-    @cached_property
     def kept(self) -> float:
         """The part of what comes before the last projections of the stage with keys and values, in outputs, that all
         rows go through where only some are wanted: projections, and not an MLP beside."""

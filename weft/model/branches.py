@@ -84,7 +84,7 @@ class Projection:
         return features.of(extent.leaves).contiguous()
 
     def normed(self, forward: Forward, rows: Rows, squares_T2: Tensor) -> None:
-        """Takes the norms of what was left, now that the sums over all ranks are known."""
+        """Takes the norms of what was left, now that the sums over all ranks are known; rounds once."""
         scales, counts = self.weights.scales, (self.shape.queries, self.shape.groups)
         assert scales is not None
         factors = squares_T2.div(self.widths).add_(self.epsilon).sqrt_().reciprocal_()

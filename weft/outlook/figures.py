@@ -17,7 +17,7 @@ from weft.model.shares import Share, remembered, shard_bytes, shares_of
 from weft.plan.planner import Plan, Planner
 from weft.program.batch import Batch, Segment
 from weft.program.strategy import Strategy
-from weft.simulate.cost import Costs
+from weft.simulate.cost import Costs, window_shares
 from weft.simulate.hardware import Device, Hardware, Products, Shard, costs_of
 from weft.timeline.timeline import Timeline
 from weft.wires import allowed, needed
@@ -219,7 +219,7 @@ def shard_of(blueprint: Blueprint, share: Share) -> Shard:
         blueprint.hidden, tuple((parts.stage.part, products(parts)) for parts in blueprint.layer),
         (blueprint.after[-1].stage.part, Products((blueprint.hidden, numbers(blueprint.head.outputs)))),
         tuple(parts.stage.part for parts in blueprint.before), scored.stage.part, numbers(blueprint.axis("heads")),
-        numbers(scored.remembers), blueprint.seen, tuple((s.part, s.aside) for s in blueprint.outline.layer if s.aside),
+        numbers(scored.remembers), window_shares(blueprint.windows), tuple(blueprint.outline.aside.items()),
         blueprint.kept,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from statistics import fmean
 
 from weft.plan.samples import Sample, Samples, Trial, by_name
 from weft.program.stages import COMPUTE, NETWORK, Kind
-from weft.simulate.cost import NOTHING, ComputeCosts, Contention, Costs, Table, WireCosts, squared
+from weft.simulate.cost import NOTHING, ComputeCosts, Contention, Costs, Table, WireCosts, squared, window_shares
 from weft.simulate.run import simulate
 from weft.timeline.timeline import Timeline, median
 
@@ -29,7 +29,7 @@ def read(samples: Samples) -> Costs:
     subject, network = samples.subject, _Network(samples)
     ranks = tuple(_Rank(samples, rank).costs() for rank in range(subject.world))
     costs = Costs(
-        ranks, network.wires(), Contention(), subject.width, subject.logits, subject.world, aside=subject.aside
+        ranks, network.wires(), Contention(), subject.width, subject.logits, subject.world, aside=subject.outline.aside
     )
     return network.beside_computation(costs)
 
@@ -52,12 +52,11 @@ class _Rank:
             if part == subject.scored:
                 scores = (present.at(n) * self._squared(n) if n > 1 else one for n in whole.sizes)
                 whole = _less(whole, scores)
-            tail[part] = NOTHING if part in subject.aside else self._tail(part)
+            tail[part] = NOTHING if part in subject.outline.aside else self._tail(part)
             body[part] = _less(_straight(whole), map(tail[part].at, whole.sizes))
         begin = self._begin()
-        return ComputeCosts(
-            body, tail, self._enter(), present, past, one, begin, subject.seen, subject.scored, subject.kept
-        )
+        windows = window_shares(subject.windows)
+        return ComputeCosts(body, tail, self._enter(), present, past, one, begin, windows, subject.scored, subject.kept)
 
     def _seconds(self, name: str, rows: int, part: str, kind: Kind = Kind.COMPUTE) -> float:
         """A step of this part, in the mean over layers and rounds: a rank that shares its core computes in turns."""
@@ -167,7 +166,7 @@ class _Network:
 
     def _taken(self, timeline: Timeline) -> list[float]:
         """Seconds of each sum of whole rows."""
-        return _collectives(timeline, self.subject.aside)
+        return _collectives(timeline, self.subject.outline.aside)
 
     def _longer(self, wire: str) -> float:
         """Seconds that a sum takes longer on this wire than on the first one, beside its bytes."""

@@ -35,8 +35,8 @@ class Trial(NamedTuple):
 class Subject:
     """What is calibrated. `length`: positions of a sequence; `slots`: sequences at a time. `limit`: bytes up to which
     a sum is small. `algorithms`: of sums. `elements`: bytes of a number, by wire. `logits`: bytes that a rank tells the
-    others of a wanted row. `windows`: positions that a token sees at most, layer by layer, if there are any; `seen`:
-    the same with shares of layers, and `kept`: see `ComputeCosts`. `granule`: of cuts, see `strategy.place`."""
+    others of a wanted row. `windows`: positions that a token sees at most, layer by layer, if there are any. `kept`:
+    see `ComputeCosts`. `granule`: of cuts, see `strategy.place`."""
 
     outline: Outline
     width: int
@@ -49,13 +49,7 @@ class Subject:
     algorithms: tuple[str, ...] = ("exchange",)
     windows: tuple[int | None, ...] = ()
     granule: int = 1
-    seen: tuple[tuple[int | None, float], ...] = ()
     kept: float = 1.0
-
-    @property
-    def aside(self) -> dict[str, int]:
-        """Parts whose sums are of another width, with that."""
-        return {stage.part: stage.aside for stage in self.outline.layer if stage.aside}
 
     @property
     def sums(self) -> int:

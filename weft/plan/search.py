@@ -140,8 +140,10 @@ class Search:
             if seconds(Wiring(wire)) <= limit:
                 base = wire
                 break
-        others, aside = dict[Sum, str](), {stage.part for stage in self.outline.layer if stage.aside}
-        sums = [each for each in sums_of(weave(self.outline, batch.tokens, cuts).form) if each[0] not in aside]
+        others = dict[Sum, str]()
+        sums = [
+            each for each in sums_of(weave(self.outline, batch.tokens, cuts).form) if each[0] not in self.outline.aside
+        ]
         for each in sums:
             for wire in wires[: wires.index(base)]:
                 if seconds(Wiring(base, {**others, each: wire})) <= limit:

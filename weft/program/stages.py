@@ -131,9 +131,14 @@ class Outline:
         return any(stage.lag for stage in self.layer)
 
     @cached_property
+    def aside(self) -> dict[str, int]:
+        """Parts of layers whose sums stay aside, with their numbers of a row."""
+        return {stage.part: stage.aside for stage in self.layer if stage.aside}
+
+    @cached_property
     def scatters(self) -> bool:
         """Each sum is all that the next stage reads, so that it may be taken on each rank's part of the rows."""
-        return not self.lags and not any(stage.aside for stage in self.layer)
+        return not self.lags and not self.aside
 
     @cached_property
     def readers(self) -> tuple[int | None, ...]:

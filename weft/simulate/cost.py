@@ -73,6 +73,11 @@ def squared(count: float, window: int | None) -> float:
     return window * (2 * count - window)
 
 
+def window_shares(windows: Sequence[int | None]) -> tuple[tuple[int | None, float], ...]:
+    """The windows that layers have, each with its share of the layers."""
+    return tuple((window, windows.count(window) / len(windows)) for window in dict.fromkeys(windows))
+
+
 @dataclass(frozen=True)
 class ComputeCosts:
     """One rank's computation, in seconds.
