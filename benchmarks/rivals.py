@@ -177,6 +177,7 @@ def main() -> None:
     parser.add_argument("--link", default="430mbit")
     parser.add_argument("--join", help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
+    parser.add_argument("--port", help=argparse.SUPPRESS)  # each is in a network of its own: PORT is free
     given = parser.parse_args()
     if given.join:
         rank(given)
