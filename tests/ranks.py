@@ -21,6 +21,7 @@ from weft.execute.lanes import ThreadLanes
 from weft.model.decoder import Decoder
 from weft.model.description import model_config
 from weft.model.families import blueprint_of
+from weft.model.kernels.choice import Kernels
 from weft.model.opening import open_model
 from weft.model.rope import ropes_for
 from weft.model.shares import shares_of
@@ -123,7 +124,7 @@ class Ranks:
 
         def rank(r: int) -> tuple[Decoder, Executor, Slabs]:
             share = self.shares[r % len(shares)]
-            weights = load(open_model(directory, self.config), self.blueprint, share, exact_rows=exact_rows)
+            weights = load(open_model(directory, self.config), self.blueprint, share, kernels=Kernels(exact_rows))
             ropes = ropes_for(self.config, self.blueprint)
             decoder = Decoder(self.blueprint, share, weights, ropes, exact_rows)
             group = Group(self.transports[r] if world > 1 else None, range(world))

@@ -279,10 +279,28 @@ def test_a_rank_loads_little_more_than_its_shard(checkpoints: Checkpoints, tmp_p
         num_key_value_heads=4, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    LLM(tmp_path, tensor_parallel_size=2, num_threads=1).close()  # a first start tries kernels
     with LLM(tmp_path, tensor_parallel_size=2, num_threads=1) as llm:
         for loaded in llm.engine.workers.started.loaded:
             assert loaded.weights > 180e6
             assert loaded.peak < 1.1 * loaded.weights
+
+
+@pytest.mark.parametrize(("weights", "alike"), [("bfloat16", 6), ("int8", 6), ("int4", 3)])
+def test_weights_of_few_bits(packaged: Path, weights: str, alike: int) -> None:
+    """The answer of float32, for a while; and the same from any number of ranks, cuts and neighbours."""
+    prompt = "class Shape:\n    def area(self):\n        raise NotImplementedError\n" * 4
+    with LLM(packaged, num_threads=1) as llm:
+        [full] = llm.generate(prompt, GREEDY)
+    with LLM(packaged, num_threads=1, weights=weights) as llm:
+        [alone] = llm.generate(prompt, GREEDY)
+        beside = llm.generate([prompt, "import", "def main(args):\n    print(", prompt[:70]], GREEDY)
+    with LLM(packaged, tensor_parallel_size=2, num_threads=1, weights=weights, overlap="iso:2") as llm:
+        [cut] = llm.generate(prompt, GREEDY)
+    tokens = alone.outputs[0].token_ids
+    assert tokens[:alike] == full.outputs[0].token_ids[:alike]
+    assert beside[0].outputs[0].token_ids == tokens
+    assert cut.outputs[0].token_ids[:alike] == full.outputs[0].token_ids[:alike]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -98,7 +98,7 @@ def test_each_machine_is_asked_for_its_own_ranks_only(packaged: Path) -> None:
     model = model_config(packaged)
     config = EngineConfig(ranks=3, shares=(1.0, 1.0, 2.0))
     parts = [
-        shard_bytes(blueprint_of(model), share, lambda _: 4) for share in shares_of(blueprint_of(model), config.shares)
+        shard_bytes(blueprint_of(model), share, "float32") for share in shares_of(blueprint_of(model), config.shares)
     ]
     ranks = [hello(0, "a", parts[0] + parts[1]), hello(1, "a", parts[0] + parts[1]), hello(2, "b", parts[2])]
     demand_memory(model, config, ranks)
@@ -110,7 +110,7 @@ def test_each_machine_is_asked_for_its_own_ranks_only(packaged: Path) -> None:
 
 def test_keys_and_values_fit_where_there_is_least_room() -> None:
     ranks = [hello(0, "a", 0), hello(1, "a", 0), hello(2, "b", 0)]
-    loaded = [Loaded(0, 0, a_token, free, True) for a_token, free in ((10, 3000), (10, 2000), (40, 2000))]
+    loaded = [Loaded(0, 0, a_token, free) for a_token, free in ((10, 3000), (10, 2000), (40, 2000))]
     assert memory_tokens(ranks, loaded) == int(0.9 * 2000 / 40)
     assert memory_tokens(ranks[:2], loaded[:2]) == int(0.9 * 2000 / 20)
 

@@ -59,7 +59,9 @@ def words(model: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def llm(model: Path) -> Iterator[LLM]:
-    with LLM(model, tensor_parallel_size=2, num_threads=1, overlap="iso:2", max_model_len=1024) as made:
+    with LLM(
+        model, tensor_parallel_size=2, num_threads=1, overlap="iso:2", max_model_len=1024, weights="float32"
+    ) as made:
         yield made
 
 

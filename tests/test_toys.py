@@ -103,9 +103,10 @@ def test_memory_costs_and_programs_know_of_it(toys: Path) -> None:
     more = config.layers * 2 * config.hidden * config.intermediate
     for made_of, numbers in ((blueprint, plain.numbers + more), (plain, plain.numbers)):
         [share] = shares_of(made_of, (1.0,))
-        assert made_of.numbers == numbers and shard_bytes(made_of, share, lambda _: 2) == 2 * numbers
+        assert made_of.numbers == numbers and shard_bytes(made_of, share, "bfloat16") == 2 * numbers
     half = shares_of(blueprint, (1.0, 1.0))[0]
-    assert shard_bytes(blueprint, half, lambda m: 1.0 if m.name.startswith("toy") else 0.0) == more // 2
+    other = shares_of(plain, (1.0, 1.0))[0]
+    assert shard_bytes(blueprint, half, "float32") - shard_bytes(plain, other, "float32") == 4 * more // 2
     assert [part for part, _ in shard_of(blueprint, half).layer] == ["attention", "mlp", "toy"]
     program = build(Strategy.parse("iso:2"), blueprint.outline, one_prompt(50))
     check(program, blueprint.outline, one_prompt(50))

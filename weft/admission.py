@@ -5,19 +5,25 @@ Everything is checked before anything is changed. Knows lengths, ids and bytes; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from weft.batching.params import SamplingParams, shown
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, NoRoom
+from weft.execute.process import free_memory
 from weft.execute.protocol import Hello, Loaded
+from weft.formats.fingerprint import weight_files
 from weft.model.description import generation_defaults
 from weft.model.families import blueprint_of
-from weft.model.shares import shard_bytes, shares_of
-from weft.parallel.sizes import NUMBER_BYTES
+from weft.model.shares import FEW_BITS, shard_bytes, shares_of
 from weft.text import Tokenizer
 
+FEW = 12  # bits of a number, up to which a checkpoint is one of few bits
+NAMED = 4  # matrices, where more are meant
+ROOM = 0.7  # of what is free, that weights may take where they could be smaller
 MEMORY_PART = 0.9  # of what is free after loading may become key/value memory
 
 
@@ -74,6 +80,22 @@ def demand_room(tokens: int, memory: int, loaded: Sequence[Loaded]) -> None:
         )
 
 
+def kept_lines(loaded: Sequence[Loaded]) -> list[str]:
+    """For whoever should know: what weights of few bits are kept in, and which matrices are not, though asked for."""
+    kinds: Counter[str] = Counter()
+    for rank in loaded:
+        kinds.update(rank.kinds)
+    if not any(kind in FEW_BITS for kind in kinds):
+        return []
+    told = ", ".join(f"{size / 1e6:,.0f} MB in {kind}" for kind, size in kinds.most_common())
+    finer = list(dict.fromkeys(name for rank in loaded for name in rank.finer))
+    lines = [f"weights: {told}"]
+    if finer:
+        more = f" and {len(finer) - NAMED} more" if len(finer) > NAMED else ""
+        lines.append(f"kept in more bits, as they lose too much in fewer: {', '.join(finer[:NAMED])}{more}")
+    return lines
+
+
 def memory_tokens(hellos: Sequence[Hello], loaded: Sequence[Loaded]) -> int:
     """Tokens whose keys and values fit into what is free now, on the machine that has least room for its ranks."""
     fitting = []
@@ -84,20 +106,45 @@ def memory_tokens(hellos: Sequence[Hello], loaded: Sequence[Loaded]) -> int:
     return min(fitting)
 
 
+def settled(path: Path, model: ModelConfig, config: EngineConfig, hellos: Sequence[Hello] = ()) -> EngineConfig:
+    """With what `--weights auto` comes to. What a checkpoint has in few bits may be kept in 8 where there is room, else
+    in 4. `hellos`: of all ranks; without them, they are all on this machine."""
+    if config.weights != "auto":
+        return config
+    blueprint = blueprint_of(model)
+    size = sum(file.stat().st_size for file in weight_files(path) if file.is_file())
+    if 8 * size > FEW * blueprint.numbers:
+        return replace(config, weights=config.dtype)
+    roomy, narrow = (replace(config, weights=weights) for weights in ("auto:int8", "auto:int4"))
+    if not hellos:
+        return roomy if sum(_needed(model, roomy)) < ROOM * free_memory() else narrow
+    return roomy if all(here < ROOM * free for _, here, free in _filled(model, roomy, hellos)) else narrow
+
+
+def _needed(model: ModelConfig, config: EngineConfig) -> list[int]:
+    blueprint = blueprint_of(model)
+    return [shard_bytes(blueprint, share, config.weights) for share in shares_of(blueprint, config.shares)]
+
+
+def _filled(
+    model: ModelConfig, config: EngineConfig, hellos: Sequence[Hello]
+) -> Iterator[tuple[list[int], int, int]]:  # fmt: skip
+    """Of each machine its ranks, bytes of their weights, and bytes that are free there."""
+    needed = _needed(model, config)
+    for ranks in _by_machine(hellos).values():
+        yield ranks, sum(needed[rank] for rank in ranks), min(hellos[rank].free for rank in ranks)
+
+
 def demand_memory(model: ModelConfig, config: EngineConfig, hellos: Sequence[Hello]) -> None:
     """Raises `NoRoom` before anything is loaded if the weights of a machine's ranks can't fit into its memory."""
-    size = NUMBER_BYTES[config.weights]
-    blueprint = blueprint_of(model)
-    needed = [shard_bytes(blueprint, share, lambda _: size) for share in shares_of(blueprint, config.shares)]
-    machines = _by_machine(hellos)
-    for ranks in machines.values():
-        here, free = sum(needed[rank] for rank in ranks), min(hellos[rank].free for rank in ranks)
+    machines = list(_filled(model, config, hellos))
+    for ranks, here, free in machines:
         if config.device == "cpu" and here > free:
             count = f"{len(ranks)} of {config.ranks}" if len(machines) > 1 else config.ranks
             raise NoRoom(
-                f"the weights need {here / 2**30:.1f} GiB in {config.weights} for {count} ranks on "
-                f"{hellos[ranks[0]].host}, and {free / 2**30:.1f} GiB are free there; use a smaller model, --dtype "
-                "bfloat16, other --shares, or more machines or memory",
+                f"the weights need {here / 2**30:.1f} GiB in {config.weights.removeprefix('auto:')} for {count} ranks "
+                f"on {hellos[ranks[0]].host}, and {free / 2**30:.1f} GiB are free there; use a smaller model, fewer "
+                "bits (--weights int8 or int4), other --shares, or more machines or memory",
                 ranks[0],
             )
 

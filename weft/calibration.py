@@ -30,6 +30,7 @@ def key_of(model: ModelConfig, config: EngineConfig, link: str) -> dict[str, str
     return {
         "weft": f"{version('weft')}, costs {COSTS}",
         "model": f"{model.model_type} {'x'.join(map(str, shape))} {config.dtype}",
+        "kept": f"weights {config.weights}, keys and values {config.kv}",
         "ranks": ",".join(f"{share:g}" for share in config.shares), "wires": ",".join(needed(config.wire)),
         "link": f"{link}, {config.transport}, {config.link}" + (", plain" if config.plain_data else ""),
         "device": f"{processor_name()}, {threads}" + (", pinned" if config.cores else ""),

@@ -57,6 +57,7 @@ class ModelConfig:
 TRANSPORTS = ("auto", "shm", "tcp", "tls", "gloo")
 DTYPES = ("float32", "bfloat16")
 WEIGHTS = ("auto", *DTYPES, "int8", "int4")
+KEPT = ("auto", "int8")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ class EngineConfig:
     auto is shared memory on one machine and TCP between machines, encrypted there but for `plain_data`; tls is TCP,
     encrypted anywhere. `link`: over which they seem to travel.
     `check_content`: other machines' weights are compared whole, not by their headers alone. `dtype`: what is computed
-    in; `weights`: what they are stored in.
+    in; `weights`: what weights are kept in. auto comes to auto:int8 or auto:int4 once it is known what room there is on
+    the ranks' machines: what the checkpoint has in few bits is kept so, in no fewer, the rest in `dtype`.
+    `kv`: what keys and values are kept in; auto: what is computed in.
     """
 
     ranks: int = 1
@@ -86,6 +89,7 @@ class EngineConfig:
     device: str = "cpu"
     dtype: str = "float32"
     weights: str = "float32"
+    kv: str = "auto"
     max_length: int = 2048
     max_sequences: int = 16
     max_batch_tokens: int = 8192
@@ -103,8 +107,8 @@ class EngineConfig:
         cls, model: ModelConfig, *, ranks: int = 1, shares: tuple[float, ...] | None = None, overlap: str = "auto",
         wire: str = "exact", transport: str = "auto", link: Link = NO_LINK, plain_data: bool = False,
         check_content: bool = False, reproducible: bool = False, threads: int | None = None, device: str = "cpu",
-        dtype: str = "float32", weights: str = "auto", max_length: int | None = None, max_sequences: int = 16,
-        max_batch_tokens: int = 8192,
+        dtype: str = "float32", weights: str = "auto", kv: str = "auto", max_length: int | None = None,
+        max_sequences: int = 16, max_batch_tokens: int = 8192,
         prefixes: int = 16, token_interval: float | None = None, cores: tuple[int, ...] | None = None,
     ) -> EngineConfig:  # fmt: skip
         """Fills in what was left open; raises `InputError` for values that are not allowed."""
@@ -117,7 +121,8 @@ class EngineConfig:
         allowed(wire)
         demand_way(transport, link, plain_data)
         one_of(dtype, "--dtype", DTYPES)
-        weights = stored_as(weights, dtype)
+        one_of(weights, "--weights", WEIGHTS)
+        one_of(kv, "--kv", KEPT)
         positive(max_sequences, "max_num_seqs")
         positive(max_batch_tokens, "max_num_batched_tokens")
         positive(threads, "num_threads")
@@ -131,7 +136,7 @@ class EngineConfig:
             raise InputError(f"{ranks} ranks of {threads} threads need {ranks * threads} cores, not {len(cores)}")
         return cls(
             ranks, shares, overlap, wire, transport, link, plain_data, check_content, reproducible, threads, device,
-            dtype, weights, max_length or model.max_length, max_sequences, max_batch_tokens, prefixes,
+            dtype, weights, kv, max_length or model.max_length, max_sequences, max_batch_tokens, prefixes,
             token_interval, cores,
         )  # fmt: skip
 
@@ -140,16 +145,6 @@ def positive(value: int | None, name: str) -> None:
     """Raises `InputError` unless `value` is None or a whole number from 1."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise InputError(f"{name} {value!r} is not allowed; give a whole number from 1")
-
-
-def stored_as(weights: str, dtype: str) -> str:
-    """What weights are kept in: so far, what is computed in. Raises `InputError`."""
-    one_of(weights, "--weights", WEIGHTS)
-    if weights not in ("auto", dtype):
-        other = f", or give --dtype {weights}" if weights in DTYPES else ""
-        raise InputError(f"--weights {weights} with --dtype {dtype}: weights are kept in what is computed in, so far, "
-                         f"whatever the checkpoint has; leave out --weights{other}")  # fmt: skip
-    return dtype
 
 
 def demand_way(transport: str, link: Link, plain_data: bool = False) -> None:

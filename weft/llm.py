@@ -80,9 +80,9 @@ class LLM:
     """A model, split over `tensor_parallel_size` ranks. Also a context manager; `close()` ends the workers.
 
     model: directory, .gguf file, hub id (owner/repo:Q4_K_M), or None for the model in the package. dtype: what is
-    computed in; weights: what is stored. overlap, wire, transport, link: as for weft serve.
-    shares: relative sizes of the ranks' parts, or "auto": by their measured speed. reproducible: see
-    docs/reproducible.md. num_threads: of each rank.
+    computed in; weights, kv_cache_dtype: what weights, and keys and values, are kept in. overlap, wire, transport,
+    link: as for weft serve. shares: relative sizes of the ranks' parts, or "auto": by their measured speed.
+    reproducible: see docs/reproducible.md. num_threads: of each rank.
     max_model_len: tokens of prompt and answer. max_num_seqs, max_num_batched_tokens: limits of a batch.
     enable_prefix_caching: a prompt that begins like an earlier one is not computed again as far as they agree.
     token_interval: seconds between tokens that prompts leave to answers under way; None: throughput is all that counts.
@@ -95,17 +95,17 @@ class LLM:
         self, model: str | Path | None = None, *, tensor_parallel_size: int | Literal["auto"] = 1,
         overlap: str = "auto", wire: str = "exact", transport: str = "auto", link: str = "none",
         shares: Sequence[float] | Literal["auto"] | None = None, reproducible: bool = False,
-        num_threads: int | None = None, dtype: str = "float32", weights: str = "auto", max_model_len: int | None = None,
-        max_num_seqs: int = 16, max_num_batched_tokens: int = 8192, cores: Sequence[int] | None = None,
-        enable_prefix_caching: bool = True, token_interval: float | None = None, launcher: Launcher | None = None,
-        progress: Progress | None = None, recalibrate: bool = False,
+        num_threads: int | None = None, dtype: str = "float32", weights: str = "auto", kv_cache_dtype: str = "auto",
+        max_model_len: int | None = None, max_num_seqs: int = 16, max_num_batched_tokens: int = 8192,
+        cores: Sequence[int] | None = None, enable_prefix_caching: bool = True, token_interval: float | None = None,
+        launcher: Launcher | None = None, progress: Progress | None = None, recalibrate: bool = False,
     ) -> None:  # fmt: skip
         self.engine = open_engine(
             model, ranks=tensor_parallel_size, overlap=overlap, wire=wire, shares=shares, reproducible=reproducible,
-            threads=num_threads, dtype=dtype, weights=weights, max_length=max_model_len, max_sequences=max_num_seqs,
-            max_batch_tokens=max_num_batched_tokens, cores=cores, prefixes=enable_prefix_caching,
-            token_interval=token_interval, transport=transport, link=link, launcher=launcher, progress=progress,
-            recalibrate=recalibrate,
+            threads=num_threads, dtype=dtype, weights=weights, kv=kv_cache_dtype, max_length=max_model_len,
+            max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens, cores=cores,
+            prefixes=enable_prefix_caching, token_interval=token_interval, transport=transport, link=link,
+            launcher=launcher, progress=progress, recalibrate=recalibrate,
         )  # fmt: skip
         self._closed = False
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from weft.admission import settled
 from weft.batching.params import SamplingParams
 from weft.config import EngineConfig
 from weft.engine import Engine
@@ -30,7 +31,7 @@ def open_engine(
     model: str | Path | None = None, *, ranks: int | Literal["auto"] = 1, overlap: str = AUTO, wire: str = "exact",
     transport: str = "auto", link: str | Link = NO_LINK, shares: Sequence[float] | Literal["auto"] | None = None,
     reproducible: bool = False, threads: int | None = None, dtype: str = "float32", weights: str = "auto",
-    max_length: int | None = None,
+    kv: str = "auto", max_length: int | None = None,
     max_sequences: int = 16, max_batch_tokens: int = 8192, cores: Sequence[int] | None = None, prefixes: bool = True,
     token_interval: float | None = None, launcher: Launcher | None = None, progress: Progress | None = None,
     recalibrate: bool = False, check_content: bool = False, plain_data: bool = False,
@@ -60,14 +61,14 @@ def open_engine(
     resolve = partial(
         EngineConfig.resolve, model_config, overlap=overlap, wire=wire, transport=transport, link=link,
         plain_data=plain_data, check_content=check_content, reproducible=reproducible, dtype=dtype,
-        weights=weights,
+        weights=weights, kv=kv,
         max_length=max_length, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
         cores=tuple(cores) if cores else None,
         prefixes=max_sequences if prefixes else 0, token_interval=token_interval,
     )  # fmt: skip
     line = None
     if ranks == "auto":
-        configs = [resolve(ranks=count) for count in counts(model_config)]
+        configs = [settled(path, model_config, resolve(ranks=count)) for count in counts(model_config)]
         config, line = best_of(path, model_config, configs, progress or (lambda what, share: None), recalibrate)
     else:
         given = tuple(shares) if shares and not isinstance(shares, str) else None

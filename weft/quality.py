@@ -1,4 +1,4 @@
-"""What less exact wires do to a model's answers: figures, limits, and where they are kept.
+"""What wires, weights, keys and values of few bits do to a model's answers: figures, limits, and where they are kept.
 
 `weft bench quality` (bench/quality.py) measures them; `auto:` leaves out a wire that was found to exceed its limit for
 a model on as many ranks. Knows files and figures; measures nothing.
@@ -17,17 +17,20 @@ from platformdirs import user_cache_path
 from weft.formats.fingerprint import fingerprint
 from weft.wires import WIRES, allowed, chosen_by_cost
 
-LIMITS = {"bf16": 0.001, "int8": 0.001, "int4": 0.015}  # of perplexity, above exact's
+LIMITS = {  # of perplexity, above exact's
+    "bf16": 0.001, "int8": 0.001, "int4": 0.015,
+    "weights bfloat16": 0.002, "weights int8": 0.005, "weights int4": 0.04, "kv int8": 0.002,
+}  # fmt: skip
 SURE = 2.0  # standard errors by which a limit must be exceeded
 ENOUGH = 4000  # tokens: what fewer say is not kept
 CODECS = 1  # counts what was measured of another form of the wires
 
 
 class Quality(msgspec.Struct, frozen=True):
-    """One wire's, on some text: perplexity; `above`: how much it is above exact's, as a part of that, with `unsure`,
-    its standard error; `divergence`: Kullback-Leibler's from exact's distributions of the next token, in nats, in the
-    mean and (`divergence_99`) at the 99th percentile; `agreement`: the part of positions where the likeliest token is
-    the same. `bytes`: of a number."""
+    """One wire's, or that of weights or of keys and values in a format, on some text: perplexity; `above`: how much it
+    is above exact's, as a part of that, with `unsure`, its standard error; `divergence`: Kullback-Leibler's from
+    exact's distributions of the next token, in nats, in the mean and (`divergence_99`) at the 99th percentile;
+    `agreement`: the part of positions where the likeliest token is the same. `bytes`: of a number."""
 
     wire: str
     bytes: float

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-from weft.admission import end_ids
-from weft.config import ModelConfig
+from weft.admission import end_ids, settled
+from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError
 from weft.execute.process import free_memory
 from weft.finding import Finding
@@ -22,25 +22,32 @@ from weft.model.blueprint import Blueprint
 from weft.model.description import model_config
 from weft.model.families import blueprint_of
 from weft.model.opening import open_model
-from weft.model.shares import remembered, shard_bytes, shares_of
-from weft.parallel.sizes import NUMBER_BYTES
+from weft.model.shares import kept_bytes, remembered, shard_bytes, shares_of
 from weft.text import Tokenizer, tokenizer_of
 
+KEPT = {  # what auto comes to
+    "auto:int8": "8 bits kept in int8, 4 in int4 or int8, if faster",
+    "auto:int4": "kept in int8 and int4, as there is little room",
+}
 SOME = 3  # that are named where many are meant
 
 
-def survey(path: Path, ranks: int, dtype: str) -> tuple[list[Finding], bool]:
+def survey(
+    path: Path, ranks: int, dtype: str, weights: str = "auto", kv: str = "auto"
+) -> tuple[list[Finding], bool]:  # fmt: skip
     """Of a model in a directory or a .gguf file, split over so many ranks of this machine; and whether it can be run.
 
     Raises `InputError` for files that say nothing, and for a family that isn't known.
     """
     config = model_config(path)
     blueprint = blueprint_of(config)
+    asked = EngineConfig(ranks=ranks, shares=(1.0,) * ranks, dtype=dtype, weights=weights, kv=kv)
+    chosen = settled(path, config, asked)
     with closing(open_model(path, config)) as checkpoint:
         tensors = _tensors(checkpoint, blueprint)
-        found = [*_files(path, config), *_stored(checkpoint, blueprint, config, dtype), tensors]
+        found = [*_files(path, config), *_stored(checkpoint, blueprint, config, chosen), tensors]
     tokenizer, why_not = _tokenizer(path)
-    found += _memory(blueprint, config, ranks, dtype)
+    found += _memory(blueprint, chosen)
     return [*found, *_texts(path, config, tokenizer, why_not)], tensors.ok and not why_not
 
 
@@ -68,13 +75,14 @@ def _architecture(path: Path) -> str:
 
 
 def _stored(
-    checkpoint: Checkpoint, blueprint: Blueprint, config: ModelConfig, dtype: str
+    checkpoint: Checkpoint, blueprint: Blueprint, config: ModelConfig, chosen: EngineConfig
 ) -> Iterator[Finding]:  # fmt: skip
     kinds, scheme = checkpoint.kinds(), scheme_of(config.fields)
     told = ", ".join(f"{count} {kind}" for kind, (count, _) in kinds.items())
     bits = 8 * sum(size for _, size in kinds.values()) / max(1, blueprint.numbers)
     what = f"{scheme.described}: {told}" if scheme else told
-    yield Finding("stored", True, f"{what}; {bits:.1f} bits a number", f"computed in {dtype}, and kept so")
+    kept = KEPT.get(chosen.weights, f"kept in {chosen.weights}")
+    yield Finding("stored", True, f"{what}; {bits:.1f} bits a number", f"computed in {chosen.dtype}; {kept}")
     for remark in scheme.remarks if scheme else ():
         yield Finding("left out", True, "a part of the scheme", remark)
 
@@ -93,17 +101,18 @@ def _tensors(checkpoint: Checkpoint, blueprint: Blueprint) -> Finding:
     return Finding("tensors", True, f"all {len(there)}", "named and shaped as the configuration says")
 
 
-def _memory(blueprint: Blueprint, config: ModelConfig, ranks: int, dtype: str) -> Iterator[Finding]:
+def _memory(blueprint: Blueprint, chosen: EngineConfig) -> Iterator[Finding]:
     """Of the largest rank, and of all on this machine."""
-    size, shares = NUMBER_BYTES[dtype], shares_of(blueprint, (1.0,) * ranks)
-    weights = [shard_bytes(blueprint, share, lambda _: size) for share in shares]
-    tokens = [size * remembered(blueprint, share) for share in shares]
+    ranks, shares = chosen.ranks, shares_of(blueprint, chosen.shares)
+    weights = [shard_bytes(blueprint, share, chosen.weights) for share in shares]
+    width = blueprint.axis("kv_heads").width
+    tokens = [int(kept_bytes(chosen.kv, chosen.dtype, width) * remembered(blueprint, share)) for share in shares]
     free = free_memory()
     fits = sum(weights) < free
     each = "a rank" if ranks > 1 else "in all"
     meaning = f"{sum(weights) / 2**30:.2f} GiB on this machine, of {free / 2**30:.1f} that are free"
     yield Finding(f"weights, --tp {ranks}", fits, f"{max(weights) / 2**30:.2f} GiB {each}",
-                  meaning if fits else f"{meaning}: more machines, or --dtype bfloat16")  # fmt: skip
+                  meaning if fits else f"{meaning}: more machines, or fewer bits: --weights int8 or int4")  # fmt: skip
     many = int(max(0, free - sum(weights)) / max(1, sum(tokens)))
     yield Finding("keys and values", fits, f"{max(tokens) / 1024:.0f} KiB a token and rank",
                   f"room for {many:,} tokens beside the weights")  # fmt: skip

@@ -11,7 +11,7 @@ from collections.abc import Sequence as ReadOnly
 from dataclasses import replace
 from pathlib import Path
 
-from weft.admission import demand_memory, memory_tokens
+from weft.admission import demand_memory, kept_lines, memory_tokens, settled
 from weft.balance import balance
 from weft.batching.scheduled import CopyPrefix, Move
 from weft.calibration import key_of, measured
@@ -76,7 +76,7 @@ class Workers:
 
     def _started(self, planner: Planner, tell: Progress, recalibrate: bool, by_speed: bool) -> list[str]:
         self._bring_up(_read(tell))
-        notices = self._make_link(planner, tell)
+        notices = [*kept_lines(self.started.loaded), *self._make_link(planner, tell)]
         chooses = self.config.overlap == AUTO or chosen_by_cost(self.config.wire)
         if not (self.config.ranks > 1 and (recalibrate or by_speed or chooses)):
             return notices
@@ -217,6 +217,7 @@ class Workers:
 
     def _admit(self, hellos: ReadOnly[Hello]) -> None:
         self._ready()
+        self.config = self.controller.config = settled(self.path, self.model, self.config, hellos)
         demand_memory(self.model, self.config, hellos)
 
     def _waiting(self) -> None:

@@ -17,14 +17,14 @@ from weft.cli.doctor import _tcp
 
 def test_says_what_there_is_and_what_it_is_for() -> None:
     done = weft("doctor")
-    for part in ("cores", "memory", "packed weights", "gloo", "GPU", "shaped links", "hub", "calibration"):
+    for part in ("cores", "memory", "kernels", "gloo", "GPU", "shaped links", "hub", "calibration"):
         assert part in done.stdout
 
 
 def test_json() -> None:
     findings = json.loads(weft("doctor", "--json").stdout)["findings"]
     assert {"what", "ok", "value", "meaning"} == set(findings[0])
-    assert {finding["what"] for finding in findings} >= {"cores", "packed weights", "shaped links"}
+    assert {finding["what"] for finding in findings} >= {"cores", "kernels, int8", "shaped links"}
 
 
 def test_what_the_system_does_to_connections(tmp_path: Path) -> None:
@@ -49,12 +49,18 @@ def test_what_a_gguf_model_is(tmp_path: Path) -> None:
     found = {finding["what"]: finding for finding in said["findings"]}
     assert said["model"] == str(path) and all(finding["ok"] for finding in said["findings"])
     assert "tiny.Q8_0.gguf" in found["model"]["value"] and found["model"]["meaning"] == "GGUF, architecture llama"
-    assert "Q4_K" in found["stored"]["value"] and found["stored"]["meaning"] == "computed in float32, and kept so"
+    assert (
+        "Q4_K" in found["stored"]["value"]
+        and found["stored"]["meaning"] == "computed in float32; 8 bits kept in int8, 4 in int4 or int8, if faster"
+    )
     assert found["family"]["value"].startswith("llama: 2 layers of 256, 8 heads over 2")
     assert "GiB a rank" in found["weights, --tp 2"]["value"] and found["end tokens"]["value"] == "<end>"
     assert found["chat template"]["value"] == "yes" and found["tokenizer"]["value"] == "BPE, 258 tokens"
     half = json.loads(weft("doctor", str(path), "--dtype", "bfloat16", "--json").stdout)["findings"]
-    assert any(finding["meaning"] == "computed in bfloat16, and kept so" for finding in half)
+    assert any(
+        finding["meaning"] == "computed in bfloat16; 8 bits kept in int8, 4 in int4 or int8, if faster"
+        for finding in half
+    )
 
 
 def test_what_a_quantised_checkpoint_is(tmp_path: Path) -> None:

@@ -11,15 +11,20 @@ FORM = {
         "--html", "--json", "--link", "--mixed", "--overlap", "--plot", "--prompts", "--rounds", "--shares",
         "--threads", "--timeline", "--tokens", "--tp", "--transport", "--wire", "model",
     ],
-    "bench quality": ["--json", "--text", "--threads", "--tokens", "--tp", "--wire", "model"],
+    "bench quality": ["--json", "--kv", "--text", "--threads", "--tokens", "--tp", "--weights", "--wire", "model"],
     "chat": [
-        "--api-key", "--dtype", "--max-tokens", "--overlap", "--seed", "--shares", "--system", "--temperature",
+        "--api-key", "--dtype", "--kv", "--kv-cache-dtype", "--max-tokens", "--overlap", "--seed", "--shares",
+        "--system", "--temperature",
         "--tensor-parallel-size", "--threads", "--top-p", "--tp", "--transport", "--url", "--weights", "--wire",
         "model",
     ],
-    "doctor": ["--calibrations", "--dtype", "--json", "--tensor-parallel-size", "--tp", "model"],
+    "doctor": [
+        "--calibrations", "--dtype", "--json", "--kv", "--kv-cache-dtype", "--tensor-parallel-size", "--tp",
+        "--weights", "model",
+    ],
     "generate": [
-        "--compare", "--dtype", "--json", "--link", "--max-tokens", "--min-p", "--overlap", "--recalibrate",
+        "--compare", "--dtype", "--json", "--kv", "--kv-cache-dtype", "--link", "--max-tokens", "--min-p",
+        "--overlap", "--recalibrate",
         "--repetition-penalty", "--reproducible", "--seed", "--shares", "--stop", "--temperature",
         "--tensor-parallel-size", "--threads", "--timeline", "--top-k", "--top-p", "--tp", "--transport",
         "--weights", "--wire", "model", "prompt",
@@ -30,7 +35,7 @@ FORM = {
     ],
     "serve": [
         "--allow-anyone", "--allow-origin", "--api-key", "--check-content", "--client-timeout", "--drain", "--dtype",
-        "--host", "--join-address", "--link", "--local-ranks",
+        "--host", "--join-address", "--kv", "--kv-cache-dtype", "--link", "--local-ranks",
         "--max-body-bytes", "--max-model-len", "--max-num-batched-tokens", "--max-num-seqs", "--max-waiting",
         "--overlap", "--plain-data", "--port", "--prefix-caching", "--rank-ports", "--recalibrate", "--reproducible",
         "--request-timeout", "--served-model-name", "--shares", "--tensor-parallel-size", "--threads",

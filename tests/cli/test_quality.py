@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.processes import weft
-from weft.bench.quality import TEXT, _Wire, measure
+from weft.bench.quality import TEXT, _Inexact, measure
 from weft.errors import InputError
 from weft.opening import open_engine
 from weft.quality import ENOUGH, LIMITS, Assessment, Quality, keep, recall, within_limits
@@ -42,6 +42,20 @@ def test_table_and_file(tmp_path: Path) -> None:
     assert int8["perplexity"] == pytest.approx((1 + int8["above"]) * exact["perplexity"])
 
 
+def test_formats_of_weights_and_of_keys_and_values(tmp_path: Path) -> None:
+    """On one rank, against float32; in the order of their bits."""
+    out = tmp_path / "quality.json"
+    given = "--weights", "int8,int4", "--kv", "int8", "--tokens", "512", "--json", str(out)
+    done = weft("bench", "quality", *given, process=True)
+    for part in ("1 rank", "weights int8", "weights int4", "kv int8", "0.5%", "4.0%", "0.2%"):
+        assert part in done.stdout
+    assert done.stderr.strip() == ""
+    exact, int8, int4, kv = json.loads(out.read_text())["wires"]
+    assert [each["wire"] for each in (exact, int8, int4, kv)] == ["exact", "weights int8", "weights int4", "kv int8"]
+    assert 0 < kv["divergence"] < int8["divergence"] < int4["divergence"] < 0.3
+    assert kv["agreement"] > 0.98 and int8["agreement"] > 0.95 and int4["agreement"] > 0.8
+
+
 def test_perplexity_is_transformers(packaged: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT.read_text()[:6000])
@@ -62,6 +76,8 @@ def test_perplexity_is_transformers(packaged: Path, tmp_path: Path) -> None:
     [
         (["--wire", "int3"], "'int3' is not a wire; allowed: exact, bf16, int8, int4"),
         (["--wire", "auto:int8"], "'auto:int8' is not a wire"), (["--tp", "1"], "one rank sends nothing"),
+        (["--weights", "auto"], "'auto' is not a format of weights; allowed: float32, bfloat16, int8, int4"),
+        (["--kv", "int4"], "'int4' is not a format of keys and values; allowed: int8"), (["--tp", "0"], "--tp"),
         (["--tokens", "0"], "--tokens"), (["--text", "missing.txt"], "missing.txt can't be read"),
         (["--tokens", "20"], "--tokens 20 is less than a window, which has 512"), (["quality"], "'quality'"),
         (["--json", "no/such/folder/x.json"], "--json"),
@@ -140,7 +156,7 @@ def test_what_was_found_on_more_is_not_forgotten(own: Path) -> None:
 
 @pytest.mark.parametrize("figure", [float("nan"), float("inf"), 1e30])
 def test_answers_that_are_none_exceed_every_limit(own: Path, figure: float) -> None:
-    wire = _Wire("int8")
+    wire = _Inexact("int8")
     for _ in range(2):
         wire.losses.append(torch.full((10,), figure, dtype=torch.float64))
         wire.exact.append(torch.ones(10))

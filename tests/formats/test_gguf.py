@@ -370,7 +370,8 @@ def test_memory_while_loading_is_the_shard_and_a_tenth(tmp_path: Path) -> None:
     path = write(tmp_path / "large.gguf", model, "llama", "Q8_0", bytes_only)
     from weft.opening import open_engine
 
-    engine = open_engine(path, overlap="serial", max_length=64, threads=1)
+    open_engine(path, overlap="serial", max_length=64, threads=1, weights="float32").close()  # tries kernels
+    engine = open_engine(path, overlap="serial", max_length=64, threads=1, weights="float32")
     try:
         [loaded] = engine.workers.started.loaded
     finally:

@@ -43,9 +43,9 @@ def gemm_rate(model: ModelConfig) -> float:
     """FLOP/s of the product that the model's MLP begins with, 1024 rows, by weft's own kernel."""
     import torch
 
-    from weft.model.kernels import Linear
+    from weft.model.kernels.choice import Kernels
 
-    product = Linear(torch.randn(model.intermediate, model.hidden))
+    product = Kernels().linear(torch.randn(model.intermediate, model.hidden))
     rows = torch.randn(1024, model.hidden)
     return 2 * 1024 * model.hidden * model.intermediate / _seconds(lambda: product(rows))
 

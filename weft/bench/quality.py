@@ -1,8 +1,9 @@
-"""Measures what each wire does to a model's answers: the same text on exact and on others, position by position.
+"""Measures what wires and formats do to a model's answers: the same text exact and otherwise, position by position.
 
 Every window of the text is a prompt whose rows are scored, all of them, or with a large vocabulary the last ones, as
-many as LOGITS_BYTES hold; only wires differ, so what differs is theirs. Knows engines and texts; knows nothing of how
-figures are shown.
+many as LOGITS_BYTES hold; only a wire differs, or what weights or keys and values are kept in, so what differs is
+theirs. Exact are exact sums, and weights, keys and values in what is computed in. Knows engines and texts; knows
+nothing of how figures are shown.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from weft.engine import Engine
 from weft.errors import InputError
 from weft.execute.results import RunOptions
 from weft.model.description import model_config
+from weft.model.shares import STORED_BITS
 from weft.opening import open_engine
 from weft.parallel.sizes import row_bytes
 from weft.program.batch import Batch, Segment
@@ -43,8 +45,8 @@ class _Answers:
         self.losses = -self.log[:-1].gather(1, following[:, None]).squeeze(1)
 
 
-class _Wire:
-    """What one wire's answers come to, against exact's."""
+class _Inexact:
+    """What the answers of a wire, or of a format, come to against exact ones."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -79,34 +81,44 @@ def _written(figure: Tensor) -> float:
 
 def measure(
     path: Path, wires: Sequence[str], ranks: int, tokens: int, text: Path = TEXT, threads: int | None = None,
-    watch: Callable[[float], None] = lambda share: None,
+    watch: Callable[[float], None] = lambda share: None, weights: Sequence[str] = (), kv: Sequence[str] = (),
 ) -> Assessment:  # fmt: skip
-    """Perplexity, divergence and agreement of each wire on the first `tokens` of a text, in whole windows; kept for
-    `auto:`, where there are enough of them.
+    """Perplexity, divergence and agreement of each wire, and of `weights` and `kv` in each format, on the first
+    `tokens` of a text, in whole windows; kept for `auto:`, where there are enough of them.
 
     Raises `InputError` for a text that is too short, or a model without a tokenizer.
     """
     model = model_config(path)
     windows = _windows(path, model, text, tokens)
-    with closing(open_engine(path, ranks=ranks, threads=threads, overlap="serial", prefixes=False)) as engine:
-        found = [_Wire(wire) for wire in dict.fromkeys(["exact", *wires])]
-        for number, window in enumerate(windows):
-            exact: _Answers | None = None
-            for place, wire in enumerate(found):
-                answers = _answers(engine, model, window, wire.name)
-                exact = exact or answers
-                wire.add(answers, exact)
-                watch((number + (place + 1) / len(found)) / len(windows))
-        a_number = {wire.name: row_bytes(wire.name, engine.config.dtype, model.hidden) / model.hidden for wire in found}
-    scored = sum(len(losses) for losses in found[0].losses)
-    measured = Assessment(
-        ranks,
-        engine.config.dtype,
-        text.stem,
-        scored,
-        str(date.today()),
-        [wire.quality(a_number[wire.name]) for wire in found],
-    )
+    of_wires = [_Inexact(wire) for wire in dict.fromkeys(["exact", *wires])]
+    formats = [("weights", each) for each in weights] + [("kv", each) for each in kv]
+    steps, done = len(windows) * (len(of_wires) + 2 * len(formats)), 0
+
+    def answers(engine: Engine, window: list[int], wire: str = "exact") -> _Answers:
+        nonlocal done
+        found, done = _answers(engine, model, window, wire), done + 1
+        watch(done / steps)
+        return found
+
+    def opened(**how: str) -> Engine:
+        return open_engine(path, ranks=ranks, threads=threads, overlap="serial", prefixes=False, **how)  # type: ignore[arg-type]
+
+    with closing(opened(weights="float32")) as engine:
+        dtype = engine.config.dtype
+        for window in windows:
+            exact = answers(engine, window)
+            of_wires[0].add(exact, exact)
+            for wire in of_wires[1:]:
+                wire.add(answers(engine, window, wire.name), exact)
+        found = [wire.quality(row_bytes(wire.name, dtype, model.hidden) / model.hidden) for wire in of_wires]
+        for kind, format_ in formats:
+            other = _Inexact(f"{kind} {format_}")
+            with closing(opened(**{"weights": "float32", kind: format_})) as second:
+                for window in windows:
+                    other.add(answers(second, window), answers(engine, window))
+            found.append(other.quality(STORED_BITS[format_] / 8))
+    scored = sum(len(losses) for losses in of_wires[0].losses)
+    measured = Assessment(ranks, dtype, text.stem, scored, str(date.today()), found)
     keep(path, measured)
     return measured
 

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from weft.cli.options import (
     DTYPE,
+    KV,
     MODEL,
     OVERLAP,
     SHARES,
@@ -176,6 +177,7 @@ def chat(
     transport: TRANSPORT = "auto",
     dtype: DTYPE = "float32",
     weights: STORED = "auto",
+    kv: KV = "auto",
     shares: SHARES = None,
     threads: THREADS = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
@@ -198,7 +200,7 @@ def chat(
             llm = loaded(
                 console, model, tensor_parallel_size=ranks_or_auto(tp), overlap=overlap, wire=wire, transport=transport,
                 shares=shares_or_auto(shares),
-                num_threads=threads, dtype=dtype, weights=weights,
+                num_threads=threads, dtype=dtype, weights=weights, kv_cache_dtype=kv,
             )  # fmt: skip
             partner = Local(stack.enter_context(llm), wishes)
         Conversation(partner, console, system).run()

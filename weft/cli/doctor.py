@@ -7,7 +7,8 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from weft.cli.options import DTYPE, MODEL, TP, ranks_or_auto
+from weft.cli.options import DTYPE, KV, MODEL, STORED, TP, ranks_or_auto
 from weft.config import positive
 from weft.errors import InputError
 from weft.finding import Finding
@@ -44,11 +45,13 @@ def doctor(
     model: MODEL = None,
     tp: TP = "1",
     dtype: DTYPE = "float32",
+    weights: STORED = "auto",
+    kv: KV = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
     calibrations: Annotated[bool, typer.Option("--calibrations", help="Each one that is kept, too.")] = False,
 ) -> None:
     """See HELP."""
-    checks, runs = _surveyed(model, tp, dtype) if model is not None else (findings(calibrations), True)
+    checks, runs = _surveyed(model, tp, dtype, weights, kv) if model is not None else (findings(calibrations), True)
     if as_json:
         named = {} if model is None else {"model": model}
         print(json.dumps({"weft": version("weft"), **named, "findings": [asdict(finding) for finding in checks]}))
@@ -69,7 +72,7 @@ def _table(title: str, checks: Sequence[Finding]) -> Table:
     return table
 
 
-def _surveyed(model: str, tp: str, dtype: str) -> tuple[list[Finding], bool]:
+def _surveyed(model: str, tp: str, dtype: str, weights: str, kv: str) -> tuple[list[Finding], bool]:
     from weft.hub import locate
     from weft.survey import survey
 
@@ -77,7 +80,7 @@ def _surveyed(model: str, tp: str, dtype: str) -> tuple[list[Finding], bool]:
     if ranks == "auto":
         raise InputError("weft doctor MODEL wants a number of ranks, as in --tp 2")
     positive(ranks, "--tp")
-    return survey(locate(model), ranks, dtype)
+    return survey(locate(model), ranks, dtype, weights, kv)
 
 
 def findings(calibrations: bool) -> list[Finding]:
@@ -112,23 +115,35 @@ def _kernels() -> list[Finding]:
     import torch
 
     from weft.model.attention import fused_attention_works
-    from weft.model.kernels import EXACT_BLOCK, packed_weights_work
 
-    packed, fused = packed_weights_work(), fused_attention_works()
+    fused = fused_attention_works()
     capability = torch.backends.cpu.get_cpu_capability()
-    why = (
-        "MKL's change a row's bits with the batch on this processor"
-        if "USE_MKL=ON" in torch.__config__.show()
-        else "a torch with MKL has them"
-    )
-    fallback = f"{why}; plain products instead, and --reproducible computes in blocks of {EXACT_BLOCK} rows, slower"
     return [
         Finding("instructions", True, capability, "vector instructions that torch uses"),
-        Finding("packed weights", packed, "MKL" if packed else "not used",
-                "products that lose nothing when the batch is cut" if packed else fallback),
+        *_chosen(),
         Finding("fused attention", fused, "yes" if fused else "missing",
                 "attention without a mask matrix" + ("" if fused else "; plain operations instead, slower")),
     ]  # fmt: skip
+
+
+def _chosen() -> Iterator[Finding]:
+    """For each format, which kernels were found to be fastest, and how fast that is for the largest weight."""
+    from weft.model.kernels.choice import KERNELS, all_kept
+
+    known = list(all_kept())
+    for format_ in KERNELS:
+        found = [each for each in known if each.format == format_]
+        if not found:
+            yield Finding(f"kernels, {format_}", True, "not tried yet", "they are at the first start with such weights")
+            continue
+        counts = Counter(each.choice.kernel for each in found)
+        exact, largest = all(each.choice.exact for each in found), max(found, key=lambda each: each.shape)
+        bytes_, flops = (f"{speed / 1e9:,.0f}" for speed in largest.speeds)
+        height, width = largest.shape
+        told = f"{height} x {width}, {largest.threads} threads: {bytes_} GB/s with one row, {flops} GFLOP/s with many"
+        told += "" if exact else "; but for --reproducible a row's bits change with its batch"
+        kernels = ", ".join(f"{name} for {count}" for name, count in counts.most_common())
+        yield Finding(f"kernels, {format_}", exact, f"{kernels} shape{'s' if len(found) > 1 else ''}", told)
 
 
 def _devices() -> list[Finding]:

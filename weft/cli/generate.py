@@ -15,6 +15,7 @@ from rich.table import Table
 
 from weft.cli.options import (
     DTYPE,
+    KV,
     LINK,
     MODEL,
     OVERLAP,
@@ -94,6 +95,7 @@ def generate(
     link: LINK = "none",
     dtype: DTYPE = "float32",
     weights: STORED = "auto",
+    kv: KV = "auto",
     shares: SHARES = None,
     reproducible: REPRODUCIBLE = False,
     recalibrate: RECALIBRATE = False,
@@ -121,14 +123,11 @@ def generate(
         demand_form(timeline, "--timeline")
         demand_writable(timeline, "--timeline")
     errors = Console(stderr=True)
-    given = {
-        "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-    }  # fmt: skip
+    given = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)
     with loaded(
         errors, model, tensor_parallel_size=ranks_or_auto(tp), overlap=overlap, wire=wire, transport=transport,
-        link=link, shares=shares_or_auto(shares),
-        reproducible=reproducible, num_threads=threads, dtype=dtype, weights=weights, recalibrate=recalibrate,
+        link=link, shares=shares_or_auto(shares), reproducible=reproducible, num_threads=threads, dtype=dtype,
+        weights=weights, kv_cache_dtype=kv, recalibrate=recalibrate,
     ) as llm:  # fmt: skip
         params = llm.get_default_sampling_params(
             **{name: value for name, value in given.items() if value is not None},

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from weft.config import DTYPES, WEIGHTS, one_of
+from weft.config import DTYPES, KEPT, WEIGHTS, one_of
 from weft.errors import InputError
 
 TP = Annotated[
@@ -41,7 +41,15 @@ STORED = Annotated[
     str,
     typer.Option(
         "--weights", callback=_known("--weights", WEIGHTS),
-        help="What weights are stored in; auto: what is computed in, whatever the checkpoint has.",
+        help="What weights are kept in: float32, bfloat16, int8, int4; auto: what the checkpoint has in few bits in no "
+        "fewer, the rest as what is computed in.",
+    ),
+]  # fmt: skip
+KV = Annotated[
+    str,
+    typer.Option(
+        "--kv", "--kv-cache-dtype", callback=_known("--kv", KEPT),
+        help="What keys and values are kept in: int8 takes a quarter of the memory; auto: what is computed in.",
     ),
 ]  # fmt: skip
 OVERLAP = Annotated[
@@ -82,7 +90,6 @@ ELSEWHERE = {
     "--enforce-eager": "there is nothing else here; leave it out",
     "-tp": "give --tp",
     "--swap-space": "weft has none: what memory doesn't hold waits; leave it out",
-    "--kv-cache-dtype": "keys and values are kept in what is computed in; see --dtype",
     "--load-format": "weft sees what a checkpoint is; leave it out",
     "--chat-template": "the checkpoint's own is used; put another one into its chat_template.jinja",
     "--seed": "requests have a seed each; leave it out",

@@ -17,6 +17,7 @@ from rich.progress import Progress as Bar
 from weft.about import About
 from weft.cli.options import (
     DTYPE,
+    KV,
     LINK,
     MODEL,
     OVERLAP,
@@ -131,7 +132,7 @@ def serve_command(
     overlap: OVERLAP = "auto",
     wire: WIRE = "exact",
     transport: TRANSPORT = "auto", link: LINK = "none",
-    dtype: DTYPE = "float32", weights: STORED = "auto", shares: SHARES = None,
+    dtype: DTYPE = "float32", weights: STORED = "auto", kv: KV = "auto", shares: SHARES = None,
     reproducible: REPRODUCIBLE = False,
     recalibrate: RECALIBRATE = False,
     threads: THREADS = None,
@@ -165,10 +166,10 @@ def serve_command(
             if launcher is not None:
                 _invite(out, launcher, model, int(ranks) - local_ranks)
             return open_engine(
-                model, ranks=ranks, overlap=overlap, wire=wire, transport=transport, link=link,
+                model, ranks=ranks, overlap=overlap, wire=wire, transport=transport, link=link, kv=kv, weights=weights,
                 shares=shares_or_auto(shares), reproducible=reproducible, threads=threads, recalibrate=recalibrate,
                 max_length=max_model_len, max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens,
-                launcher=launcher, dtype=dtype, weights=weights, prefixes=prefix_caching, token_interval=token_interval,
+                launcher=launcher, dtype=dtype, prefixes=prefix_caching, token_interval=token_interval,
                 check_content=check_content, plain_data=plain_data, progress=_both(tell, showing),
             )  # fmt: skip
 

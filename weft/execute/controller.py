@@ -167,8 +167,8 @@ class Controller:
             self._send(
                 identity,
                 p.Load(
-                    held.path, model, list(config.shares), config.dtype, config.device, config.reproducible,
-                    config.max_length, config.slots, held.files,
+                    held.path, model, list(config.shares), config.dtype, config.weights, config.kv, config.device,
+                    config.reproducible, config.max_length, config.slots, held.files,
                 ),
             )  # fmt: skip
         read = dict.fromkeys(self._ranks, p.Loading(0, 0))

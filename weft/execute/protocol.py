@@ -85,6 +85,8 @@ class Load(msgspec.Struct, tag=True, frozen=True):
     config: ModelConfig
     shares: list[float]
     dtype: str
+    weights: str
+    kv: str
     device: str
     exact_rows: bool
     length: int
@@ -118,13 +120,15 @@ class Loading(msgspec.Struct, tag=True, frozen=True):
 
 class Loaded(msgspec.Struct, tag=True, frozen=True):
     """Ready. Bytes; `peak` is what loading took at most beyond what the process had before, `free` what its machine
-    has left."""
+    has left; `kinds`: of weights in each format. `finer`: matrices that lose too much in the format that was asked for,
+    and are kept in more bits."""
 
     weights: int
     peak: int
     kv_bytes_per_token: int
     free: int
-    packed: bool
+    kinds: dict[str, int] = {}
+    finer: list[str] = []
 
 
 class Choice(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -44,6 +44,7 @@ from weft.execute.process import (
 )
 from weft.execute.sampler import sample
 from weft.formats.checkpoint import Checkpoint
+from weft.formats.content import content_of, content_told
 from weft.formats.fetched import FetchedFiles
 from weft.formats.fingerprint import Held, Wanted, held_here
 from weft.formats.gguf.files import is_gguf
@@ -51,10 +52,11 @@ from weft.launch.launcher import LEASE_VARIABLE, MODEL_VARIABLE, PLACE_VARIABLE,
 from weft.launch.sockets import worker_socket
 from weft.model.decoder import Decoder
 from weft.model.families import blueprint_of
-from weft.model.kernels import packed_weights_work
+from weft.model.kept_weights import KeptWeights
+from weft.model.kernels.choice import Kernels
 from weft.model.opening import open_model
 from weft.model.rope import ropes_for
-from weft.model.shares import shard_bytes, shares_of
+from weft.model.shares import shares_of
 from weft.model.weights import load
 from weft.parallel import gloo
 from weft.parallel.allreduce import gather_columns, swap
@@ -69,6 +71,8 @@ from weft.parallel.transport import Transport
 from weft.program.batch import Batch, Segment
 from weft.program.stages import COMPUTE
 from weft.program.steps import Form, Program
+
+PRIMITIVES = 128
 
 
 @dataclass
@@ -198,33 +202,46 @@ class Worker:
         share, dtype = shares[self.rank], getattr(torch, m.dtype)
         give_back_freed_memory()
         with Peak() as peak, ExitStack() as stack:
-            checkpoint = self._checkpoint(m, stack)
+            checkpoint, here = self._checkpoint(m, stack)
             weights = load(
-                checkpoint, blueprint, share, device=m.device, dtype=dtype,
-                exact_rows=m.exact_rows, progress=lambda done, total: self.say(p.Loading(done, total)),
+                checkpoint, blueprint, share, device=m.device, dtype=dtype, kernels=Kernels(m.exact_rows),
+                kept=self._kept(m, here, [repr(blueprint), repr(share)]),
+                weights=m.weights,
+                progress=lambda done, total: self.say(p.Loading(done, total)),
             )  # fmt: skip
         kv_heads = len(share.kv_heads)
-        slabs = Slabs(m.slots, m.config.layers, kv_heads, m.length, m.config.head_dim, dtype, m.device)
+        slabs = Slabs(m.slots, m.config.layers, kv_heads, m.length, m.config.head_dim, dtype, m.device, m.kv == "int8")
         decoder = Decoder(blueprint, share, weights, ropes_for(m.config, blueprint, m.device), m.exact_rows)
         vocabulary = [len(each.ranges["vocabulary"]) for each in shares]
         executor = Executor(decoder, blueprint.outline, self.group, self.lanes, vocabulary)
         self.model = _Model(decoder, slabs, executor, {}, vocabulary)
         keep_freed_memory()
         gc.freeze()  # what is loaded stays: collections need not look at it again
-        size = shard_bytes(blueprint, share, lambda _: dtype.itemsize)
-        packed = packed_weights_work() and dtype is torch.float32
-        self.say(p.Loaded(size, peak.taken, slabs.bytes_per_token, free_memory(), packed))
+        kept = weights.kinds, weights.finer
+        self.say(p.Loaded(weights.bytes, peak.taken, slabs.bytes_per_token, free_memory(), *kept))
 
-    def _checkpoint(self, m: p.Load, stack: ExitStack) -> Checkpoint:
-        """The model's on this machine, which need not be the engine's; where it has none, the engine's machine's. It is
-        closed with the stack."""
-        path, bring = held_here(Held(m.path, m.files), os.environ.get(MODEL_VARIABLE)), None
+    def _kept(self, m: p.Load, path: Path | None, part: list[str]) -> KeptWeights | None:
+        """What an earlier start has left of this part of the model, where weights may be rounded. `path`: of the
+        checkpoint, if it is on this machine."""
+        if m.weights == m.dtype:
+            return None
+        if path is None:
+            content = content_told(m.files)
+        else:
+            content = content_of(path, lambda done, total: self.say(p.Loading(done, total)))
+        return KeptWeights([content, m.weights, m.dtype, *part])
+
+    def _checkpoint(self, m: p.Load, stack: ExitStack) -> tuple[Checkpoint, Path | None]:
+        """The model's on this machine, which need not be the engine's, and where it is; where it has none, the engine's
+        machine's. It is closed with the stack."""
+        here, bring = held_here(Held(m.path, m.files), os.environ.get(MODEL_VARIABLE)), None
+        path = here
         if path is None:
             files = FetchedFiles(m.files, self._fetch)
             stack.callback(files.close)
             path = files.directory / Path(m.path).name if is_gguf(Path(m.path)) else files.directory
             bring = files.bring
-        return stack.enter_context(closing(open_model(path, m.config, bring)))
+        return stack.enter_context(closing(open_model(path, m.config, bring))), here
 
     def _fetch(self, wanted: Wanted) -> bytes:
         self.say(p.Fetch(wanted))
@@ -299,6 +316,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not token:
         print(f"{TOKEN_VARIABLE} is not set; it holds the token that the engine printed", file=sys.stderr)
         return 2
+    # oneDNN keeps what it makes for each number of rows that it meets: up to 0.7 MB of code each time.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRIMITIVES))
     if os.environ.get(LEASE_VARIABLE):
         end_with_launcher()
     context = zmq.Context()

@@ -6,6 +6,7 @@ Knows which format is which; knows nothing of ranks or of what the tensors are f
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,6 +72,11 @@ def open_checkpoint(
         return GgufCheckpoint(path, architectures, bring)
     plain, scheme = SafetensorsCheckpoint(path, bring, aliases), scheme_of(fields)
     return QuantisedCheckpoint(plain, scheme) if scheme is not None else plain
+
+
+def bits_of(checkpoint: Checkpoint, name: str) -> float:
+    """Of a number of a tensor, its scales included; more than any format has if it isn't there."""
+    return 8 * checkpoint.stored(name) / max(1, prod(checkpoint.shape(name))) if name in checkpoint else 64.0
 
 
 def counted(tensors: Iterable[tuple[str, int]]) -> dict[str, tuple[int, int]]:

@@ -74,6 +74,35 @@ class Codes:
         if self.offsets is not None:
             grouped.add_(self.offsets[..., None])
 
+    def clone(self) -> Codes:
+        """In memory of their own."""
+        parts = (None if each is None else each.clone() for each in (self.codes, self.scales, self.offsets))
+        return Codes(*parts)  # type: ignore[arg-type]
+
+    def rows(self, some: slice | Tensor) -> Codes:
+        """Of some rows, by a slice or their places."""
+        parts = (None if each is None else each[some] for each in (self.codes, self.scales, self.offsets))
+        return Codes(*parts)  # type: ignore[arg-type]
+
+    def times(self, factor: float) -> Codes:
+        """Of numbers so many times as large."""
+        if self.scales is None:
+            return Codes(self.numbers().mul_(factor))
+        return Codes(self.codes, self.scales * factor, None if self.offsets is None else self.offsets * factor)
+
+    def columns(self, some: range) -> Codes | None:
+        """Of some columns, where they are whole groups; else None."""
+        if len(some) == self.codes.shape[1]:
+            return self
+        if self.scales is None:
+            return Codes(self.codes[:, some.start : some.stop])
+        size = self.codes.shape[1] // self.scales.shape[1]
+        if some.start % size or some.stop % size:
+            return None
+        groups = slice(some.start // size, some.stop // size)
+        offsets = None if self.offsets is None else self.offsets[:, groups]
+        return Codes(self.codes[:, some.start : some.stop], self.scales[:, groups], offsets)
+
     def numbers(self) -> Tensor:
         """The same in a tensor of their own."""
         out = torch.empty(self.codes.shape)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from weft.model.kernels import capped
+from weft.cache.slabs import KeyValues
+from weft.model.elementwise import capped
 from weft.program.strategy import GRANULE
 
 CAPPED_BLOCK = 128  # query positions to one call where scores are capped, and so all there at once
@@ -51,14 +52,8 @@ class Scoring(NamedTuple):
 
 
 def attend(
-    query_HnD: Tensor,
-    keys_GSD: Tensor,
-    values_GSD: Tensor,
-    start: int,
-    scoring: Scoring,
-    exact_rows: bool,
-    decoding: bool = True,
-) -> Tensor:
+    query_HnD: Tensor, kept: KeyValues, start: int, scoring: Scoring, exact_rows: bool, decoding: bool = True
+) -> Tensor:  # fmt: skip
     """Attention of the tokens at positions start, start + 1, … over keys 0 … start + n: [n, H * D].
 
     The keys and values of the new tokens are already in memory. `exact_rows`: bits of a row do not depend on where the
@@ -68,11 +63,7 @@ def attend(
     """
     count, end, window = query_HnD.shape[1], start + query_HnD.shape[1], scoring.window
     if count == 1 and (decoding or not exact_rows):
-        first = 0 if window is None else max(0, end - window)
-        keys, values = keys_GSD[:, first:end], values_GSD[:, first:end]
-        if scoring.plain:
-            return _one_token(query_HnD, keys, values)
-        return _rows(_sunk(*_call(query_HnD, keys, values, causal=False, softcap=scoring.softcap), scoring.sinks))
+        return _one_token(query_HnD, kept, end, scoring)
     if exact_rows and start % GRANULE:
         raise ValueError(f"a chunk starts at position {start}, which is not a multiple of {GRANULE}")
     block = GRANULE if exact_rows else count
@@ -80,38 +71,51 @@ def attend(
         block = min(block, WINDOW_BLOCK)
     if scoring.softcap is not None:
         block = min(block, CAPPED_BLOCK)
-    pieces = [
-        _block(query_HnD[:, at : at + block], keys_GSD, values_GSD, start + at, scoring)
-        for at in range(0, count, block)
-    ]
+    pieces = [_block(query_HnD[:, at : at + block], kept, start + at, scoring) for at in range(0, count, block)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _one_token(query_H1D: Tensor, keys_GSD: Tensor, values_GSD: Tensor) -> Tensor:
+def _one_token(query_H1D: Tensor, kept: KeyValues, end: int, scoring: Scoring) -> Tensor:
     """One new token: the heads of a group are rows of one query block, which saves reading the keys again."""
-    groups, _, width = keys_GSD.shape
-    query = query_H1D.view(1, groups, -1, width)
-    out = functional.scaled_dot_product_attention(query, keys_GSD.unsqueeze(0), values_GSD.unsqueeze(0))
-    return out.reshape(1, -1)
+    limited = scoring.window is not None and end > scoring.window
+    spans = [kept.span(end - scoring.window, end)] if limited and scoring.window else kept.pieces(end)
+    merged: tuple[Tensor, Tensor] | None = None
+    for keys, values in spans:
+        query = query_H1D.view(keys.shape[0], -1, keys.shape[2])
+        if scoring.plain and keys.shape[1] == (scoring.window if limited else end):  # all there is
+            out = functional.scaled_dot_product_attention(query[None], keys[None], values[None])
+            return out.reshape(1, -1)
+        merged = _merged(merged, _call(query, keys, values, causal=False, softcap=scoring.softcap))
+    assert merged is not None, "a token sees itself"
+    out, weight = merged[0].reshape(query_H1D.shape), merged[1].reshape(-1, 1)
+    return _rows(_sunk(out, weight, scoring.sinks))
 
 
-def _block(query_HnD: Tensor, keys_GSD: Tensor, values_GSD: Tensor, start: int, scoring: Scoring) -> Tensor:
+def _merged(one: tuple[Tensor, Tensor] | None, other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the keys of both, by the log-sum-exp of each."""
+    if one is None:
+        return other
+    (out, weight), (more, more_weight) = one, other
+    share = torch.sigmoid(more_weight - weight).to(out.dtype)[..., None]
+    return torch.lerp(out, more, share), torch.logaddexp(weight, more_weight)
+
+
+def _block(query_HnD: Tensor, kept: KeyValues, start: int, scoring: Scoring) -> Tensor:
     """[n, H * D] of consecutive positions from `start`."""
     count, end = query_HnD.shape[1], start + query_HnD.shape[1]
     # By the block's own end: its bits don't depend on what comes after it.
-    window = scoring.window if scoring.window is not None and end > scoring.window else None
-    if window is not None or scoring.softcap is not None:
-        first = 0 if window is None else max(0, start - window + 1)
-        mask = _mask(count, end - first, window).to(query_HnD)
-        keys, values = keys_GSD[:, first:end], values_GSD[:, first:end]
-        out, weight = _call(query_HnD, keys, values, causal=False, mask=mask, softcap=scoring.softcap)
-        return _rows(_sunk(out, weight, scoring.sinks))
-    out, weight = _call(query_HnD, keys_GSD[:, start:end], values_GSD[:, start:end], causal=True)
+    if scoring.window is not None and end > scoring.window:
+        first = max(0, start - scoring.window + 1)
+        mask, span = _mask(count, end - first, scoring.window).to(query_HnD), kept.span(first, end)
+        merged = _call(query_HnD, *span, causal=False, mask=mask, softcap=scoring.softcap)
+        return _rows(_sunk(*merged, scoring.sinks))
+    capped_mask = None if scoring.softcap is None else _mask(count, count, None).to(query_HnD)
+    present = kept.span(start, end)
+    merged = _call(query_HnD, *present, causal=capped_mask is None, mask=capped_mask, softcap=scoring.softcap)
     if start > 0:
-        past, past_weight = _call(query_HnD, keys_GSD[:, :start], values_GSD[:, :start], causal=False)
-        out = torch.lerp(out, past, torch.sigmoid(past_weight - weight).to(out.dtype)[..., None])
-        weight = torch.logaddexp(weight, past_weight) if scoring.sinks is not None else weight
-    return _rows(_sunk(out, weight, scoring.sinks))
+        for keys, values in kept.pieces(start):
+            merged = _merged(merged, _call(query_HnD, keys, values, causal=False, softcap=scoring.softcap))
+    return _rows(_sunk(*merged, scoring.sinks))
 
 
 def _sunk(out_HnD: Tensor, weight_Hn: Tensor, sinks_H1: Tensor | None) -> Tensor:

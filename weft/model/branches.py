@@ -19,8 +19,9 @@ from torch import Tensor
 from weft.cache.slabs import Slabs
 from weft.model.attention import Scoring, attend
 from weft.model.blueprint import AttentionBranch, Blueprint, Branch, MlpBranch, ProjectionBranch
+from weft.model.elementwise import UnitRows, activation, rotate
 from weft.model.forward import Extent, Forward, RowWise, SequenceRows
-from weft.model.kernels import Linear, UnitRows, activation, rotate
+from weft.model.kernels.linear import Linear
 from weft.model.shares import HeadRun, Share
 from weft.model.weights import BranchWeights
 from weft.program.batch import Rows
@@ -150,13 +151,13 @@ class Attention:
             first = max(start, first // GRANULE * GRANULE) if self.exact_rows else first
             start, query_nHD = first, query_nHD[first - start :]
         query_HnD = query_nHD.transpose(0, 1)
-        keys, values = slabs.read(piece.slot, self.layer)
+        kept = slabs.read(piece.slot, self.layer)
         if len(shape.runs) == 1:  # mostly; all heads without three views for every token that decodes
-            attended = attend(query_HnD, keys, values, start, self.scorings[0], self.exact_rows, piece.decoding)
+            attended = attend(query_HnD, kept, start, self.scorings[0], self.exact_rows, piece.decoding)
         else:
             each = []
             for run, scoring in zip(shape.runs, self.scorings, strict=True):
-                own = query_HnD[run.query], keys[run.key], values[run.key]
+                own = query_HnD[run.query], kept.heads(run.key)
                 each.append(attend(*own, start, scoring, self.exact_rows, piece.decoding))
             attended = torch.cat(each, dim=1)
         return attended if last == count else attended[attended.shape[0] - last :]

@@ -22,8 +22,10 @@ from torch import Tensor
 from weft.cache.slabs import Slabs
 from weft.model.blueprint import Blueprint, Norm, StageParts
 from weft.model.branches import BRANCHES, BranchFunctions, Making, Parallel, Projection
+from weft.model.elementwise import UnitRows, capped
 from weft.model.forward import Extent, Forward
-from weft.model.kernels import Linear, UnitRows, capped
+from weft.model.kernels.linear import Linear
+from weft.model.kernels.looked_up import LookedUp
 from weft.model.rope import Rope
 from weft.model.shares import Share
 from weft.model.weights import Gain, StageWeights, Weights
@@ -61,11 +63,12 @@ class Decoder:
     def __init__(
         self, blueprint: Blueprint, share: Share, weights: Weights, ropes: Sequence[Rope], exact_rows: bool = False
     ) -> None:
-        self.width, self.embedding, self.ropes = blueprint.hidden, weights.embedding, ropes
-        making = _StageMaker(blueprint, share, self.embedding.device, exact_rows)
+        self.width, self.ropes = blueprint.hidden, ropes
+        self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        making = _StageMaker(blueprint, share, self.device, exact_rows)
         outline = blueprint.outline
         self.stages: dict[tuple[str, int | None], StageFunctions] = {
-            (outline.before[0].part, None): Embed(self.embedding, self._rounded(blueprint.embedding_factor)),
+            (outline.before[0].part, None): Embed(weights.embedding, self._rounded(blueprint.embedding_factor)),
             (outline.after[-1].part, None): Head(
                 weights.head, making.norm(blueprint.norm), weights.gain, blueprint.softcap
             ),
@@ -76,11 +79,11 @@ class Decoder:
 
     def _rounded(self, factor: float) -> float:
         """To what is computed in, as Gemma was trained."""
-        return float(torch.tensor(factor, dtype=self.embedding.dtype))
+        return float(torch.tensor(factor, dtype=self.dtype))
 
     def begin(self, batch: Batch, tokens: Sequence[int], slabs: Slabs) -> Forward:
         """One forward pass of `tokens` (one id a row of the batch) over the key/value memory in `slabs`."""
-        ids = torch.tensor(tokens, device=self.embedding.device)
+        ids = torch.tensor(tokens, device=self.device)
         angles = tuple(
             _joined([rope.angles(s.start, s.end, s.prompt or s.end) for s in batch.segments])[:, None]
             for rope in self.ropes
@@ -91,11 +94,11 @@ class Decoder:
         """By the first rope, which is the only one where there are any."""
         found = [self.ropes[0].query_factors(s.start, s.end) for s in batch.segments] if self.ropes else []
         some = [factors for factors in found if factors is not None]
-        return _joined(some).to(self.embedding.dtype)[:, None, None] if some else None
+        return _joined(some).to(self.dtype)[:, None, None] if some else None
 
     def empty_hidden(self, rows: int) -> Tensor:
         """An uninitialised residual stream [rows, M]."""
-        return self.embedding.new_empty(rows, self.width)
+        return torch.empty(rows, self.width, dtype=self.dtype, device=self.device)
 
 
 def _joined(spans: list[Tensor]) -> Tensor:
@@ -106,7 +109,7 @@ def _joined(spans: list[Tensor]) -> Tensor:
 class Embed:
     """Token ids to the residual stream; whole on every rank, no collective."""
 
-    embedding: Tensor
+    embedding: LookedUp
     factor: float
     adds: bool = True
 
@@ -116,7 +119,7 @@ class Embed:
 
     def body(self, forward: Forward, extent: Extent, _: Tensor) -> Tensor:
         """The embedding of the rows' tokens [T, M]."""
-        rows = self.embedding[forward.tokens[extent.rows.start : extent.rows.stop]]
+        rows = self.embedding(forward.tokens[extent.rows.start : extent.rows.stop])
         return rows if self.factor == 1.0 else rows.mul_(self.factor)
 
     def tail(self, forward: Forward, extent: Extent, features: Tensor) -> Tensor:

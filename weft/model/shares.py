@@ -6,12 +6,15 @@ doesn't divide the heads or exceeds them, and a fast machine may take more than 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
 
 from weft.model.blueprint import Axis, Blueprint, Matrix, size
+
+STORED_BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.0, "int4": 5.0}  # of a number, scales of groups included
+FEW_BITS = ("int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -87,15 +90,32 @@ def _used(pieces: range, group: int) -> range:
     return range(pieces.start // group, (pieces.stop - 1) // group + 1) if pieces else range(0)
 
 
-def shard_bytes(blueprint: Blueprint, share: Share, number_bytes: Callable[[Matrix], float]) -> int:
-    """Bytes that `share` of the weights takes, embedding included. `number_bytes`: of one number of a matrix."""
-    return int(sum(times * share.numbers(matrix) * number_bytes(matrix) for matrix, times in blueprint.held))
+def shard_bytes(blueprint: Blueprint, share: Share, weights: str) -> int:
+    """Bytes that `share` of the weights takes, embedding included, where matrices are kept in `weights`: a format, or
+    auto: with the one of fewest bits. Of few bits the embedding has 8, and a head that is tied to it is another copy,
+    packed."""
+    format_ = weights.removeprefix("auto:")
+    looked_up = max(STORED_BITS[format_], STORED_BITS["int8"])
+    bits = sum(
+        times
+        * share.numbers(matrix)
+        * (looked_up if matrix in (blueprint.embedding, blueprint.head) else STORED_BITS[format_])
+        for matrix, times in blueprint.held
+    )
+    if blueprint.tied and format_ in FEW_BITS:
+        bits += share.numbers(blueprint.head) * looked_up
+    return int(bits / 8)
 
 
 def remembered(blueprint: Blueprint, share: Share) -> int:
     """Numbers of keys and values that a token leaves on a rank, in all layers."""
     axes = [parts.remembers for parts in blueprint.layer if parts.remembers]
     return blueprint.layers * sum(2 * len(share.of(axis)) * axis.width for axis in axes)
+
+
+def kept_bytes(kv: str, dtype: str, width: int) -> float:
+    """Bytes of a number of keys and values, of heads of a width; in int8 with a scale for each head."""
+    return 1 + 4 / width if kv == "int8" else STORED_BITS[dtype] / 8
 
 
 def _unit(total: int, shares: Sequence[float], wanted: int) -> int:

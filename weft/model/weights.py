@@ -12,30 +12,46 @@ Knows names and shares; knows nothing of how the weights are used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from weft.errors import InputError
-from weft.formats.checkpoint import Checkpoint
-from weft.formats.packed import Plain, TensorPart
+from weft.formats.checkpoint import Checkpoint, bits_of
+from weft.formats.packed import Codes
 from weft.model.blueprint import (
     AttentionBranch,
-    Axis,
     Blueprint,
     Branch,
     Matrix,
     Norm,
     ProjectionBranch,
     StageParts,
-    size,
 )
-from weft.model.kernels import Linear
+from weft.model.kept_weights import KeptWeights
+from weft.model.kernels.choice import Kernels, format_of
+from weft.model.kernels.formats import (
+    FEW_BITS,
+    LOST,
+    Formats,
+    Gathering,
+    bytes_of,
+    finer,
+    gathering,
+    head_of,
+    table_of,
+)
+from weft.model.kernels.linear import Gained, Linear, Stored
+from weft.model.kernels.looked_up import LookedUp
+from weft.model.matrices import Into, MatrixReader, blocks, pair
 from weft.model.shares import Share
 
-LINE = 64  # bytes of a cache line
+BLOCK = 1 << 22  # numbers that are read at a time, in float32
 
 
 @dataclass(frozen=True)
@@ -72,75 +88,118 @@ class StageWeights:
 
 @dataclass(frozen=True)
 class Weights:
-    """All that one rank holds: `stages` by part and layer. `gain`: of the last norm, which a tied head can't take
-    in."""
+    """All that one rank holds: `stages` by part and layer. `gain`: of the last norm, which a tied head can't take in.
+    `kinds`: bytes in each format; `finer`: matrices that lose too much in the format that was asked for."""
 
-    embedding: Tensor
+    embedding: LookedUp
     stages: dict[tuple[str, int], StageWeights]
     gain: Gain
     head: Linear
+    kinds: dict[str, int]
+    finer: list[str]
+
+    @property
+    def bytes(self) -> int:
+        """That they take."""
+        return sum(self.kinds.values())
 
 
 def load(
     checkpoint: Checkpoint, blueprint: Blueprint, share: Share, *, device: str = "cpu",
-    dtype: torch.dtype = torch.float32, exact_rows: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    dtype: torch.dtype = torch.float32, kernels: Kernels | None = None, weights: str | None = None,
+    kept: KeptWeights | None = None, progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Weights:  # fmt: skip
-    """Reads a rank's shard. `progress(done, total)` is called in bytes of its files.
+    """Reads a rank's shard. `weights`: what matrices are kept in, see `formats.Formats`; if not given, the `dtype` that
+    is computed in. `kept`: what an earlier start has left, or where this one leaves it; it is closed. `progress(done,
+    total)` is called in bytes of the checkpoint's files.
 
     Raises `InputError` for missing, unreadable or misshapen tensors, and for some that would change what is computed.
     """
-    if unexpected := checkpoint.unexpected(blueprint.tensors):
-        more = f" and {len(unexpected) - 3} more" if len(unexpected) > 3 else ""
-        raise InputError(
-            f"{checkpoint.path} has {', '.join(unexpected[:3])}{more}, of which weft does not know what they are for: "
-            "it would answer wrongly; give another checkpoint"
-        )
-    reader = _ShardReader(checkpoint, blueprint, share, device, dtype, exact_rows, progress)
-    reader.demand_all()
-    stages: dict[tuple[str, int], StageWeights] = {}
-    for layer in range(blueprint.layers):
-        for parts in blueprint.layer:
-            stages[parts.stage.part, layer] = reader.stage(parts, blueprint.prefix.format(layer))
+    kernels = kernels or Kernels()
+    computed_in = str(dtype).removeprefix("torch.")
+    wanted = Formats(weights or computed_in, computed_in, partial(bits_of, checkpoint), kernels.faster)
+    reader = _ShardReader(checkpoint, blueprint, share, device, dtype, kernels, wanted, kept, progress)
+    whole = False
+    try:
+        reader.demand_all()
+        reader.choose_kernels()
+        stages: dict[tuple[str, int], StageWeights] = {}
+        for layer in range(blueprint.layers):
+            for parts in blueprint.layer:
+                stages[parts.stage.part, layer] = reader.stage(parts, blueprint.prefix.format(layer))
+            checkpoint.forget()
+        embedding = reader.embedding()
+        head = reader.head(embedding)
+        gain = reader.gain("", blueprint.norm)
         checkpoint.forget()
-    embedding = reader.whole(reader.embedding_name, blueprint.embedding)
-    head = reader.head(embedding)
-    gain = reader.gain("", blueprint.norm)
-    checkpoint.forget()
-    return Weights(embedding, stages, gain, head)
+        whole = True
+    finally:
+        if kept is not None:
+            kept.close(whole)
+    kernels.keep()
+    return Weights(embedding, stages, gain, head, dict(reader.kinds), reader.finer)
 
 
-def _pair(heads: Tensor, halves: int) -> None:
-    """Reorders the first `halves` of a head's width D from (x, x + halves/2) to neighbours, as `kernels.rotate` wants
-    it, in place.
+class _HeadKept(NamedTuple):
+    """The head: its tensor's name, its format and shape, and whether it is the embedding in memory too."""
 
-    Queries and keys are reordered alike, so their products stay what they were. [..., D, ...] with D second.
-    """
-    if halves <= 2:  # two numbers are neighbours
-        return
-    turned = heads[:, :halves]
-    turned.copy_(torch.unflatten(turned, 1, (2, halves // 2)).transpose(1, 2).flatten(1, 2))
+    name: str
+    format: str
+    shape: tuple[int, int]
+    shared: bool
 
 
 class _ShardReader:
     def __init__(
         self, checkpoint: Checkpoint, blueprint: Blueprint, share: Share, device: str, dtype: torch.dtype,
-        exact_rows: bool, progress: Callable[[int, int], None],
+        kernels: Kernels, wanted: Formats, kept: KeptWeights | None,
+        progress: Callable[[int, int], None],
     ) -> None:  # fmt: skip
         self.checkpoint, self.blueprint, self.share = checkpoint, blueprint, share
-        self.device, self.dtype, self.exact_rows = device, dtype, exact_rows
-        self._progress, self._done = progress, 0
-        self._total = sum(self._bytes(name, matrix) for name, matrix in blueprint.named)
+        self.device, self.dtype, self.kernels, self.wanted, self.kept = device, dtype, kernels, wanted, kept
+        self.matrices = MatrixReader(checkpoint, blueprint, share, progress)
+        self.finer, self.kinds = list[str](), Counter[str]()
         matrices = (matrix for parts in blueprint.layer for matrix in parts.matrices)
         self.halves = max((matrix.halves for matrix in matrices), default=0)
 
     def demand_all(self) -> None:
-        """Before memory is taken for any: raises `InputError` for the first that is missing or misshapen."""
+        """Before memory is taken for any: raises `InputError` for the first that is missing or misshapen, and for what
+        would change what is computed."""
+        if unexpected := self.checkpoint.unexpected(self.blueprint.tensors):
+            more = f" and {len(unexpected) - 3} more" if len(unexpected) > 3 else ""
+            raise InputError(
+                f"{self.checkpoint.path} has {', '.join(unexpected[:3])}{more}, of which weft does not know what they "
+                "are for: it would answer wrongly; give another checkpoint"
+            )
         embedding, head = (f"{matrix.name}.weight" for matrix in (self.blueprint.embedding, self.blueprint.head))
         for name, shape in self.blueprint.tensors.items():
             if not (self.blueprint.tied and name in (embedding, head) and name not in self.checkpoint):
                 self._demand(name, *shape)
         self._demand(f"{self.embedding_name}.weight", *self.blueprint.tensors[embedding])
+
+    def choose_kernels(self) -> None:
+        """Before memory is taken for any weight: where a machine has not seen a shape yet, kernels are tried on it."""
+        if self.device != "cpu":
+            return
+        for layer in range(self.blueprint.layers):
+            prefix = self.blueprint.prefix.format(layer)
+            for branch in (branch for parts in self.blueprint.layer for branch in parts.branches):
+                kept = [self._first_kept(branch, prefix)] if branch.first else []
+                kept += [self._last_kept(branch.last, prefix)] if branch.last is not None else []
+                for format_, shape in kept:
+                    self.kernels.choose_for(format_, shape)
+        head = self._head_kept
+        self.kernels.choose_for(head.format, head.shape, head.shared)
+
+    def _first_kept(self, branch: Branch, prefix: str) -> tuple[str, tuple[int, int]]:
+        """Format and shape of a branch's fused projections."""
+        shape = sum(len(self.matrices.mine(matrix.outputs)) for matrix in branch.first), self.blueprint.hidden
+        return self.wanted((f"{prefix}{matrix.name}.weight" for matrix in branch.first), shape), shape
+
+    def _last_kept(self, matrix: Matrix, prefix: str) -> tuple[str, tuple[int, int]]:
+        """Of a last projection."""
+        shape = self.matrices.sides(matrix)[0], len(self.matrices.mine(matrix.inputs))
+        return self.wanted([f"{prefix}{matrix.name}.weight"], shape), shape
 
     def stage(self, parts: StageParts, prefix: str) -> StageWeights:
         """A layer's stage; its matrices one after the other."""
@@ -154,30 +213,75 @@ class _ShardReader:
         sinks = None
         if isinstance(branch, AttentionBranch) and branch.sinks is not None:
             name, axis = branch.sinks
-            sinks = self.checkpoint.read(prefix + name, rows=self._mine(axis, 1)).numbers(torch.float32)
+            sinks = self.checkpoint.read(prefix + name, rows=self.matrices.mine(axis, 1)).numbers(torch.float32)
         return BranchWeights(first, last, scales, None if sinks is None else self._there(sinks, torch.float32))
 
     def _first(self, branch: Branch, prefix: str) -> Linear:
-        """The fused projections, with the norm before them."""
-        counts = [len(self._mine(matrix.outputs)) for matrix in branch.first]
-        weight, bias = torch.empty(sum(counts), self.blueprint.hidden), torch.zeros(sum(counts))
-        parts = zip(branch.first, torch.split(weight, counts), torch.split(bias, counts), strict=True)
-        for matrix, rows, biases in parts:
-            self._rows(prefix, matrix, rows, biases)
-        biased = any(matrix.biased for matrix in branch.first)
+        """The fused projections, with the norm before them: folded in, or, into codes that can't take it in, applied to
+        the rows."""
+        format_, shape = self._first_kept(branch, prefix)
+        scale, shift = None, None
+        bias = torch.cat([self.matrices.biases(prefix, matrix) for matrix in branch.first])
         if branch.norm is not None:
-            # In float32: a product of two bfloat16 would be rounded twice.
             scale, shift = self._norm(prefix, branch.norm, self.blueprint.hidden)
-            if shift is not None:
-                bias, biased = bias.addmv_(weight, shift), True
-            weight.mul_(scale)
-        return self._linear(self._there(weight), self._there(bias) if biased else None)
 
-    def whole(self, name: str, matrix: Matrix) -> Tensor:
-        """A matrix that every rank has."""
-        found = self._own(self._read(name, matrix))
-        self._read_all(name, matrix)
-        return found
+        def fill(weight: Gathering) -> None:
+            folded = (None, None) if isinstance(weight.stored, Codes) else (scale, shift)
+            start = 0
+            for matrix in branch.first:
+                count = len(self.matrices.mine(matrix.outputs))
+                here = bias[start : start + count]
+                self.matrices.rows(prefix, matrix, Into(weight, start, *folded, here))
+                start += count
+
+        weight = self._gathered(f"{prefix}{branch.first[0].name}", format_, shape, fill)
+        for matrix in branch.first:
+            self.matrices.count(prefix + matrix.name, matrix)
+        folds = not isinstance(weight.stored, Codes)
+        biased = any(matrix.biased for matrix in branch.first) or (folds and shift is not None)
+        linear = self._linear(weight, bias if biased else None)
+        if scale is None or folds:
+            return linear
+        return Gained(linear, self._there(scale), None if shift is None else self._there(shift))
+
+    def _gathered(
+        self, name: str, format_: str, shape: tuple[int, int], fill: Callable[[Gathering], None],
+        make: Callable[[str, tuple[int, int]], Gathering] = gathering,
+    ) -> Gathering:  # fmt: skip
+        """A matrix in a format: of few bits as an earlier start has left it, else filled now, and left for later ones.
+        One that loses too much is kept in more bits."""
+        weight, place = make(format_, shape), f"{name} {format_}"
+        if not isinstance(weight.stored, Codes):
+            fill(weight)
+            return weight
+        too_few = self.kept is not None and self.kept.too_few(place)
+        if not too_few and self.kept is not None and (found := self.kept.get(place, weight.stored)) is not None:
+            weight.recall(found)
+            return weight
+        if not too_few:
+            fill(weight)
+            too_few = weight.lost > LOST[format_of(weight.stored)]
+            if self.kept is not None:
+                self.kept.put(place, None if too_few else weight.stored)
+        if not too_few:
+            return weight
+        self.finer.append(name)
+        more = finer(format_of(weight.stored), str(self.dtype).removeprefix("torch."))
+        return self._gathered(name, more, shape, fill, make)
+
+    def embedding(self) -> LookedUp:
+        """Which every rank has, whole."""
+        matrix, name = self.blueprint.embedding, self.embedding_name
+        shape = self.matrices.sides(matrix)
+
+        def fill(weight: Gathering) -> None:
+            self.matrices.plain(name, range(shape[0]), Into(weight))
+
+        weight = self._gathered("embedding", self.wanted([f"{name}.weight"], shape), shape, fill, table_of)
+        self.matrices.count(name, matrix)
+        self.kinds[format_of(weight.stored)] += bytes_of(weight.stored)
+        stored = weight.stored.clone() if isinstance(weight.stored, Codes) else weight.stored  # not what lies in a file
+        return LookedUp(self._moved(stored), self.dtype)
 
     def gain(self, prefix: str, norm: Norm) -> Gain:
         """Of a norm of whole rows."""
@@ -192,98 +296,22 @@ class _ShardReader:
         bias = self.checkpoint.read(f"{name}.bias").numbers(torch.float32).mul(norm.factor) if norm.biased else None
         return (scale if norm.centred else scale * math.sqrt(width)), bias
 
-    def _own(self, part: TensorPart) -> Tensor:
-        """In memory of its own: one view of the mapped file would keep all of it mapped. It begins where it does in the
-        file within a cache line, because the rounding of matrix-vector products depends on that."""
-        if self.device == "cpu" and isinstance(part, Plain) and part.values.dtype == self.dtype:
-            read = part.values
-            room = read.new_empty(read.numel() + LINE // read.itemsize)
-            start = (read.data_ptr() - room.data_ptr()) % LINE // read.itemsize
-            return room[start : start + read.numel()].view(read.shape).copy_(read)
-        out = torch.empty(part.shape, dtype=self.dtype)
-        part.into(out)
-        return out.to(self.device)
-
     def _there(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return values.to(self.device, dtype or self.dtype)
 
-    def _sides(self, matrix: Matrix) -> tuple[int, int]:
-        outputs, inputs = (size(side, lambda axis: axis.count) for side in (matrix.outputs, matrix.inputs))
-        return outputs, inputs
-
-    def _mine(self, axis: Axis | int, width: int | None = None) -> range:
-        """Numbers along an axis that is divided. `width`: of a piece, where it isn't the axis's own."""
-        assert isinstance(axis, Axis), "before a stage's last projection rows are divided, and columns of that one"
-        pieces, width = self.share.of(axis), axis.width if width is None else width
-        return range(pieces.start * width, pieces.stop * width)
-
-    def _bytes(self, name: str, matrix: Matrix) -> int:
-        """Of this rank's part of a matrix, in the files; none of one that is another's."""
-        if f"{name}.weight" not in self.checkpoint:
-            return 0
-        outputs, inputs = self._sides(matrix)
-        outputs = matrix.within.rows if matrix.within else outputs
-        return self.checkpoint.stored(f"{name}.weight") * self.share.numbers(matrix) // max(1, outputs * inputs)
-
-    def _read(self, name: str, matrix: Matrix, rows: range | None = None, columns: range | None = None) -> TensorPart:
-        """A part of its weight. Raises `InputError` for one that says nothing without a scale."""
-        part = self.checkpoint.read(f"{name}.weight", rows, columns)
-        if isinstance(part, Plain) and (part.values.itemsize == 1 or not part.values.is_floating_point()):
-            raise InputError(
-                f"{self.checkpoint.path}: {name}.weight is in {part.values.dtype}, and no scale says what that means; "
-                "download the checkpoint again"
-            )
-        return part
-
-    def _read_all(self, name: str, matrix: Matrix) -> None:
-        """Counts what was read."""
-        self._done += self._bytes(name, matrix)
-        self._progress(self._done, self._total)
-
-    def _placed(self, matrix: Matrix) -> Iterator[tuple[range, range]]:
-        """Where this rank's rows of a matrix are in its tensor, and among each other."""
-        rows, axis, within = self._mine(matrix.outputs), matrix.outputs, matrix.within
-        assert isinstance(axis, Axis), "rows are divided"
-        if within is None or within.step == axis.width:
-            start = rows.start + (within.start if within else 0)
-            yield range(start, start + len(rows)), range(len(rows))
-            return
-        for number, piece in enumerate(self.share.of(axis)):
-            start = within.start + piece * within.step
-            yield range(start, start + axis.width), range(number * axis.width, (number + 1) * axis.width)
-
-    def _rows(self, prefix: str, matrix: Matrix, into: Tensor, biases: Tensor) -> None:
-        """This rank's rows of a projection, in float32, go `into` a tensor, and their bias if any into another."""
-        name = prefix + matrix.name
-        for there, here in self._placed(matrix):
-            self._read(name, matrix, rows=there).into(into[here.start : here.stop])
-            if matrix.biased:
-                bias = self.checkpoint.read(name + ".bias", rows=there).numbers(torch.float32)
-                biases[here.start : here.stop] = bias
-        self._read_all(name, matrix)
-        if matrix.halves:
-            assert isinstance(matrix.outputs, Axis), "what is turned by position is made of heads"
-            heads = len(self.share.of(matrix.outputs)), matrix.outputs.width
-            for values in (into.view(*heads, into.shape[1]), biases.view(heads)):
-                _pair(values, matrix.halves)
-        if matrix.factor != 1.0:
-            into.mul_(matrix.factor)
-            biases.mul_(matrix.factor)
-
     def _columns(self, prefix: str, matrix: Matrix) -> Linear:
         name = prefix + matrix.name
-        part = self._read(name, matrix, columns=self._mine(matrix.inputs))
-        weight = self._own(part) if matrix.factor == 1.0 else self._times(part, matrix.factor)
-        self._read_all(name, matrix)
+        format_, shape = self._last_kept(matrix, prefix)
+
+        def fill(weight: Gathering) -> None:
+            self.matrices.columns(prefix, matrix, Into(weight))
+
+        weight = self._gathered(name, format_, shape, fill)
+        self.matrices.count(name, matrix)
         bias = None
         if matrix.biased and self.share.leads:  # the sum over ranks would count a bias once a rank: one rank adds it
-            read = self.checkpoint.read(name + ".bias")
-            bias = self._own(read) if matrix.factor == 1.0 else self._times(read, matrix.factor)
-        return self._linear(weight.contiguous(), bias)
-
-    def _times(self, part: TensorPart, factor: float) -> Tensor:
-        """Rounded once."""
-        return self._there(part.numbers(torch.float32).mul(factor))
+            bias = self.checkpoint.read(name + ".bias").numbers(torch.float32) * matrix.factor
+        return self._linear(weight, bias)
 
     def _head_scales(self, prefix: str, branch: ProjectionBranch) -> Tensor | None:
         """One row a head, in the order of the projections. Of norms over all heads, without the root of their width:
@@ -300,7 +328,7 @@ class _ShardReader:
                 scale, _ = self._norm(prefix, norm, axis.width)
                 each = scale.expand(len(pieces), -1).clone()
             if self.halves:
-                _pair(each, self.halves)
+                pair(each, self.halves)
             rows.append(each)
         return self._there(torch.cat(rows))
 
@@ -311,21 +339,48 @@ class _ShardReader:
         swapped = self.blueprint.tied and f"{head}.weight" in self.checkpoint and f"{own}.weight" not in self.checkpoint
         return head if swapped else own
 
-    def head(self, embedding: Tensor) -> Linear:
+    def head(self, embedding: LookedUp) -> Linear:
         """A view of the embedding, if they are tied and the checkpoint doesn't say otherwise: as in transformers, a
         head of its own that differs counts for more than config.json."""
-        matrix, name = self.blueprint.head, self.blueprint.head.name + ".weight"
-        assert isinstance(matrix.outputs, Axis), "the output head is divided by rows"
-        rows = self._mine(matrix.outputs)
-        weight = embedding[rows.start : rows.stop]
-        if not self.blueprint.tied or name in self.checkpoint:
-            own = self._own(self._read(matrix.name, matrix, rows=rows))
-            self._read_all(matrix.name, matrix)
-            weight = weight if self.blueprint.tied and torch.equal(own, weight) else own
-        return Linear(weight, exact_rows=self.exact_rows, packed=False)
+        matrix, mine = self.blueprint.head, self.matrices.mine(self.blueprint.head.outputs)
+        kept = self._head_kept
+        if kept.shared and isinstance(embedding.stored, Tensor):
+            return self.kernels.linear(embedding.stored[mine.start : mine.stop], shared=True)
 
-    def _linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return Linear(weight, bias, exact_rows=self.exact_rows)
+        def fill(weight: Gathering) -> None:
+            self.matrices.plain(kept.name, mine, Into(weight))
+
+        weight = self._gathered("head", kept.format, kept.shape, fill)
+        self.matrices.count(matrix.name, matrix)
+        return self._linear(weight, None)
+
+    @cached_property
+    def _head_kept(self) -> _HeadKept:
+        matrix, mine = self.blueprint.head, self.matrices.mine(self.blueprint.head.outputs)
+        own = f"{matrix.name}.weight" in self.checkpoint
+        alike = self.blueprint.tied and (not own or self._same(matrix, mine))
+        name, shape = self.embedding_name if alike else matrix.name, (len(mine), self.blueprint.hidden)
+        format_ = head_of(self.wanted([f"{name}.weight"], shape))
+        return _HeadKept(name, format_, shape, alike and format_ not in FEW_BITS)
+
+    def _same(self, head: Matrix, mine: range) -> bool:
+        """Whether a tied head that the checkpoint has nevertheless is the embedding."""
+        if self.embedding_name == head.name:
+            return True
+        for rows in blocks(mine, self.blueprint.hidden):
+            one, other = (
+                self.matrices.read(name, rows=rows).numbers(torch.float32) for name in (head.name, self.embedding_name)
+            )
+            if not torch.equal(one, other):
+                return False
+        return True
+
+    def _linear(self, weight: Gathering, bias: Tensor | None) -> Linear:
+        self.kinds[format_of(weight.stored)] += bytes_of(weight.stored)
+        return self.kernels.linear(self._moved(weight.stored), None if bias is None else self._there(bias))
+
+    def _moved(self, stored: Stored) -> Stored:
+        return stored.to(self.device) if isinstance(stored, Tensor) else stored
 
     def _demand(self, name: str, *shape: int) -> None:
         there = self.checkpoint.shape(name)

@@ -233,7 +233,7 @@ def memory_of(blueprint: Blueprint, group: Hardware, parts: Sequence[Share], ask
         stages = (p.first[1] + p.last[0] for _, p in shard_of(blueprint, part).layer)
         row = 4 * blueprint.hidden + max(stages)  # each row is in one stage at a time
         working = row * itemsize * tokens * asked.prompts
-        weights = shard_bytes(blueprint, part, lambda _: itemsize)  # noqa: B023 (used at once)
+        weights = shard_bytes(blueprint, part, "float32" if itemsize == 4 else "bfloat16")
         of_ranks.append(Memory(weights, keys, working, int(USABLE * device.memory * GIB)))
     return min(of_ranks, key=lambda memory: memory.usable - memory.needed)
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from weft.model import attention, kernels
+from weft.cache import slabs
+from weft.cache.slabs import KeyValues, PlainKeyValues, Slabs
+from weft.model import attention
 from weft.model.attention import GRANULE, Scoring, attend
+from weft.model.elementwise import UnitRows, activation, capped, rotate
 from weft.model.family import ACTIVATIONS
-from weft.model.kernels import Linear, UnitRows, activation, capped, rotate
 
 ROWS = 300
 PARTS = [(0, 1), (7, 8), (3, 20), (64, 192), (100, 300), (17, 150)]
@@ -21,24 +23,6 @@ def threads(request: pytest.FixtureRequest):
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize(
-    ("width", "inputs"), [(96, 64), (37, 100), (704, 256), (1000, 999), (9, 50), (11, 19), (1, 10)]
-)
-def test_exact_rows_of_products(threads, packed: bool, width: int, inputs: int) -> None:
-    weight, bias, rows = torch.randn(width, inputs), torch.randn(width), torch.randn(ROWS, inputs)
-    linear = Linear(weight, bias, exact_rows=True, packed=packed)
-    whole = linear(rows)
-    assert torch.allclose(whole, rows @ weight.T + bias, atol=1e-3)
-    for start, stop in PARTS:
-        assert torch.equal(linear(rows[start:stop].contiguous()), whole[start:stop])
-
-
-def test_products_without_rows_or_heads() -> None:
-    assert Linear(torch.randn(5, 4))(torch.randn(0, 4)).shape == (0, 5)
-    assert torch.equal(Linear(torch.randn(5, 0))(torch.randn(3, 0)), torch.zeros(3, 5))
 
 
 @pytest.mark.parametrize("width", [704, 100, 37])
@@ -94,26 +78,6 @@ def test_exact_rows_of_the_norm(threads, width: int, centred: bool) -> None:
         assert torch.equal(unit[True](rows[start:stop]), unit[True](rows)[start:stop])
 
 
-def test_blocks_keep_row_bits_on_the_block(threads, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where packed weights are missing: products of a fixed size, if cuts fall on it."""
-    monkeypatch.setattr(kernels, "packed_weights_work", lambda: False)
-    linear, rows = Linear(torch.randn(100, 64), exact_rows=True), torch.randn(ROWS, 64)
-    whole = linear(rows)
-    for start, stop in ((0, 64), (64, 192), (128, 300)):
-        assert torch.equal(linear(rows[start:stop]), whole[start:stop])
-
-
-def test_fallback_without_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_pack", lambda weight: (_ for _ in ()).throw(AttributeError("no such operator")))
-    kernels.packed_weights_work.cache_clear()
-    try:
-        assert not kernels.packed_weights_work()
-        linear = Linear(torch.eye(4))
-        assert not linear.packed and torch.equal(linear(torch.ones(2, 4)), torch.ones(2, 4))
-    finally:
-        kernels.packed_weights_work.cache_clear()
-
-
 def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring) -> torch.Tensor:
     """In plain words, [n, H * D]."""
     heads, tokens, width = query.shape
@@ -136,42 +100,59 @@ SCORINGS = [
 ]  # fmt: skip
 
 
+def kept(keys: torch.Tensor, values: torch.Tensor, rounded: bool) -> tuple[KeyValues, torch.Tensor, torch.Tensor]:
+    """In memory, and what is read from there."""
+    groups, tokens, width = keys.shape
+    memory = Slabs(1, 1, groups, tokens, width, rounded=rounded)
+    memory.write(0, 0, 0, torch.cat([keys, values]).transpose(0, 1))
+    return memory.read(0, 0), *memory.read(0, 0).span(0, tokens)
+
+
 @pytest.mark.parametrize("scoring", SCORINGS, ids=lambda s: f"{s.window}-{s.softcap}-{s.sinks is not None}")
 @pytest.mark.parametrize("exact", [False, True])
-def test_attention_in_chunks_is_attention_in_one(scoring: Scoring, exact: bool) -> None:
+@pytest.mark.parametrize("rounded", [False, True])
+def test_attention_in_chunks_is_attention_in_one(
+    scoring: Scoring, exact: bool, rounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slabs, "PIECE", 100)
     tokens, heads, groups, width = 500, 4, 2, 16
-    query, keys, values = (torch.randn(n, tokens, width) for n in (heads, groups, groups))
+    query, *floats = (torch.randn(n, tokens, width) for n in (heads, groups, groups))
+    memory, keys, values = kept(*floats, rounded)
+    assert torch.allclose(keys, floats[0], atol=0.03) and torch.equal(keys, floats[0]) is not rounded
     expected = reference(query, keys, values, scoring)
-    whole = attend(query, keys, values, 0, scoring, exact)
+
+    def attended(start: int, stop: int) -> torch.Tensor:
+        return attend(query[:, start:stop], memory, start, scoring, exact)
+
+    whole = attended(0, tokens)
     assert torch.allclose(whole, expected, atol=1e-5)
     cuts = [0, GRANULE, 2 * GRANULE, 3 * GRANULE, tokens] if exact else [0, 1, 90, 91, 400, tokens]
-    pieces = [attend(query[:, a:b], keys, values, a, scoring, exact) for a, b in zip(cuts, cuts[1:], strict=False)]
-    together = torch.cat(pieces)
+    together = torch.cat([attended(*pair) for pair in zip(cuts, cuts[1:], strict=False)])
     assert torch.equal(together, whole) if exact else torch.allclose(together, expected, atol=1e-5)
-    halves = [attend(query[:, a:b], keys, values, a, scoring, exact) for a, b in ((0, 256), (256, tokens))]
-    assert torch.equal(torch.cat(halves), whole) if exact else torch.allclose(torch.cat(halves), expected, atol=1e-5)
-    for at in (0, 1, 29, 30, 31, 257, 499):  # token by token, as when decoding
-        one = attend(query[:, at : at + 1], keys, values, at, scoring, exact)
-        assert torch.allclose(one, expected[at : at + 1], atol=1e-5), at
+    halves = torch.cat([attended(0, 256), attended(256, tokens)])
+    assert torch.equal(halves, whole) if exact else torch.allclose(halves, expected, atol=1e-5)
+    for at in (0, 1, 29, 30, 31, 99, 100, 257, 499):  # token by token, as when decoding
+        assert torch.allclose(attended(at, at + 1), expected[at : at + 1], atol=1e-5), at
 
 
 @pytest.mark.parametrize("scoring", SCORINGS, ids=lambda s: f"{s.window}-{s.softcap}-{s.sinks is not None}")
 def test_attention_without_the_fused_kernel(scoring: Scoring, monkeypatch: pytest.MonkeyPatch) -> None:
     query, keys, values = (torch.randn(n, 200, 16) for n in (4, 2, 2))
-    fused = [attend(query[:, a:b], keys, values, a, scoring, False) for a, b in ((0, 90), (90, 200))]
+    memory = PlainKeyValues(keys, values)
+    fused = [attend(query[:, a:b], memory, a, scoring, False) for a, b in ((0, 90), (90, 200))]
     monkeypatch.setattr(attention, "fused_attention_works", lambda: False)
-    plain = [attend(query[:, a:b], keys, values, a, scoring, False) for a, b in ((0, 90), (90, 200))]
+    plain = [attend(query[:, a:b], memory, a, scoring, False) for a, b in ((0, 90), (90, 200))]
     assert torch.allclose(torch.cat(fused), torch.cat(plain), atol=1e-5)
 
 
 def test_exact_attention_wants_the_granule() -> None:
     query = torch.randn(1, 10, 8)
     with pytest.raises(ValueError, match="not a multiple of 128"):
-        attend(query, query, query, 5, Scoring(), True)
+        attend(query, PlainKeyValues(query, query), 5, Scoring(), True)
 
 
 def test_a_single_row_that_a_cut_left_has_the_bits_of_the_whole() -> None:
     query, keys, values = torch.randn(4, 129, 16), torch.randn(2, 129, 16), torch.randn(2, 129, 16)
-    whole = attend(query, keys, values, 0, Scoring(), True)
-    last = attend(query[:, 128:], keys, values, 128, Scoring(), True, decoding=False)
+    whole = attend(query, PlainKeyValues(keys, values), 0, Scoring(), True)
+    last = attend(query[:, 128:], PlainKeyValues(keys, values), 128, Scoring(), True, decoding=False)
     assert torch.equal(whole[128:], last)

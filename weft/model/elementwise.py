@@ -1,0 +1,105 @@
+"""What the decoder does to rows beside its products, each in its fastest form.
+
+`exact_rows=True` chooses forms whose result for a row depends on that row alone, bit for bit: not on how many
+rows are computed with it, where it stands among them, or how threads share the work. Vectorised kernels handle
+the last few elements of an array by other instructions (torch's silu and complex product do, with other bits),
+so there these functions are written in operations that are rounded the same way in either.
+Knows nothing of layers.
+
+Shapes: T rows, K numbers of a row, W outputs, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def activation(name: str, gated: bool, exact_rows: bool) -> Callable[[Tensor], Tensor]:
+    """An activation by its name, of [T, W]; `gated`: of the first half of [T, 2W], times the second -> [T, W]."""
+    act = (_EXACT if exact_rows else _FAST)[name]
+
+    def gate(gate_up_T2W: Tensor) -> Tensor:
+        first, second = gate_up_T2W.chunk(2, dim=1)
+        return act(first).mul_(second)
+
+    return gate if gated else act
+
+
+def _sigmoid_times(rows: Tensor, negated: Tensor) -> Tensor:
+    """rows * sigmoid(-negated), overwriting `negated`."""
+    return torch.div(rows, negated.exp_().add_(1), out=negated)
+
+
+def _tanh_gelu(rows: Tensor) -> Tensor:
+    """(1 + tanh(u)) / 2 is sigmoid(2u)."""
+    inner = torch.addcmul(rows, rows.square(), rows, value=0.044715)
+    return _sigmoid_times(rows, inner.mul_(-2 * math.sqrt(2 / math.pi)))
+
+
+def _erf_gelu(rows: Tensor) -> Tensor:
+    return torch.mul(rows, math.sqrt(0.5)).erf_().add_(1).mul_(rows).mul_(0.5)
+
+
+def _relu2(rows: Tensor) -> Tensor:
+    return torch.relu(rows).square_()
+
+
+_FAST: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu, "gelu": functional.gelu, "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu2": _relu2,
+}  # fmt: skip
+_EXACT: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda rows: _sigmoid_times(rows, torch.neg(rows)), "gelu": _erf_gelu, "gelu_tanh": _tanh_gelu,
+    "relu2": _relu2,
+}  # fmt: skip
+
+
+def capped(values: Tensor, cap: float) -> Tensor:
+    """cap * tanh(values / cap), in place, by exp, which is rounded alike wherever a number stands."""
+    return values.mul_(2 / cap).exp_().add_(1).reciprocal_().mul_(-2 * cap).add_(cap)
+
+
+def rotate(heads_THD: Tensor, angles: Tensor, exact_rows: bool) -> Tensor:
+    """Rotary embedding in place: each head's neighbouring pairs as complex numbers, times `angles` [T, 1, D/2].
+
+    Weights are loaded with their rows in pairs (see weights.py), so that one product does it.
+    """
+    pairs = torch.unflatten(heads_THD, 2, (-1, 2))
+    if not exact_rows and heads_THD.dtype is torch.float32:  # torch has no complex bfloat16
+        torch.view_as_complex(pairs).mul_(angles)
+        return heads_THD
+    cosine, sine = torch.view_as_real(angles).unbind(-1)
+    real, imaginary = pairs.unbind(3)
+    turned = real * cosine - imaginary * sine, real * sine + imaginary * cosine
+    pairs.copy_(torch.stack(turned, dim=3))
+    return heads_THD
+
+
+class UnitRows:
+    """Rows of `width` numbers made one size: over the root of their sum of squares plus width * epsilon; `centred`:
+    less their mean, and over their standard deviation.
+
+    Times sqrt(width) the first is the root-mean-square norm; whoever loads weights folds sqrt(width) and the norm's own
+    weight into the projection that follows, so that two passes over the rows are enough.
+    """
+
+    def __init__(
+        self, width: int, epsilon: float, device: torch.device, exact_rows: bool, centred: bool = False
+    ) -> None:
+        self.width, self.plain_epsilon, self.exact_rows, self.centred = width, epsilon, exact_rows, centred
+        self.epsilon = torch.tensor(math.sqrt(width * epsilon), device=device)
+
+    def __call__(self, rows_TK: Tensor) -> Tensor:
+        """[..., width]."""
+        if self.centred:
+            return functional.layer_norm(rows_TK, (self.width,), eps=self.plain_epsilon)
+        length: Tensor = torch.linalg.vector_norm(rows_TK, dim=-1, keepdim=True)
+        if self.exact_rows:
+            return rows_TK / length.square_().add_(self.epsilon.square()).sqrt_()
+        return rows_TK / torch.hypot(length, self.epsilon)
