@@ -30,8 +30,9 @@ FORM = {
         "--weights", "--wire", "model", "prompt",
     ],
     "plan": [
-        "--catalogue", "--decoding", "--hardware", "--html", "--json", "--link", "--list", "--overlap", "--price",
-        "--prompts", "--shares", "--tokens", "--ttft", "--wire", "model",
+        "--catalogue", "--decoding", "--hardware", "--html", "--json", "--kv", "--kv-cache-dtype", "--link",
+        "--list", "--overlap", "--price",
+        "--prompts", "--shares", "--tokens", "--ttft", "--weights", "--wire", "model",
     ],
     "serve": [
         "--allow-anyone", "--allow-origin", "--api-key", "--check-content", "--client-timeout", "--drain", "--dtype",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,29 @@ def test_memory_says_what_is_missing_and_what_would_fit(model: ModelConfig) -> N
     assert "what would fit: 3x rtx3090; 1x " in text
     outlook = Outlook(model, parse_hardware("3x rtx3090"), Question((32768,), ("auto",), ("exact",), prompts=4))
     assert outlook.memory[32768].needed < outlook.memory[32768].usable
+
+
+def test_weights_of_few_bits_fit_and_are_read_faster() -> None:
+    """A 70B of 4 bits on two cards of 24 GiB, and a 7B of 8 bits on two small machines."""
+    large = configured(LLAMA_8B | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+                                   "num_attention_heads": 64})  # fmt: skip
+    asked = Question((1024,), ("auto",), ("exact",))
+    with pytest.raises(InputError, match="GiB are missing"):
+        Outlook(large, parse_hardware("2x rtx3090"), asked)
+    four = Outlook(large, parse_hardware("2x rtx3090"), replace(asked, weights="int4"))
+    assert four.memory[1024].weights / 2**30 == pytest.approx(21.4, abs=0.2)
+    bound = four.memory[1024].weights / 936e9  # every weight is read once a token
+    assert bound < four.forecasts[-1].decode < 2 * bound
+    small = configured(LLAMA_8B | {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000})
+    plain, eight = (
+        Outlook(small, parse_hardware("2x n100", "1gbit"), replace(asked, weights=weights))
+        for weights in ("auto", "int8")
+    )
+    assert eight.memory[1024].weights < 0.27 * plain.memory[1024].weights
+    assert eight.forecasts[-1].decode < 0.4 * plain.forecasts[-1].decode
+    assert eight.forecasts[-1].compute_alone < 0.6 * plain.forecasts[-1].compute_alone
+    with_kv = Outlook(small, parse_hardware("2x n100", "1gbit"), replace(asked, weights="int8", kv="int8"))
+    assert with_kv.memory[1024].keys_and_values < 0.27 * eight.memory[1024].keys_and_values
 
 
 def test_unequal_devices_get_unequal_shares(model: ModelConfig) -> None:

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from weft.cli.options import WIRE, numbers, relative_shares, words
+from weft.cli.options import KV, STORED, WIRE, numbers, relative_shares, words
 from weft.config import ModelConfig
 from weft.errors import InputError
 from weft.hub import locate_config
@@ -46,6 +46,8 @@ Examples:
 
   weft plan ./llama-70b/config.json --hardware "8x rtx4090" --tokens 1024,8192 --wire exact,int8 --html plan.html
 
+  weft plan ./llama-70b --hardware "2x rtx3090" --weights int4 --tokens 4096
+
   weft plan Qwen/Qwen3-8B --hardware "1x ryzen-7950x + 1x i5-8500" --link 2.5gbit --overlap serial,iso:2,auto
 
   weft plan ./llama-70b --hardware "8x rtx4090" --hardware "4x h100" --price rtx4090=0.35,h100=2.5 --ttft 3
@@ -65,6 +67,8 @@ def plan(
     wire: WIRE = "exact",
     prompts: Annotated[int, typer.Option(help="Prompts in one batch, each of so many tokens.")] = 1,
     decoding: Annotated[int, typer.Option(help="Sequences that decode together.")] = 1,
+    weights: STORED = "auto",
+    kv: KV = "auto",
     shares: Annotated[str | None, typer.Option(help="Relative sizes of the parts; default: by speed.")] = None,
     price: Annotated[str | None, typer.Option(help="Of a device for an hour, as in rtx4090=0.35,h100=2.5.")] = None,
     ttft: Annotated[float | None, typer.Option(help="Seconds that the first token may take.")] = None,
@@ -87,7 +91,14 @@ def plan(
     config = model_config(locate_config(model))
     lengths = numbers(tokens, "--tokens") if tokens is not None else _usual(config)
     question = Question(
-        lengths, words(overlap, "--overlap"), words(wire, "--wire"), prompts, decoding, relative_shares(shares)
+        lengths,
+        words(overlap, "--overlap"),
+        words(wire, "--wire"),
+        prompts,
+        decoding,
+        relative_shares(shares),
+        weights,
+        kv,
     )
     outlooks = [Outlook(config, parse_hardware(name, link, own), question) for name in hardware]
     ranked = offers(outlooks, prices, ttft) if prices else []

@@ -13,12 +13,12 @@ from weft.config import ModelConfig, positive
 from weft.errors import InputError
 from weft.model.blueprint import Axis, Blueprint, StageParts, size
 from weft.model.families import blueprint_of
-from weft.model.shares import Share, remembered, shard_bytes, shares_of
+from weft.model.shares import STORED_BITS, Share, kept_bytes, remembered, shard_bytes, shares_of
 from weft.plan.planner import Plan, Planner
 from weft.program.batch import Batch, Segment
 from weft.program.strategy import Strategy
 from weft.simulate.cost import Costs, window_shares
-from weft.simulate.hardware import Device, Hardware, Products, Shard, costs_of
+from weft.simulate.hardware import Device, Hardware, Keeping, Products, Shard, costs_of
 from weft.timeline.timeline import Timeline
 from weft.wires import allowed, needed
 
@@ -29,7 +29,8 @@ FASTEST, SLOWEST = 4096.0, 1 / 64  # times the link's rate: where the end of ove
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked. `tokens`: of each of `prompts` prompts. `shares`: None plans them by the devices' speed."""
+    """What is asked. `tokens`: of each of `prompts` prompts. `shares`: None plans them by the devices' speed.
+    `weights`, `kv`: what weights, keys and values are kept in; auto: what the devices compute in."""
 
     tokens: tuple[int, ...]
     overlaps: tuple[str, ...]
@@ -37,6 +38,8 @@ class Question:
     prompts: int = 1
     decoding: int = 1
     shares: tuple[float, ...] | None = None
+    weights: str = "auto"
+    kv: str = "auto"
 
     def demand(self, model: ModelConfig) -> None:
         """Raises `InputError` for what no hardware can do."""
@@ -123,7 +126,8 @@ class Outlook:
         return self._costs(self.group)
 
     def _costs(self, group: Hardware) -> Costs:
-        return costs_of(group, [shard_of(self.blueprint, part) for part in self.parts], self._wires)
+        shards = [shard_of(self.blueprint, part) for part in self.parts]
+        return costs_of(group, shards, self._wires, keeping_of(self.blueprint, group.devices[0], self.question))
 
     @property
     def _wires(self) -> list[str]:
@@ -224,16 +228,25 @@ def shard_of(blueprint: Blueprint, share: Share) -> Shard:
     )  # fmt: skip
 
 
+def keeping_of(blueprint: Blueprint, device: Device, asked: Question) -> Keeping:
+    """What weights, keys and values are kept in there."""
+    dtype = "float32" if device.itemsize == 4 else "bfloat16"
+    weights = dtype if asked.weights == "auto" else asked.weights
+    matrix, width = STORED_BITS[weights] / 8, blueprint.axis("kv_heads").width
+    return Keeping(weights, matrix, max(matrix, STORED_BITS["int8"] / 8), kept_bytes(asked.kv, dtype, width))
+
+
 def memory_of(blueprint: Blueprint, group: Hardware, parts: Sequence[Share], asked: Question, tokens: int) -> Memory:
     """Of the rank with the least room left."""
     of_ranks = []
     for part, device in zip(parts, group.devices, strict=True):
         itemsize, sequences = device.itemsize, max(asked.prompts, asked.decoding)
-        keys = remembered(blueprint, part) * itemsize * (tokens + 1) * sequences
+        kept = keeping_of(blueprint, device, asked)
+        keys = int(remembered(blueprint, part) * kept.key * (tokens + 1) * sequences)
         stages = (p.first[1] + p.last[0] for _, p in shard_of(blueprint, part).layer)
         row = 4 * blueprint.hidden + max(stages)  # each row is in one stage at a time
         working = row * itemsize * tokens * asked.prompts
-        weights = shard_bytes(blueprint, part, "float32" if itemsize == 4 else "bfloat16")
+        weights = shard_bytes(blueprint, part, kept.weights)
         of_ranks.append(Memory(weights, keys, working, int(USABLE * device.memory * GIB)))
     return min(of_ranks, key=lambda memory: memory.usable - memory.needed)
 

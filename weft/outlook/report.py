@@ -46,6 +46,8 @@ def heading(outlook: Outlook) -> str:
     """What this is about."""
     group, shares = outlook.group, outlook.shares
     text = f"{group.text}, link {group.link_name} ({rate(group.link.reached)} each way reached)"
+    asked = (("weights", outlook.question.weights), ("keys and values", outlook.question.kv))
+    text += "".join(f", {what} in {kept}" for what, kept in asked if kept != "auto")
     return text + (f", shares {','.join(f'{share:.2g}' for share in shares)}" if len(set(shares)) > 1 else "")
 
 
@@ -99,6 +101,7 @@ def _group(outlook: Outlook) -> dict[str, Any]:
     return {
         "hardware": group.text, "ranks": group.world, "link": group.link_name, "link_rate": group.link.reached,
         "shares": list(outlook.shares), "prompts": asked.prompts, "decoding": asked.decoding,
+        "weights": asked.weights, "kv": asked.kv,
         "forecasts": [asdict(f) | {"saving": f.saving, "saving_bound": f.saving_bound} for f in outlook.forecasts],
         "memory": {str(tokens): asdict(m) | {"needed": m.needed} for tokens, m in outlook.memory.items()},
         "pays_until": [

@@ -29,12 +29,15 @@ _DTYPES = {size: dtype for dtype, size in NUMBER_BYTES.items()}
 
 class Assumed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What no maker states: parts of the stated rates that are reached, seconds of each stage beside its work, and
-    the part of its speed that computation loses beside a collective."""
+    the part of its speed that computation loses beside a collective; how many times as fast large products are with
+    weights of few bits."""
 
     efficiency: float
     memory_efficiency: float
     step: float
     share: float
+    int8: float = 1.0
+    int4: float = 1.0
 
 
 class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -97,7 +100,7 @@ class Catalogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def assumption(self, device: Device, name: str) -> float:
         """What the device states itself, or its kind's assumption."""
-        own = getattr(device, name)
+        own = getattr(device, name, None)
         return float(own if own is not None else getattr(self.assumed["cpu" if device.cores else "gpu"], name))
 
 
@@ -226,10 +229,23 @@ class Shard:
     kept: float = 1.0
 
 
-def costs_of(group: Hardware, shards: Sequence[Shard], wires: Sequence[str]) -> Costs:
-    """What steps cost on this hardware. Raises KeyError for a wire that is not known."""
+@dataclass(frozen=True)
+class Keeping:
+    """What weights are kept in, and bytes of a number of a matrix, of the head, and of keys and values."""
+
+    weights: str
+    matrix: float
+    head: float
+    key: float
+
+
+def costs_of(
+    group: Hardware, shards: Sequence[Shard], wires: Sequence[str], keeping: Keeping | None = None
+) -> Costs:  # fmt: skip
+    """What steps cost on this hardware. `keeping`: where that isn't what the devices compute in. Raises KeyError for a
+    wire that is not known."""
     dtype, hidden = _DTYPES[group.devices[0].itemsize], shards[0].hidden
-    ranks = tuple(_rank(group, device, shard) for device, shard in zip(group.devices, shards, strict=True))
+    ranks = tuple(_rank(group, device, shard, keeping) for device, shard in zip(group.devices, shards, strict=True))
     same = len({(d, s) for d, s in zip(group.devices, shards, strict=True)}) == 1
     device = group.devices[0]
     part = group.source.assumption(device, "share") / max(1, device.cores)
@@ -239,43 +255,50 @@ def costs_of(group: Hardware, shards: Sequence[Shard], wires: Sequence[str]) -> 
     )  # fmt: skip
 
 
-def _rank(group: Hardware, device: Device, shard: Shard) -> ComputeCosts:
+def _rank(group: Hardware, device: Device, shard: Shard, keeping: Keeping | None) -> ComputeCosts:
+    size = device.itemsize
+    kept = keeping or Keeping(_DTYPES[size], size, size, size)
+    faster = group.source.assumption(device, kept.weights) if kept.weights in ("int8", "int4") else 1.0
     roof = _Roof(
-        device.tflops * 1e12 * group.source.assumption(device, "efficiency"),
+        device.tflops * 1e12 * group.source.assumption(device, "efficiency"), faster,
         device.bandwidth * 1e9 * group.source.assumption(device, "memory_efficiency"),
         group.source.assumption(device, "step"), device.itemsize,
     )  # fmt: skip
     norm = 4 * shard.hidden  # numbers read and written: input, residual, both again
     pair = 4 * shard.queries / roof.flops
     (name, head), nothing = shard.head, Table((1.0,), (0.0,))
-    body = dict.fromkeys(shard.before, roof.moved(2 * shard.hidden)) | {name: roof.product(*head.first, norm, 1.0)}
+    body = dict.fromkeys(shard.before, roof.moved(2 * shard.hidden))
+    body[name] = roof.product(*head.first, norm, 1.0, kept.head)
     tail = dict.fromkeys(body, nothing)
     for part, products in shard.layer:
-        body[part] = roof.product(*products.first, norm + products.moved, 0.7)
-        tail[part] = roof.product(*products.last, 0, 0.3)
+        body[part] = roof.product(*products.first, norm + products.moved, 0.7, kept.matrix)
+        tail[part] = roof.product(*products.last, 0, 0.3, kept.matrix)
     return ComputeCosts(
         body=body, tail=tail, enter=roof.moved(norm, 0.0), present=Table.line(pair / 2, 0.0), past=pair,
-        one=2 * shard.keys * roof.itemsize / roof.bandwidth, begin=nothing, windows=shard.windows, scored=shard.scored,
+        one=2 * shard.keys * kept.key / roof.bandwidth, begin=nothing, windows=shard.windows, scored=shard.scored,
         kept=shard.kept,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Roof:
-    """A device's roofline: operations and bytes a second that are reached, seconds of a stage beside them."""
+    """A device's roofline: operations and bytes a second that are reached, seconds of a stage beside them. `faster`:
+    so many times as many operations with the weights as they are kept."""
 
     flops: float
+    faster: float
     bandwidth: float
     step: float
     itemsize: int
 
-    def product(self, inputs: int, outputs: int, moved: float, part: float) -> Table:
-        """A product with a weight of this size, and `moved` numbers of a row beside it. `part`: of the step's seconds.
+    def product(self, inputs: int, outputs: int, moved: float, part: float, size: float) -> Table:
+        """A product with a weight of these sides and of `size` bytes a number, and `moved` numbers of a row beside it.
+        `part`: of the step's seconds.
 
         A few rows take as long as reading the weight, many as long as their operations.
         """
-        weight = inputs * outputs * self.itemsize / self.bandwidth
-        a_row = 2 * inputs * outputs / self.flops
+        weight = inputs * outputs * size / self.bandwidth
+        a_row = 2 * inputs * outputs / (self.flops * self.faster)
         beside = moved * self.itemsize / self.bandwidth
         if not inputs * outputs:
             return Table.line(self.step * part, 0.0)
