@@ -1,6 +1,6 @@
 """Does a second rank make decoding slower? Two ranks of one thread against one rank of two threads, in turns.
 
-    python benchmarks/decoding.py [--models packaged,h1024,483m] [--transport auto] [--rounds 7] [--json FILE]
+    python benchmarks/decoding.py [--models packaged,h1024,483m] [--weights int8] [--rounds 7] [--json FILE]
     python benchmarks/decoding.py --two-shot [--ranks 4] [--link 100mbit,5ms]
 
 With --two-shot: sums by the algorithm that the planner takes against sums by two-shot alone, over a link.
@@ -69,7 +69,7 @@ def measure(model: str, given: argparse.Namespace) -> dict[str, list[float]]:
         def opened(ranks: int) -> Engine:
             engine = open_engine(
                 directory, ranks=ranks, threads=2 // ranks, overlap="serial", max_length=512, max_sequences=4,
-                transport=given.transport,
+                transport=given.transport, weights=given.weights,
             )  # fmt: skip
             return stack.enter_context(closing(engine))
 
@@ -124,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="packaged,h1024,483m", help=f"packaged, {', '.join(SIZES)}")
     parser.add_argument("--transport", default="auto", help="auto, shm, tcp, gloo")
+    parser.add_argument("--weights", default="auto", help="what weights are kept in")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=48, help="that are decoded in each round")
     parser.add_argument("--json", type=Path, help="every round's seconds")

@@ -8,8 +8,9 @@ All are loaded, then take turns in every round; figures are medians of rounds, r
 transformers computes in float32 and runs as fast as it goes: a plain forward with a cache, logits of the last token
 only, no generate() around it. llama.cpp reads the same GGUF files, with the same threads and prompts; it comes from the
 wheel `xllamacpp`, in an environment of its own that is made on first use. Weft's times are what a caller waits for:
-engine, messages and worker. Memory is that of all of a contestant's processes, what they share counted once. The bound:
-bytes that a token reads, over what the machine reads a second, measured in every round.
+engine, messages and worker. Memory is that of weft's rank, the engine being in this process, and of llama.cpp's
+process, what is shared counted in parts. The bound: bytes of weights that a token reads (a table of which it looks up
+one row left out), over what the machine reads a second, measured in every round.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Weft:
             model, num_threads=threads, weights=weights, enable_prefix_caching=False, max_num_seqs=1, max_model_len=1024
         )
         loaded = self.llm.engine.workers.started
-        self.bytes, self.pids = loaded.loaded[0].weights, [loaded.hellos[0].pid]
+        self.bytes, self.pids = loaded.loaded[0].weights - _table(self.llm), [loaded.hellos[0].pid]
         self.overheads: list[float] = []
 
     def prefill(self, tokens: list[int]) -> float:
@@ -102,6 +103,15 @@ class Weft:
     def close(self) -> None:
         """See `Contestant`."""
         self.llm.close()
+
+
+def _table(llm: LLM) -> int:
+    """Bytes of an embedding that isn't the head too."""
+    model, kinds = llm.engine.model, llm.engine.workers.started.loaded[0].kinds
+    few = any(kind in kinds for kind in ("int8", "int4"))
+    if model.tied_embeddings and not few:
+        return 0
+    return model.vocabulary * (model.hidden + 4 if few else model.hidden * (2 if "bfloat16" in kinds else 4))
 
 
 class Transformers:

@@ -96,6 +96,7 @@ def test_in_int8_each_token_and_head_has_a_scale(monkeypatch: pytest.MonkeyPatch
     assert [piece.shape[1] for piece, _ in pieces] == [4, 4, 2]
     assert torch.equal(torch.cat([piece for piece, _ in pieces], 1), keys)
     some = memory.heads(slice(1, 3))
+    assert some.codes.untyped_storage().data_ptr() == memory.codes.untyped_storage().data_ptr()  # nothing is copied
     assert torch.equal(some.span(2, 5)[0], keys[1:3, 2:5]) and torch.equal(some.span(2, 5)[1], values[1:3, 2:5])
     slabs.release(1)
     slabs.check_integrity()

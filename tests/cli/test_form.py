@@ -9,7 +9,7 @@ from weft.cli.main import app
 FORM = {
     "bench": [
         "--html", "--json", "--link", "--mixed", "--overlap", "--plot", "--prompts", "--rounds", "--shares",
-        "--threads", "--timeline", "--tokens", "--tp", "--transport", "--wire", "model",
+        "--threads", "--timeline", "--tokens", "--tp", "--transport", "--weights", "--wire", "model",
     ],
     "bench quality": ["--json", "--kv", "--text", "--threads", "--tokens", "--tp", "--weights", "--wire", "model"],
     "chat": [

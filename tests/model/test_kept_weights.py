@@ -83,6 +83,24 @@ def test_nothing_half_written_is_believed(cache: Path) -> None:
     assert not list((cache / "weights").glob("*.new"))
 
 
+def test_what_changed_while_it_was_read_is_not_kept(cache: Path) -> None:
+    writing = KeptWeights(["a"], lambda: False)
+    writing.put("first", int8())
+    writing.close(True)
+    assert not KeptWeights(["a"]).found and list((cache / "weights").iterdir()) == []
+
+
+def test_an_index_that_points_beyond_the_file(cache: Path) -> None:
+    kept("a", first=int8())
+    [file] = (cache / "weights").glob("*.weights")
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b'"start":0', b'"start":9'))
+    found = KeptWeights(["a"]).get("first", int8())
+    assert found is None or found.codes.shape == (6, 64)
+    file.write_bytes(data[400:])
+    assert KeptWeights(["a"]).get("first", int8()) is None
+
+
 def test_a_full_disk_is_no_reason_to_stop(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writing = KeptWeights(["a"])
 

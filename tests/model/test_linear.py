@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from weft.model.kernels.choice import KERNELS, SHARED, Kernels, recall
 from weft.model.kernels.few_bits import INT8, LEVELS, levels_of
 from weft.model.kernels.floats import PlainProduct
 from weft.model.kernels.formats import gathering
-from weft.model.kernels.linear import Gained, Linear, MadeUp, NoKernel, Stored
+from weft.model.kernels.linear import Gained, InBlocks, Linear, MadeUp, NoKernel, Stored
 from weft.model.kernels.rotation import TURN, matrix
 from weft.model.kernels.trial import KernelChoice, choose
 
@@ -183,6 +184,7 @@ def test_where_no_kernel_keeps_row_bits(monkeypatch: pytest.MonkeyPatch) -> None
     """The fastest runs; what is to be reproducible goes in blocks of plain products."""
     monkeypatch.setattr(choice, "choose", lambda *_: KernelChoice("plain", 1, False))
     monkeypatch.setattr(choice, "recall", lambda threads: {})
+    monkeypatch.setattr(choice, "keep", lambda *_: None)
     weight, rows = torch.randn(100, 64), torch.randn(ROWS, 64)
     assert isinstance(fast := Kernels().linear(weight), PlainProduct) and not fast.block
     exact = Kernels(exact_rows=True).linear(weight)
@@ -193,12 +195,25 @@ def test_where_no_kernel_keeps_row_bits(monkeypatch: pytest.MonkeyPatch) -> None
         assert torch.equal(exact(rows[start:stop]), whole[start:stop])
 
 
+@pytest.mark.parametrize("format_", ["int8", "int4"])
+def test_codes_without_an_exact_kernel_go_in_blocks_too(format_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "recall", lambda threads: {})
+    real = choice.choose
+    monkeypatch.setattr(choice, "choose", lambda *given: msgspec.structs.replace(real(*given), exact=False))
+    monkeypatch.setattr(choice, "keep", lambda *_: None)
+    linear, rows = Kernels(exact_rows=True).linear(stored(format_, torch.randn(50, 64))), torch.randn(ROWS, 64)
+    assert isinstance(getattr(linear, "inner", linear), InBlocks) or isinstance(linear, InBlocks)
+    whole = linear(rows)
+    for start, stop in ((0, 64), (64, 65), (128, 160)):
+        assert torch.equal(linear(rows[start:stop]), whole[start:stop])
+    assert linear(rows[:0]).shape == (0, 50)
+
+
 def test_choices_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(choice, "user_cache_path", lambda name: tmp_path)
     kernels, weight = Kernels(), torch.randn(96, 64)
     kernels.linear(weight)
     kernels.linear(weight[:50], shared=True)
-    kernels.keep()
     kept = recall(torch.get_num_threads())
     assert set(kept) == {"float32 96x64", "float32 shared 50x64"}
     monkeypatch.setattr(choice, "choose", lambda *_: pytest.fail("measured again"))
@@ -223,6 +238,7 @@ def test_a_torch_without_private_operators(monkeypatch: pytest.MonkeyPatch) -> N
     for module in ("floats", "few_bits"):
         monkeypatch.setattr(f"weft.model.kernels.{module}.operator", missing)
     monkeypatch.setattr(choice, "recall", lambda threads: {})
+    monkeypatch.setattr(choice, "keep", lambda *_: None)
     linear = Kernels().linear(torch.eye(4))
     assert isinstance(linear, PlainProduct) and torch.equal(linear(torch.ones(2, 4)), torch.ones(2, 4))
     with pytest.raises(NoKernel, match="no kernel for weights in int4"):

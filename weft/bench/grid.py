@@ -32,7 +32,8 @@ FEW_SLOTS = 16  # sequences that calibration likes to have
 
 @dataclass(frozen=True)
 class Grid:
-    """What to measure: every combination. `prompts`: that a batch's tokens are divided over, `mixed`: at random."""
+    """What to measure: every combination. `prompts`: that a batch's tokens are divided over, `mixed`: at random.
+    `weights`: what weights are kept in."""
 
     tokens: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -45,6 +46,7 @@ class Grid:
     threads: int | None = None
     shares: tuple[float, ...] | None = None
     transport: str = "auto"
+    weights: str = "auto"
 
     def demand(self, model: ModelConfig) -> None:
         """Raises `InputError` for what can't be measured with this model on this machine, before anything starts."""
@@ -176,7 +178,7 @@ class Bench:
             self.path, ranks=ranks, threads=threads, launcher=launcher, shares=grid.shares,
             cores=cores_of(ranks, threads) if grid.emulated and ranks > 1 else None,
             transport="tcp" if grid.emulated and grid.transport == "auto" else grid.transport, max_length=length,
-            overlap="serial", max_sequences=max(grid.prompts, FEW_SLOTS), prefixes=False,
+            overlap="serial", max_sequences=max(grid.prompts, FEW_SLOTS), prefixes=False, weights=grid.weights,
         )  # fmt: skip
         with closing(engine):
             yield engine, launcher

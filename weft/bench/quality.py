@@ -22,7 +22,8 @@ from weft.engine import Engine
 from weft.errors import InputError
 from weft.execute.results import RunOptions
 from weft.model.description import model_config
-from weft.model.shares import STORED_BITS
+from weft.model.families import blueprint_of
+from weft.model.shares import STORED_BITS, kept_bytes
 from weft.opening import open_engine
 from weft.parallel.sizes import row_bytes
 from weft.program.batch import Batch, Segment
@@ -116,7 +117,9 @@ def measure(
             with closing(opened(**{"weights": "float32", kind: format_})) as second:
                 for window in windows:
                     other.add(answers(second, window), answers(engine, window))
-            found.append(other.quality(STORED_BITS[format_] / 8))
+            width = blueprint_of(model).axis("kv_heads").width
+            bytes_ = STORED_BITS[format_] / 8 if kind == "weights" else kept_bytes(format_, dtype, width)
+            found.append(other.quality(bytes_))
     scored = sum(len(losses) for losses in of_wires[0].losses)
     measured = Assessment(ranks, dtype, text.stem, scored, str(date.today()), found)
     keep(path, measured)

@@ -66,7 +66,7 @@ class PlainKeyValues:
 
 @dataclass(frozen=True, slots=True)
 class RoundedKeyValues:
-    """Whole numbers [2 * G, length, D] with scales [2 * G, length]: keys, then values."""
+    """Whole numbers [2, G, length, D] with scales [2, G, length]: of keys, then of values."""
 
     codes: Tensor
     scales: Tensor
@@ -74,13 +74,11 @@ class RoundedKeyValues:
 
     def heads(self, some: slice) -> RoundedKeyValues:
         """See `KeyValues`."""
-        codes, scales = (torch.unflatten(each, 0, (2, -1))[:, some].flatten(0, 1) for each in (self.codes, self.scales))
-        return RoundedKeyValues(codes, scales, self.dtype)
+        return RoundedKeyValues(self.codes[:, some], self.scales[:, some], self.dtype)
 
     def span(self, first: int, end: int) -> tuple[Tensor, Tensor]:
         """See `KeyValues`."""
-        both = self.codes[:, first:end].to(self.dtype).mul_(self.scales[:, first:end, None])
-        keys, values = both.chunk(2)
+        keys, values = self.codes[:, :, first:end].to(self.dtype).mul_(self.scales[:, :, first:end, None])
         return keys, values
 
     def pieces(self, end: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -141,7 +139,8 @@ class Slabs:
     def _view(self, slot: int, layer: int, kv_heads: int) -> KeyValues:
         kept = [array[slot][layer] for array in self._layers]
         if self.rounded:
-            return RoundedKeyValues(kept[0], kept[1], self.dtype)
+            codes, scales = (torch.unflatten(each, 0, (2, kv_heads)) for each in kept)
+            return RoundedKeyValues(codes, scales, self.dtype)
         return PlainKeyValues(kept[0][:kv_heads], kept[0][kv_heads:])
 
     def write(self, slot: int, layer: int, start: int, keys_values_n2GD: Tensor) -> None:

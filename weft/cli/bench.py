@@ -31,7 +31,7 @@ from weft.bench.report import (
     timelines,
     wires_chosen,
 )
-from weft.cli.options import WIRE, numbers, relative_shares, words
+from weft.cli.options import STORED, WIRE, numbers, relative_shares, words
 from weft.config import ModelConfig
 from weft.errors import InputError, WorkerFailed
 from weft.hub import locate
@@ -84,6 +84,7 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="Threads of each rank; default: cores / ranks.")] = None,
     shares: Annotated[str | None, typer.Option(help="Relative sizes of the ranks' parts, as in 2,1.")] = None,
     transport: Annotated[str, typer.Option(help="Between ranks: auto, shm, tcp, tls, gloo.")] = "auto",
+    weights: STORED = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a report with plots and timelines to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write saving against link speed to this .svg file.")] = None,
@@ -98,7 +99,7 @@ def bench(
         tokens=numbers(tokens, "--tokens"), ranks=numbers(tp, "--tp"),
         links=links_of(link), overlaps=words(overlap, "--overlap"),
         wires=words(wire, "--wire"), prompts=prompts, mixed=mixed, rounds=rounds, threads=threads,
-        shares=relative_shares(shares), transport=transport,
+        shares=relative_shares(shares), transport=transport, weights=weights,
     )  # fmt: skip
     for name in grid.wires:
         allowed(name)
@@ -112,7 +113,7 @@ def bench(
     if grid.shaped:
         demand_namespaces()
     machine = describe(config, grid.threads_of(max(grid.ranks)))
-    files = _Files(json_file, html, plot, timeline, machine, _about(path, config))
+    files = _Files(json_file, html, plot, timeline, machine, _about(path, config) | {"weights": weights})
     _measure_and_tell(path, config, grid, files)
 
 

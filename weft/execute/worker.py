@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import zmq
 from torch import Tensor
 
 from weft.cache.slabs import Slabs
-from weft.config import available_cores
+from weft.config import DTYPES, available_cores
 from weft.errors import InputError, LinkLost
 from weft.execute import protocol as p
 from weft.execute.executor import Executor, Scope
@@ -44,10 +45,11 @@ from weft.execute.process import (
 )
 from weft.execute.sampler import sample
 from weft.formats.checkpoint import Checkpoint
-from weft.formats.content import content_of, content_told
+from weft.formats.content import content_of
 from weft.formats.fetched import FetchedFiles
 from weft.formats.fingerprint import Held, Wanted, held_here
 from weft.formats.gguf.files import is_gguf
+from weft.formats.schemes import scheme_of
 from weft.launch.launcher import LEASE_VARIABLE, MODEL_VARIABLE, PLACE_VARIABLE, TOKEN_VARIABLE, VERSION
 from weft.launch.sockets import worker_socket
 from weft.model.decoder import Decoder
@@ -222,14 +224,12 @@ class Worker:
 
     def _kept(self, m: p.Load, path: Path | None, part: list[str]) -> KeptWeights | None:
         """What an earlier start has left of this part of the model, where weights may be rounded. `path`: of the
-        checkpoint, if it is on this machine."""
-        if m.weights == m.dtype:
+        checkpoint, if it is on this machine: what others hold, it doesn't know to the last byte."""
+        if path is None or m.weights in DTYPES:
             return None
-        if path is None:
-            content = content_told(m.files)
-        else:
-            content = content_of(path, lambda done, total: self.say(p.Loading(done, total)))
-        return KeptWeights([content, m.weights, m.dtype, *part])
+        content = content_of(path, lambda done, total: self.say(p.Loading(done, total)))
+        how = version("weft"), repr(scheme_of(m.config.fields)), m.weights, m.dtype
+        return KeptWeights([content, *how, *part], lambda: content_of(path) == content)
 
     def _checkpoint(self, m: p.Load, stack: ExitStack) -> tuple[Checkpoint, Path | None]:
         """The model's on this machine, which need not be the engine's, and where it is; where it has none, the engine's

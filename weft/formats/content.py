@@ -15,7 +15,7 @@ import msgspec
 from platformdirs import user_cache_path
 
 from weft.errors import InputError
-from weft.formats.fingerprint import WeightFile, weight_files
+from weft.formats.fingerprint import weight_files
 
 MOST = 1000  # files that are remembered
 
@@ -42,7 +42,7 @@ def content_of(path: Path, progress: Callable[[int, int], None] = lambda done, t
         done += size
         progress(done, total)
 
-    with locked(folder / "hashes.lock"):
+    with locked(folder / f"{combined([str(path.resolve())])[:20]}.lock"):
         known, found = _recall(folder), []
         before = {msgspec.structs.replace(each, hash=""): each for each in known}
         now = [_stamp(file) for file in weight_files(path)]
@@ -53,11 +53,6 @@ def content_of(path: Path, progress: Callable[[int, int], None] = lambda done, t
             paths = {each.path for each in fresh}
             _keep(folder, [*(each for each in known if each.path not in paths), *fresh])
     return combined([each.hash for each in found])
-
-
-def content_told(files: Sequence[WeightFile]) -> str:
-    """The same of files that another machine has told of: by all that it told."""
-    return combined(["told", *(msgspec.json.encode(file).decode() for file in files)])
 
 
 def combined(parts: Sequence[str]) -> str:

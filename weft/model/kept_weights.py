@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import mkstemp
@@ -44,9 +45,11 @@ def folder() -> Path:
 
 
 class KeptWeights:
-    """One shard's. `key`: all that it depends on. What isn't there is `put`, and kept once all is there."""
+    """One shard's. `key`: all that it depends on. What isn't there is `put`, and kept once all is there, if what it was
+    made from then is the `same` as in the beginning."""
 
-    def __init__(self, key: list[str]) -> None:
+    def __init__(self, key: list[str], same: Callable[[], bool] = lambda: True) -> None:
+        self._same = same
         self._path = folder() / f"{combined([str(FORMAT), *key])[:32]}.weights"
         self._index: dict[str, dict[str, _Spot]] = {}
         self._map: mmap.mmap | None = None
@@ -82,7 +85,10 @@ class KeptWeights:
         places = self._index.get(name)
         if self._map is None or not places:
             return None
-        found = [self._tensor(places[part]) if part in places else None for part in PARTS]
+        try:
+            found = [self._tensor(places[part]) if part in places else None for part in PARTS]
+        except (ValueError, RuntimeError, AttributeError):  # places that aren't in the file
+            return None
         wanted = [like.codes, like.scales, like.offsets]
         for one, other in zip(found, wanted, strict=True):
             if (one is None) != (other is None) or (one is not None and other is not None and one.shape != other.shape):
@@ -140,7 +146,7 @@ class KeptWeights:
     def close(self, whole: bool = False) -> None:
         """Lets go of the file; a new one is kept if it is `whole`."""
         self._map = None  # it is unmapped with the last tensor that lies in it
-        if self._fresh is None or self._temporary is None or not whole:
+        if self._fresh is None or self._temporary is None or not (whole and self._same()):
             self._give_up()
             return
         try:

@@ -46,7 +46,7 @@ from weft.model.kernels.formats import (
     head_of,
     table_of,
 )
-from weft.model.kernels.linear import Gained, Linear, Stored
+from weft.model.kernels.linear import Gained, Linear, NoKernel, Stored
 from weft.model.kernels.looked_up import LookedUp
 from weft.model.matrices import Into, MatrixReader, blocks, pair
 from weft.model.shares import Share
@@ -117,7 +117,7 @@ def load(
     """
     kernels = kernels or Kernels()
     computed_in = str(dtype).removeprefix("torch.")
-    wanted = Formats(weights or computed_in, computed_in, partial(bits_of, checkpoint), kernels.faster)
+    wanted = Formats(weights or computed_in, computed_in, partial(bits_of, checkpoint), kernels.faster, kernels.works)
     reader = _ShardReader(checkpoint, blueprint, share, device, dtype, kernels, wanted, kept, progress)
     whole = False
     try:
@@ -136,7 +136,6 @@ def load(
     finally:
         if kept is not None:
             kept.close(whole)
-    kernels.keep()
     return Weights(embedding, stages, gain, head, dict(reader.kinds), reader.finer)
 
 
@@ -178,18 +177,24 @@ class _ShardReader:
         self._demand(f"{self.embedding_name}.weight", *self.blueprint.tensors[embedding])
 
     def choose_kernels(self) -> None:
-        """Before memory is taken for any weight: where a machine has not seen a shape yet, kernels are tried on it."""
+        """Before memory is taken for any weight: where a machine has not seen a shape yet, kernels are tried on it.
+        Raises `InputError` for a format that has none."""
         if self.device != "cpu":
             return
-        for layer in range(self.blueprint.layers):
-            prefix = self.blueprint.prefix.format(layer)
-            for branch in (branch for parts in self.blueprint.layer for branch in parts.branches):
-                kept = [self._first_kept(branch, prefix)] if branch.first else []
-                kept += [self._last_kept(branch.last, prefix)] if branch.last is not None else []
-                for format_, shape in kept:
-                    self.kernels.choose_for(format_, shape)
-        head = self._head_kept
-        self.kernels.choose_for(head.format, head.shape, head.shared)
+        try:
+            for layer in range(self.blueprint.layers):
+                self._choose_for(self.blueprint.prefix.format(layer))
+            head = self._head_kept
+            self.kernels.choose_for(head.format, head.shape, head.shared)
+        except NoKernel as error:
+            raise InputError(f"{error}; give other --weights") from None
+
+    def _choose_for(self, prefix: str) -> None:
+        for branch in (branch for parts in self.blueprint.layer for branch in parts.branches):
+            kept = [self._first_kept(branch, prefix)] if branch.first else []
+            kept += [self._last_kept(branch.last, prefix)] if branch.last is not None else []
+            for format_, shape in kept:
+                self.kernels.choose_for(format_, shape)
 
     def _first_kept(self, branch: Branch, prefix: str) -> tuple[str, tuple[int, int]]:
         """Format and shape of a branch's fused projections."""
@@ -260,12 +265,17 @@ class _ShardReader:
             return weight
         if not too_few:
             fill(weight)
-            too_few = weight.lost > LOST[format_of(weight.stored)]
+            limit = LOST[format_of(weight.stored)]
+            # What the checkpoint has in few bits isn't rounded to as few once more unless that is asked for.
+            too_few = not weight.lost <= limit or (
+                self.wanted.auto and format_of(weight.stored) == "int4" and weight.again
+            )
             if self.kept is not None:
                 self.kept.put(place, None if too_few else weight.stored)
         if not too_few:
             return weight
-        self.finer.append(name)
+        if not self.wanted.auto:
+            self.finer.append(name)
         more = finer(format_of(weight.stored), str(self.dtype).removeprefix("torch."))
         return self._gathered(name, more, shape, fill, make)
 
@@ -277,7 +287,7 @@ class _ShardReader:
         def fill(weight: Gathering) -> None:
             self.matrices.plain(name, range(shape[0]), Into(weight))
 
-        weight = self._gathered("embedding", self.wanted([f"{name}.weight"], shape), shape, fill, table_of)
+        weight = self._gathered("embedding", self.wanted([f"{name}.weight"], shape, True), shape, fill, table_of)
         self.matrices.count(name, matrix)
         self.kinds[format_of(weight.stored)] += bytes_of(weight.stored)
         stored = weight.stored.clone() if isinstance(weight.stored, Codes) else weight.stored  # not what lies in a file
@@ -360,7 +370,7 @@ class _ShardReader:
         own = f"{matrix.name}.weight" in self.checkpoint
         alike = self.blueprint.tied and (not own or self._same(matrix, mine))
         name, shape = self.embedding_name if alike else matrix.name, (len(mine), self.blueprint.hidden)
-        format_ = head_of(self.wanted([f"{name}.weight"], shape))
+        format_ = head_of(self.wanted([f"{name}.weight"], shape, True))
         return _HeadKept(name, format_, shape, alike and format_ not in FEW_BITS)
 
     def _same(self, head: Matrix, mine: range) -> bool:

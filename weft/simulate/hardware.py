@@ -231,7 +231,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Keeping:
-    """What weights are kept in, and bytes of a number of a matrix, of the head, and of keys and values."""
+    """What weights are kept in, and bytes of a number of a matrix, of the head, and of keys and values (which take as
+    long to attend to in any format: they are made floats)."""
 
     weights: str
     matrix: float
@@ -258,9 +259,10 @@ def costs_of(
 def _rank(group: Hardware, device: Device, shard: Shard, keeping: Keeping | None) -> ComputeCosts:
     size = device.itemsize
     kept = keeping or Keeping(_DTYPES[size], size, size, size)
-    faster = group.source.assumption(device, kept.weights) if kept.weights in ("int8", "int4") else 1.0
+    few = {name: group.source.assumption(device, name) for name in ("int8", "int4")}
+    faster, head_faster = few.get(kept.weights, 1.0), few["int8"] if kept.weights in few else 1.0
     roof = _Roof(
-        device.tflops * 1e12 * group.source.assumption(device, "efficiency"), faster,
+        device.tflops * 1e12 * group.source.assumption(device, "efficiency"),
         device.bandwidth * 1e9 * group.source.assumption(device, "memory_efficiency"),
         group.source.assumption(device, "step"), device.itemsize,
     )  # fmt: skip
@@ -268,37 +270,35 @@ def _rank(group: Hardware, device: Device, shard: Shard, keeping: Keeping | None
     pair = 4 * shard.queries / roof.flops
     (name, head), nothing = shard.head, Table((1.0,), (0.0,))
     body = dict.fromkeys(shard.before, roof.moved(2 * shard.hidden))
-    body[name] = roof.product(*head.first, norm, 1.0, kept.head)
+    body[name] = roof.product(*head.first, norm, 1.0, kept.head, head_faster)
     tail = dict.fromkeys(body, nothing)
     for part, products in shard.layer:
-        body[part] = roof.product(*products.first, norm + products.moved, 0.7, kept.matrix)
-        tail[part] = roof.product(*products.last, 0, 0.3, kept.matrix)
+        body[part] = roof.product(*products.first, norm + products.moved, 0.7, kept.matrix, faster)
+        tail[part] = roof.product(*products.last, 0, 0.3, kept.matrix, faster)
     return ComputeCosts(
         body=body, tail=tail, enter=roof.moved(norm, 0.0), present=Table.line(pair / 2, 0.0), past=pair,
-        one=2 * shard.keys * kept.key / roof.bandwidth, begin=nothing, windows=shard.windows, scored=shard.scored,
+        one=2 * shard.keys * roof.itemsize / roof.bandwidth, begin=nothing, windows=shard.windows, scored=shard.scored,
         kept=shard.kept,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Roof:
-    """A device's roofline: operations and bytes a second that are reached, seconds of a stage beside them. `faster`:
-    so many times as many operations with the weights as they are kept."""
+    """A device's roofline: operations and bytes a second that are reached, seconds of a stage beside them."""
 
     flops: float
-    faster: float
     bandwidth: float
     step: float
     itemsize: int
 
-    def product(self, inputs: int, outputs: int, moved: float, part: float, size: float) -> Table:
+    def product(self, inputs: int, outputs: int, moved: float, part: float, size: float, faster: float) -> Table:
         """A product with a weight of these sides and of `size` bytes a number, and `moved` numbers of a row beside it.
-        `part`: of the step's seconds.
+        `part`: of the step's seconds; `faster`: than with weights that are what is computed in.
 
         A few rows take as long as reading the weight, many as long as their operations.
         """
         weight = inputs * outputs * size / self.bandwidth
-        a_row = 2 * inputs * outputs / (self.flops * self.faster)
+        a_row = 2 * inputs * outputs / (self.flops * faster)
         beside = moved * self.itemsize / self.bandwidth
         if not inputs * outputs:
             return Table.line(self.step * part, 0.0)

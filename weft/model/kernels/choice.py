@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,12 @@ from platformdirs import user_cache_path
 from torch import Tensor
 
 from weft.config import available_cores, processor_name
+from weft.formats.content import locked
 from weft.formats.packed import Codes
 from weft.model.kernels.few_bits import INT8, Groups4
 from weft.model.kernels.floats import MklProduct, OneDnnProduct, PlainProduct
-from weft.model.kernels.formats import FEW_BITS, gathering, kept_shape
-from weft.model.kernels.linear import Linear, Maker, Stored
+from weft.model.kernels.formats import FEW_BITS, kept_shape, random_codes
+from weft.model.kernels.linear import InBlocks, Linear, Maker, NoKernel, Stored
 from weft.model.kernels.rotation import Turned, matrix
 from weft.model.kernels.trial import LEAST, PROMPT, KernelChoice, choose, timed, weighed
 from weft.model.shares import STORED_BITS
@@ -41,7 +42,8 @@ SHARED: dict[str, dict[str, Maker]] = {  # with a weight that somebody else uses
     "float32": {"onednn": partial(OneDnnProduct, packed=False), "plain": PlainProduct},
     "bfloat16": {"onednn": partial(OneDnnProduct, packed=False), "plain": PlainProduct},
 }
-BLOCK = 64  # rows of one plain product where no kernel keeps row bits and they are asked for
+BLOCK = 64  # rows of one product where no kernel keeps row bits and they are asked for
+MOST_OUTPUTS = 4096  # of a weight on which two formats are compared
 FORMAT = 1  # counts what of the file was given another meaning
 
 
@@ -49,11 +51,12 @@ class Kernels:
     """Makes products, each by the kernel that suits its shape here. `exact_rows`: row bits are kept at any price."""
 
     def __init__(self, exact_rows: bool = False) -> None:
-        self.exact_rows, self.known, self._fresh = exact_rows, recall(torch.get_num_threads()), False
+        self.exact_rows, self.known = exact_rows, recall(torch.get_num_threads())
         self._turn: Linear | None = None
 
     def linear(self, weight: Stored, bias_W: Tensor | None = None, shared: bool = False) -> Linear:
-        """Of a weight in any format. `shared`: somebody else uses it too, so that it stays as it is."""
+        """Of a weight in any format. `shared`: somebody else uses it too, so that it stays as it is. Raises `NoKernel`
+        for a format that nothing here multiplies with."""
         linear = self._linear(weight, bias_W, shared, self.exact_rows)
         if format_of(weight) != "int8":
             return linear
@@ -68,41 +71,58 @@ class Kernels:
             return PlainProduct(weight, bias_W)
         format_ = format_of(weight)
         makers, choice = (SHARED if shared else KERNELS)[format_], self.choice(format_, shape, shared)
-        if isinstance(weight, Tensor) and not choice.exact and exact_rows:
+        if choice.exact or not exact_rows:
+            return makers[choice.kernel](weight, bias_W, choice.least)
+        if isinstance(weight, Tensor):
             return PlainProduct(weight, bias_W, block=BLOCK)
-        return makers[choice.kernel](weight, bias_W, choice.least)
+        return InBlocks(makers[choice.kernel](weight, bias_W, 1), BLOCK)
 
     def choice(self, format_: str, shape: tuple[int, ...], shared: bool = False) -> KernelChoice:
         """For weights in a format, of a shape [W, K]; measured now, where that isn't known yet."""
         makers = (SHARED if shared else KERNELS)[format_]
         key = f"{format_}{' shared' if shared else ''} {shape[0]}x{shape[1]}"
         if key not in self.known or self.known[key].kernel not in makers:
-            self.known[key], self._fresh = choose(makers, format_, shape), True
+            self._measure(key, lambda: choose(makers, format_, shape), makers)
         return self.known[key]
+
+    def _measure(self, key: str, measure: Callable[[], KernelChoice], allowed: Container[str]) -> None:
+        """One rank of a machine at a time, and only if no other has meanwhile: all are to choose alike."""
+        threads = torch.get_num_threads()
+        with locked(path_of(threads).with_suffix(".lock")):
+            self.known |= recall(threads)
+            if key not in self.known or self.known[key].kernel not in allowed:
+                self.known[key] = measure()
+                keep(threads, self.known)
 
     def choose_for(self, format_: str, shape: tuple[int, int], shared: bool = False) -> None:
         """Of a weight that will be gathered: while there is none yet, there is most room to try."""
         if 0 not in shape:
             self.choice(format_, kept_shape(format_, shape), shared)
 
+    def works(self, format_: str) -> bool:
+        """Whether anything here multiplies with weights in a format."""
+        try:
+            self.choice(format_, kept_shape(format_, (64, 64)))
+        except NoKernel:
+            return False
+        return True
+
     def faster(self, shape: tuple[int, int]) -> str:
         """int4 or int8, for a weight of this shape, all that belongs to a product being counted."""
+        formats = [format_ for format_ in FEW_BITS if self.works(format_)]
         key = f"4 bits {shape[0]}x{shape[1]}"
         if key not in self.known:
-            seconds = {}
-            for format_ in FEW_BITS:
-                gathered = gathering(format_, shape)
-                gathered.put(0, torch.randn(shape))
-                seconds[format_] = timed(self.linear(gathered.stored), shape)
-            best = min(seconds, key=lambda each: weighed(seconds[each]))
-            self.known[key], self._fresh = KernelChoice(best, seconds=seconds), True
-        return self.known[key].kernel
+            some = min(shape[0], MOST_OUTPUTS), shape[1]
+            made = {
+                format_: self.linear(random_codes(format_, some)) for format_ in formats
+            }  # each measures for itself
 
-    def keep(self) -> None:
-        """Writes down what was measured since."""
-        if self._fresh:
-            keep(torch.get_num_threads(), self.known)
-            self._fresh = False
+            def measure() -> KernelChoice:
+                seconds = {format_: timed(linear, some) for format_, linear in made.items()}
+                return KernelChoice(min(seconds, key=lambda each: weighed(seconds[each])), seconds=seconds)
+
+            self._measure(key, measure, formats)
+        return self.known[key].kernel
 
 
 def inputs_of(weight: Stored) -> int:

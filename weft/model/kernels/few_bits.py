@@ -87,7 +87,7 @@ class OneDnn8(_WholeNumbers):
         if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             raise NoKernel("this torch was built without oneDNN")
         self.weight = operator("onednn.qlinear_prepack")(whole.contiguous(), None)
-        self._scales, self._zeros = scales[:, 0].contiguous(), torch.zeros(self.width, dtype=torch.int64)
+        self._scales, self._zeros = scales[:, 0].clone(), torch.zeros(self.width, dtype=torch.int64)
         self._zero = levels + 1
 
     def whole(self, rows_TK: Tensor) -> Tensor:

@@ -42,6 +42,11 @@ class Gathering(Protocol):
         """The error of what was gathered, as a part of its size (both as root of the sum of squares)."""
         ...
 
+    @property
+    def again(self) -> bool:
+        """Whether numbers were rounded, rather than codes taken."""
+        ...
+
     def recall(self, stored: Codes) -> None:
         """All of them, as they were gathered before."""
         ...
@@ -58,7 +63,7 @@ class Gathering(Protocol):
 class GatheredFloats:
     """Numbers in a `dtype`."""
 
-    takes_codes, lost = False, 0.0
+    takes_codes, lost, again = False, 0.0, False
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.stored = torch.empty(shape, dtype=dtype)
@@ -81,6 +86,11 @@ class _Rounded:
 
     def __init__(self) -> None:
         self._error = self._size = 0.0
+
+    @property
+    def again(self) -> bool:
+        """See `Gathering`."""
+        return self._size > 0
 
     def _lose(self, error: Tensor, values: Tensor) -> None:
         self._error += float(error.square().sum())
@@ -196,22 +206,24 @@ def gathering(format_: str, shape: tuple[int, int]) -> Gathering:
 class Formats:
     """The format of each matrix, for what `--weights` came to. With auto:int8 or auto:int4 no matrix is kept in less
     than the checkpoint has of it: floats as what is computed in, a `dtype`; with auto:int8 what has 4 bits there in
-    int4 or int8, whichever is `faster` for its shape. `bits`: of a number of a tensor, as the checkpoint stores it."""
+    int4 or int8, whichever is `faster` for its shape. `bits`: of a number of a tensor, as the checkpoint stores it;
+    `works`: whether anything here multiplies with a format."""
 
     def __init__(
-        self, weights: str, dtype: str, bits: Callable[[str], float], faster: Callable[[tuple[int, int]], str]
+        self, weights: str, dtype: str, bits: Callable[[str], float], faster: Callable[[tuple[int, int]], str],
+        works: Callable[[str], bool] = lambda format_: True,
     ) -> None:  # fmt: skip
-        self._fewest, self._auto = weights.removeprefix("auto:"), weights.startswith("auto:")
-        self._dtype, self._bits, self._faster = dtype, bits, faster
+        self._fewest, self.auto = weights.removeprefix("auto:"), weights.startswith("auto:")
+        self._dtype, self._bits, self._faster, self._works = dtype, bits, faster, works
 
-    def __call__(self, names: Iterable[str], shape: tuple[int, int]) -> str:
-        """Of tensors that are one matrix [W, K] in memory."""
-        if not self._auto:
+    def __call__(self, names: Iterable[str], shape: tuple[int, int], table: bool = False) -> str:
+        """Of tensors that are one matrix [W, K] in memory. `table`: it has no fewer than 8 bits in any case."""
+        if not self.auto:
             return self._fewest
         most = max(map(self._bits, names))
-        if most > ROUNDED8:
+        if most > ROUNDED8 or not self._works("int8"):
             return self._dtype
-        if most > ROUNDED4:
+        if most > ROUNDED4 or table or 0 in shape or not self._works("int4"):
             return "int8"
         return self._fewest if self._fewest == "int4" else self._faster(shape)
 
@@ -236,6 +248,16 @@ def finer(format_: str, dtype: str) -> str:
 def table_of(format_: str, shape: tuple[int, int]) -> Gathering:
     """Of one of the formats, whose rows are looked up: of few bits, int8."""
     return GatheredInt8(shape, turned=False) if format_ in FEW_BITS else gathering(format_, shape)
+
+
+def random_codes(format_: str, shape: tuple[int, int]) -> Codes:
+    """Such as a weight of this shape has in a format of few bits; to be timed."""
+    kept, most = kept_shape(format_, shape), MOST4 if format_ == "int4" else MOST8
+    codes = torch.randint(0, most + 1, kept, dtype=torch.uint8)
+    if format_ == "int8":
+        return Codes(codes.view(torch.int8), torch.rand(kept[0], 1))
+    groups = kept[0], kept[1] // GROUP
+    return Codes(codes, torch.rand(groups), torch.rand(groups))
 
 
 def bytes_of(stored: Stored) -> int:

@@ -48,6 +48,19 @@ class Gained:
         return self.inner(rows if self.bias is None else rows.add_(self.bias))
 
 
+class InBlocks:
+    """A product that is always one of so many rows, so that a row has the same bits in any batch."""
+
+    def __init__(self, inner: Linear, rows: int) -> None:
+        self.inner, self.rows, self.width = inner, rows, inner.width
+
+    def __call__(self, rows_TK: Tensor) -> Tensor:
+        """See `Linear`."""
+        padded = functional.pad(rows_TK, (0, 0, 0, -rows_TK.shape[0] % self.rows))
+        products = [self.inner(block) for block in torch.split(padded, self.rows)]
+        return torch.cat(products)[: rows_TK.shape[0]] if rows_TK.shape[0] else rows_TK.new_empty(0, self.width)
+
+
 class MadeUp:
     """What kernels have in common: few rows are made up to `least`, where fewer would have other bits."""
 
