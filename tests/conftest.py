@@ -23,6 +23,7 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _CACHE = tempfile.TemporaryDirectory(prefix="weft-tests-")  # calibrations of test models are nobody's
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
+os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "128"  # as workers have it; read with the first product
 _GUARDIAN = Guardian(Path(_CACHE.name))
 
 
