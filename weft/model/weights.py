@@ -51,8 +51,6 @@ from weft.model.kernels.looked_up import LookedUp
 from weft.model.matrices import Into, MatrixReader, blocks, pair
 from weft.model.shares import Share
 
-BLOCK = 1 << 22  # numbers that are read at a time, in float32
-
 
 @dataclass(frozen=True)
 class Gain:
@@ -255,29 +253,31 @@ class _ShardReader:
     ) -> Gathering:  # fmt: skip
         """A matrix in a format: of few bits as an earlier start has left it, else filled now, and left for later ones.
         One that loses too much is kept in more bits."""
-        weight, place = make(format_, shape), f"{name} {format_}"
+        weight = make(format_, shape)
         if not isinstance(weight.stored, Codes):
             fill(weight)
-            return weight
-        too_few = self.kept is not None and self.kept.too_few(place)
-        if not too_few and self.kept is not None and (found := self.kept.get(place, weight.stored)) is not None:
-            weight.recall(found)
-            return weight
-        if not too_few:
-            fill(weight)
-            limit = LOST[format_of(weight.stored)]
-            # What the checkpoint has in few bits isn't rounded to as few once more unless that is asked for.
-            too_few = not weight.lost <= limit or (
-                self.wanted.auto and format_of(weight.stored) == "int4" and weight.again
-            )
-            if self.kept is not None:
-                self.kept.put(place, None if too_few else weight.stored)
-        if not too_few:
-            return weight
-        if not self.wanted.auto:
-            self.finer.append(name)
-        more = finer(format_of(weight.stored), str(self.dtype).removeprefix("torch."))
-        return self._gathered(name, more, shape, fill, make)
+        elif not self._few_suffice(weight, f"{name} {format_}", fill):
+            if not self.wanted.auto:
+                self.finer.append(name)
+            more = finer(format_of(weight.stored), str(self.dtype).removeprefix("torch."))
+            return self._gathered(name, more, shape, fill, make)
+        return weight
+
+    def _few_suffice(self, weight: Gathering, place: str, fill: Callable[[Gathering], None]) -> bool:
+        """Gathers a matrix of few bits; False if that loses too much. `place`: its name in what is kept."""
+        if self.kept is not None:
+            if self.kept.too_few(place):
+                return False
+            if isinstance(weight.stored, Codes) and (found := self.kept.get(place, weight.stored)) is not None:
+                weight.recall(found)
+                return True
+        fill(weight)
+        format_ = format_of(weight.stored)
+        # What the checkpoint has in few bits isn't rounded to as few once more unless that is asked for.
+        suffice = weight.lost <= LOST[format_] and not (self.wanted.auto and format_ == "int4" and weight.again)
+        if self.kept is not None and isinstance(weight.stored, Codes):
+            self.kept.put(place, weight.stored if suffice else None)
+        return suffice
 
     def embedding(self) -> LookedUp:
         """Which every rank has, whole."""
