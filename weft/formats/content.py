@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -16,6 +16,7 @@ from platformdirs import user_cache_path
 
 from weft.errors import InputError
 from weft.formats.fingerprint import weight_files
+from weft.locks import locked
 
 MOST = 1000  # files that are remembered
 
@@ -92,19 +93,3 @@ def _keep(folder: Path, hashes: list[_Hashed]) -> None:
         fresh = folder / f"hashes.{os.getpid()}"
         fresh.write_bytes(msgspec.json.encode(hashes[-MOST:]))
         fresh.replace(folder / "hashes.json")
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process of this user at a time; where there are no locks, or the folder can't be written, all at once."""
-    try:
-        import fcntl
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except (ImportError, OSError):
-        yield
-        return
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

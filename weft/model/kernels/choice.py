@@ -21,9 +21,11 @@ import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 
+from weft.compiled.library import library
 from weft.config import available_cores, processor_name
-from weft.formats.content import locked
 from weft.formats.packed import Codes
+from weft.locks import locked
+from weft.model.kernels.compiled import Compiled4, Compiled8
 from weft.model.kernels.few_bits import INT8, Groups4
 from weft.model.kernels.floats import MklProduct, OneDnnProduct, PlainProduct
 from weft.model.kernels.formats import FEW_BITS, kept_shape, random_codes
@@ -35,8 +37,10 @@ from weft.model.shares import STORED_BITS
 KERNELS: dict[str, dict[str, Maker]] = {
     "float32": {"onednn": OneDnnProduct, "mkl": MklProduct, "plain": PlainProduct},
     "bfloat16": {"onednn": OneDnnProduct, "plain": PlainProduct},
-    "int8": {**INT8},
-    "int4": {"bfloat16 rows": Groups4, "float32 rows": partial(Groups4, dtype=torch.float32)},
+    "int8": {"compiled": Compiled8, **INT8},
+    "int4": {
+        "compiled": Compiled4, "bfloat16 rows": Groups4, "float32 rows": partial(Groups4, dtype=torch.float32),
+    },
 }
 SHARED: dict[str, dict[str, Maker]] = {  # with a weight that somebody else uses too: nothing is packed
     "float32": {"onednn": partial(OneDnnProduct, packed=False), "plain": PlainProduct},
@@ -58,7 +62,7 @@ class Kernels:
         """Of a weight in any format. `shared`: somebody else uses it too, so that it stays as it is. Raises `NoKernel`
         for a format that nothing here multiplies with."""
         linear = self._linear(weight, bias_W, shared, self.exact_rows)
-        if format_of(weight) != "int8":
+        if format_of(weight) != "int8" or isinstance(linear, Compiled8):
             return linear
         self._turn = self._turn or self._linear(matrix(), None, False, True)
         return Turned(linear, self._turn, inputs_of(weight))
@@ -146,9 +150,11 @@ class _KernelChoices(msgspec.Struct):
 
 def machine(threads: int) -> dict[str, str]:
     """All that choices depend on beside the shape."""
+    found = library()
     return {
         "file": str(FORMAT), "processor": processor_name(), "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": str(torch.__version__), "threads": str(threads),
+        "compiled": found.weft_form().decode() if found else "",
     }  # fmt: skip
 
 

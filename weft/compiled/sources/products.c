@@ -1,0 +1,315 @@
+// Products of rows with weights of 8 and of 4 bits, for any number of rows: each row has the same bits in all of them.
+//
+// Knows one weight at a time. T rows, K inputs, W outputs, both made up to whole blocks by whoever stores weights:
+// blocks of 16 outputs, and in each the four bytes of one output's four inputs beside those of the next output.
+
+#include <float.h>
+
+#include "vectors.h"
+
+#define GROUP 32  // inputs of 4-bit weights that share a scale and an offset
+#define TURN 64   // numbers of a row that are turned together
+#define SMALLEST 1e-30f  // of what a row's scale is made of: rows of zeros have one too
+#define ALONE (1 << 17)  // products that one thread has done before another has heard of them
+#define PANEL 4  // blocks that stay in cache while all rows pass
+
+typedef struct {
+    int64_t padded, outputs, blocks;  // padded: inputs in whole turns, or groups
+    const uint8_t *codes;   // int8: [blocks, padded / 4, 16, 4]; int4: [blocks, padded / 32] of Group4
+    const float *scales;    // [16 * blocks]
+    const int32_t *starts;  // int8: [16 * blocks], minus SHIFT times the sum of an output's weights
+    const float *bias;      // [outputs], or nothing
+} Weight;
+
+typedef struct {
+    uint16_t scales[LANES], offsets[LANES];  // halves, of the output's scale
+    uint8_t codes[4][4 * LANES];  // inputs 0 to 3 (the low four bits) and 4 to 7 (the high) of 16 outputs, 8 to 15, ...
+} Group4;
+
+const char *weft_form(void) { return FORM; }
+int weft_shift(void) { return SHIFT; }
+
+// The largest size of some numbers; what is no number, or none that is finite, comes out as one that isn't.
+INLINE float largest(const float *numbers, int64_t count) {
+    float most[LANES] = {0};
+    int odd = 0;
+    for (int64_t at = 0; at < count; at += LANES)
+        for (int lane = 0; lane < LANES; lane++) {
+            float size = fabsf(numbers[at + lane]);
+            odd |= !(size <= FLT_MAX);
+            most[lane] = size > most[lane] ? size : most[lane];
+        }
+    for (int lane = 1; lane < LANES; lane++) most[0] = most[lane] > most[0] ? most[lane] : most[0];
+    return odd ? NAN : most[0] > SMALLEST ? most[0] : SMALLEST;
+}
+
+// A row's turns: of each 64 numbers their sums with signs, Sylvester's, an eighth of which makes them orthogonal.
+INLINE void turn(float *row, int64_t padded) {
+    for (float *block = row; block < row + padded; block += TURN)
+        for (int half = TURN / 2; half; half /= 2) {
+            float next[TURN];
+            for (int i = 0; i < TURN / 2; i++) {
+                next[i] = block[2 * i] + block[2 * i + 1];
+                next[i + TURN / 2] = block[2 * i] - block[2 * i + 1];
+            }
+            memcpy(block, next, sizeof next);
+        }
+}
+
+// A row in whole numbers; returns its scale. `turned` is room for `padded` numbers.
+static float whole_row(const Weight *w, const float *row, int64_t inputs, float *turned, uint8_t *codes) {
+    memcpy(turned, row, inputs * sizeof(float));
+    memset(turned + inputs, 0, (w->padded - inputs) * sizeof(float));
+    turn(turned, w->padded);
+    float most = largest(turned, w->padded), inverse = 127 / most;
+    if (!(most <= FLT_MAX)) inverse = 0;
+    for (int64_t i = 0; i < w->padded; i++) codes[i] = (uint8_t)((int32_t)rintf(turned[i] * inverse) + SHIFT);
+    return most / (127 * 8);
+}
+
+// A row in whole numbers by groups: their scales, and what a group's offsets are multiplied with.
+static void whole_groups(const Weight *w, const float *row, int64_t inputs, int8_t *codes, float *scales, float *sums) {
+    for (int64_t at = 0; at < w->padded; at += GROUP) {
+        float numbers[GROUP] = {0};
+        if (at < inputs) memcpy(numbers, row + at, (inputs - at < GROUP ? inputs - at : GROUP) * sizeof(float));
+        float most = largest(numbers, GROUP), inverse = 127 / most;
+        if (!(most <= FLT_MAX)) inverse = 0;
+        int32_t sum = 0;
+        for (int i = 0; i < GROUP; i++) {
+            int32_t code = (int32_t)rintf(numbers[i] * inverse);
+            codes[at + i] = (int8_t)code;
+            sum += code;
+        }
+        scales[at / GROUP] = most / 127;
+        sums[at / GROUP] = most / 127 * (float)sum;
+    }
+}
+
+INLINE int32_t four_of(const void *at) {
+    int32_t four;
+    memcpy(&four, at, 4);
+    return four;
+}
+
+// Sums of some blocks [rows, 16 * blocks], times their outputs' scales and their rows', and the bias.
+static __attribute__((noinline)) void put(const Weight *w, float *out, int rows, int64_t block, int blocks, const float *sums, const float *scales) {
+    int64_t first = LANES * block, there = w->outputs - first < LANES * blocks ? w->outputs - first : LANES * blocks;
+    for (int r = 0; r < rows; r++)
+        for (int64_t i = 0; i < there; i++) {
+            float product = sums[r * LANES * blocks + i] * w->scales[first + i] * (scales ? scales[r] : 1.0f);
+            out[r * w->outputs + first + i] = w->bias ? product + w->bias[first + i] : product;
+        }
+}
+
+// A tile's sums are variables of their own, by macros: of an array of them the compiler keeps a copy in memory.
+#define EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
+
+#define START8(r) ints a##r = a, b##r = b, c##r = c, d##r = d;
+#define ADD8(r) if (r < rows) { \
+    int32_t four = four_of(codes + r * padded + k); \
+    a##r = dot(a##r, wa, four); \
+    if (blocks > 1) { b##r = dot(b##r, wb, four); } \
+    if (blocks > 2) { c##r = dot(c##r, wc, four); d##r = dot(d##r, wd, four); } }
+#define KEEP8(r) if (r < rows) { \
+    store(sums + LANES * (r * blocks), of_ints(a##r)); \
+    if (blocks > 1) { store(sums + LANES * (r * blocks + 1), of_ints(b##r)); } \
+    if (blocks > 2) { \
+        store(sums + LANES * (r * blocks + 2), of_ints(c##r)); \
+        store(sums + LANES * (r * blocks + 3), of_ints(d##r)); } }
+
+INLINE void tile8(const int rows, const int blocks, const Weight *w, int64_t block, const uint8_t *codes, const float *scales, float *out) {
+    int64_t padded = w->padded, next = LANES * padded;
+    const uint8_t *from = w->codes + block * next;
+    const int32_t *starts = w->starts + LANES * block;
+    ints zero = ints_of(0), a = load_ints(starts), b = blocks > 1 ? load_ints(starts + LANES) : zero;
+    ints c = blocks > 2 ? load_ints(starts + 2 * LANES) : zero, d = blocks > 2 ? load_ints(starts + 3 * LANES) : zero;
+    EACH_ROW(START8)
+    for (int64_t k = 0; k < padded; k += 4, from += 4 * LANES) {
+        bytes wa = load(from), wb = wa, wc = wa, wd = wa;
+        if (blocks > 1) wb = load(from + next);
+        if (blocks > 2) wc = load(from + 2 * next), wd = load(from + 3 * next);
+        EACH_ROW(ADD8)
+    }
+    float sums[ROWS * BLOCKS * LANES];
+    EACH_ROW(KEEP8)
+    put(w, out, rows, block, blocks, sums, scales);
+}
+
+#define START4(r) floats sum##r = floats_of(0);
+#define ZERO4(r) ints even##r = ints_of(0), odd##r = even##r;
+#define ADD4(r) if (r < rows) { \
+    const uint8_t *row = codes + r * w->padded + GROUP * g + 8 * j; \
+    even##r = dot4(even##r, lows, four_of(row)); \
+    odd##r = dot4(odd##r, highs, four_of(row + 4)); }
+#define GROUP4(r) if (r < rows) { \
+    floats whole = of_ints(plus(even##r, odd##r)); \
+    sum##r = times_plus(times(steps, floats_of(scales[r * groups + g])), whole, sum##r); \
+    sum##r = times_plus(starts, floats_of(offsets[r * groups + g]), sum##r); }
+#define KEEP4(r) if (r < rows) store(sums + LANES * r, sum##r);
+
+INLINE void tile4(const int rows, const Weight *w, int64_t block, const uint8_t *codes, const float *scales, const float *offsets, float *out) {
+    int64_t groups = w->padded / GROUP;
+    const Group4 *group = (const Group4 *)w->codes + block * groups;
+    EACH_ROW(START4)
+    for (int64_t g = 0; g < groups; g++, group++) {
+        EACH_ROW(ZERO4)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            bytes two = load(group->codes[j]), lows = low(two), highs = high(two);
+            EACH_ROW(ADD4)
+        }
+        floats steps = halves(group->scales), starts = halves(group->offsets);
+        EACH_ROW(GROUP4)
+    }
+    float sums[ROWS * LANES];
+    EACH_ROW(KEEP4)
+    put(w, out, rows, block, 1, sums, NULL);
+}
+
+#define EACH_BLOCK(DO) DO(0) DO(1) DO(2) DO(3)
+#define BEGIN4(b) if (b < BLOCKS) { \
+    const Group4 *at = group + b * groups; \
+    ints even = ints_of(0), odd = even; \
+    for (int j = 0; j < 4; j++) { \
+        bytes two = load(at->codes[j]); \
+        even = dot4(even, low(two), four_of(codes + GROUP * g + 8 * j)); \
+        odd = dot4(odd, high(two), four_of(codes + GROUP * g + 8 * j + 4)); } \
+    floats whole = of_ints(plus(even, odd)); \
+    sum##b = times_plus(times(halves(at->scales), floats_of(scales[g])), whole, sum##b); \
+    sum##b = times_plus(halves(at->offsets), floats_of(offsets[g]), sum##b); }
+#define END4(b) if (b < BLOCKS) store(sums + LANES * b, sum##b);
+
+// One row and several blocks: memory gives most to who reads in several places.
+static void row4(const Weight *w, int64_t block, const uint8_t *codes, const float *scales, const float *offsets, float *out) {
+    int64_t groups = w->padded / GROUP;
+    const Group4 *group = (const Group4 *)w->codes + block * groups;
+    EACH_BLOCK(START4)
+    for (int64_t g = 0; g < groups; g++, group++) { EACH_BLOCK(BEGIN4) }
+    float sums[4 * LANES];
+    EACH_BLOCK(END4)
+    put(w, out, 1, block, BLOCKS, sums, NULL);
+}
+
+#define CASE8(n) case n: tile8(n <= ROWS ? n : 1, BLOCKS_HERE, w, block, codes, scales, out); break;
+#define ANY_ROWS8 switch (rows) { CASE8(1) CASE8(2) CASE8(3) CASE8(4) CASE8(5) CASE8(6) }
+
+static void rows8(const Weight *w, int rows, int64_t block, int64_t end, const uint8_t *codes, const float *scales, float *out) {
+#if BLOCKS > 1
+#define BLOCKS_HERE BLOCKS
+    for (; block + BLOCKS <= end; block += BLOCKS) ANY_ROWS8
+#undef BLOCKS_HERE
+#endif
+#define BLOCKS_HERE 1
+    for (; block < end; block++) ANY_ROWS8
+#undef BLOCKS_HERE
+}
+
+static void rows4(const Weight *w, int rows, int64_t block, int64_t end, const uint8_t *codes, const float *scales, const float *offsets, float *out) {
+#define CASE4(n) case n: tile4(n <= ROWS ? n : 1, w, block, codes, scales, offsets, out); break;
+    for (; rows == 1 && block + BLOCKS <= end; block += BLOCKS) row4(w, block, codes, scales, offsets, out);
+    for (; block < end; block++) switch (rows) { CASE4(1) CASE4(2) CASE4(3) CASE4(4) CASE4(5) CASE4(6) }
+}
+
+// out [T, W] = rows [T, K] times the weight of 8 or 4 bits, plus its bias. False if there is no memory.
+int weft_product(const Weight *w, int bits, const float *rows, int64_t inputs, int64_t count, float *out, int threads) {
+    int64_t padded = w->padded, scaled = bits == 8 ? 1 : padded / GROUP, panels = (w->blocks + PANEL - 1) / PANEL;
+    if (count * w->blocks * LANES * padded < ALONE) threads = 1;
+    if (count < ROWS) panels = threads;
+    float *scales = malloc(count * padded + (2 * count * scaled + threads * padded) * sizeof(float));
+    if (!scales) return 0;
+    float *offsets = scales + count * scaled, *turned = offsets + count * scaled;
+    uint8_t *codes = (uint8_t *)(turned + threads * padded);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t part = 0; part < threads; part++)
+            for (int64_t row = count * part / threads; row < count * (part + 1) / threads; row++) {
+                const float *from = rows + row * inputs;
+                uint8_t *to = codes + row * padded;
+                if (bits == 8) scales[row] = whole_row(w, from, inputs, turned + part * padded, to);
+                else whole_groups(w, from, inputs, (int8_t *)to, scales + row * scaled, offsets + row * scaled);
+            }
+#pragma omp for schedule(static)
+        for (int64_t panel = 0; panel < panels; panel++) {
+            int64_t first = w->blocks * panel / panels, end = w->blocks * (panel + 1) / panels;
+            for (int64_t row = 0; row < count; row += ROWS) {
+                int some = (int)(count - row < ROWS ? count - row : ROWS);
+                const uint8_t *part = codes + row * padded;
+                float *to = out + row * w->outputs;
+                if (bits == 8) rows8(w, some, first, end, part, scales + row, to);
+                else rows4(w, some, first, end, part, scales + row * scaled, offsets + row * scaled, to);
+            }
+        }
+    }
+    free(scales);
+    return 1;
+}
+
+#define CHECKED 96  // inputs of the weight that is tried, 37 outputs, 13 rows
+
+// Whether products come out right on this processor: against sums in doubles, with the largest numbers that there are.
+int weft_check(void) {
+    static int8_t weights[48][2 * TURN];
+    static float rows[13][CHECKED], out[13][37], one[37], scales[48], turned[2 * TURN];
+    static uint8_t codes8[3 * 2 * TURN * LANES];
+    static int32_t starts[48];
+    uint32_t chance = 1;
+    for (int o = 0; o < 48; o++)
+        for (int k = 0; k < 2 * TURN; k++) {
+            chance = chance * 1664525 + 1013904223;
+            weights[o][k] = o < 8 ? (o % 2 ? -127 : 127) : (int8_t)((int)(chance >> 24) % 255 - 127);
+            starts[o] -= SHIFT * weights[o][k];
+            codes8[((o / LANES * 2 * TURN + k / 4 * 4) * LANES) + o % LANES * 4 + k % 4] = (uint8_t)weights[o][k];
+        }
+    for (int o = 0; o < 48; o++) scales[o] = 1.0f / (float)(o + 1);
+    for (int r = 0; r < 13; r++)
+        for (int k = 0; k < CHECKED; k++) {
+            chance = chance * 1664525 + 1013904223;
+            rows[r][k] = r < 2 ? (k % TURN ? 0 : 1) : (float)(chance >> 8) / (1 << 23) - 1;
+        }
+    Weight w = {2 * TURN, 37, 3, codes8, scales, starts, NULL};
+    for (int threads = 1; threads <= 2; threads++) {
+        if (!weft_product(&w, 8, rows[0], CHECKED, 13, out[0], threads)) return 1;
+        for (int r = 0; r < 13; r++) {
+            uint8_t codes[2 * TURN];
+            double scale = whole_row(&w, rows[r], CHECKED, turned, codes);
+            if (!weft_product(&w, 8, rows[r], CHECKED, 1, one, 1) || memcmp(one, out[r], sizeof one)) return 2;
+            for (int o = 0; o < 37; o++) {
+                double sum = 0;
+                for (int k = 0; k < 2 * TURN; k++) sum += (double)weights[o][k] * (int8_t)(codes[k] - SHIFT);
+                double expected = sum * scale / (o + 1);
+                if (fabs(expected - out[r][o]) > 1e-5 * (fabs(expected) + scale)) return 3;
+            }
+        }
+    }
+    Group4 groups[3 * CHECKED / GROUP];
+    for (size_t i = 0; i < sizeof groups / sizeof *groups; i++)
+        for (int o = 0; o < LANES; o++) {
+            groups[i].scales[o] = (uint16_t)(0x3c00 + 16 * o);  // 1 + o / 64
+            groups[i].offsets[o] = (uint16_t)(0xc800 + i);      // -8 - i / 128
+            for (int j = 0; j < 4; j++)
+                for (int b = 0; b < 4; b++) {
+                    chance = chance * 1664525 + 1013904223;
+                    groups[i].codes[j][4 * o + b] = o < 4 ? 255 : (uint8_t)(chance >> 24);
+                }
+        }
+    w = (Weight){CHECKED, 37, 3, (const uint8_t *)groups, scales, NULL, NULL};
+    for (int threads = 1; threads <= 2; threads++) {
+        if (!weft_product(&w, 4, rows[0], CHECKED, 13, out[0], threads)) return 4;
+        for (int r = 0; r < 13; r++) {
+            if (!weft_product(&w, 4, rows[r], CHECKED, 1, one, 1) || memcmp(one, out[r], sizeof one)) return 5;
+            for (int o = 0; o < 37; o++) {
+                double sum = 0, size = 0;
+                for (int k = 0; k < CHECKED; k++) {
+                    int i = o / LANES * CHECKED / GROUP + k / GROUP, l = o % LANES;
+                    uint8_t two = groups[i].codes[k % GROUP / 8][4 * l + k % 4];
+                    double number = (1 + l / 64.0) * (k / 4 % 2 ? two >> 4 : two & 15) - 8 - i / 128.0;
+                    sum += number * rows[r][k];
+                    size += number * number;
+                }
+                if (fabs(sum / (o + 1) - out[r][o]) > 0.02 * sqrt(size) / (o + 1)) return 6;
+            }
+        }
+    }
+    return 0;
+}

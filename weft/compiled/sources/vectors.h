@@ -1,0 +1,139 @@
+// Sixteen numbers at a time, in what this processor has for it.
+//
+// dot(sums, weights, four): adds to each of 16 sums the products of its four bytes of weights, of -127 to 127, with four
+// bytes of a row, of as many, kept plus SHIFT. dot4: of weights of 0 to 15, with bytes of a row as they are. Sums of
+// whole numbers are exact: every form has the same bits.
+
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define LANES 16
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#include <immintrin.h>
+#define FORM "AVX-512 VNNI"
+#define ROWS 6    // of a tile, which stays in registers
+#define BLOCKS 4  // of 16 outputs
+#define SHIFT 128  // the instruction takes one side without signs
+typedef __m512i ints, bytes;
+typedef __m512 floats;
+INLINE ints ints_of(int32_t value) { return _mm512_set1_epi32(value); }
+INLINE ints load_ints(const int32_t *at) { return _mm512_loadu_si512(at); }
+INLINE ints plus(ints one, ints other) { return _mm512_add_epi32(one, other); }
+INLINE bytes load(const void *at) { return _mm512_loadu_si512(at); }
+INLINE bytes low(bytes two) { return _mm512_and_si512(two, _mm512_set1_epi8(15)); }
+INLINE bytes high(bytes two) { return low(_mm512_srli_epi16(two, 4)); }
+INLINE ints dot(ints sums, bytes weights, int32_t four) { return _mm512_dpbusd_epi32(sums, ints_of(four), weights); }
+INLINE ints dot4(ints sums, bytes weights, int32_t four) { return _mm512_dpbusd_epi32(sums, weights, ints_of(four)); }
+INLINE floats floats_of(float value) { return _mm512_set1_ps(value); }
+INLINE floats load_floats(const float *at) { return _mm512_loadu_ps(at); }
+INLINE floats halves(const uint16_t *at) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at)); }
+INLINE floats of_ints(ints sums) { return _mm512_cvtepi32_ps(sums); }
+INLINE floats times(floats one, floats other) { return _mm512_mul_ps(one, other); }
+INLINE floats times_plus(floats one, floats other, floats sum) { return _mm512_fmadd_ps(one, other, sum); }
+INLINE void store(float *at, floats numbers) { _mm512_storeu_ps(at, numbers); }
+
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+#define ROWS 2
+#define BLOCKS 2
+typedef struct { __m256i a, b; } ints;
+typedef ints bytes;
+typedef struct { __m256 a, b; } floats;
+INLINE ints ints_of(int32_t value) { return (ints){_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
+INLINE bytes load(const void *at) {
+    const __m256i *two = at;
+    return (bytes){_mm256_loadu_si256(two), _mm256_loadu_si256(two + 1)};
+}
+INLINE ints load_ints(const int32_t *at) { return load(at); }
+INLINE ints plus(ints one, ints other) {
+    return (ints){_mm256_add_epi32(one.a, other.a), _mm256_add_epi32(one.b, other.b)};
+}
+INLINE __m256i low_half(__m256i two) { return _mm256_and_si256(two, _mm256_set1_epi8(15)); }
+INLINE bytes low(bytes two) { return (bytes){low_half(two.a), low_half(two.b)}; }
+INLINE bytes high(bytes two) { return low((bytes){_mm256_srli_epi16(two.a, 4), _mm256_srli_epi16(two.b, 4)}); }
+#if defined(__AVXVNNI__)
+#define FORM "AVX-VNNI"
+#define SHIFT 128
+INLINE __m256i added(__m256i sums, __m256i one, __m256i other) { return _mm256_dpbusd_avx_epi32(sums, one, other); }
+INLINE __m256i added_signed(__m256i sums, __m256i weights, __m256i row) { return added(sums, row, weights); }
+#else
+#define FORM "AVX2"
+#define SHIFT 0
+INLINE __m256i added(__m256i sums, __m256i one, __m256i other) {
+    __m256i pairs = _mm256_maddubs_epi16(one, other);
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+INLINE __m256i added_signed(__m256i sums, __m256i weights, __m256i row) {  // pairs: at most 2 * 127 * 127, which 16 bits hold
+    return added(sums, _mm256_abs_epi8(row), _mm256_sign_epi8(weights, row));
+}
+#endif
+INLINE ints dot(ints sums, bytes weights, int32_t four) {
+    __m256i row = _mm256_set1_epi32(four);
+    return (ints){added_signed(sums.a, weights.a, row), added_signed(sums.b, weights.b, row)};
+}
+INLINE ints dot4(ints sums, bytes weights, int32_t four) {
+    __m256i row = _mm256_set1_epi32(four);
+    return (ints){added(sums.a, weights.a, row), added(sums.b, weights.b, row)};
+}
+INLINE floats floats_of(float value) { return (floats){_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+INLINE floats load_floats(const float *at) { return (floats){_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8)}; }
+INLINE floats halves(const uint16_t *at) {
+    const __m128i *two = (const __m128i *)at;
+    return (floats){_mm256_cvtph_ps(_mm_loadu_si128(two)), _mm256_cvtph_ps(_mm_loadu_si128(two + 1))};
+}
+INLINE floats of_ints(ints sums) { return (floats){_mm256_cvtepi32_ps(sums.a), _mm256_cvtepi32_ps(sums.b)}; }
+INLINE floats times(floats one, floats other) {
+    return (floats){_mm256_mul_ps(one.a, other.a), _mm256_mul_ps(one.b, other.b)};
+}
+INLINE floats times_plus(floats one, floats other, floats sum) {
+    return (floats){_mm256_fmadd_ps(one.a, other.a, sum.a), _mm256_fmadd_ps(one.b, other.b, sum.b)};
+}
+INLINE void store(float *at, floats numbers) {
+    _mm256_storeu_ps(at, numbers.a);
+    _mm256_storeu_ps(at + 8, numbers.b);
+}
+
+#else
+#define FORM "plain C"
+#define ROWS 2
+#define BLOCKS 1
+#define SHIFT 0
+#define EACH for (int i = 0; i < LANES; i++)
+typedef struct { int32_t of[LANES]; } ints;
+typedef struct { int8_t of[4 * LANES]; } bytes;
+typedef struct { float of[LANES]; } floats;
+INLINE ints ints_of(int32_t value) { ints all; EACH all.of[i] = value; return all; }
+INLINE ints load_ints(const int32_t *at) { ints all; memcpy(&all, at, sizeof all); return all; }
+INLINE ints plus(ints one, ints other) { EACH one.of[i] += other.of[i]; return one; }
+INLINE bytes load(const void *at) { bytes all; memcpy(&all, at, sizeof all); return all; }
+INLINE bytes low(bytes two) { for (int i = 0; i < 4 * LANES; i++) two.of[i] &= 15; return two; }
+INLINE bytes high(bytes two) { for (int i = 0; i < 4 * LANES; i++) two.of[i] = (uint8_t)two.of[i] >> 4; return two; }
+INLINE ints dot(ints sums, bytes weights, int32_t four) {
+    int8_t row[4];
+    memcpy(row, &four, 4);
+    EACH for (int j = 0; j < 4; j++) sums.of[i] += (int32_t)weights.of[4 * i + j] * row[j];
+    return sums;
+}
+INLINE ints dot4(ints sums, bytes weights, int32_t four) { return dot(sums, weights, four); }
+INLINE floats floats_of(float value) { floats all; EACH all.of[i] = value; return all; }
+INLINE floats load_floats(const float *at) { floats all; memcpy(&all, at, sizeof all); return all; }
+INLINE floats of_ints(ints sums) { floats all; EACH all.of[i] = (float)sums.of[i]; return all; }
+INLINE floats times(floats one, floats other) { EACH one.of[i] *= other.of[i]; return one; }
+INLINE floats times_plus(floats one, floats other, floats sum) { EACH sum.of[i] += one.of[i] * other.of[i]; return sum; }
+INLINE void store(float *at, floats numbers) { memcpy(at, &numbers, sizeof numbers); }
+INLINE floats halves(const uint16_t *at) {
+    floats all;
+    EACH {
+        uint32_t sign = (uint32_t)(at[i] & 0x8000) << 16, rest = at[i] & 0x7fff, bits = sign | ((rest << 13) + 0x38000000);
+        float number;
+        memcpy(&number, &bits, 4);
+        all.of[i] = rest < 0x400 ? (sign ? -1.0f : 1.0f) * (float)rest * 0x1p-24f : number;  // no infinities are stored
+    }
+    return all;
+}
+#endif
