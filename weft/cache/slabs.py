@@ -23,6 +23,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from weft.compiled.library import LANES, Kept
+
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 PIECE = 1024  # positions that are made floats at a time; where pieces begin depends on nothing else
 MOST = 127  # of int8
@@ -43,6 +45,20 @@ class KeyValues(Protocol):
         """Those of positions 0, …, end - 1, in order, as much at a time as should be there as floats."""
         ...
 
+    @property
+    def place(self) -> Kept | None:
+        """Where weft's own kernels find them; None where they don't read such."""
+        ...
+
+
+def _place(keys: Tensor, values: Tensor, scales: tuple[Tensor, Tensor] | None = None) -> Kept | None:
+    """Of keys and values [G, length, D], and scales [G, length] of codes."""
+    width = keys.shape[2]
+    if not keys.is_cpu or keys.dtype not in (torch.float32, torch.int8) or width % LANES or not keys.numel():
+        return None
+    places = 0 if scales is None else scales[0].data_ptr(), 0 if scales is None else scales[1].data_ptr()
+    return Kept(keys.data_ptr(), values.data_ptr(), *places, len(keys), width, keys.stride(0), keys.shape[1])
+
 
 @dataclass(frozen=True, slots=True)
 class PlainKeyValues:
@@ -50,10 +66,16 @@ class PlainKeyValues:
 
     keys: Tensor
     values: Tensor
+    place: Kept | None = None
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor) -> PlainKeyValues:
+        """[G, length, D] each."""
+        return cls(keys, values, _place(keys, values))
 
     def heads(self, some: slice) -> PlainKeyValues:
         """See `KeyValues`."""
-        return PlainKeyValues(self.keys[some], self.values[some])
+        return PlainKeyValues.of(self.keys[some], self.values[some])
 
     def span(self, first: int, end: int) -> tuple[Tensor, Tensor]:
         """See `KeyValues`."""
@@ -71,10 +93,17 @@ class RoundedKeyValues:
     codes: Tensor
     scales: Tensor
     dtype: torch.dtype
+    place: Kept | None = None
+
+    @classmethod
+    def of(cls, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> RoundedKeyValues:
+        """As above."""
+        place = _place(codes[0], codes[1], (scales[0], scales[1])) if dtype is torch.float32 else None
+        return cls(codes, scales, dtype, place)
 
     def heads(self, some: slice) -> RoundedKeyValues:
         """See `KeyValues`."""
-        return RoundedKeyValues(self.codes[:, some], self.scales[:, some], self.dtype)
+        return RoundedKeyValues.of(self.codes[:, some], self.scales[:, some], self.dtype)
 
     def span(self, first: int, end: int) -> tuple[Tensor, Tensor]:
         """See `KeyValues`."""
@@ -140,8 +169,8 @@ class Slabs:
         kept = [array[slot][layer] for array in self._layers]
         if self.rounded:
             codes, scales = (torch.unflatten(each, 0, (2, kv_heads)) for each in kept)
-            return RoundedKeyValues(codes, scales, self.dtype)
-        return PlainKeyValues(kept[0][:kv_heads], kept[0][kv_heads:])
+            return RoundedKeyValues.of(codes, scales, self.dtype)
+        return PlainKeyValues.of(kept[0][:kv_heads], kept[0][kv_heads:])
 
     def write(self, slot: int, layer: int, start: int, keys_values_n2GD: Tensor) -> None:
         """Stores the keys and then values of the tokens at positions start, start + 1, …"""

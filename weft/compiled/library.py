@@ -26,16 +26,22 @@ from weft.locks import locked
 COMPILER_VARIABLE = "WEFT_COMPILER"  # a C compiler, instead of those below; "none": torch's kernels alone
 COMPILERS = ("gcc", "cc", "clang")
 SOURCES = Path(__file__).parent / "sources"
-FILES = ("products.c",)
+FILES = ("products.c", "between.c")
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 # GCC: the same thread pool as torch's, and sums that stay in registers. What a compiler doesn't know, it does without.
 WISHES = (("-march=native",), ("-mcpu=native",), ()), (("-fopenmp", "-fno-tree-pre"), ())
+LANES = 16  # numbers that are computed with at a time: heads' widths are multiples of it, weights have whole blocks
 SECONDS = 120.0  # at most, of one try
 TEST = "import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).weft_check())"
 
-_POINTER, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_POINTER, _COUNT, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 FUNCTIONS = {
     "weft_product": (_INT, [_POINTER, _INT, _POINTER, _COUNT, _COUNT, _POINTER, _INT]),
+    "weft_floats": (_INT, [_POINTER, _COUNT, _COUNT, _POINTER, _POINTER, _COUNT, _POINTER, _INT]),
+    "weft_unit": (None, [_POINTER, _COUNT, _COUNT, _FLOAT, _POINTER, _INT]),
+    "weft_gate": (None, [_POINTER, _COUNT, _COUNT, _INT, _POINTER, _INT]),
+    "weft_rotate": (None, [_POINTER, *([_COUNT] * 5), _POINTER, _INT]),
+    "weft_attend": (_INT, [_POINTER, _POINTER, *([_COUNT] * 3), _FLOAT, _POINTER, _POINTER, _INT]),
     "weft_form": (ctypes.c_char_p, []),
     "weft_shift": (_INT, []),
 }
@@ -47,6 +53,15 @@ class Weight(ctypes.Structure):
     _fields_ = (
         ("padded", _COUNT), ("outputs", _COUNT), ("blocks", _COUNT), ("codes", _POINTER), ("scales", _POINTER),
         ("starts", _POINTER), ("bias", _POINTER),
+    )  # fmt: skip
+
+
+class Kept(ctypes.Structure):
+    """As between.c has it."""
+
+    _fields_ = (
+        ("keys", _POINTER), ("values", _POINTER), ("key_scales", _POINTER), ("value_scales", _POINTER),
+        ("heads", _COUNT), ("width", _COUNT), ("head", _COUNT), ("scale", _COUNT),
     )  # fmt: skip
 
 

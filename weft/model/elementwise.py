@@ -3,8 +3,8 @@
 `exact_rows=True` chooses forms whose result for a row depends on that row alone, bit for bit: not on how many
 rows are computed with it, where it stands among them, or how threads share the work. Vectorised kernels handle
 the last few elements of an array by other instructions (torch's silu and complex product do, with other bits),
-so there these functions are written in operations that are rounded the same way in either.
-Knows nothing of layers.
+so there these functions are written in operations that are rounded the same way in either. Where weft's own kernels
+are compiled, they do it all in one pass, and exactly. Knows nothing of layers.
 
 Shapes: T rows, K numbers of a row, W outputs, H heads, D head width.
 """
@@ -13,18 +13,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from ctypes import CDLL
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from weft.compiled.library import library
+
+
+def compiled_for(rows: Tensor) -> CDLL | None:
+    """weft's own kernels, where they are and take these rows."""
+    return library() if rows.dtype is torch.float32 and rows.is_cpu and rows.is_contiguous() else None
+
 
 def activation(name: str, gated: bool, exact_rows: bool) -> Callable[[Tensor], Tensor]:
     """An activation by its name, of [T, W]; `gated`: of the first half of [T, 2W], times the second -> [T, W]."""
-    act = (_EXACT if exact_rows else _FAST)[name]
+    act, cubic = (_EXACT if exact_rows else _FAST)[name], _BY_SIGMOIDS.get(name)
 
     def gate(gate_up_T2W: Tensor) -> Tensor:
+        if cubic is not None and (found := compiled_for(gate_up_T2W)):
+            count, width = gate_up_T2W.shape
+            out = gate_up_T2W.new_empty(count, width // 2)
+            given = gate_up_T2W.data_ptr(), count, width // 2, cubic, out.data_ptr()
+            found.weft_gate(*given, torch.get_num_threads())
+            return out
         first, second = gate_up_T2W.chunk(2, dim=1)
         return act(first).mul_(second)
 
@@ -58,6 +72,7 @@ _EXACT: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda rows: _sigmoid_times(rows, torch.neg(rows)), "gelu": _erf_gelu, "gelu_tanh": _tanh_gelu,
     "relu2": _relu2,
 }  # fmt: skip
+_BY_SIGMOIDS = {"silu": 0, "gelu_tanh": 1}  # to what the compiled gate is told
 
 
 def capped(values: Tensor, cap: float) -> Tensor:
@@ -70,6 +85,12 @@ def rotate(heads_THD: Tensor, angles: Tensor, exact_rows: bool) -> Tensor:
 
     Weights are loaded with their rows in pairs (see weights.py), so that one product does it.
     """
+    found = library() if heads_THD.is_cpu and heads_THD.dtype is torch.float32 and angles.is_contiguous() else None
+    if found and heads_THD.stride(2) == 1:
+        (count, heads, rotary), (row, width, _) = heads_THD.shape, heads_THD.stride()
+        given = heads_THD.data_ptr(), count, row, heads, width, rotary, angles.data_ptr()
+        found.weft_rotate(*given, torch.get_num_threads())
+        return heads_THD
     pairs = torch.unflatten(heads_THD, 2, (-1, 2))
     if not exact_rows and heads_THD.dtype is torch.float32:  # torch has no complex bfloat16
         torch.view_as_complex(pairs).mul_(angles)
@@ -99,6 +120,11 @@ class UnitRows:
         """[..., width]."""
         if self.centred:
             return functional.layer_norm(rows_TK, (self.width,), eps=self.plain_epsilon)
+        if found := compiled_for(rows_TK):
+            out, count = torch.empty_like(rows_TK), rows_TK.numel() // self.width
+            given = rows_TK.data_ptr(), count, self.width, self.width * self.plain_epsilon, out.data_ptr()
+            found.weft_unit(*given, torch.get_num_threads())
+            return out
         length: Tensor = torch.linalg.vector_norm(rows_TK, dim=-1, keepdim=True)
         if self.exact_rows:
             return rows_TK / length.square_().add_(self.epsilon.square()).sqrt_()

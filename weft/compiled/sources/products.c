@@ -245,6 +245,84 @@ int weft_product(const Weight *w, int bits, const float *rows, int64_t inputs, i
     return 1;
 }
 
+#define DEPTH 768  // inputs of floats that are gone through at a time, at most: so much of a panel stays in cache
+
+#define STARTF(r) floats a##r = zero, b##r = zero, c##r = zero, d##r = zero; \
+    if (r < rows && !fresh) { \
+        const float *at = sums + r * LANES * PANEL; \
+        a##r = load_floats(at); \
+        if (blocks > 1) b##r = load_floats(at + LANES); \
+        if (blocks > 2) c##r = load_floats(at + 2 * LANES), d##r = load_floats(at + 3 * LANES); }
+#define ADDF(r) if (r < rows) { \
+    floats one = floats_of(from[r * inputs + k]); \
+    a##r = times_plus(one, wa, a##r); \
+    if (blocks > 1) b##r = times_plus(one, wb, b##r); \
+    if (blocks > 2) c##r = times_plus(one, wc, c##r), d##r = times_plus(one, wd, d##r); }
+#define KEEPF(r) if (r < rows) { \
+    float *at = sums + r * LANES * PANEL; \
+    store(at, a##r); \
+    if (blocks > 1) store(at + LANES, b##r); \
+    if (blocks > 2) store(at + 2 * LANES, c##r), store(at + 3 * LANES, d##r); }
+
+// Adds to sums [rows, 16 * PANEL] of some blocks; each in the order of its inputs, whatever is computed beside it.
+INLINE void tilef(const int rows, const int blocks, const float *weights, int64_t inputs, const float *from, int64_t first, int64_t end, float *sums) {
+    const int fresh = first == 0;
+    int64_t next = inputs * LANES;
+    floats zero = floats_of(0);
+    EACH_ROW(STARTF)
+    weights += first * LANES;
+    for (int64_t k = first; k < end; k++, weights += LANES) {
+        floats wa = load_floats(weights), wb = wa, wc = wa, wd = wa;
+        if (blocks > 1) wb = load_floats(weights + next);
+        if (blocks > 2) wc = load_floats(weights + 2 * next), wd = load_floats(weights + 3 * next);
+        EACH_ROW(ADDF)
+    }
+    EACH_ROW(KEEPF)
+}
+
+#define CASEF(n) case n: tilef(n <= ROWS ? n : 1, BLOCKS_HERE, weights, inputs, from, first, end, sums); break;
+#define ANY_ROWSF switch (rows) { CASEF(1) CASEF(2) CASEF(3) CASEF(4) CASEF(5) CASEF(6) }
+
+static void rowsf(int rows, int blocks, const float *weights, int64_t inputs, const float *from, int64_t first, int64_t end, float *sums) {
+#if BLOCKS > 1
+#define BLOCKS_HERE BLOCKS
+    for (; blocks >= BLOCKS; blocks -= BLOCKS, weights += BLOCKS * inputs * LANES, sums += BLOCKS * LANES) ANY_ROWSF
+#undef BLOCKS_HERE
+#endif
+#define BLOCKS_HERE 1
+    for (; blocks; blocks--, weights += inputs * LANES, sums += LANES) ANY_ROWSF
+#undef BLOCKS_HERE
+}
+
+// out [T, W] = rows [T, K] times a weight of floats [blocks, K, 16], plus its bias. False if there is no memory.
+int weft_floats(const float *weights, int64_t inputs, int64_t outputs, const float *bias, const float *rows, int64_t count, float *out, int threads) {
+    int64_t blocks = (outputs + LANES - 1) / LANES, panels = (blocks + PANEL - 1) / PANEL, failed = 0;
+    int64_t passes = (inputs + DEPTH - 1) / DEPTH;
+    if (count * outputs * inputs < ALONE) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
+    {
+        float *sums = malloc(count * LANES * PANEL * sizeof(float));
+        failed = !sums;
+#pragma omp for schedule(static)
+        for (int64_t panel = 0; panel < panels; panel++) {
+            int64_t block = panel * PANEL;
+            int some = (int)(blocks - block < PANEL ? blocks - block : PANEL), width = some * LANES;
+            if (width > outputs - block * LANES) width = (int)(outputs - block * LANES);
+            for (int64_t pass = 0; sums && pass < passes; pass++)
+                for (int64_t row = 0; row < count; row += ROWS)
+                    rowsf((int)(count - row < ROWS ? count - row : ROWS), some, weights + block * inputs * LANES, inputs, rows + row * inputs,
+                          inputs * pass / passes, inputs * (pass + 1) / passes, sums + row * LANES * PANEL);
+            for (int64_t row = 0; sums && row < count; row++)
+                for (int i = 0; i < width; i++) {
+                    float sum = sums[row * LANES * PANEL + i];
+                    out[row * outputs + block * LANES + i] = bias ? sum + bias[block * LANES + i] : sum;
+                }
+        }
+        free(sums);
+    }
+    return !failed;
+}
+
 #define CHECKED 96  // inputs of the weight that is tried, 37 outputs, 13 rows
 
 // Whether products come out right on this processor: against sums in doubles, with the largest numbers that there are.

@@ -2,7 +2,7 @@
 //
 // dot(sums, weights, four): adds to each of 16 sums the products of its four bytes of weights, of -127 to 127, with four
 // bytes of a row, of as many, kept plus SHIFT. dot4: of weights of 0 to 15, with bytes of a row as they are. Sums of
-// whole numbers are exact: every form has the same bits.
+// whole numbers are exact: every form has the same bits. sums_of(four quads(of four)): the sums of sixteen times sixteen.
 
 #pragma once
 #include <math.h>
@@ -36,6 +36,19 @@ INLINE floats of_ints(ints sums) { return _mm512_cvtepi32_ps(sums); }
 INLINE floats times(floats one, floats other) { return _mm512_mul_ps(one, other); }
 INLINE floats times_plus(floats one, floats other, floats sum) { return _mm512_fmadd_ps(one, other, sum); }
 INLINE void store(float *at, floats numbers) { _mm512_storeu_ps(at, numbers); }
+INLINE floats quads(floats a, floats b, floats c, floats d) {
+    floats ab = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+    floats cd = _mm512_add_ps(_mm512_shuffle_ps(c, d, 0x88), _mm512_shuffle_ps(c, d, 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xdd));
+}
+INLINE floats sums_of(floats a, floats b, floats c, floats d) {
+    floats ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    floats cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+}
+INLINE floats load_codes(const int8_t *at) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at)));
+}
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
@@ -97,6 +110,21 @@ INLINE void store(float *at, floats numbers) {
     _mm256_storeu_ps(at, numbers.a);
     _mm256_storeu_ps(at + 8, numbers.b);
 }
+INLINE floats quads(floats a, floats b, floats c, floats d) {
+    __m256 ab = _mm256_hadd_ps(_mm256_add_ps(a.a, a.b), _mm256_add_ps(b.a, b.b));
+    __m256 cd = _mm256_hadd_ps(_mm256_add_ps(c.a, c.b), _mm256_add_ps(d.a, d.b));
+    return (floats){_mm256_hadd_ps(ab, cd), _mm256_setzero_ps()};
+}
+INLINE __m256 sums_of_two(__m256 a, __m256 b) {
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+INLINE floats sums_of(floats a, floats b, floats c, floats d) {
+    return (floats){sums_of_two(a.a, b.a), sums_of_two(c.a, d.a)};
+}
+INLINE __m256 eight_codes(const int8_t *at) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)at)));
+}
+INLINE floats load_codes(const int8_t *at) { return (floats){eight_codes(at), eight_codes(at + 8)}; }
 
 #else
 #define FORM "plain C"
@@ -126,6 +154,18 @@ INLINE floats of_ints(ints sums) { floats all; EACH all.of[i] = (float)sums.of[i
 INLINE floats times(floats one, floats other) { EACH one.of[i] *= other.of[i]; return one; }
 INLINE floats times_plus(floats one, floats other, floats sum) { EACH sum.of[i] += one.of[i] * other.of[i]; return sum; }
 INLINE void store(float *at, floats numbers) { memcpy(at, &numbers, sizeof numbers); }
+INLINE floats quads(floats a, floats b, floats c, floats d) {
+    floats sums = {0};
+    EACH sums.of[0] += a.of[i], sums.of[1] += b.of[i], sums.of[2] += c.of[i], sums.of[3] += d.of[i];
+    return sums;
+}
+INLINE floats sums_of(floats a, floats b, floats c, floats d) {
+    floats sums;
+    for (int i = 0; i < 4; i++)
+        sums.of[i] = a.of[i], sums.of[4 + i] = b.of[i], sums.of[8 + i] = c.of[i], sums.of[12 + i] = d.of[i];
+    return sums;
+}
+INLINE floats load_codes(const int8_t *at) { floats all; EACH all.of[i] = at[i]; return all; }
 INLINE floats halves(const uint16_t *at) {
     floats all;
     EACH {
@@ -137,3 +177,12 @@ INLINE floats halves(const uint16_t *at) {
     return all;
 }
 #endif
+
+// Of 16 numbers, in the same order in every form.
+INLINE float sum_of(floats numbers) {
+    float of[LANES];
+    store(of, numbers);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) of[i] += of[i + half];
+    return of[0];
+}

@@ -25,7 +25,7 @@ from weft.compiled.library import library
 from weft.config import available_cores, processor_name
 from weft.formats.packed import Codes
 from weft.locks import locked
-from weft.model.kernels.compiled import Compiled4, Compiled8
+from weft.model.kernels.compiled import Compiled4, Compiled8, CompiledFloats
 from weft.model.kernels.few_bits import INT8, Groups4
 from weft.model.kernels.floats import MklProduct, OneDnnProduct, PlainProduct
 from weft.model.kernels.formats import FEW_BITS, kept_shape, random_codes
@@ -35,7 +35,7 @@ from weft.model.kernels.trial import LEAST, PROMPT, KernelChoice, choose, timed,
 from weft.model.shares import STORED_BITS
 
 KERNELS: dict[str, dict[str, Maker]] = {
-    "float32": {"onednn": OneDnnProduct, "mkl": MklProduct, "plain": PlainProduct},
+    "float32": {"compiled": CompiledFloats, "onednn": OneDnnProduct, "mkl": MklProduct, "plain": PlainProduct},
     "bfloat16": {"onednn": OneDnnProduct, "plain": PlainProduct},
     "int8": {"compiled": Compiled8, **INT8},
     "int4": {
@@ -154,7 +154,7 @@ def machine(threads: int) -> dict[str, str]:
     return {
         "file": str(FORMAT), "processor": processor_name(), "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": str(torch.__version__), "threads": str(threads),
-        "compiled": found.weft_form().decode() if found else "",
+        "compiled": Path(found._name).stem if found else "",
     }  # fmt: skip
 
 

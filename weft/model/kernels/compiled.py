@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from weft.compiled.library import Weight, library
+from weft.compiled.library import LANES, Weight, library
 from weft.formats.packed import Codes
 from weft.model.kernels.few_bits import GROUP
-from weft.model.kernels.linear import NoKernel, Stored, codes
-
-LANES = 16  # outputs of a block
+from weft.model.kernels.linear import NoKernel, Stored, codes, numbers
 
 
 class _Compiled:
@@ -90,3 +88,28 @@ def _blocks(each_WG: Tensor) -> Tensor:
     """Numbers of groups as halves, [B, G, bytes of a block]."""
     blocks = each_WG.view(-1, LANES, each_WG.shape[1]).transpose(1, 2)
     return blocks.half().contiguous().view(torch.uint8)
+
+
+class CompiledFloats:
+    """float32."""
+
+    def __init__(self, weight: Stored, bias_W: Tensor | None = None, least: int = 1) -> None:
+        found = library()
+        if found is None:
+            raise NoKernel("nothing is compiled on this machine")
+        plain_WK = numbers(weight)
+        self.width, inputs = plain_WK.shape
+        self.weight = functional.pad(plain_WK, (0, 0, 0, -self.width % LANES)).view(-1, LANES, inputs)
+        self.weight = self.weight.transpose(1, 2).contiguous()
+        self.bias = None if bias_W is None else bias_W.float().contiguous()
+        bias = 0 if self.bias is None else self.bias.data_ptr()
+        self._product, self._given = found.weft_floats, (self.weight.data_ptr(), inputs, self.width, bias)
+
+    def __call__(self, rows_TK: Tensor) -> Tensor:
+        """See `Linear`."""
+        rows = (rows_TK if rows_TK.dtype is torch.float32 else rows_TK.float()).contiguous()
+        out = torch.empty(len(rows), self.width)
+        given = rows.data_ptr(), len(rows), out.data_ptr(), torch.get_num_threads()
+        if len(rows) and not self._product(*self._given, *given):
+            raise MemoryError(f"a product of {len(rows)} rows")
+        return out if rows_TK.dtype is torch.float32 else out.to(rows_TK.dtype)

@@ -10,8 +10,9 @@ Shapes: T rows, K inputs, W outputs.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import torch
@@ -28,6 +29,7 @@ PROMPT, ANSWER = 256, 64  # rows by which kernels are compared: of one product, 
 BESIDE = 32 << 20  # bytes that are read between two products of a row, as those of other weights are
 SMALL, LARGE = 1 << 16, 1 << 20  # numbers of a weight: products too short to tell, and those read from memory
 WARM, TRIALS, LONGEST = 3, 40, 0.02  # calls at least and at most, and the seconds within which more begin
+HOPELESS = 10  # times the time of the fastest
 
 
 class KernelChoice(msgspec.Struct, frozen=True):
@@ -49,7 +51,8 @@ def choose(makers: dict[str, Maker], format_: str, shape: tuple[int, ...]) -> Ke
         raise NoKernel(f"this torch has no kernel for weights in {format_}")
     seconds: dict[str, tuple[float, float]] = {}
     if shape[0] * shape[1] > SMALL:
-        seconds = {name: timed(makers[name](weight, None, 1), shape) for name in there}
+        for name in there:
+            seconds[name] = timed(makers[name](weight, None, 1), shape, list(seconds.values()))
         there.sort(key=lambda name: weighed(seconds[name]))
     for name in there:
         least = _least(makers[name](weight, None, 1), rows, COUNTS)
@@ -97,14 +100,20 @@ def _cancelling(format_: str, shape: tuple[int, ...]) -> tuple[Stored, Tensor]:
     return Codes(whole, torch.ones(groups), torch.full(groups, -8.0)), rows
 
 
-def timed(linear: Linear, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Seconds of one row, a large weight being read from memory, and of PROMPT rows."""
+def timed(
+    linear: Linear, shape: tuple[int, ...], others: Sequence[tuple[float, float]] = ()
+) -> tuple[float, float]:  # fmt: skip
+    """Seconds of one row, a large weight being read from memory, and of PROMPT rows. `others`: those of other kernels;
+    one that is many times as slow is not tried again."""
     one, many = torch.randn(1, shape[1]), torch.randn(PROMPT, shape[1])
     beside = torch.ones(BESIDE // 8, dtype=torch.int64) if shape[0] * shape[1] > LARGE else None
 
-    def seconds(rows: Tensor) -> float:
+    def seconds(rows: Tensor, others: Iterable[float]) -> float:
         found, until = list[float](), time.perf_counter() + LONGEST
+        hopeless = HOPELESS * min(others, default=math.inf)
         while len(found) < WARM or (len(found) < TRIALS and time.perf_counter() < until):
+            if found and min(found) > hopeless:
+                break
             if beside is not None and rows is one:
                 beside.sum()
             begin = time.perf_counter()
@@ -112,7 +121,7 @@ def timed(linear: Linear, shape: tuple[int, ...]) -> tuple[float, float]:
             found.append(time.perf_counter() - begin)
         return min(found)
 
-    return seconds(one), seconds(many)
+    return seconds(one, (each[0] for each in others)), seconds(many, (each[1] for each in others))
 
 
 def _least(linear: Linear, rows: Tensor, counts: Sequence[int]) -> int:

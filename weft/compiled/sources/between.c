@@ -1,0 +1,199 @@
+// What lies between products: norms, gates, rotary turns, and the attention of one token. Each row on its own.
+//
+// Knows rows of floats; knows nothing of layers. T rows, H query heads, G key/value heads, D numbers of a head.
+
+#include "vectors.h"
+
+#define ALONE (1 << 14)  // numbers that one thread has done before another has heard of them
+#define SPAN 128         // keys that are looked at together: with their values they stay in cache
+#define HEADS 16         // query heads that share keys and are looked at together
+
+// exp, to two units in the last place; a plain formula, which is the same wherever a number stands.
+INLINE float exp_of(float x) {
+    x = x < -87 ? -87 : x > 88 ? 88 : x;
+    float whole = rintf(x * 1.44269504f), rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    float sum = 1.9875691500e-4f;
+    sum = sum * rest + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * rest * rest + rest + 1;
+    int32_t bits = ((int32_t)whole + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return sum * power;
+}
+
+// out [T, K]: rows over the root of their sum of squares plus `epsilon`.
+void weft_unit(const float *rows, int64_t count, int64_t width, float epsilon, float *out, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count > 1 && count * width > ALONE)
+    for (int64_t row = 0; row < count; row++) {
+        const float *from = rows + row * width;
+        float *to = out + row * width;
+        int64_t whole = width / LANES * LANES;
+        floats squares = floats_of(0);
+        for (int64_t i = 0; i < whole; i += LANES) {
+            floats some = load_floats(from + i);
+            squares = times_plus(some, some, squares);
+        }
+        float sum = sum_of(squares);
+        for (int64_t i = whole; i < width; i++) sum += from[i] * from[i];
+        float scale = 1 / sqrtf(sum + epsilon);
+        for (int64_t i = 0; i < width; i++) to[i] = from[i] * scale;
+    }
+}
+
+// out [T, W]: the first half of rows [T, 2W], through an activation, times the second. Of sigmoids: x of silu; with
+// `cubic`, of the GELU by tanh.
+void weft_gate(const float *rows, int64_t count, int64_t width, int cubic, float *out, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count > 1 && count * width > ALONE)
+    for (int64_t row = 0; row < count; row++) {
+        const float *first = rows + 2 * row * width, *second = first + width;
+        float *to = out + row * width;
+        for (int64_t i = 0; i < width; i++) {
+            float x = first[i], inner = cubic ? 1.5957691216f * (x + 0.044715f * x * x * x) : x;
+            to[i] = x / (1 + exp_of(-inner)) * second[i];
+        }
+    }
+}
+
+// Rotary embedding in place: of the first heads of each row [T, row], their first `rotary` numbers as pairs, times
+// angles [T, rotary / 2], complex numbers of size one.
+void weft_rotate(float *rows, int64_t count, int64_t row, int64_t heads, int64_t width, int64_t rotary, const float *angles, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count > 1 && count * heads * rotary > ALONE)
+    for (int64_t t = 0; t < count; t++)
+        for (int64_t head = 0; head < heads; head++) {
+            float *pairs = rows + t * row + head * width;
+            const float *angle = angles + t * rotary;
+            for (int64_t i = 0; i < rotary; i += 2) {
+                float one = pairs[i], other = pairs[i + 1];
+                pairs[i] = one * angle[i] - other * angle[i + 1];
+                pairs[i + 1] = one * angle[i + 1] + other * angle[i];
+            }
+        }
+}
+
+// Keys and values of one sequence and layer. Floats, or codes whose scales are one a position.
+typedef struct {
+    const void *keys, *values;                // of the first head and position
+    const float *key_scales, *value_scales;   // of codes; else nothing
+    int64_t heads, width, head, scale;        // from one head to the next: in numbers, in scales
+} Kept;
+
+INLINE floats kept(const void *numbers, const int coded, int64_t at) {
+    return coded ? load_codes((const int8_t *)numbers + at) : load_floats((const float *)numbers + at);
+}
+
+// Four scores: of one query with the keys of four positions.
+INLINE floats four_scores(const int coded, const Kept *k, const float *query, int64_t at, int i, int last) {
+    int64_t width = k->width, a = at + (i < last ? i : last) * width, b = at + (i + 1 < last ? i + 1 : last) * width;
+    int64_t c = at + (i + 2 < last ? i + 2 : last) * width, d = at + (i + 3 < last ? i + 3 : last) * width;
+    floats one = floats_of(0), two = one, three = one, four = one;
+    for (int64_t n = 0; n < width; n += LANES) {
+        floats some = load_floats(query + n);
+        one = times_plus(kept(k->keys, coded, a + n), some, one);
+        two = times_plus(kept(k->keys, coded, b + n), some, two);
+        three = times_plus(kept(k->keys, coded, c + n), some, three);
+        four = times_plus(kept(k->keys, coded, d + n), some, four);
+    }
+    return quads(one, two, three, four);
+}
+
+// Sums of values times what their positions weigh: of some vectors of a head's numbers.
+#define VECTORS(DO) DO(0) DO(1) DO(2) DO(3)
+#define NONE(n) floats even##n = floats_of(0), odd##n = even##n;
+#define ADD_TWO(n) if (n < vectors) { \
+    even##n = times_plus(kept(k->values, coded, at + n * LANES), one, even##n); \
+    odd##n = times_plus(kept(k->values, coded, at + width + n * LANES), other, odd##n); }
+#define KEEP(n) if (n < vectors) store(sums + n * LANES, times_plus(floats_of(1), even##n, odd##n));
+INLINE void add_values(const int coded, const int vectors, const Kept *k, int64_t at, const float *scores, int count, float *sums) {
+    int64_t width = k->width;
+    VECTORS(NONE)
+    for (int i = 0; i + 1 < count; i += 2, at += 2 * width) {
+        floats one = floats_of(scores[i]), other = floats_of(scores[i + 1]);
+        VECTORS(ADD_TWO)
+    }
+    if (count % 2) {  // the last position, and nothing of itself
+        floats one = floats_of(scores[count - 1]), other = floats_of(0);
+        width = 0;
+        VECTORS(ADD_TWO)
+    }
+    VECTORS(KEEP)
+}
+
+// Attention of some heads over a span of keys that they share: their sums of values [heads, D], largest scores, weights.
+INLINE void attend_span(const int coded, const Kept *k, float cap, int64_t head, int heads, const float *query, int64_t first, int64_t end, float *sums, float *most, float *weights) {
+    int64_t width = k->width, at = head * k->head + first * width, scaled = head * k->scale + first;
+    int count = (int)(end - first), last = count - 1;
+    float scale = 1 / sqrtf((float)width), scores[SPAN];
+    for (int h = 0; h < heads; h++) {
+        const float *own = query + h * width;
+        float lanes[LANES], largest = -INFINITY, weight = 0;
+        for (int i = 0; i < count; i += LANES) {
+            floats a = four_scores(coded, k, own, at, i, last), b = four_scores(coded, k, own, at, i + 4, last);
+            floats c = four_scores(coded, k, own, at, i + 8, last), d = four_scores(coded, k, own, at, i + 12, last);
+            store(scores + i, times(sums_of(a, b, c, d), floats_of(scale)));
+        }
+        if (coded)
+            for (int i = 0; i < count; i++) scores[i] *= k->key_scales[scaled + i];
+        if (cap > 0)
+            for (int i = 0; i < count; i++) scores[i] = cap - 2 * cap / (exp_of(2 / cap * scores[i]) + 1);
+        for (int i = count; i % LANES; i++) scores[i] = -INFINITY;
+        for (int lane = 0; lane < LANES; lane++) lanes[lane] = -INFINITY;
+        for (int i = 0; i < count; i += LANES)
+            for (int lane = 0; lane < LANES; lane++) lanes[lane] = scores[i + lane] > lanes[lane] ? scores[i + lane] : lanes[lane];
+        for (int lane = 0; lane < LANES; lane++) largest = lanes[lane] > largest ? lanes[lane] : largest;
+        for (int lane = 0; lane < LANES; lane++) lanes[lane] = 0;
+        for (int i = 0; i < count; i += LANES)
+            for (int lane = 0; lane < LANES; lane++) lanes[lane] += scores[i + lane] = exp_of(scores[i + lane] - largest);
+        for (int lane = 0; lane < LANES; lane++) weight += lanes[lane];
+        if (coded)
+            for (int i = 0; i < count; i++) scores[i] *= k->value_scales[scaled + i];
+        most[h] = largest;
+        weights[h] = weight;
+        int64_t d = 0;
+        for (; d + 4 * LANES <= width; d += 4 * LANES) add_values(coded, 4, k, at + d, scores, count, sums + h * width + d);
+        for (; d < width; d += LANES) add_values(coded, 1, k, at + d, scores, count, sums + h * width + d);
+    }
+}
+
+// out [H, D]: attention of one token's queries [H, D] over the positions `first` to `end` - 1; weight [H]: the
+// log-sum-exp of a head's scores. cap: scores s become cap * tanh(s / cap), if it is above 0. D is a multiple of 16.
+// False if there is no memory.
+int weft_attend(const Kept *k, const float *query, int64_t heads, int64_t first, int64_t end, float cap, float *out, float *weight, int threads) {
+    int64_t width = k->width, shared = heads / k->heads, spans = (end - first + SPAN - 1) / SPAN;
+    int64_t parts = (shared + HEADS - 1) / HEADS, tasks = spans * k->heads * parts;
+    float *sums = malloc(spans * heads * (width + 2) * sizeof(float));
+    if (!sums) return 0;
+    float *most = sums + spans * heads * width, *weights = most + spans * heads;
+    if (heads * (end - first) * width < 4 * ALONE) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t span = task / parts % spans, group = task / parts / spans, part = task % parts;
+        int64_t head = group * shared + part * HEADS, from = first + span * SPAN, place = span * heads + head;
+        int some = (int)(shared - part * HEADS < HEADS ? shared - part * HEADS : HEADS);
+        int64_t to = from + SPAN < end ? from + SPAN : end;
+        const float *own = query + head * width;
+        if (k->key_scales) attend_span(1, k, cap, group, some, own, from, to, sums + place * width, most + place, weights + place);
+        else attend_span(0, k, cap, group, some, own, from, to, sums + place * width, most + place, weights + place);
+    }
+    for (int64_t head = 0; head < heads; head++) {
+        float largest = most[head], total = 0;
+        for (int64_t span = 1; span < spans; span++) {
+            float here = most[span * heads + head];
+            largest = here > largest ? here : largest;
+        }
+        for (int64_t d = 0; d < width; d++) out[head * width + d] = 0;
+        for (int64_t span = 0; span < spans; span++) {
+            int64_t place = span * heads + head;
+            float share = exp_of(most[place] - largest);
+            total += share * weights[place];
+            for (int64_t d = 0; d < width; d++) out[head * width + d] += share * sums[place * width + d];
+        }
+        for (int64_t d = 0; d < width; d++) out[head * width + d] /= total;
+        weight[head] = largest + logf(total);
+    }
+    free(sums);
+    return 1;
+}
