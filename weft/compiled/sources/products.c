@@ -3,15 +3,14 @@
 // Knows one weight at a time. T rows, K inputs, W outputs, both made up to whole blocks by whoever stores weights:
 // blocks of 16 outputs, and in each the four bytes of one output's four inputs beside those of the next output.
 
-#include <float.h>
-
 #include "vectors.h"
 
 #define GROUP 32  // inputs of 4-bit weights that share a scale and an offset
-#define TURN 64   // numbers of a row that are turned together
+#define TURN 64   // numbers of a row that are turned together: `turn` has them
 #define SMALLEST 1e-30f  // of what a row's scale is made of: rows of zeros have one too
 #define ALONE (1 << 17)  // products that one thread has done before another has heard of them
-#define PANEL 4  // blocks that stay in cache while all rows pass
+#define PANEL 4  // blocks that stay in cache while rows pass
+#define TOGETHER (16 * ROWS)  // rows that one thread takes at a time
 
 typedef struct {
     int64_t padded, outputs, blocks;  // padded: inputs in whole turns, or groups
@@ -29,42 +28,41 @@ typedef struct {
 const char *weft_form(void) { return FORM; }
 int weft_shift(void) { return SHIFT; }
 
-// The largest size of some numbers; what is no number, or none that is finite, comes out as one that isn't.
-INLINE float largest(const float *numbers, int64_t count) {
-    float most[LANES] = {0};
-    int odd = 0;
-    for (int64_t at = 0; at < count; at += LANES)
-        for (int lane = 0; lane < LANES; lane++) {
-            float size = fabsf(numbers[at + lane]);
-            odd |= !(size <= FLT_MAX);
-            most[lane] = size > most[lane] ? size : most[lane];
-        }
-    for (int lane = 1; lane < LANES; lane++) most[0] = most[lane] > most[0] ? most[lane] : most[0];
-    return odd ? NAN : most[0] > SMALLEST ? most[0] : SMALLEST;
+// By what whole numbers are multiplied; no number, where one isn't or isn't finite.
+INLINE float scale_of(const float *numbers, int64_t count) {
+    int32_t most = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int32_t bits;  // sizes of floats are in the order of their bits, and what is not finite comes after all others
+        memcpy(&bits, numbers + i, 4);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    float largest;
+    memcpy(&largest, &most, 4);
+    return most >= 0x7f800000 ? NAN : (largest > SMALLEST ? largest : SMALLEST) / 127;
 }
 
-// A row's turns: of each 64 numbers their sums with signs, Sylvester's, an eighth of which makes them orthogonal.
-INLINE void turn(float *row, int64_t padded) {
-    for (float *block = row; block < row + padded; block += TURN)
-        for (int half = TURN / 2; half; half /= 2) {
-            float next[TURN];
-            for (int i = 0; i < TURN / 2; i++) {
-                next[i] = block[2 * i] + block[2 * i + 1];
-                next[i + TURN / 2] = block[2 * i] - block[2 * i + 1];
-            }
-            memcpy(block, next, sizeof next);
-        }
+// Sixty-four numbers: sums of them with signs, of which an eighth is an orthogonal turn.
+INLINE void turn(float *at) {
+    floats a = turned(load_floats(at)), b = turned(load_floats(at + LANES));
+    floats c = turned(load_floats(at + 2 * LANES)), d = turned(load_floats(at + 3 * LANES));
+    floats ab = added(a, b), a_b = less(a, b), cd = added(c, d), c_d = less(c, d);
+    store(at, added(ab, cd));
+    store(at + LANES, added(a_b, c_d));
+    store(at + 2 * LANES, less(ab, cd));
+    store(at + 3 * LANES, less(a_b, c_d));
 }
 
 // A row in whole numbers; returns its scale. `turned` is room for `padded` numbers.
 static float whole_row(const Weight *w, const float *row, int64_t inputs, float *turned, uint8_t *codes) {
     memcpy(turned, row, inputs * sizeof(float));
     memset(turned + inputs, 0, (w->padded - inputs) * sizeof(float));
-    turn(turned, w->padded);
-    float most = largest(turned, w->padded), inverse = 127 / most;
-    if (!(most <= FLT_MAX)) inverse = 0;
-    for (int64_t i = 0; i < w->padded; i++) codes[i] = (uint8_t)((int32_t)rintf(turned[i] * inverse) + SHIFT);
-    return most / (127 * 8);
+    for (int64_t i = 0; i < w->padded; i += TURN) turn(turned + i);
+    float scale = scale_of(turned, w->padded);
+    floats inverse = floats_of(scale > 0 ? 1 / scale : 0);
+    for (int64_t i = 0; i < w->padded; i += LANES)
+        store_bytes(codes + i, rounded(times(load_floats(turned + i), inverse)), SHIFT);
+    return scale / 8;
 }
 
 // A row in whole numbers by groups: their scales, and what a group's offsets are multiplied with.
@@ -72,16 +70,16 @@ static void whole_groups(const Weight *w, const float *row, int64_t inputs, int8
     for (int64_t at = 0; at < w->padded; at += GROUP) {
         float numbers[GROUP] = {0};
         if (at < inputs) memcpy(numbers, row + at, (inputs - at < GROUP ? inputs - at : GROUP) * sizeof(float));
-        float most = largest(numbers, GROUP), inverse = 127 / most;
-        if (!(most <= FLT_MAX)) inverse = 0;
-        int32_t sum = 0;
-        for (int i = 0; i < GROUP; i++) {
-            int32_t code = (int32_t)rintf(numbers[i] * inverse);
-            codes[at + i] = (int8_t)code;
-            sum += code;
-        }
-        scales[at / GROUP] = most / 127;
-        sums[at / GROUP] = most / 127 * (float)sum;
+        float scale = scale_of(numbers, GROUP);
+        floats inverse = floats_of(scale > 0 ? 1 / scale : 0);
+        ints first = rounded(times(load_floats(numbers), inverse)), second = rounded(times(load_floats(numbers + LANES), inverse));
+        int32_t whole[LANES], sum = 0;
+        store_ints(whole, plus(first, second));
+        for (int i = 0; i < LANES; i++) sum += whole[i];
+        store_bytes(codes + at, first, 0);
+        store_bytes(codes + at + LANES, second, 0);
+        scales[at / GROUP] = scale;
+        sums[at / GROUP] = scale * (float)sum;
     }
 }
 
@@ -213,8 +211,8 @@ static void rows4(const Weight *w, int rows, int64_t block, int64_t end, const u
 // out [T, W] = rows [T, K] times the weight of 8 or 4 bits, plus its bias. False if there is no memory.
 int weft_product(const Weight *w, int bits, const float *rows, int64_t inputs, int64_t count, float *out, int threads) {
     int64_t padded = w->padded, scaled = bits == 8 ? 1 : padded / GROUP, panels = (w->blocks + PANEL - 1) / PANEL;
+    int64_t groups = (count + TOGETHER - 1) / TOGETHER;
     if (count * w->blocks * LANES * padded < ALONE) threads = 1;
-    if (count < ROWS) panels = threads;
     float *scales = malloc(count * padded + (2 * count * scaled + threads * padded) * sizeof(float));
     if (!scales) return 0;
     float *offsets = scales + count * scaled, *turned = offsets + count * scaled;
@@ -229,11 +227,12 @@ int weft_product(const Weight *w, int bits, const float *rows, int64_t inputs, i
                 if (bits == 8) scales[row] = whole_row(w, from, inputs, turned + part * padded, to);
                 else whole_groups(w, from, inputs, (int8_t *)to, scales + row * scaled, offsets + row * scaled);
             }
-#pragma omp for schedule(static)
-        for (int64_t panel = 0; panel < panels; panel++) {
-            int64_t first = w->blocks * panel / panels, end = w->blocks * (panel + 1) / panels;
-            for (int64_t row = 0; row < count; row += ROWS) {
-                int some = (int)(count - row < ROWS ? count - row : ROWS);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < panels * groups; task++) {
+            int64_t first = task / groups * PANEL, end = first + PANEL < w->blocks ? first + PANEL : w->blocks;
+            int64_t start = task % groups * TOGETHER, stop = start + TOGETHER < count ? start + TOGETHER : count;
+            for (int64_t row = start; row < stop; row += ROWS) {
+                int some = (int)(stop - row < ROWS ? stop - row : ROWS);
                 const uint8_t *part = codes + row * padded;
                 float *to = out + row * w->outputs;
                 if (bits == 8) rows8(w, some, first, end, part, scales + row, to);
@@ -294,33 +293,27 @@ static void rowsf(int rows, int blocks, const float *weights, int64_t inputs, co
 #undef BLOCKS_HERE
 }
 
-// out [T, W] = rows [T, K] times a weight of floats [blocks, K, 16], plus its bias. False if there is no memory.
-int weft_floats(const float *weights, int64_t inputs, int64_t outputs, const float *bias, const float *rows, int64_t count, float *out, int threads) {
-    int64_t blocks = (outputs + LANES - 1) / LANES, panels = (blocks + PANEL - 1) / PANEL, failed = 0;
-    int64_t passes = (inputs + DEPTH - 1) / DEPTH;
+// out [T, W] = rows [T, K] times a weight of floats [blocks, K, 16], plus its bias.
+void weft_floats(const float *weights, int64_t inputs, int64_t outputs, const float *bias, const float *rows, int64_t count, float *out, int threads) {
+    int64_t blocks = (outputs + LANES - 1) / LANES, panels = (blocks + PANEL - 1) / PANEL;
+    int64_t passes = (inputs + DEPTH - 1) / DEPTH, groups = (count + TOGETHER - 1) / TOGETHER;
     if (count * outputs * inputs < ALONE) threads = 1;
-#pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
-    {
-        float *sums = malloc(count * LANES * PANEL * sizeof(float));
-        failed = !sums;
-#pragma omp for schedule(static)
-        for (int64_t panel = 0; panel < panels; panel++) {
-            int64_t block = panel * PANEL;
-            int some = (int)(blocks - block < PANEL ? blocks - block : PANEL), width = some * LANES;
-            if (width > outputs - block * LANES) width = (int)(outputs - block * LANES);
-            for (int64_t pass = 0; sums && pass < passes; pass++)
-                for (int64_t row = 0; row < count; row += ROWS)
-                    rowsf((int)(count - row < ROWS ? count - row : ROWS), some, weights + block * inputs * LANES, inputs, rows + row * inputs,
-                          inputs * pass / passes, inputs * (pass + 1) / passes, sums + row * LANES * PANEL);
-            for (int64_t row = 0; sums && row < count; row++)
-                for (int i = 0; i < width; i++) {
-                    float sum = sums[row * LANES * PANEL + i];
-                    out[row * outputs + block * LANES + i] = bias ? sum + bias[block * LANES + i] : sum;
-                }
-        }
-        free(sums);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t task = 0; task < panels * groups; task++) {
+        float sums[TOGETHER * PANEL * LANES];
+        int64_t block = task / groups * PANEL, start = task % groups * TOGETHER, left = blocks - block, wide = outputs - block * LANES;
+        int some = (int)(left < PANEL ? left : PANEL), width = (int)(wide < PANEL * LANES ? wide : PANEL * LANES);
+        int here = (int)(count - start < TOGETHER ? count - start : TOGETHER);
+        for (int64_t pass = 0; pass < passes; pass++)
+            for (int row = 0; row < here; row += ROWS)
+                rowsf(here - row < ROWS ? here - row : ROWS, some, weights + block * inputs * LANES, inputs, rows + (start + row) * inputs,
+                      inputs * pass / passes, inputs * (pass + 1) / passes, sums + row * PANEL * LANES);
+        for (int row = 0; row < here; row++)
+            for (int i = 0; i < width; i++) {
+                float sum = sums[row * PANEL * LANES + i];
+                out[(start + row) * outputs + block * LANES + i] = bias ? sum + bias[block * LANES + i] : sum;
+            }
     }
-    return !failed;
 }
 
 #define CHECKED 96  // inputs of the weight that is tried, 37 outputs, 13 rows

@@ -2,7 +2,7 @@
 //
 // dot(sums, weights, four): adds to each of 16 sums the products of its four bytes of weights, of -127 to 127, with four
 // bytes of a row, of as many, kept plus SHIFT. dot4: of weights of 0 to 15, with bytes of a row as they are. Sums of
-// whole numbers are exact: every form has the same bits. sums_of(four quads(of four)): the sums of sixteen times sixteen.
+// whole numbers are exact: every form has the same bits. `turned`: sums with signs, Sylvester's. sums_of(four quads(of four)): the sums of sixteen times sixteen.
 
 #pragma once
 #include <math.h>
@@ -25,6 +25,7 @@ INLINE ints ints_of(int32_t value) { return _mm512_set1_epi32(value); }
 INLINE ints load_ints(const int32_t *at) { return _mm512_loadu_si512(at); }
 INLINE ints plus(ints one, ints other) { return _mm512_add_epi32(one, other); }
 INLINE bytes load(const void *at) { return _mm512_loadu_si512(at); }
+INLINE void store_ints(int32_t *at, ints whole) { _mm512_storeu_si512(at, whole); }
 INLINE bytes low(bytes two) { return _mm512_and_si512(two, _mm512_set1_epi8(15)); }
 INLINE bytes high(bytes two) { return low(_mm512_srli_epi16(two, 4)); }
 INLINE ints dot(ints sums, bytes weights, int32_t four) { return _mm512_dpbusd_epi32(sums, ints_of(four), weights); }
@@ -36,6 +37,21 @@ INLINE floats of_ints(ints sums) { return _mm512_cvtepi32_ps(sums); }
 INLINE floats times(floats one, floats other) { return _mm512_mul_ps(one, other); }
 INLINE floats times_plus(floats one, floats other, floats sum) { return _mm512_fmadd_ps(one, other, sum); }
 INLINE void store(float *at, floats numbers) { _mm512_storeu_ps(at, numbers); }
+INLINE floats added(floats one, floats other) { return _mm512_add_ps(one, other); }
+INLINE floats less(floats one, floats other) { return _mm512_sub_ps(one, other); }
+INLINE ints rounded(floats numbers) { return _mm512_cvtps_epi32(numbers); }
+INLINE void store_bytes(void *at, ints whole, int shift) {
+    _mm_storeu_si128(at, _mm_xor_si128(_mm512_cvtepi32_epi8(whole), _mm_set1_epi8((char)shift)));
+}
+INLINE floats turned_with(floats numbers, floats swapped, int minus) {  // sums, and where `minus` has ones, differences
+    return _mm512_add_ps(swapped, _mm512_mask_sub_ps(numbers, (__mmask16)minus, _mm512_setzero_ps(), numbers));
+}
+INLINE floats turned(floats numbers) {
+    numbers = turned_with(numbers, _mm512_permute_ps(numbers, 0xb1), 0xaaaa);
+    numbers = turned_with(numbers, _mm512_permute_ps(numbers, 0x4e), 0xcccc);
+    numbers = turned_with(numbers, _mm512_shuffle_f32x4(numbers, numbers, 0xb1), 0xf0f0);
+    return turned_with(numbers, _mm512_shuffle_f32x4(numbers, numbers, 0x4e), 0xff00);
+}
 INLINE floats quads(floats a, floats b, floats c, floats d) {
     floats ab = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
     floats cd = _mm512_add_ps(_mm512_shuffle_ps(c, d, 0x88), _mm512_shuffle_ps(c, d, 0xdd));
@@ -63,6 +79,7 @@ INLINE bytes load(const void *at) {
     return (bytes){_mm256_loadu_si256(two), _mm256_loadu_si256(two + 1)};
 }
 INLINE ints load_ints(const int32_t *at) { return load(at); }
+INLINE void store_ints(int32_t *at, ints whole) { memcpy(at, &whole, sizeof whole); }
 INLINE ints plus(ints one, ints other) {
     return (ints){_mm256_add_epi32(one.a, other.a), _mm256_add_epi32(one.b, other.b)};
 }
@@ -72,26 +89,26 @@ INLINE bytes high(bytes two) { return low((bytes){_mm256_srli_epi16(two.a, 4), _
 #if defined(__AVXVNNI__)
 #define FORM "AVX-VNNI"
 #define SHIFT 128
-INLINE __m256i added(__m256i sums, __m256i one, __m256i other) { return _mm256_dpbusd_avx_epi32(sums, one, other); }
-INLINE __m256i added_signed(__m256i sums, __m256i weights, __m256i row) { return added(sums, row, weights); }
+INLINE __m256i more(__m256i sums, __m256i one, __m256i other) { return _mm256_dpbusd_avx_epi32(sums, one, other); }
+INLINE __m256i more_signed(__m256i sums, __m256i weights, __m256i row) { return more(sums, row, weights); }
 #else
 #define FORM "AVX2"
 #define SHIFT 0
-INLINE __m256i added(__m256i sums, __m256i one, __m256i other) {
+INLINE __m256i more(__m256i sums, __m256i one, __m256i other) {
     __m256i pairs = _mm256_maddubs_epi16(one, other);
     return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-INLINE __m256i added_signed(__m256i sums, __m256i weights, __m256i row) {  // pairs: at most 2 * 127 * 127, which 16 bits hold
-    return added(sums, _mm256_abs_epi8(row), _mm256_sign_epi8(weights, row));
+INLINE __m256i more_signed(__m256i sums, __m256i weights, __m256i row) {  // pairs: at most 2 * 127 * 127, which 16 bits hold
+    return more(sums, _mm256_abs_epi8(row), _mm256_sign_epi8(weights, row));
 }
 #endif
 INLINE ints dot(ints sums, bytes weights, int32_t four) {
     __m256i row = _mm256_set1_epi32(four);
-    return (ints){added_signed(sums.a, weights.a, row), added_signed(sums.b, weights.b, row)};
+    return (ints){more_signed(sums.a, weights.a, row), more_signed(sums.b, weights.b, row)};
 }
 INLINE ints dot4(ints sums, bytes weights, int32_t four) {
     __m256i row = _mm256_set1_epi32(four);
-    return (ints){added(sums.a, weights.a, row), added(sums.b, weights.b, row)};
+    return (ints){more(sums.a, weights.a, row), more(sums.b, weights.b, row)};
 }
 INLINE floats floats_of(float value) { return (floats){_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
 INLINE floats load_floats(const float *at) { return (floats){_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8)}; }
@@ -109,6 +126,30 @@ INLINE floats times_plus(floats one, floats other, floats sum) {
 INLINE void store(float *at, floats numbers) {
     _mm256_storeu_ps(at, numbers.a);
     _mm256_storeu_ps(at + 8, numbers.b);
+}
+INLINE floats added(floats one, floats other) {
+    return (floats){_mm256_add_ps(one.a, other.a), _mm256_add_ps(one.b, other.b)};
+}
+INLINE floats less(floats one, floats other) {
+    return (floats){_mm256_sub_ps(one.a, other.a), _mm256_sub_ps(one.b, other.b)};
+}
+INLINE ints rounded(floats numbers) { return (ints){_mm256_cvtps_epi32(numbers.a), _mm256_cvtps_epi32(numbers.b)}; }
+INLINE void store_bytes(void *at, ints whole, int shift) {
+    __m256i pairs = _mm256_permute4x64_epi64(_mm256_packs_epi32(whole.a, whole.b), 0xd8);
+    __m128i all = _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    _mm_storeu_si128(at, _mm_xor_si128(all, _mm_set1_epi8((char)shift)));
+}
+INLINE __m256 turned_half(__m256 numbers) {  // sums, and differences where a blend takes them
+    __m256 swapped = _mm256_permute_ps(numbers, 0xb1);
+    numbers = _mm256_blend_ps(_mm256_add_ps(swapped, numbers), _mm256_sub_ps(swapped, numbers), 0xaa);
+    swapped = _mm256_permute_ps(numbers, 0x4e);
+    numbers = _mm256_blend_ps(_mm256_add_ps(swapped, numbers), _mm256_sub_ps(swapped, numbers), 0xcc);
+    swapped = _mm256_permute2f128_ps(numbers, numbers, 1);
+    return _mm256_blend_ps(_mm256_add_ps(swapped, numbers), _mm256_sub_ps(swapped, numbers), 0xf0);
+}
+INLINE floats turned(floats numbers) {
+    __m256 a = turned_half(numbers.a), b = turned_half(numbers.b);
+    return (floats){_mm256_add_ps(a, b), _mm256_sub_ps(a, b)};
 }
 INLINE floats quads(floats a, floats b, floats c, floats d) {
     __m256 ab = _mm256_hadd_ps(_mm256_add_ps(a.a, a.b), _mm256_add_ps(b.a, b.b));
@@ -137,6 +178,7 @@ typedef struct { int8_t of[4 * LANES]; } bytes;
 typedef struct { float of[LANES]; } floats;
 INLINE ints ints_of(int32_t value) { ints all; EACH all.of[i] = value; return all; }
 INLINE ints load_ints(const int32_t *at) { ints all; memcpy(&all, at, sizeof all); return all; }
+INLINE void store_ints(int32_t *at, ints whole) { memcpy(at, &whole, sizeof whole); }
 INLINE ints plus(ints one, ints other) { EACH one.of[i] += other.of[i]; return one; }
 INLINE bytes load(const void *at) { bytes all; memcpy(&all, at, sizeof all); return all; }
 INLINE bytes low(bytes two) { for (int i = 0; i < 4 * LANES; i++) two.of[i] &= 15; return two; }
@@ -154,6 +196,18 @@ INLINE floats of_ints(ints sums) { floats all; EACH all.of[i] = (float)sums.of[i
 INLINE floats times(floats one, floats other) { EACH one.of[i] *= other.of[i]; return one; }
 INLINE floats times_plus(floats one, floats other, floats sum) { EACH sum.of[i] += one.of[i] * other.of[i]; return sum; }
 INLINE void store(float *at, floats numbers) { memcpy(at, &numbers, sizeof numbers); }
+INLINE floats added(floats one, floats other) { EACH one.of[i] += other.of[i]; return one; }
+INLINE floats less(floats one, floats other) { EACH one.of[i] -= other.of[i]; return one; }
+INLINE ints rounded(floats numbers) { ints all; EACH all.of[i] = (int32_t)rintf(numbers.of[i]); return all; }
+INLINE void store_bytes(void *at, ints whole, int shift) { EACH ((uint8_t *)at)[i] = (uint8_t)(whole.of[i] ^ shift); }
+INLINE floats turned(floats numbers) {
+    for (int half = 1; half < LANES; half *= 2) {
+        floats next;
+        EACH next.of[i] = i & half ? numbers.of[i ^ half] - numbers.of[i] : numbers.of[i] + numbers.of[i ^ half];
+        numbers = next;
+    }
+    return numbers;
+}
 INLINE floats quads(floats a, floats b, floats c, floats d) {
     floats sums = {0};
     EACH sums.of[0] += a.of[i], sums.of[1] += b.of[i], sums.of[2] += c.of[i], sums.of[3] += d.of[i];
