@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from weft.compiled.library import LANES, Kept
+from weft.compiled.library import LANES, KeysPlace
 
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 PIECE = 1024  # positions that are made floats at a time; where pieces begin depends on nothing else
@@ -46,18 +46,18 @@ class KeyValues(Protocol):
         ...
 
     @property
-    def place(self) -> Kept | None:
+    def place(self) -> KeysPlace | None:
         """Where weft's own kernels find them; None where they don't read such."""
         ...
 
 
-def _place(keys: Tensor, values: Tensor, scales: tuple[Tensor, Tensor] | None = None) -> Kept | None:
+def _place(keys: Tensor, values: Tensor, scales: tuple[Tensor, Tensor] | None = None) -> KeysPlace | None:
     """Of keys and values [G, length, D], and scales [G, length] of codes."""
     width = keys.shape[2]
     if not keys.is_cpu or keys.dtype not in (torch.float32, torch.int8) or width % LANES or not keys.numel():
         return None
     places = 0 if scales is None else scales[0].data_ptr(), 0 if scales is None else scales[1].data_ptr()
-    return Kept(keys.data_ptr(), values.data_ptr(), *places, len(keys), width, keys.stride(0), keys.shape[1])
+    return KeysPlace(keys.data_ptr(), values.data_ptr(), *places, len(keys), width, keys.stride(0), keys.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class PlainKeyValues:
 
     keys: Tensor
     values: Tensor
-    place: Kept | None = None
+    place: KeysPlace | None = None
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor) -> PlainKeyValues:
@@ -93,7 +93,7 @@ class RoundedKeyValues:
     codes: Tensor
     scales: Tensor
     dtype: torch.dtype
-    place: Kept | None = None
+    place: KeysPlace | None = None
 
     @classmethod
     def of(cls, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> RoundedKeyValues:

@@ -56,8 +56,8 @@ class Weight(ctypes.Structure):
     )  # fmt: skip
 
 
-class Kept(ctypes.Structure):
-    """As between.c has it."""
+class KeysPlace(ctypes.Structure):
+    """As between.c has it, where it is called Kept."""
 
     _fields_ = (
         ("keys", _POINTER), ("values", _POINTER), ("key_scales", _POINTER), ("value_scales", _POINTER),

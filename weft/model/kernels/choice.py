@@ -39,7 +39,9 @@ KERNELS: dict[str, dict[str, Maker]] = {
     "bfloat16": {"onednn": OneDnnProduct, "plain": PlainProduct},
     "int8": {"compiled": Compiled8, **INT8},
     "int4": {
-        "compiled": Compiled4, "bfloat16 rows": Groups4, "float32 rows": partial(Groups4, dtype=torch.float32),
+        "compiled": Compiled4,
+        "bfloat16 rows": Groups4,
+        "float32 rows": partial(Groups4, dtype=torch.float32),
     },
 }
 SHARED: dict[str, dict[str, Maker]] = {  # with a weight that somebody else uses too: nothing is packed
