@@ -8,7 +8,7 @@ from transformers.activations import ACT2FN
 
 from weft.cache import slabs
 from weft.cache.slabs import KeyValues, PlainKeyValues, Slabs
-from weft.model import attention
+from weft.model import attention, elementwise
 from weft.model.attention import GRANULE, Scoring, attend
 from weft.model.elementwise import UnitRows, activation, capped, rotate
 from weft.model.family import ACTIVATIONS
@@ -25,10 +25,19 @@ def threads(request: pytest.FixtureRequest):
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """weft's own kernels, or what there is without a compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(elementwise, "library", lambda: None)
+    elif elementwise.library() is None:
+        pytest.skip("nothing is compiled on this machine")
+
+
 @pytest.mark.parametrize("width", [704, 100, 37])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu2"])
-def test_activations(threads, name: str, gated: bool, width: int) -> None:
+def test_activations(by, threads, name: str, gated: bool, width: int) -> None:
     """They are transformers', and the exact forms have the same bits wherever a row stands."""
     rows = 3 * torch.randn(ROWS, 2 * width if gated else width)
     expected = ACT2FN[name](rows[:, :width]) * (rows[:, width:] if gated else 1)
@@ -53,7 +62,7 @@ def test_capped(threads, width: int) -> None:
 
 
 @pytest.mark.parametrize(("heads", "width"), [(5, 64), (3, 6), (12, 32)])
-def test_exact_rows_of_rotate(threads, heads: int, width: int) -> None:
+def test_exact_rows_of_rotate(by, threads, heads: int, width: int) -> None:
     values = torch.randn(ROWS, heads, width)
     turns = torch.randn(ROWS, width // 2)
     angles = torch.polar(torch.ones_like(turns), turns)[:, None]
@@ -65,7 +74,7 @@ def test_exact_rows_of_rotate(threads, heads: int, width: int) -> None:
 
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("width", [64, 100, 2048, 37])
-def test_exact_rows_of_the_norm(threads, width: int, centred: bool) -> None:
+def test_exact_rows_of_the_norm(by, threads, width: int, centred: bool) -> None:
     rows, weight = torch.randn(ROWS, width) + 0.5, torch.randn(width)
     if centred:
         expected = torch.nn.functional.layer_norm(rows, (width,), weight, None, 1e-5)
@@ -143,6 +152,16 @@ def test_attention_without_the_fused_kernel(scoring: Scoring, monkeypatch: pytes
     monkeypatch.setattr(attention, "fused_attention_works", lambda: False)
     plain = [attend(query[:, a:b], memory, a, scoring, False) for a, b in ((0, 90), (90, 200))]
     assert torch.allclose(torch.cat(fused), torch.cat(plain), atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_stays_none_where_it_is(by, bad: float) -> None:
+    rows = torch.randn(4, 64)
+    rows[2, 5] = bad
+    unit, gate = UnitRows(64, 1e-5, torch.device("cpu"), False), activation("silu", True, False)
+    for got in (unit(rows), gate(rows) if bad != -torch.inf else unit(rows)):
+        assert not got[2].isfinite().all() or bad != torch.nan
+        assert got[[0, 1, 3]].isfinite().all()
 
 
 def test_exact_attention_wants_the_granule() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import mmap
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from weft.compiled.library import LANES, KeysPlace
+from weft.cache.places import Piece, PiecePlaces, Places
 
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 PIECE = 1024  # positions that are made floats at a time; where pieces begin depends on nothing else
@@ -45,20 +45,6 @@ class KeyValues(Protocol):
         """Those of positions 0, …, end - 1, in order, as much at a time as should be there as floats."""
         ...
 
-    @property
-    def place(self) -> KeysPlace | None:
-        """Where weft's own kernels find them; None where they don't read such."""
-        ...
-
-
-def _place(keys: Tensor, values: Tensor, scales: tuple[Tensor, Tensor] | None = None) -> KeysPlace | None:
-    """Of keys and values [G, length, D], and scales [G, length] of codes."""
-    width = keys.shape[2]
-    if not keys.is_cpu or keys.dtype not in (torch.float32, torch.int8) or width % LANES or not keys.numel():
-        return None
-    places = 0 if scales is None else scales[0].data_ptr(), 0 if scales is None else scales[1].data_ptr()
-    return KeysPlace(keys.data_ptr(), values.data_ptr(), *places, len(keys), width, keys.stride(0), keys.shape[1])
-
 
 @dataclass(frozen=True, slots=True)
 class PlainKeyValues:
@@ -66,16 +52,10 @@ class PlainKeyValues:
 
     keys: Tensor
     values: Tensor
-    place: KeysPlace | None = None
-
-    @classmethod
-    def of(cls, keys: Tensor, values: Tensor) -> PlainKeyValues:
-        """[G, length, D] each."""
-        return cls(keys, values, _place(keys, values))
 
     def heads(self, some: slice) -> PlainKeyValues:
         """See `KeyValues`."""
-        return PlainKeyValues.of(self.keys[some], self.values[some])
+        return PlainKeyValues(self.keys[some], self.values[some])
 
     def span(self, first: int, end: int) -> tuple[Tensor, Tensor]:
         """See `KeyValues`."""
@@ -93,17 +73,10 @@ class RoundedKeyValues:
     codes: Tensor
     scales: Tensor
     dtype: torch.dtype
-    place: KeysPlace | None = None
-
-    @classmethod
-    def of(cls, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> RoundedKeyValues:
-        """As above."""
-        place = _place(codes[0], codes[1], (scales[0], scales[1])) if dtype is torch.float32 else None
-        return cls(codes, scales, dtype, place)
 
     def heads(self, some: slice) -> RoundedKeyValues:
         """See `KeyValues`."""
-        return RoundedKeyValues.of(self.codes[:, some], self.scales[:, some], self.dtype)
+        return RoundedKeyValues(self.codes[:, some], self.scales[:, some], self.dtype)
 
     def span(self, first: int, end: int) -> tuple[Tensor, Tensor]:
         """See `KeyValues`."""
@@ -164,13 +137,14 @@ class Slabs:
         # Views for every slot and layer, made once: a decoding step takes them a few times a layer.
         self._layers = [[list(slot.unbind(0)) for slot in array.slots] for array in self._arrays]
         self._read = [[self._view(slot, layer, kv_heads) for layer in range(layers)] for slot in range(slots)]
+        self._places = Places.of(self._layers, kv_heads, dtype)
 
     def _view(self, slot: int, layer: int, kv_heads: int) -> KeyValues:
         kept = [array[slot][layer] for array in self._layers]
         if self.rounded:
             codes, scales = (torch.unflatten(each, 0, (2, kv_heads)) for each in kept)
-            return RoundedKeyValues.of(codes, scales, self.dtype)
-        return PlainKeyValues.of(kept[0][:kv_heads], kept[0][kv_heads:])
+            return RoundedKeyValues(codes, scales, self.dtype)
+        return PlainKeyValues(kept[0][:kv_heads], kept[0][kv_heads:])
 
     def write(self, slot: int, layer: int, start: int, keys_values_n2GD: Tensor) -> None:
         """Stores the keys and then values of the tokens at positions start, start + 1, …"""
@@ -181,6 +155,15 @@ class Slabs:
             values = torch.div(values, scales.clamp_min_(torch.finfo().tiny)[..., None]).round_()
         self._layers[0][slot][layer].narrow(1, start, count).copy_(values)
         self._filled[slot] = max(self._filled[slot], start + count)
+
+    def places(self, pieces: Sequence[Piece]) -> PiecePlaces | None:
+        """Where tokens of some sequences are written and read by weft's own kernels, all pieces at once; None where
+        there are none. They count as written."""
+        if self._places is None:
+            return None
+        for piece in pieces:
+            self._filled[piece.slot] = max(self._filled[piece.slot], piece.start + piece.length)
+        return PiecePlaces(self._places, pieces)
 
     def read(self, slot: int, layer: int) -> KeyValues:
         """Keys and values of one layer."""

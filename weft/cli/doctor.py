@@ -120,10 +120,27 @@ def _kernels() -> list[Finding]:
     capability = torch.backends.cpu.get_cpu_capability()
     return [
         Finding("instructions", True, capability, "vector instructions that torch uses"),
+        _compiled(),
         *_chosen(),
         Finding("fused attention", fused, "yes" if fused else "missing",
                 "attention without a mask matrix" + ("" if fused else "; plain operations instead, slower")),
     ]  # fmt: skip
+
+
+def _compiled() -> Finding:
+    """weft's own kernels, compiled now if they aren't yet."""
+    from weft.compiled.library import COMPILER_VARIABLE, library, why_none
+
+    if found := library():
+        return Finding(
+            "compiled kernels", True, found.weft_form().decode(), "decoding at the rate at which memory is read"
+        )
+    return Finding(
+        "compiled kernels",
+        False,
+        why_none(),
+        f"torch's do it all, decoding in few bits takes twice as long; install gcc, or say {COMPILER_VARIABLE}=...",
+    )
 
 
 def _chosen() -> Iterator[Finding]:

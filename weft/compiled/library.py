@@ -41,7 +41,8 @@ FUNCTIONS = {
     "weft_unit": (None, [_POINTER, _COUNT, _COUNT, _FLOAT, _POINTER, _INT]),
     "weft_gate": (None, [_POINTER, _COUNT, _COUNT, _INT, _POINTER, _INT]),
     "weft_rotate": (None, [_POINTER, *([_COUNT] * 5), _POINTER, _INT]),
-    "weft_attend": (_INT, [_POINTER, _POINTER, *([_COUNT] * 3), _FLOAT, _POINTER, _POINTER, _INT]),
+    "weft_keep": (None, [*([_POINTER] * 3), _COUNT, _POINTER, _COUNT]),
+    "weft_attend": (_INT, [*([_POINTER] * 3), _COUNT, _POINTER, _COUNT, _COUNT, _FLOAT, _POINTER, _POINTER, _INT]),
     "weft_form": (ctypes.c_char_p, []),
     "weft_shift": (_INT, []),
 }
@@ -140,7 +141,7 @@ def _make(path: Path, compiler: str) -> None:
             for more in WISHES[1]:
                 files = [str(SOURCES / name) for name in FILES]
                 error = _ran([compiler, *FLAGS, *processor, *more, "-o", str(fresh), *files, "-lm"])
-                error = error or _ran([sys.executable, "-I", "-c", TEST, str(fresh)])
+                error = error or _ran([sys.executable, "-I", "-c", TEST, str(fresh)], "its test")
                 if not error:
                     fresh.replace(path)
                     return
@@ -149,7 +150,7 @@ def _make(path: Path, compiler: str) -> None:
         path.with_suffix(".json").write_bytes(msgspec.json.encode(failure))
 
 
-def _ran(command: list[str]) -> str:
+def _ran(command: list[str], what: str = "it") -> str:
     """Why it failed; empty if it didn't."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
@@ -157,8 +158,8 @@ def _ran(command: list[str]) -> str:
         return str(error)
     if done.returncode == 0:
         return ""
-    said = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-    return said[0] if said else f"{Path(command[0]).name} ended with {done.returncode}"
+    said = [line.replace(str(SOURCES), "") for line in done.stderr.splitlines() if "error" in line.lower()]
+    return said[0] if said else f"{what} ended with {done.returncode}"
 
 
 def _loaded(path: Path) -> ctypes.CDLL | None:

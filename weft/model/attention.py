@@ -10,7 +10,6 @@ Shapes: H query heads, G key/value heads, n new tokens, S keys, D head width.
 from __future__ import annotations
 
 import math
-from ctypes import addressof
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from weft.cache.places import PiecePlaces
 from weft.cache.slabs import KeyValues
-from weft.model.elementwise import capped, compiled_for
+from weft.model.elementwise import capped
 from weft.program.strategy import GRANULE
 
 CAPPED_BLOCK = 128  # query positions to one call where scores are capped, and so all there at once
@@ -76,16 +76,15 @@ def attend(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
+def attend_each(heads_TnD: Tensor, places: PiecePlaces, layer: int, scoring: Scoring) -> Tensor:
+    """Attention of single tokens of some sequences, all at once, by weft's own kernels: [T, H * D]."""
+    sinks_H = None if scoring.sinks is None else scoring.sinks.flatten().contiguous()
+    return places.attend(layer, heads_TnD, scoring.window, scoring.softcap, sinks_H)
+
+
 def _one_token(query_H1D: Tensor, kept: KeyValues, end: int, scoring: Scoring) -> Tensor:
     """One new token: the heads of a group are rows of one query block, which saves reading the keys again."""
     limited = scoring.window is not None and end > scoring.window
-    if kept.place is not None and (found := compiled_for(query_H1D)):
-        first = end - scoring.window if limited and scoring.window else 0
-        out_H1D, weight_H1 = torch.empty_like(query_H1D), query_H1D.new_empty(len(query_H1D), 1)
-        given = addressof(kept.place), query_H1D.data_ptr(), len(query_H1D), first, end, scoring.softcap or 0.0
-        if not found.weft_attend(*given, out_H1D.data_ptr(), weight_H1.data_ptr(), torch.get_num_threads()):
-            raise MemoryError(f"attention to {end} positions")
-        return _rows(_sunk(out_H1D, weight_H1, scoring.sinks))
     spans = [kept.span(end - scoring.window, end)] if limited and scoring.window else kept.pieces(end)
     merged: tuple[Tensor, Tensor] | None = None
     for keys, values in spans:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from weft.cache.slabs import Slabs
-from weft.model.attention import Scoring, attend
+from weft.model.attention import Scoring, attend, attend_each
 from weft.model.blueprint import AttentionBranch, Blueprint, Branch, MlpBranch, ProjectionBranch
 from weft.model.elementwise import UnitRows, activation, rotate
 from weft.model.forward import Extent, Forward, RowWise, SequenceRows
@@ -113,13 +113,26 @@ class Attention:
         if not self.shape.runs:  # more ranks than heads
             return RowWise(extent.leaves, input_TM.new_empty(extent.leaves.length, 0))
         heads_TnD = self._project(forward, input_TM, extent.rows)
-        pieces = forward.pieces(extent.rows)
         few = extent.leaves.length < extent.rows.length
-        if len(pieces) == 1:
-            values = self._attend(forward.slabs, heads_TnD, pieces[0][1], few)
+        if places := forward.places(extent.rows):
+            places.write(self.layer, heads_TnD)
         else:
-            values = torch.cat([self._attend(forward.slabs, heads_TnD[here], piece, few) for here, piece in pieces])
-        return RowWise(extent.leaves, values)
+            for here, piece in forward.pieces(extent.rows):
+                forward.slabs.write(piece.slot, self.layer, piece.start, heads_TnD[here, self.shape.queries :])
+        at_once = places is not None and len(self.shape.runs) == 1
+        pieces = forward.stretches(extent.rows, self.exact_rows) if at_once else forward.pieces(extent.rows)
+        values = [
+            self._attend(forward.slabs, heads_TnD[here], piece, few) if piece is not None
+            else self._attend_each(forward, heads_TnD, extent.rows, here)
+            for here, piece in pieces
+        ]  # fmt: skip
+        return RowWise(extent.leaves, values[0] if len(values) == 1 else torch.cat(values))
+
+    def _attend_each(self, forward: Forward, heads_TnD: Tensor, rows: Rows, here: slice) -> Tensor:
+        """Single tokens of some sequences: [those, H * D]."""
+        places = forward.places(Rows(rows.start + here.start, rows.start + here.stop))
+        assert places is not None, "they are all at once where places are known"
+        return attend_each(heads_TnD[here], places, self.layer, self.scorings[0])
 
     def _project(self, forward: Forward, input_TM: Tensor, rows: Rows) -> Tensor:
         """This rank's query, key and value heads, in this order, turned by position: [T, H + 2G, D]."""
@@ -142,7 +155,6 @@ class Attention:
         """Some tokens of one sequence, or a few, the last ones that are wanted: [all or those, H * D]."""
         shape, count = self.shape, heads_TnD.shape[0]
         last = piece.wanted if few else count
-        slabs.write(piece.slot, self.layer, piece.start, heads_TnD[:, shape.queries :])
         if not last:
             return heads_TnD.new_empty(0, shape.queries * shape.width)
         start, query_nHD = piece.start, heads_TnD[:, : shape.queries]

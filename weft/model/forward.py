@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from weft.cache.places import Piece, PiecePlaces
 from weft.cache.slabs import Slabs
 from weft.program.batch import Batch, Rows
 
@@ -47,6 +48,8 @@ class Forward:
     slabs: Slabs
     projected: Tensor | None = None
     _pieces: dict[Rows, list[tuple[slice, SequenceRows]]] = field(default_factory=dict)
+    _places: dict[Rows, PiecePlaces | None] = field(default_factory=dict)
+    _stretches: dict[Rows, list[tuple[slice, SequenceRows | None]]] = field(default_factory=dict)
 
     def pieces(self, rows: Rows) -> list[tuple[slice, SequenceRows]]:
         """The sequences that have tokens in `rows`, and where in `rows`."""
@@ -62,6 +65,27 @@ class Forward:
                 for segment, span, part in self.batch.within(rows)
             ]  # fmt: skip
         return self._pieces[rows]
+
+    def places(self, rows: Rows) -> PiecePlaces | None:
+        """Where keys and values of these rows are, for weft's own kernels, if they are there."""
+        if rows not in self._places:
+            pieces = [Piece(piece.slot, piece.start, here.stop - here.start) for here, piece in self.pieces(rows)]
+            self._places[rows] = self.slabs.places(pieces)
+        return self._places[rows]
+
+    def stretches(self, rows: Rows, exact_rows: bool) -> list[tuple[slice, SequenceRows | None]]:
+        """The same as `pieces`; but single tokens behind each other, which attend all at once, are one, without its
+        sequences. `exact_rows`: those that a cut left of a longer piece are not."""
+        if rows not in self._stretches:
+            found: list[tuple[slice, SequenceRows | None]] = []
+            for here, piece in self.pieces(rows):
+                single = here.stop - here.start == 1 and piece.wanted == 1 and (piece.decoding or not exact_rows)
+                if single and found and found[-1][1] is None:
+                    found[-1] = slice(found[-1][0].start, here.stop), None
+                else:
+                    found.append((here, None if single else piece))
+            self._stretches[rows] = found
+        return self._stretches[rows]
 
     @cached_property
     def _wanted(self) -> Tensor:

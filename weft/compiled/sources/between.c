@@ -76,10 +76,37 @@ void weft_rotate(float *rows, int64_t count, int64_t row, int64_t heads, int64_t
 
 // Keys and values of one sequence and layer. Floats, or codes whose scales are one a position.
 typedef struct {
-    const void *keys, *values;                // of the first head and position
-    const float *key_scales, *value_scales;   // of codes; else nothing
-    int64_t heads, width, head, scale;        // from one head to the next: in numbers, in scales
+    void *keys, *values;               // of the first head and position
+    float *key_scales, *value_scales;  // of codes; else nothing
+    int64_t heads, width, head, scale; // from one head to the next: in numbers, in scales
 } Kept;
+
+static void keep_one(void *to, float *scale, int64_t at, int64_t scaled, const float *from, int64_t width) {
+    if (!scale) {
+        memcpy((float *)to + at, from, width * sizeof(float));
+        return;
+    }
+    float most = 0;
+    for (int64_t i = 0; i < width; i++) most = fabsf(from[i]) > most || from[i] != from[i] ? fabsf(from[i]) : most;
+    float step = scale[scaled] = most * (1.0f / 127), divisor = step > 1.17549435e-38f ? step : 1.17549435e-38f;
+    for (int64_t i = 0; i < width; i++) {
+        float whole = rintf(from[i] / divisor);
+        ((int8_t *)to)[at + i] = whole >= -127 && whole <= 127 ? (int8_t)whole : 0;
+    }
+}
+
+// Keeps keys [heads, D] and then values of each row's token: of some sequences, `counts` of each, from position `starts`.
+void weft_keep(const Kept *const *each, const int64_t *starts, const int64_t *counts, int64_t sequences, const float *rows, int64_t row) {
+    for (int64_t s = 0; s < sequences; s++)
+        for (int64_t t = 0; t < counts[s]; t++, rows += row) {
+            const Kept *k = each[s];
+            for (int64_t head = 0; head < k->heads; head++) {
+                int64_t at = head * k->head + (starts[s] + t) * k->width, scaled = head * k->scale + starts[s] + t;
+                keep_one(k->keys, k->key_scales, at, scaled, rows + head * k->width, k->width);
+                keep_one(k->values, k->value_scales, at, scaled, rows + (k->heads + head) * k->width, k->width);
+            }
+        }
+}
 
 INLINE floats kept(const void *numbers, const int coded, int64_t at) {
     return coded ? load_codes((const int8_t *)numbers + at) : load_floats((const float *)numbers + at);
@@ -158,42 +185,59 @@ INLINE void attend_span(const int coded, const Kept *k, float cap, int64_t head,
     }
 }
 
-// out [H, D]: attention of one token's queries [H, D] over the positions `first` to `end` - 1; weight [H]: the
-// log-sum-exp of a head's scores. cap: scores s become cap * tanh(s / cap), if it is above 0. D is a multiple of 16.
-// False if there is no memory.
-int weft_attend(const Kept *k, const float *query, int64_t heads, int64_t first, int64_t end, float cap, float *out, float *weight, int threads) {
-    int64_t width = k->width, shared = heads / k->heads, spans = (end - first + SPAN - 1) / SPAN;
-    int64_t parts = (shared + HEADS - 1) / HEADS, tasks = spans * k->heads * parts;
-    float *sums = malloc(spans * heads * (width + 2) * sizeof(float));
-    if (!sums) return 0;
-    float *most = sums + spans * heads * width, *weights = most + spans * heads;
-    if (heads * (end - first) * width < 4 * ALONE) threads = 1;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t task = 0; task < tasks; task++) {
-        int64_t span = task / parts % spans, group = task / parts / spans, part = task % parts;
-        int64_t head = group * shared + part * HEADS, from = first + span * SPAN, place = span * heads + head;
-        int some = (int)(shared - part * HEADS < HEADS ? shared - part * HEADS : HEADS);
-        int64_t to = from + SPAN < end ? from + SPAN : end;
-        const float *own = query + head * width;
-        if (k->key_scales) attend_span(1, k, cap, group, some, own, from, to, sums + place * width, most + place, weights + place);
-        else attend_span(0, k, cap, group, some, own, from, to, sums + place * width, most + place, weights + place);
+// out [T, H, D]: attention of one token of each of some sequences, queries [T, row], over the positions `firsts` to
+// `ends` - 1. cap: scores s become cap * tanh(s / cap), if it is above 0. sinks [H], or nothing: a score a head that
+// counts in the denominator alone. Heads are as wide and as many in all; D is a multiple of 16. False if there is no
+// memory.
+int weft_attend(const Kept *const *each, const int64_t *firsts, const int64_t *ends, int64_t count, const float *queries, int64_t row, int64_t heads, float cap, const float *sinks, float *out, int threads) {
+    int64_t width = each[0]->width, groups = each[0]->heads, shared = heads / groups, parts = (shared + HEADS - 1) / HEADS;
+    int64_t *before = malloc((count + 1) * sizeof(int64_t)), total = 0;  // spans of all tokens before each
+    if (!before) return 0;
+    for (int64_t t = 0; t < count; t++) {
+        before[t] = total;
+        total += (ends[t] - firsts[t] + SPAN - 1) / SPAN;
     }
-    for (int64_t head = 0; head < heads; head++) {
-        float largest = most[head], total = 0;
-        for (int64_t span = 1; span < spans; span++) {
-            float here = most[span * heads + head];
-            largest = here > largest ? here : largest;
-        }
-        for (int64_t d = 0; d < width; d++) out[head * width + d] = 0;
-        for (int64_t span = 0; span < spans; span++) {
-            int64_t place = span * heads + head;
-            float share = exp_of(most[place] - largest);
-            total += share * weights[place];
-            for (int64_t d = 0; d < width; d++) out[head * width + d] += share * sums[place * width + d];
-        }
-        for (int64_t d = 0; d < width; d++) out[head * width + d] /= total;
-        weight[head] = largest + logf(total);
+    before[count] = total;
+    float *sums = malloc(total * heads * (width + 2) * sizeof(float));
+    if (!sums) {
+        free(before);
+        return 0;
     }
+    float *most = sums + total * heads * width, *weights = most + total * heads;
+    if (total * heads * SPAN * width < 8 * ALONE) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < total * groups * parts; task++) {
+            int64_t t = 0, span = task / parts / groups, group = task / parts % groups, part = task % parts;
+            while (before[t + 1] <= span) t++;
+            int64_t head = group * shared + part * HEADS, place = span * heads + head;
+            int64_t first = firsts[t] + (span - before[t]) * SPAN, end = first + SPAN < ends[t] ? first + SPAN : ends[t];
+            int some = (int)(shared - part * HEADS < HEADS ? shared - part * HEADS : HEADS);
+            const float *own = queries + t * row + head * width;
+            if (each[t]->key_scales) attend_span(1, each[t], cap, group, some, own, first, end, sums + place * width, most + place, weights + place);
+            else attend_span(0, each[t], cap, group, some, own, first, end, sums + place * width, most + place, weights + place);
+        }
+#pragma omp for schedule(static)
+        for (int64_t at = 0; at < count * heads; at++) {
+            int64_t t = at / heads, head = at % heads;
+            float largest = sinks ? sinks[head] : -INFINITY, all = 0, *to = out + at * width;
+            for (int64_t span = before[t]; span < before[t + 1]; span++) {
+                float here = most[span * heads + head];
+                largest = here > largest ? here : largest;
+            }
+            if (sinks) all = exp_of(sinks[head] - largest);
+            for (int64_t d = 0; d < width; d++) to[d] = 0;
+            for (int64_t span = before[t]; span < before[t + 1]; span++) {
+                int64_t place = span * heads + head;
+                float share = exp_of(most[place] - largest);
+                all += share * weights[place];
+                for (int64_t d = 0; d < width; d++) to[d] += share * sums[place * width + d];
+            }
+            for (int64_t d = 0; d < width; d++) to[d] /= all;
+        }
+    }
+    free(before);
     free(sums);
     return 1;
 }
