@@ -8,13 +8,14 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
 import pytest
 
 from tests.processes import Command, free_port
-from weft.admission import demand_memory, memory_tokens
+from weft.admission import demand_memory, memory_tokens, weights_needed
 from weft.config import EngineConfig
 from weft.errors import InputError
 from weft.execute.process import GROUPS, free_memory, machine_name
@@ -92,6 +93,18 @@ def test_who_takes_memory_from_the_same_is_one_machine(tmp_path: Path) -> None:
 
 def hello(place: int, machine: str, free: int) -> Hello:
     return Hello(VERSION, place, "", f"host-{machine}", 1, "127.0.0.1", machine, free, 8)
+
+
+def test_floats_of_a_quantised_checkpoint_count_as_floats(packaged: Path) -> None:
+    """Whoever quantises with AWQ, GPTQ and their like leaves the embedding and the head as they were."""
+    model = model_config(packaged)
+    config = EngineConfig(ranks=2, shares=(1.0, 1.0), weights="auto:int4")
+    rounded = weights_needed(model, config)
+    quantised = replace(model, fields={**model.fields, "quantization_config": {"quant_method": "awq"}})
+    table = model.fields["vocab_size"] * model.fields["hidden_size"]  # whole on each rank, and tied
+    for floats, few in zip(weights_needed(quantised, config), rounded, strict=True):
+        assert few + 2 * table < floats < few + 4 * table
+    assert weights_needed(quantised, replace(config, weights="int4")) == rounded, "asked for, all are rounded"
 
 
 def test_each_machine_is_asked_for_its_own_ranks_only(packaged: Path) -> None:

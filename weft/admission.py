@@ -117,20 +117,23 @@ def settled(path: Path, model: ModelConfig, config: EngineConfig, hellos: Sequen
         return replace(config, weights=config.dtype)
     roomy, narrow = (replace(config, weights=weights) for weights in ("auto:int8", "auto:int4"))
     if not hellos:
-        return roomy if sum(_needed(model, roomy)) < ROOM * free_memory() else narrow
+        return roomy if sum(weights_needed(model, roomy)) < ROOM * free_memory() else narrow
     return roomy if all(here < ROOM * free for _, here, free in _filled(model, roomy, hellos)) else narrow
 
 
-def _needed(model: ModelConfig, config: EngineConfig) -> list[int]:
+def weights_needed(model: ModelConfig, config: EngineConfig) -> list[int]:
+    """Bytes of each rank's weights. Checkpoints that quantise matrices leave the embedding and the head floats."""
     blueprint = blueprint_of(model)
-    return [shard_bytes(blueprint, share, config.weights) for share in shares_of(blueprint, config.shares)]
+    floats = config.weights.startswith("auto:") and model.fields.get("quantization_config")
+    tables = config.dtype if floats else ""
+    return [shard_bytes(blueprint, share, config.weights, tables) for share in shares_of(blueprint, config.shares)]
 
 
 def _filled(
     model: ModelConfig, config: EngineConfig, hellos: Sequence[Hello]
 ) -> Iterator[tuple[list[int], int, int]]:  # fmt: skip
     """Of each machine its ranks, bytes of their weights, and bytes that are free there."""
-    needed = _needed(model, config)
+    needed = weights_needed(model, config)
     for ranks in _by_machine(hellos).values():
         yield ranks, sum(needed[rank] for rank in ranks), min(hellos[rank].free for rank in ranks)
 

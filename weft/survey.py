@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-from weft.admission import end_ids, settled
+from weft.admission import end_ids, settled, weights_needed
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError
 from weft.execute.process import free_memory
@@ -22,7 +22,7 @@ from weft.model.blueprint import Blueprint
 from weft.model.description import model_config
 from weft.model.families import blueprint_of
 from weft.model.opening import open_model
-from weft.model.shares import kept_bytes, remembered, shard_bytes, shares_of
+from weft.model.shares import kept_bytes, remembered, shares_of
 from weft.text import Tokenizer, tokenizer_of
 
 KEPT = {  # what auto comes to
@@ -47,7 +47,7 @@ def survey(
         tensors = _tensors(checkpoint, blueprint)
         found = [*_files(path, config), *_stored(checkpoint, blueprint, config, chosen), tensors]
     tokenizer, why_not = _tokenizer(path)
-    found += _memory(blueprint, chosen)
+    found += _memory(blueprint, config, chosen)
     return [*found, *_texts(path, config, tokenizer, why_not)], tensors.ok and not why_not
 
 
@@ -101,10 +101,10 @@ def _tensors(checkpoint: Checkpoint, blueprint: Blueprint) -> Finding:
     return Finding("tensors", True, f"all {len(there)}", "named and shaped as the configuration says")
 
 
-def _memory(blueprint: Blueprint, chosen: EngineConfig) -> Iterator[Finding]:
+def _memory(blueprint: Blueprint, model: ModelConfig, chosen: EngineConfig) -> Iterator[Finding]:
     """Of the largest rank, and of all on this machine."""
     ranks, shares = chosen.ranks, shares_of(blueprint, chosen.shares)
-    weights = [shard_bytes(blueprint, share, chosen.weights) for share in shares]
+    weights = weights_needed(model, chosen)
     width = blueprint.axis("kv_heads").width
     tokens = [int(kept_bytes(chosen.kv, chosen.dtype, width) * remembered(blueprint, share)) for share in shares]
     free = free_memory()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from weft.cache.places import Piece
+from weft.cache.places import Passage
 from weft.cache.slabs import Slabs
 from weft.compiled.library import library
 from weft.model.attention import Scoring, attend, attend_each
@@ -34,7 +34,7 @@ def filled(slots: int, groups: int, width: int, rounded: bool) -> Slabs:
 def test_what_is_written_is_what_torch_writes(rounded: bool) -> None:
     groups, width, queries = 3, 32, 5
     one, other = (Slabs(4, LAYERS, groups, LENGTH, width, rounded=rounded) for _ in range(2))
-    pieces = [Piece(2, 0, 4), Piece(0, 17, 1), Piece(3, LENGTH - 2, 2)]
+    pieces = [Passage(2, 0, 4), Passage(0, 17, 1), Passage(3, LENGTH - 2, 2)]
     heads = torch.randn(7, queries + 2 * groups, width)
     heads[1, 6], heads[2, 7, 3], heads[3, 8, 1], heads[4] = 0, 1e9, torch.nan, 1e-40
     places = one.places(pieces)
@@ -64,7 +64,7 @@ def test_tokens_attend_as_by_torch_and_alone_as_together(
     positions = [0, 1, 14, 15, 16, 126, 127, 128, 129, 383, LENGTH - 1]
     slabs = filled(len(positions), groups, width, rounded)
     rows = torch.randn(len(positions), heads + 2 * groups, width)
-    pieces = [Piece(slot, position, 1) for slot, position in enumerate(positions)]
+    pieces = [Passage(slot, position, 1) for slot, position in enumerate(positions)]
     sinks = torch.randn(heads, 1)
     for scoring in (*SCORINGS, Scoring(None, None, sinks), Scoring(100, None, sinks)):
         together = slabs.places(pieces)
@@ -81,7 +81,7 @@ def test_tokens_attend_as_by_torch_and_alone_as_together(
 def test_what_is_no_number_stays_with_its_heads() -> None:
     slabs, rows = filled(2, 2, 16, False), torch.randn(2, 8, 16)
     slabs.read(1, 0).span(0, LENGTH)[0][1, 7, 3] = torch.nan
-    places = slabs.places([Piece(0, 40, 1), Piece(1, 40, 1)])
+    places = slabs.places([Passage(0, 40, 1), Passage(1, 40, 1)])
     assert places is not None
     attended = attend_each(rows, places, 0, Scoring()).view(2, 4, 16)
     assert attended[0].isfinite().all() and attended[1, :2].isfinite().all() and attended[1, 2:].isnan().all()
@@ -89,5 +89,5 @@ def test_what_is_no_number_stays_with_its_heads() -> None:
 
 @pytest.mark.parametrize(("width", "dtype"), [(24, torch.float32), (16, torch.bfloat16)])
 def test_what_the_kernels_do_not_read(width: int, dtype: torch.dtype) -> None:
-    assert Slabs(1, 1, 2, 10, width, dtype).places([Piece(0, 0, 1)]) is None
-    assert Slabs(1, 1, 0, 10, 16).places([Piece(0, 0, 1)]) is None
+    assert Slabs(1, 1, 2, 10, width, dtype).places([Passage(0, 0, 1)]) is None
+    assert Slabs(1, 1, 0, 10, 16).places([Passage(0, 0, 1)]) is None

@@ -17,7 +17,7 @@ from torch import Tensor
 from weft.compiled.library import LANES, KeysPlace, library
 
 
-class Piece(NamedTuple):
+class Passage(NamedTuple):
     """Consecutive tokens of one sequence: its slot, the first one's position, how many there are."""
 
     slot: int
@@ -59,10 +59,10 @@ def _place(*parts: Tensor | int) -> KeysPlace:
     return KeysPlace(*pointers, *([0] * (4 - len(pointers))), *shape)
 
 
-class PiecePlaces:
+class PassagePlaces:
     """Of pieces that lie behind each other in the batch."""
 
-    def __init__(self, places: Places, pieces: Sequence[Piece]) -> None:
+    def __init__(self, places: Places, pieces: Sequence[Passage]) -> None:
         slots, starts, counts = (torch.tensor(each) for each in zip(*pieces, strict=True))
         self._places, self._pointers = places, places.addresses[:, slots].contiguous()
         self._starts, self._counts, self._ends = starts, counts, starts + counts

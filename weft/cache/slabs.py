@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from weft.cache.places import Piece, PiecePlaces, Places
+from weft.cache.places import Passage, PassagePlaces, Places
 
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 PIECE = 1024  # positions that are made floats at a time; where pieces begin depends on nothing else
@@ -156,14 +156,14 @@ class Slabs:
         self._layers[0][slot][layer].narrow(1, start, count).copy_(values)
         self._filled[slot] = max(self._filled[slot], start + count)
 
-    def places(self, pieces: Sequence[Piece]) -> PiecePlaces | None:
+    def places(self, pieces: Sequence[Passage]) -> PassagePlaces | None:
         """Where tokens of some sequences are written and read by weft's own kernels, all pieces at once; None where
         there are none. They count as written."""
         if self._places is None:
             return None
         for piece in pieces:
             self._filled[piece.slot] = max(self._filled[piece.slot], piece.start + piece.length)
-        return PiecePlaces(self._places, pieces)
+        return PassagePlaces(self._places, pieces)
 
     def read(self, slot: int, layer: int) -> KeyValues:
         """Keys and values of one layer."""

@@ -53,7 +53,7 @@ class Weight(ctypes.Structure):
 
     _fields_ = (
         ("padded", _COUNT), ("outputs", _COUNT), ("blocks", _COUNT), ("codes", _POINTER), ("scales", _POINTER),
-        ("starts", _POINTER), ("bias", _POINTER),
+        ("starts", _POINTER), ("bias", _POINTER), ("gains", _POINTER),
     )  # fmt: skip
 
 

@@ -79,16 +79,19 @@ class _PreparedStep(NamedTuple):
 
 class _Prepared(NamedTuple):
     """A form as a rank's executor walks it: of each block how often its steps come, and all ranks' number of them.
-    `narrow_from`: the place of the stage that wanted rows leave alone."""
+    `narrow_from`: the place of the stage that wanted rows leave alone. `alone`: a partial is the sum already, where one
+    rank has all; its steps are left out."""
 
     blocks: tuple[tuple[int, int, tuple[_PreparedStep, ...]], ...]
     narrow_from: int
+    alone: bool
 
 
 @lru_cache(maxsize=FORMS)
-def prepare(outline: Outline, form: Form, rank: int) -> _Prepared:
+def prepare(outline: Outline, form: Form, rank: int, world: int) -> _Prepared:
     """Reads a form for a model and a rank."""
     blocks, narrow = [], len(outline.stages)
+    alone = world == 1 and all(step.kind is not Kind.REDUCE_SCATTER for block in form.blocks for step in block.steps)
     for block, (between, last) in zip(form.blocks, form.urgent(rank), strict=True):
         grows = block.layers * len(outline.layer)
         steps = []
@@ -97,10 +100,10 @@ def prepare(outline: Outline, form: Form, rank: int) -> _Prepared:
             assert place is not None, "a stage that this model hasn't: the program was not checked"
             if step.wanted and step.kind in (Kind.COMPUTE, Kind.BODY):
                 narrow = min(narrow, place)
-            if step.concerns(rank):
+            if step.concerns(rank) and not (alone and step.kind is Kind.REDUCE):
                 steps.append(_PreparedStep(at, step, place, 0 if step.layer is None else grows, *urgent))
         blocks.append((block.rounds, len(block.steps), tuple(steps)))
-    return _Prepared(tuple(blocks), narrow)
+    return _Prepared(tuple(blocks), narrow, alone)
 
 
 class _Now(NamedTuple):
@@ -203,7 +206,7 @@ class _Pass:
         self.group, self.part = owner.group, owner.part
         self.groups = owner.groups(program.form)
         self.program, self.forward, self.codec, self.scope = program, forward, codec, scope
-        self.prepared = prepare(owner.outline, program.form, owner.group.rank)
+        self.prepared = prepare(owner.outline, program.form, owner.group.rank, owner.group.world)
         self.spans = [(0.0, 0.0)] * len(program)
         self.busy = dict.fromkeys(program.form.lanes, 0.0)
         self.checksums: dict[int, int] = {}
@@ -296,7 +299,7 @@ class _Pass:
         if not extent.leaves.length:
             return
         left = stage.tail(self.forward, extent, features)
-        if self.outline.stages[place].collective is None:
+        if (kind := self.outline.stages[place].collective) is None or (kind is Kind.REDUCE and self.prepared.alone):
             self.residual.put(place, stage, extent, left)
         else:
             self.partials.put(stage, extent.leaves, left)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from weft.cache.places import PiecePlaces
+from weft.cache.places import PassagePlaces
 from weft.cache.slabs import KeyValues
 from weft.model.elementwise import capped
 from weft.program.strategy import GRANULE
@@ -76,7 +76,7 @@ def attend(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def attend_each(heads_TnD: Tensor, places: PiecePlaces, layer: int, scoring: Scoring) -> Tensor:
+def attend_each(heads_TnD: Tensor, places: PassagePlaces, layer: int, scoring: Scoring) -> Tensor:
     """Attention of single tokens of some sequences, all at once, by weft's own kernels: [T, H * D]."""
     sinks_H = None if scoring.sinks is None else scoring.sinks.flatten().contiguous()
     return places.attend(layer, heads_TnD, scoring.window, scoring.softcap, sinks_H)

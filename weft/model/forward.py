@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from weft.cache.places import Piece, PiecePlaces
+from weft.cache.places import Passage, PassagePlaces
 from weft.cache.slabs import Slabs
 from weft.program.batch import Batch, Rows
 
@@ -48,7 +48,7 @@ class Forward:
     slabs: Slabs
     projected: Tensor | None = None
     _pieces: dict[Rows, list[tuple[slice, SequenceRows]]] = field(default_factory=dict)
-    _places: dict[Rows, PiecePlaces | None] = field(default_factory=dict)
+    _places: dict[Rows, PassagePlaces | None] = field(default_factory=dict)
     _stretches: dict[Rows, list[tuple[slice, SequenceRows | None]]] = field(default_factory=dict)
 
     def pieces(self, rows: Rows) -> list[tuple[slice, SequenceRows]]:
@@ -66,10 +66,10 @@ class Forward:
             ]  # fmt: skip
         return self._pieces[rows]
 
-    def places(self, rows: Rows) -> PiecePlaces | None:
+    def places(self, rows: Rows) -> PassagePlaces | None:
         """Where keys and values of these rows are, for weft's own kernels, if they are there."""
         if rows not in self._places:
-            pieces = [Piece(piece.slot, piece.start, here.stop - here.start) for here, piece in self.pieces(rows)]
+            pieces = [Passage(piece.slot, piece.start, here.stop - here.start) for here, piece in self.pieces(rows)]
             self._places[rows] = self.slabs.places(pieces)
         return self._places[rows]
 

@@ -90,20 +90,20 @@ def _used(pieces: range, group: int) -> range:
     return range(pieces.start // group, (pieces.stop - 1) // group + 1) if pieces else range(0)
 
 
-def shard_bytes(blueprint: Blueprint, share: Share, weights: str) -> int:
+def shard_bytes(blueprint: Blueprint, share: Share, weights: str, tables: str = "") -> int:
     """Bytes that `share` of the weights takes, embedding included, where matrices are kept in `weights`: a format, or
-    auto: with the one of fewest bits. Of few bits the embedding has 8, and a head that is tied to it is another copy,
-    packed."""
+    auto: with the one of fewest bits. Of few bits the embedding and the head have 8, or are kept in `tables`; one that
+    is tied to the other is another copy then, packed, unless both are floats."""
     format_ = weights.removeprefix("auto:")
-    looked_up = max(STORED_BITS[format_], STORED_BITS["int8"])
+    kept = tables or (format_ if STORED_BITS[format_] > STORED_BITS["int8"] else "int8")
     bits = sum(
         times
         * share.numbers(matrix)
-        * (looked_up if matrix in (blueprint.embedding, blueprint.head) else STORED_BITS[format_])
+        * STORED_BITS[kept if matrix in (blueprint.embedding, blueprint.head) else format_]
         for matrix, times in blueprint.held
     )
-    if blueprint.tied and format_ in FEW_BITS:
-        bits += share.numbers(blueprint.head) * looked_up
+    if blueprint.tied and kept in FEW_BITS:
+        bits += share.numbers(blueprint.head) * STORED_BITS[kept]
     return int(bits / 8)
 
 

@@ -46,7 +46,7 @@ from weft.model.kernels.formats import (
     head_of,
     table_of,
 )
-from weft.model.kernels.linear import Gained, Linear, NoKernel, Stored
+from weft.model.kernels.linear import Linear, NoKernel, Stored
 from weft.model.kernels.looked_up import LookedUp
 from weft.model.matrices import Into, MatrixReader, blocks, pair
 from weft.model.shares import Share
@@ -245,7 +245,7 @@ class _ShardReader:
         linear = self._linear(weight, bias if biased else None)
         if scale is None or folds:
             return linear
-        return Gained(linear, self._there(scale), None if shift is None else self._there(shift))
+        return self.kernels.gained(linear, self._there(scale), None if shift is None else self._there(shift))
 
     def _gathered(
         self, name: str, format_: str, shape: tuple[int, int], fill: Callable[[Gathering], None],

@@ -18,6 +18,7 @@ typedef struct {
     const float *scales;    // [16 * blocks]
     const int32_t *starts;  // int8: [16 * blocks], minus SHIFT times the sum of an output's weights
     const float *bias;      // [outputs], or nothing
+    const float *gains;     // [inputs], by which rows are multiplied first, or nothing
 } Weight;
 
 typedef struct {
@@ -55,7 +56,7 @@ INLINE void turn(float *at) {
 
 // A row in whole numbers; returns its scale. `turned` is room for `padded` numbers.
 static float whole_row(const Weight *w, const float *row, int64_t inputs, float *turned, uint8_t *codes) {
-    memcpy(turned, row, inputs * sizeof(float));
+    for (int64_t i = 0; i < inputs; i++) turned[i] = w->gains ? row[i] * w->gains[i] : row[i];
     memset(turned + inputs, 0, (w->padded - inputs) * sizeof(float));
     for (int64_t i = 0; i < w->padded; i += TURN) turn(turned + i);
     float scale = scale_of(turned, w->padded);
@@ -69,7 +70,8 @@ static float whole_row(const Weight *w, const float *row, int64_t inputs, float 
 static void whole_groups(const Weight *w, const float *row, int64_t inputs, int8_t *codes, float *scales, float *sums) {
     for (int64_t at = 0; at < w->padded; at += GROUP) {
         float numbers[GROUP] = {0};
-        if (at < inputs) memcpy(numbers, row + at, (inputs - at < GROUP ? inputs - at : GROUP) * sizeof(float));
+        int64_t there = inputs - at < GROUP ? inputs - at : GROUP;
+        for (int64_t i = 0; i < there; i++) numbers[i] = w->gains ? row[at + i] * w->gains[at + i] : row[at + i];
         float scale = scale_of(numbers, GROUP);
         floats inverse = floats_of(scale > 0 ? 1 / scale : 0);
         ints first = rounded(times(load_floats(numbers), inverse)), second = rounded(times(load_floats(numbers + LANES), inverse));
@@ -188,7 +190,7 @@ static void row4(const Weight *w, int64_t block, const uint8_t *codes, const flo
     put(w, out, 1, block, BLOCKS, sums, NULL);
 }
 
-#define CASE8(n) case n: tile8(n <= ROWS ? n : 1, BLOCKS_HERE, w, block, codes, scales, out); break;
+#define CASE8(n) case n: if (n <= ROWS) tile8(n <= ROWS ? n : 1, BLOCKS_HERE, w, block, codes, scales, out); break;
 #define ANY_ROWS8 switch (rows) { CASE8(1) CASE8(2) CASE8(3) CASE8(4) CASE8(5) CASE8(6) }
 
 static void rows8(const Weight *w, int rows, int64_t block, int64_t end, const uint8_t *codes, const float *scales, float *out) {
@@ -203,7 +205,7 @@ static void rows8(const Weight *w, int rows, int64_t block, int64_t end, const u
 }
 
 static void rows4(const Weight *w, int rows, int64_t block, int64_t end, const uint8_t *codes, const float *scales, const float *offsets, float *out) {
-#define CASE4(n) case n: tile4(n <= ROWS ? n : 1, w, block, codes, scales, offsets, out); break;
+#define CASE4(n) case n: if (n <= ROWS) tile4(n <= ROWS ? n : 1, w, block, codes, scales, offsets, out); break;
     for (; rows == 1 && block + BLOCKS <= end; block += BLOCKS) row4(w, block, codes, scales, offsets, out);
     for (; block < end; block++) switch (rows) { CASE4(1) CASE4(2) CASE4(3) CASE4(4) CASE4(5) CASE4(6) }
 }
@@ -279,7 +281,7 @@ INLINE void tilef(const int rows, const int blocks, const float *weights, int64_
     EACH_ROW(KEEPF)
 }
 
-#define CASEF(n) case n: tilef(n <= ROWS ? n : 1, BLOCKS_HERE, weights, inputs, from, first, end, sums); break;
+#define CASEF(n) case n: if (n <= ROWS) tilef(n <= ROWS ? n : 1, BLOCKS_HERE, weights, inputs, from, first, end, sums); break;
 #define ANY_ROWSF switch (rows) { CASEF(1) CASEF(2) CASEF(3) CASEF(4) CASEF(5) CASEF(6) }
 
 static void rowsf(int rows, int blocks, const float *weights, int64_t inputs, const float *from, int64_t first, int64_t end, float *sums) {
@@ -338,7 +340,7 @@ int weft_check(void) {
             chance = chance * 1664525 + 1013904223;
             rows[r][k] = r < 2 ? (k % TURN ? 0 : 1) : (float)(chance >> 8) / (1 << 23) - 1;
         }
-    Weight w = {2 * TURN, 37, 3, codes8, scales, starts, NULL};
+    Weight w = {2 * TURN, 37, 3, codes8, scales, starts, NULL, NULL};
     for (int threads = 1; threads <= 2; threads++) {
         if (!weft_product(&w, 8, rows[0], CHECKED, 13, out[0], threads)) return 1;
         for (int r = 0; r < 13; r++) {
@@ -364,7 +366,7 @@ int weft_check(void) {
                     groups[i].codes[j][4 * o + b] = o < 4 ? 255 : (uint8_t)(chance >> 24);
                 }
         }
-    w = (Weight){CHECKED, 37, 3, (const uint8_t *)groups, scales, NULL, NULL};
+    w = (Weight){CHECKED, 37, 3, (const uint8_t *)groups, scales, NULL, NULL, NULL};
     for (int threads = 1; threads <= 2; threads++) {
         if (!weft_product(&w, 4, rows[0], CHECKED, 13, out[0], threads)) return 4;
         for (int r = 0; r < 13; r++) {

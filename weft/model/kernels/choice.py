@@ -25,11 +25,11 @@ from weft.compiled.library import library
 from weft.config import available_cores, processor_name
 from weft.formats.packed import Codes
 from weft.locks import locked
-from weft.model.kernels.compiled import Compiled4, Compiled8, CompiledFloats
+from weft.model.kernels.compiled import Compiled4, Compiled8, CompiledFloats, FewBits
 from weft.model.kernels.few_bits import INT8, Groups4
 from weft.model.kernels.floats import MklProduct, OneDnnProduct, PlainProduct
 from weft.model.kernels.formats import FEW_BITS, kept_shape, random_codes
-from weft.model.kernels.linear import InBlocks, Linear, Maker, NoKernel, Stored
+from weft.model.kernels.linear import Gained, InBlocks, Linear, Maker, NoKernel, Stored
 from weft.model.kernels.rotation import Turned, matrix
 from weft.model.kernels.trial import LEAST, PROMPT, KernelChoice, choose, timed, weighed
 from weft.model.shares import STORED_BITS
@@ -68,6 +68,12 @@ class Kernels:
             return linear
         self._turn = self._turn or self._linear(matrix(), None, False, True)
         return Turned(linear, self._turn, inputs_of(weight))
+
+    def gained(self, linear: Linear, scale_K: Tensor, bias_K: Tensor | None) -> Linear:
+        """Of rows that are multiplied by a scale first, and to which a bias is added: a norm's."""
+        if isinstance(linear, FewBits) and bias_K is None:
+            return linear.gained(scale_K)
+        return Gained(linear, scale_K, bias_K)
 
     def _linear(self, weight: Stored, bias_W: Tensor | None, shared: bool, exact_rows: bool) -> Linear:
         shape = tuple((weight.codes if isinstance(weight, Codes) else weight).shape)

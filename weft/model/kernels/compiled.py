@@ -17,7 +17,7 @@ from torch.nn import functional
 from weft.compiled.library import LANES, Weight, library
 from weft.formats.packed import Codes
 from weft.model.kernels.few_bits import GROUP
-from weft.model.kernels.linear import NoKernel, Stored, codes, numbers
+from weft.model.kernels.linear import Linear, NoKernel, Stored, codes, numbers
 
 
 class _Compiled:
@@ -33,8 +33,9 @@ class _Compiled:
     def __call__(self, rows_TK: Tensor) -> Tensor:
         """See `Linear`."""
         rows = (rows_TK if rows_TK.dtype is torch.float32 else rows_TK.float()).contiguous()
-        out = torch.empty(len(rows), self.width)
-        if len(rows):
+        count = rows.shape[0]
+        out = torch.empty(count, self.width)
+        if count:
             self.product(rows, out)
         return out if rows_TK.dtype is torch.float32 else out.to(rows_TK.dtype)
 
@@ -56,11 +57,11 @@ class CompiledFloats(_Compiled):
 
     def product(self, rows_TK: Tensor, out_TW: Tensor) -> None:
         """See `_Compiled`."""
-        given = rows_TK.data_ptr(), len(rows_TK), out_TW.data_ptr(), torch.get_num_threads()
+        given = rows_TK.data_ptr(), rows_TK.shape[0], out_TW.data_ptr(), torch.get_num_threads()
         self.library.weft_floats(*self._given, *given)
 
 
-class _FewBits(_Compiled):
+class FewBits(_Compiled):
     """Of `bits`: with what products.c calls a Weight."""
 
     bits = 0
@@ -69,8 +70,14 @@ class _FewBits(_Compiled):
         """Has the kernel multiply with them."""
         self.weight = codes, scales, starts
         places = map(_place, (*self.weight, self.bias))
-        self._weight = Weight(padded, self.width, -(-self.width // LANES), *places)
+        self._weight = Weight(padded, self.width, -(-self.width // LANES), *places, 0)
         self._given = ctypes.addressof(self._weight), self.bits
+
+    def gained(self, scale_K: Tensor) -> Linear:
+        """Of rows that are multiplied by a scale first."""
+        self.gains = scale_K.float().contiguous()
+        self._weight.gains = self.gains.data_ptr()
+        return self
 
     def product(self, rows_TK: Tensor, out_TW: Tensor) -> None:
         """See `_Compiled`."""
@@ -80,7 +87,7 @@ class _FewBits(_Compiled):
             raise MemoryError(f"a product of {count} rows")
 
 
-class Compiled8(_FewBits):
+class Compiled8(FewBits):
     """int8: rows are turned by the kernel itself, as the weight's were when it was gathered."""
 
     bits = 8
@@ -97,7 +104,7 @@ class Compiled8(_FewBits):
         self.keep(padded, blocks.transpose(1, 2).contiguous(), scales, starts)
 
 
-class Compiled4(_FewBits):
+class Compiled4(FewBits):
     """int4: scales and offsets of groups as halves of an output's scale, a power of two."""
 
     bits = 4
