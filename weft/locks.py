@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 
@@ -11,14 +11,10 @@ from pathlib import Path
 def locked(path: Path) -> Iterator[None]:
     """While this holds, others who ask for the same file wait; where there are no locks, or the folder can't be
     written, nobody does."""
-    try:
-        import fcntl
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):
+            import fcntl
 
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except (ImportError, OSError):
-        yield
-        return
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(path.open("w")), fcntl.LOCK_EX)
         yield

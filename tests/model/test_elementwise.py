@@ -154,6 +154,23 @@ def test_attention_without_the_fused_kernel(scoring: Scoring, monkeypatch: pytes
     assert torch.allclose(torch.cat(fused), torch.cat(plain), atol=1e-5)
 
 
+def test_how_rows_lie_changes_nothing(by) -> None:
+    """A slice of one row lies without gaps, one of several doesn't."""
+    wide = torch.randn(9, 5, 96)
+    unit, gate = UnitRows(64, 1e-5, torch.device("cpu"), True), activation("silu", True, True)
+    for part, kernel in ((wide[:, :3, :64], unit), (wide.flatten(1)[:, :200], gate)):
+        whole = kernel(part)
+        assert torch.equal(kernel(part.contiguous()), whole)
+        for row in range(9):
+            assert torch.equal(kernel(part[row : row + 1]), whole[row : row + 1])
+
+
+def test_far_from_zero_gates_are_shut(by) -> None:
+    rows = torch.tensor([[-1e38, -3e38, -200.0, 100.0, 2.0, 2.0, 2.0, 2.0]])
+    shut = activation("silu", True, False)(rows)
+    assert torch.allclose(shut, torch.tensor([[0.0, 0.0, 0.0, 200.0]]), atol=1e-30)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_no_number_stays_none_where_it_is(by, bad: float) -> None:
     rows = torch.randn(4, 64)

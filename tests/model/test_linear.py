@@ -155,18 +155,20 @@ def test_gained() -> None:
 class Changing(MadeUp):
     """A kernel whose bits change with the number of rows below `until`."""
 
-    def __init__(self, until: int, least: int) -> None:
-        super().__init__(4, least)
-        self.until = until
+    def __init__(self, weight: Stored, until: int, least: int) -> None:
+        assert isinstance(weight, torch.Tensor)
+        super().__init__(len(weight), least)
+        self.weight, self.until = weight, until
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows[:, :4] + (1.0 if len(rows) < self.until else 0.0)
+        exact = (rows.double() @ self.weight.T.double()).float()
+        return exact + (0.001 if len(rows) < self.until else 0.0)
 
 
 @pytest.mark.parametrize(("least", "exact"), [(1, True), (2, True), (7, True), (16, True), (30, False)])
 def test_few_rows_are_made_up(least: int, exact: bool) -> None:
     def maker(weight: Stored, bias: torch.Tensor | None, made: int) -> Linear:
-        return Changing(least, made)
+        return Changing(weight, least, made)
 
     found = choose({"only": maker}, "float32", (4, 8))
     assert (found.exact, found.least) == (exact, least if exact else 1)
@@ -175,7 +177,10 @@ def test_few_rows_are_made_up(least: int, exact: bool) -> None:
 def test_a_kernel_that_keeps_row_bits_goes_before_a_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "SMALL", 1)
     monkeypatch.setattr(trial, "timed", lambda linear, *_: (1.0, 1.0) if isinstance(linear, Changing) else (9.0, 9.0))
-    makers: dict[str, Callable[..., Linear]] = {"fast": lambda *_: Changing(40, 1), "slow": PlainProduct}
+    makers: dict[str, Callable[..., Linear]] = {
+        "fast": lambda weight, *_: Changing(weight, 40, 1),
+        "slow": PlainProduct,
+    }
     monkeypatch.setattr(trial, "_least_of_all", lambda *_: True)
     monkeypatch.setattr(trial, "_least", lambda linear, *_: 0 if isinstance(linear, Changing) else 1)
     found = choose(makers, "float32", (4, 8))
@@ -231,6 +236,31 @@ def test_a_kernel_that_is_gone_is_chosen_anew(monkeypatch: pytest.MonkeyPatch, t
     choice.keep(torch.get_num_threads(), {"float32 96x64": KernelChoice("of another torch")})
     weight, rows = torch.randn(96, 64), torch.randn(3, 64)
     assert torch.allclose(Kernels().linear(weight)(rows), rows @ weight.T, atol=1e-4)
+
+
+def test_a_kernel_that_is_wrong_is_not_taken() -> None:
+    class Doubled(PlainProduct):
+        def product(self, rows_TK: torch.Tensor) -> torch.Tensor:
+            return super().product(rows_TK) * 2
+
+    chosen = choose({"doubled": Doubled, "plain": PlainProduct}, "float32", (300, 256))
+    assert chosen.kernel == "plain" and set(chosen.seconds) == {"plain"}
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_rows_are_turned_once(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whichever kernel was chosen, and however."""
+    weight, rows = torch.randn(64, 128), torch.randn(5, 128)
+    for name in KERNELS["int8"]:
+        monkeypatch.setattr(Kernels, "choice", lambda *_, name=name: KernelChoice(name, 1, exact))
+        monkeypatch.setattr(choice, "matrix", lambda: torch.zeros(0, 64))
+        kernels = Kernels(exact_rows=True)
+        kernels._turn = PlainProduct(matrix())
+        try:
+            found = kernels.linear(stored("int8", weight))(rows)
+        except NoKernel:
+            continue
+        assert (found - rows @ weight.T).norm() < 0.02 * (rows @ weight.T).norm(), name
 
 
 def test_a_torch_without_private_operators(monkeypatch: pytest.MonkeyPatch) -> None:

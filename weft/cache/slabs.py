@@ -162,6 +162,9 @@ class Slabs:
         if self._places is None:
             return None
         for piece in pieces:
+            assert 0 <= piece.slot < len(self._filled) and 0 <= piece.start <= self.shape[2] - piece.length, (
+                "no such place"
+            )
             self._filled[piece.slot] = max(self._filled[piece.slot], piece.start + piece.length)
         return PassagePlaces(self._places, pieces)
 

@@ -24,8 +24,9 @@ from weft.compiled.library import library
 
 
 def compiled_for(rows: Tensor) -> CDLL | None:
-    """weft's own kernels, where they are and take these rows."""
-    return library() if rows.dtype is torch.float32 and rows.is_cpu and rows.is_contiguous() else None
+    """weft's own kernels, where they are and compute with such numbers: nothing else may decide, or a row's bits would
+    depend on how it lies."""
+    return library() if rows.dtype is torch.float32 and rows.is_cpu else None
 
 
 def activation(name: str, gated: bool, exact_rows: bool) -> Callable[[Tensor], Tensor]:
@@ -34,9 +35,9 @@ def activation(name: str, gated: bool, exact_rows: bool) -> Callable[[Tensor], T
 
     def gate(gate_up_T2W: Tensor) -> Tensor:
         if cubic is not None and (found := compiled_for(gate_up_T2W)):
-            count, width = gate_up_T2W.shape
-            out = gate_up_T2W.new_empty(count, width // 2)
-            given = gate_up_T2W.data_ptr(), count, width // 2, cubic, out.data_ptr()
+            rows, (count, width) = gate_up_T2W.contiguous(), gate_up_T2W.shape
+            out = rows.new_empty(count, width // 2)
+            given = rows.data_ptr(), count, width // 2, cubic, out.data_ptr()
             found.weft_gate(*given, torch.get_num_threads())
             return out
         first, second = gate_up_T2W.chunk(2, dim=1)
@@ -85,10 +86,10 @@ def rotate(heads_THD: Tensor, angles: Tensor, exact_rows: bool) -> Tensor:
 
     Weights are loaded with their rows in pairs (see weights.py), so that one product does it.
     """
-    found = library() if heads_THD.is_cpu and heads_THD.dtype is torch.float32 and angles.is_contiguous() else None
-    if found and heads_THD.stride(2) == 1:
-        (count, heads, rotary), (row, width, _) = heads_THD.shape, heads_THD.stride()
-        given = heads_THD.data_ptr(), count, row, heads, width, rotary, angles.data_ptr()
+    if found := compiled_for(heads_THD):
+        (count, heads, rotary), (row, width, one), turns = heads_THD.shape, heads_THD.stride(), angles.contiguous()
+        assert one == 1 and turns.numel() * 2 == count * rotary, "a head's numbers lie beside each other"
+        given = heads_THD.data_ptr(), count, row, heads, width, rotary, turns.data_ptr()
         found.weft_rotate(*given, torch.get_num_threads())
         return heads_THD
     pairs = torch.unflatten(heads_THD, 2, (-1, 2))
@@ -121,8 +122,9 @@ class UnitRows:
         if self.centred:
             return functional.layer_norm(rows_TK, (self.width,), eps=self.plain_epsilon)
         if found := compiled_for(rows_TK):
-            out, count = torch.empty_like(rows_TK), rows_TK.numel() // self.width
-            given = rows_TK.data_ptr(), count, self.width, self.width * self.plain_epsilon, out.data_ptr()
+            rows, count = rows_TK.contiguous(), rows_TK.numel() // self.width
+            out = torch.empty_like(rows)
+            given = rows.data_ptr(), count, self.width, self.width * self.plain_epsilon, out.data_ptr()
             found.weft_unit(*given, torch.get_num_threads())
             return out
         length: Tensor = torch.linalg.vector_norm(rows_TK, dim=-1, keepdim=True)

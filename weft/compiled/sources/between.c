@@ -4,13 +4,14 @@
 
 #include "vectors.h"
 
-#define ALONE (1 << 14)  // numbers that one thread has done before another has heard of them
+#define FEW_NUMBERS (1 << 14)  // numbers that one thread has done before another has heard of them
 #define SPAN 128         // keys that are looked at together: with their values they stay in cache
 #define HEADS 16         // query heads that share keys and are looked at together
 
 // exp, to two units in the last place; a plain formula, which is the same wherever a number stands.
 INLINE float exp_of(float x) {
-    x = x < -87 ? -87 : x > 88 ? 88 : x;
+    int far = x > 88;
+    x = x < -87 ? -87 : x;
     float whole = rintf(x * 1.44269504f), rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
     float sum = 1.9875691500e-4f;
     sum = sum * rest + 1.3981999507e-3f;
@@ -19,15 +20,15 @@ INLINE float exp_of(float x) {
     sum = sum * rest + 1.6666665459e-1f;
     sum = sum * rest + 5.0000001201e-1f;
     sum = sum * rest * rest + rest + 1;
-    int32_t bits = ((int32_t)whole + 127) << 23;
+    uint32_t bits = (uint32_t)((int32_t)whole + 127) << 23;
     float power;
     memcpy(&power, &bits, 4);
-    return sum * power;
+    return far ? INFINITY : sum * power;
 }
 
 // out [T, K]: rows over the root of their sum of squares plus `epsilon`.
 void weft_unit(const float *rows, int64_t count, int64_t width, float epsilon, float *out, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count > 1 && count * width > ALONE)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count > 1 && count * width > FEW_NUMBERS)
     for (int64_t row = 0; row < count; row++) {
         const float *from = rows + row * width;
         float *to = out + row * width;
@@ -47,7 +48,7 @@ void weft_unit(const float *rows, int64_t count, int64_t width, float epsilon, f
 // out [T, W]: the first half of rows [T, 2W], through an activation, times the second. Of sigmoids: x of silu; with
 // `cubic`, of the GELU by tanh.
 void weft_gate(const float *rows, int64_t count, int64_t width, int cubic, float *out, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count > 1 && count * width > ALONE)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count > 1 && count * width > FEW_NUMBERS)
     for (int64_t row = 0; row < count; row++) {
         const float *first = rows + 2 * row * width, *second = first + width;
         float *to = out + row * width;
@@ -61,7 +62,7 @@ void weft_gate(const float *rows, int64_t count, int64_t width, int cubic, float
 // Rotary embedding in place: of the first heads of each row [T, row], their first `rotary` numbers as pairs, times
 // angles [T, rotary / 2], complex numbers of size one.
 void weft_rotate(float *rows, int64_t count, int64_t row, int64_t heads, int64_t width, int64_t rotary, const float *angles, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count > 1 && count * heads * rotary > ALONE)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count > 1 && count * heads * rotary > FEW_NUMBERS)
     for (int64_t t = 0; t < count; t++)
         for (int64_t head = 0; head < heads; head++) {
             float *pairs = rows + t * row + head * width;
@@ -133,6 +134,7 @@ INLINE floats four_scores(const int coded, const Kept *k, const float *query, in
 #define ADD_TWO(n) if (n < vectors) { \
     even##n = times_plus(kept(k->values, coded, at + n * LANES), one, even##n); \
     odd##n = times_plus(kept(k->values, coded, at + width + n * LANES), other, odd##n); }
+#define ADD_ONE(n) if (n < vectors) even##n = times_plus(kept(k->values, coded, at + n * LANES), one, even##n);
 #define KEEP(n) if (n < vectors) store(sums + n * LANES, times_plus(floats_of(1), even##n, odd##n));
 INLINE void add_values(const int coded, const int vectors, const Kept *k, int64_t at, const float *scores, int count, float *sums) {
     int64_t width = k->width;
@@ -141,10 +143,9 @@ INLINE void add_values(const int coded, const int vectors, const Kept *k, int64_
         floats one = floats_of(scores[i]), other = floats_of(scores[i + 1]);
         VECTORS(ADD_TWO)
     }
-    if (count % 2) {  // the last position, and nothing of itself
-        floats one = floats_of(scores[count - 1]), other = floats_of(0);
-        width = 0;
-        VECTORS(ADD_TWO)
+    if (count % 2) {
+        floats one = floats_of(scores[count - 1]);
+        VECTORS(ADD_ONE)
     }
     VECTORS(KEEP)
 }
@@ -204,7 +205,7 @@ int weft_attend(const Kept *const *each, const int64_t *firsts, const int64_t *e
         return 0;
     }
     float *most = sums + total * heads * width, *weights = most + total * heads;
-    if (total * heads * SPAN * width < 8 * ALONE) threads = 1;
+    if (total * heads * SPAN * width < 8 * FEW_NUMBERS) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(dynamic)

@@ -8,7 +8,7 @@
 #define GROUP 32  // inputs of 4-bit weights that share a scale and an offset
 #define TURN 64   // numbers of a row that are turned together: `turn` has them
 #define SMALLEST 1e-30f  // of what a row's scale is made of: rows of zeros have one too
-#define ALONE (1 << 17)  // products that one thread has done before another has heard of them
+#define FEW_PRODUCTS (1 << 17)  // products that one thread has done before another has heard of them
 #define PANEL 4  // blocks that stay in cache while rows pass
 #define TOGETHER (16 * ROWS)  // rows that one thread takes at a time
 
@@ -26,7 +26,11 @@ typedef struct {
     uint8_t codes[4][4 * LANES];  // inputs 0 to 3 (the low four bits) and 4 to 7 (the high) of 16 outputs, 8 to 15, ...
 } Group4;
 
+#if defined(_OPENMP)
 const char *weft_form(void) { return FORM; }
+#else
+const char *weft_form(void) { return FORM ", one thread"; }
+#endif
 int weft_shift(void) { return SHIFT; }
 
 // By what whole numbers are multiplied; no number, where one isn't or isn't finite.
@@ -214,7 +218,7 @@ static void rows4(const Weight *w, int rows, int64_t block, int64_t end, const u
 int weft_product(const Weight *w, int bits, const float *rows, int64_t inputs, int64_t count, float *out, int threads) {
     int64_t padded = w->padded, scaled = bits == 8 ? 1 : padded / GROUP, panels = (w->blocks + PANEL - 1) / PANEL;
     int64_t groups = (count + TOGETHER - 1) / TOGETHER;
-    if (count * w->blocks * LANES * padded < ALONE) threads = 1;
+    if (count * w->blocks * LANES * padded < FEW_PRODUCTS) threads = 1;
     float *scales = malloc(count * padded + (2 * count * scaled + threads * padded) * sizeof(float));
     if (!scales) return 0;
     float *offsets = scales + count * scaled, *turned = offsets + count * scaled;
@@ -299,7 +303,7 @@ static void rowsf(int rows, int blocks, const float *weights, int64_t inputs, co
 void weft_floats(const float *weights, int64_t inputs, int64_t outputs, const float *bias, const float *rows, int64_t count, float *out, int threads) {
     int64_t blocks = (outputs + LANES - 1) / LANES, panels = (blocks + PANEL - 1) / PANEL;
     int64_t passes = (inputs + DEPTH - 1) / DEPTH, groups = (count + TOGETHER - 1) / TOGETHER;
-    if (count * outputs * inputs < ALONE) threads = 1;
+    if (count * outputs * inputs < FEW_PRODUCTS) threads = 1;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t task = 0; task < panels * groups; task++) {
         float sums[TOGETHER * PANEL * LANES];
@@ -316,73 +320,4 @@ void weft_floats(const float *weights, int64_t inputs, int64_t outputs, const fl
                 out[(start + row) * outputs + block * LANES + i] = bias ? sum + bias[block * LANES + i] : sum;
             }
     }
-}
-
-#define CHECKED 96  // inputs of the weight that is tried, 37 outputs, 13 rows
-
-// Whether products come out right on this processor: against sums in doubles, with the largest numbers that there are.
-int weft_check(void) {
-    static int8_t weights[48][2 * TURN];
-    static float rows[13][CHECKED], out[13][37], one[37], scales[48], turned[2 * TURN];
-    static uint8_t codes8[3 * 2 * TURN * LANES];
-    static int32_t starts[48];
-    uint32_t chance = 1;
-    for (int o = 0; o < 48; o++)
-        for (int k = 0; k < 2 * TURN; k++) {
-            chance = chance * 1664525 + 1013904223;
-            weights[o][k] = o < 8 ? (o % 2 ? -127 : 127) : (int8_t)((int)(chance >> 24) % 255 - 127);
-            starts[o] -= SHIFT * weights[o][k];
-            codes8[((o / LANES * 2 * TURN + k / 4 * 4) * LANES) + o % LANES * 4 + k % 4] = (uint8_t)weights[o][k];
-        }
-    for (int o = 0; o < 48; o++) scales[o] = 1.0f / (float)(o + 1);
-    for (int r = 0; r < 13; r++)
-        for (int k = 0; k < CHECKED; k++) {
-            chance = chance * 1664525 + 1013904223;
-            rows[r][k] = r < 2 ? (k % TURN ? 0 : 1) : (float)(chance >> 8) / (1 << 23) - 1;
-        }
-    Weight w = {2 * TURN, 37, 3, codes8, scales, starts, NULL, NULL};
-    for (int threads = 1; threads <= 2; threads++) {
-        if (!weft_product(&w, 8, rows[0], CHECKED, 13, out[0], threads)) return 1;
-        for (int r = 0; r < 13; r++) {
-            uint8_t codes[2 * TURN];
-            double scale = whole_row(&w, rows[r], CHECKED, turned, codes);
-            if (!weft_product(&w, 8, rows[r], CHECKED, 1, one, 1) || memcmp(one, out[r], sizeof one)) return 2;
-            for (int o = 0; o < 37; o++) {
-                double sum = 0;
-                for (int k = 0; k < 2 * TURN; k++) sum += (double)weights[o][k] * (int8_t)(codes[k] - SHIFT);
-                double expected = sum * scale / (o + 1);
-                if (fabs(expected - out[r][o]) > 1e-5 * (fabs(expected) + scale)) return 3;
-            }
-        }
-    }
-    Group4 groups[3 * CHECKED / GROUP];
-    for (size_t i = 0; i < sizeof groups / sizeof *groups; i++)
-        for (int o = 0; o < LANES; o++) {
-            groups[i].scales[o] = (uint16_t)(0x3c00 + 16 * o);  // 1 + o / 64
-            groups[i].offsets[o] = (uint16_t)(0xc800 + i);      // -8 - i / 128
-            for (int j = 0; j < 4; j++)
-                for (int b = 0; b < 4; b++) {
-                    chance = chance * 1664525 + 1013904223;
-                    groups[i].codes[j][4 * o + b] = o < 4 ? 255 : (uint8_t)(chance >> 24);
-                }
-        }
-    w = (Weight){CHECKED, 37, 3, (const uint8_t *)groups, scales, NULL, NULL, NULL};
-    for (int threads = 1; threads <= 2; threads++) {
-        if (!weft_product(&w, 4, rows[0], CHECKED, 13, out[0], threads)) return 4;
-        for (int r = 0; r < 13; r++) {
-            if (!weft_product(&w, 4, rows[r], CHECKED, 1, one, 1) || memcmp(one, out[r], sizeof one)) return 5;
-            for (int o = 0; o < 37; o++) {
-                double sum = 0, size = 0;
-                for (int k = 0; k < CHECKED; k++) {
-                    int i = o / LANES * CHECKED / GROUP + k / GROUP, l = o % LANES;
-                    uint8_t two = groups[i].codes[k % GROUP / 8][4 * l + k % 4];
-                    double number = (1 + l / 64.0) * (k / 4 % 2 ? two >> 4 : two & 15) - 8 - i / 128.0;
-                    sum += number * rows[r][k];
-                    size += number * number;
-                }
-                if (fabs(sum / (o + 1) - out[r][o]) > 0.02 * sqrt(size) / (o + 1)) return 6;
-            }
-        }
-    }
-    return 0;
 }

@@ -64,7 +64,12 @@ class Kernels:
         """Of a weight in any format. `shared`: somebody else uses it too, so that it stays as it is. Raises `NoKernel`
         for a format that nothing here multiplies with."""
         linear = self._linear(weight, bias_W, shared, self.exact_rows)
-        if format_of(weight) != "int8" or isinstance(linear, Compiled8):
+        if isinstance(weight, Tensor) or weight.offsets is not None:
+            return linear
+        if (
+            0 in weight.codes.shape
+            or KERNELS["int8"][self.choice("int8", tuple(weight.codes.shape)).kernel] is Compiled8
+        ):
             return linear
         self._turn = self._turn or self._linear(matrix(), None, False, True)
         return Turned(linear, self._turn, inputs_of(weight))

@@ -18,22 +18,26 @@ from weft.compiled.library import LANES, Weight, library
 from weft.formats.packed import Codes
 from weft.model.kernels.few_bits import GROUP
 from weft.model.kernels.linear import Linear, NoKernel, Stored, codes, numbers
+from weft.model.kernels.rotation import TURN
+
+LONGEST = 1 << 17  # inputs of int8: so many products of 127 and 127, and what their starts take, fit into 32 bits
 
 
 class _Compiled:
     """What all have in common. `weight`: all that the kernel reads, which is kept here."""
 
-    def __init__(self, width: int, bias_W: Tensor | None) -> None:
+    def __init__(self, width: int, padded: int, bias_W: Tensor | None) -> None:
         found = library()
         if found is None:
             raise NoKernel("nothing is compiled on this machine")
-        self.width, self.library = width, found
+        self.width, self.padded, self.library = width, padded, found
         self.bias = None if bias_W is None else bias_W.float().contiguous()
 
     def __call__(self, rows_TK: Tensor) -> Tensor:
         """See `Linear`."""
         rows = (rows_TK if rows_TK.dtype is torch.float32 else rows_TK.float()).contiguous()
-        count = rows.shape[0]
+        count, inputs = rows.shape
+        assert rows.is_cpu and 0 <= self.padded - inputs < TURN, "rows of another model, or of another device"
         out = torch.empty(count, self.width)
         if count:
             self.product(rows, out)
@@ -50,7 +54,7 @@ class CompiledFloats(_Compiled):
     def __init__(self, weight: Stored, bias_W: Tensor | None = None, least: int = 1) -> None:
         plain_WK = numbers(weight)
         outputs, inputs = plain_WK.shape
-        super().__init__(outputs, bias_W)
+        super().__init__(outputs, inputs, bias_W)
         blocks = functional.pad(plain_WK, (0, 0, 0, -outputs % LANES)).view(-1, LANES, inputs)
         self.weight = blocks.transpose(1, 2).contiguous()
         self._given = self.weight.data_ptr(), inputs, outputs, _place(self.bias)
@@ -66,11 +70,11 @@ class FewBits(_Compiled):
 
     bits = 0
 
-    def keep(self, padded: int, codes: Tensor, scales: Tensor, starts: Tensor | None) -> None:
+    def keep(self, codes: Tensor, scales: Tensor, starts: Tensor | None) -> None:
         """Has the kernel multiply with them."""
         self.weight = codes, scales, starts
         places = map(_place, (*self.weight, self.bias))
-        self._weight = Weight(padded, self.width, -(-self.width // LANES), *places, 0)
+        self._weight = Weight(self.padded, self.width, -(-self.width // LANES), *places, 0)
         self._given = ctypes.addressof(self._weight), self.bits
 
     def gained(self, scale_K: Tensor) -> Linear:
@@ -95,13 +99,15 @@ class Compiled8(FewBits):
     def __init__(self, weight: Stored, bias_W: Tensor | None = None, least: int = 1) -> None:
         whole_WK, scales_W1 = codes(weight)
         outputs, padded = whole_WK.shape
-        super().__init__(outputs, bias_W)
+        super().__init__(outputs, padded, bias_W)
+        if padded > LONGEST:
+            raise NoKernel(f"sums of {padded} products don't fit into 32 bits")
         made_up = -outputs % LANES
         blocks = functional.pad(whole_WK, (0, 0, 0, made_up)).view(-1, LANES, padded // 4, 4)
         sums = functional.pad(whole_WK.sum(1, dtype=torch.int32), (0, made_up))
         scales = functional.pad(scales_W1[:, 0], (0, made_up)).contiguous()
         starts = sums.mul_(-self.library.weft_shift())
-        self.keep(padded, blocks.transpose(1, 2).contiguous(), scales, starts)
+        self.keep(blocks.transpose(1, 2).contiguous(), scales, starts)
 
 
 class Compiled4(FewBits):
@@ -113,7 +119,7 @@ class Compiled4(FewBits):
         whole_WK, scales_WG = codes(weight)
         assert isinstance(weight, Codes) and weight.offsets is not None, "groups have offsets"
         outputs, padded = whole_WK.shape
-        super().__init__(outputs, bias_W)
+        super().__init__(outputs, padded, bias_W)
         made_up = 0, 0, 0, -outputs % LANES
         largest = torch.maximum(scales_WG.abs().amax(1), weight.offsets.abs().amax(1)).clamp_min_(torch.finfo().tiny)
         scales_W = torch.exp2(torch.log2(largest).ceil_())
@@ -121,7 +127,7 @@ class Compiled4(FewBits):
         eights = functional.pad(whole_WK, made_up).view(-1, LANES, padded // GROUP, GROUP // 8, 2, 4)
         two = eights.permute(0, 2, 3, 4, 1, 5)  # B, G, eights of a group, their halves, outputs, inputs
         packed = two[:, :, :, 1].bitwise_left_shift(4).bitwise_or_(two[:, :, :, 0]).flatten(2)
-        self.keep(padded, torch.cat([*halves, packed], 2), functional.pad(scales_W, (0, made_up[-1])), None)
+        self.keep(torch.cat([*halves, packed], 2), functional.pad(scales_W, (0, made_up[-1])), None)
 
 
 def _halves(each_WG: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from weft.formats.packed import Codes
 from weft.model.kernels.few_bits import GROUP
 from weft.model.kernels.linear import Linear, Maker, NoKernel, Stored
+from weft.model.kernels.rotation import turned
 
 COUNTS = (*range(1, 18), 23, 32, 33, 48, 64, 65, 70)  # of rows, that are tried on all outputs
 MOST, FEWEST, WORK = 70, 256, 10**10  # all up to the first, on so many outputs, or as many as that work allows
@@ -29,6 +30,7 @@ PROMPT, ANSWER = 256, 64  # rows by which kernels are compared: of one product, 
 BESIDE = 32 << 20  # bytes that are read between two products of a row, as those of other weights are
 SMALL, LARGE = 1 << 16, 1 << 20  # numbers of a weight: products too short to tell, and those read from memory
 WARM, TRIALS, LONGEST = 3, 40, 0.02  # calls at least and at most, and the seconds within which more begin
+SEEN, ROUGHLY = 64, 0.05  # rows and outputs of which products are compared, and their error, as a part of their size
 HOPELESS = 10  # times the time of the fastest
 
 
@@ -46,7 +48,7 @@ def choose(makers: dict[str, Maker], format_: str, shape: tuple[int, ...]) -> Ke
     """Of the kernels of a format, for weights of a shape [W, K]; there is one packed weight at a time. Raises
     `NoKernel` if there is none at all."""
     weight, rows = _cancelling(format_, shape)
-    there = [name for name, maker in makers.items() if _made(maker, weight, rows) is not None]
+    there = [name for name, maker in makers.items() if _made(maker, weight) is not None]
     if not there:
         raise NoKernel(f"this torch has no kernel for weights in {format_}")
     seconds: dict[str, tuple[float, float]] = {}
@@ -75,13 +77,19 @@ def weighed(seconds: tuple[float, float]) -> float:
     return ANSWER * seconds[0] + seconds[1]
 
 
-def _made(maker: Maker, weight: Stored, rows: Tensor) -> Linear | None:
+def _made(maker: Maker, weight: Stored) -> Linear | None:
+    """A kernel whose products are what they should be; one that isn't there, or is wrong here, is None."""
+    part = weight.rows(slice(SEEN)).numbers() if isinstance(weight, Codes) else weight[:SEEN].float()
+    rows = torch.randn(SEEN, part.shape[1], generator=torch.Generator().manual_seed(1))
+    expected = [rows @ part.T]
+    if isinstance(weight, Codes) and weight.offsets is None:  # some kernels of int8 turn rows themselves
+        expected.append(turned(rows) @ part.T)
     try:
         linear = maker(weight, None, 1)
-        linear(rows[:2])
+        found = linear(rows)[:, :SEEN]
     except (NoKernel, RuntimeError):  # torch raises the latter for a shape that an operator doesn't take
         return None
-    return linear
+    return linear if any((found - each).norm() <= ROUGHLY * each.norm() for each in expected) else None
 
 
 def _cancelling(format_: str, shape: tuple[int, ...]) -> tuple[Stored, Tensor]:
