@@ -207,6 +207,23 @@ def test_reproducible_decoding_does_not_depend_on_the_batch(split, name) -> None
     assert [ranks.greedy([prompt], "serial", 12)[1][0] for prompt in prompts] == together
 
 
+@pytest.mark.parametrize("shares", [(1.0,), (2.0, 1.0)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_reproducible_decoded_tokens_have_their_bits_beside_others(split, name, shares) -> None:
+    """Alone, with other tokens, beside a prompt, and where cuts part them."""
+    ranks, lengths = split(name, shares, exact_rows=True), (9, 140, 30)
+    for slot, length in enumerate(lengths):
+        ranks.run(Batch((Segment(slot, 0, length),)), prompt_of(length), "serial")
+    decoded = [Segment(slot, length, 1, prompt=length) for slot, length in enumerate(lengths)]
+    alone = [ranks.run(Batch((segment,)), [7], "serial")[0].logits for segment in decoded]
+    for beside in ((), (Segment(3, 0, 50),)):
+        batch = Batch((*decoded, *beside))
+        for strategy in ("serial", "requests", "iso:2"):
+            program = ranks.plan(batch, strategy, GRANULE)
+            logits = ranks.run(batch, [7] * 3 + [*prompt_of(50)] * len(beside), program)[0].logits
+            assert torch.equal(logits[:3], torch.cat(alone)), (strategy, beside)
+
+
 LOSSY = [(wire, shares) for wire in WIRES[1:] for shares in ((1.0, 1.0), (1.0, 2.0, 1.0))]
 
 
