@@ -1,6 +1,7 @@
 """Does a second rank make decoding slower? Two ranks of one thread against one rank of two threads, in turns.
 
     python benchmarks/decoding.py [--models packaged,h1024,483m] [--weights int8] [--rounds 7] [--json FILE]
+    python benchmarks/decoding.py --models 483m --weights int8 --link 200mbit --wire auto:int8
     python benchmarks/decoding.py --two-shot [--ranks 4] [--link 100mbit,5ms]
 
 With --two-shot: sums by the algorithm that the planner takes against sums by two-shot alone, over a link.
@@ -70,6 +71,7 @@ def measure(model: str, given: argparse.Namespace) -> dict[str, list[float]]:
             engine = open_engine(
                 directory, ranks=ranks, threads=2 // ranks, overlap="serial", max_length=512, max_sequences=4,
                 transport=given.transport, weights=given.weights,
+                **({"link": given.link, "wire": given.wire} if ranks > 1 else {}),
             )  # fmt: skip
             return stack.enter_context(closing(engine))
 
@@ -130,9 +132,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="every round's seconds")
     parser.add_argument("--two-shot", action="store_true", help="the planner's sums against two-shot ones")
     parser.add_argument("--ranks", type=int, default=4, help="with --two-shot")
-    parser.add_argument("--link", default="100mbit,5ms", help="with --two-shot")
+    parser.add_argument("--link", default="none", help="between ranks; with --two-shot 100mbit,5ms if not given")
+    parser.add_argument("--wire", default="exact", help="of two ranks' sums")
     given = parser.parse_args()
     if given.two_shot:
+        given.link = "100mbit,5ms" if given.link == "none" else given.link
         for model in given.models.split(","):
             measure_algorithms(model, given)
         return

@@ -10,7 +10,7 @@ only, no generate() around it. llama.cpp reads the same GGUF files, with the sam
 wheel `xllamacpp`, in an environment of its own that is made on first use. Weft's times are what a caller waits for:
 engine, messages and worker. Memory is that of weft's rank, the engine being in this process, and of llama.cpp's
 process, what is shared counted in parts. The bound: bytes of weights that a token reads (a table of which it looks up
-one row left out), over what the machine reads a second, measured in every round.
+one row left out), over what the machine reads a second, the most that it did in any round.
 """
 
 from __future__ import annotations
@@ -199,14 +199,14 @@ def _environment() -> str:
 def read_rate(threads: int) -> float:
     """Bytes a second that so many threads read from memory."""
     torch.set_num_threads(threads)
-    numbers = torch.ones(READ // 4)
+    numbers, ones = torch.ones(READ // 4096, 1024), torch.ones(1024)
 
-    def seconds() -> float:
+    def seconds(read: Callable[[], object]) -> float:
         begin = time.perf_counter()
-        numbers.sum()
+        read()
         return time.perf_counter() - begin
 
-    return READ / min(seconds() for _ in range(3))
+    return READ / min(seconds(read) for read in (numbers.sum, lambda: numbers @ ones) for _ in range(4))
 
 
 def memory(pids: list[int]) -> int:
@@ -271,7 +271,7 @@ def show(found: list[dict[str, Any]], title: str) -> None:
         cells = [f"{median(r[what] for r in one['rounds']) * 1e3:.1f}" for what in ("prefill", "decode")]
         for other in (base, rival):
             cells += [_times(one["rounds"], other, what) if other else "" for what in ("prefill", "decode")]
-        reached = [one["weights"] / r["decode"] / rate for r, rate in zip(one["rounds"], one["read"], strict=True)]
+        reached = [one["weights"] / each["decode"] / max(one["read"]) for each in one["rounds"]]
         cells += [
             f"{median(reached):.0%}" if one["weights"] else "",
             f"{one['memory'] / 1e6:.0f}" if one["memory"] else "",
