@@ -55,7 +55,7 @@ def bounds(point: Point, machine: Mapping[str, Any]) -> str:
     """The two terms of the bound, and what they were worth."""
     first = point.measured[0]
     line = f"compute alone {first.compute_alone:.3f} s: {point.gflops:.0f} GFLOP/s a rank"
-    line += f" in matrix products, which reach {machine['gemm_gflops']:g} by themselves"
+    line += f" in matrix products; those of float32 reach {machine['gemm_gflops']:g} by themselves"
     for serial in (m for m in point.measured if m.overlap == "serial" and m.like == m.wire):
         rate = serial.bytes_on_wire * 8 / serial.network_alone / 1e6 if serial.network_alone else 0.0
         line += f"; network alone {serial.network_alone:.3f} s on wire {serial.wire}: {rate:.0f} Mbit/s"
