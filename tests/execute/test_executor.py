@@ -6,6 +6,7 @@ import gc
 import itertools
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -215,6 +216,7 @@ def test_reproducible_decoded_tokens_have_their_bits_beside_others(split, name, 
     for slot, length in enumerate(lengths):
         ranks.run(Batch((Segment(slot, 0, length),)), prompt_of(length), "serial")
     decoded = [Segment(slot, length, 1, prompt=length) for slot, length in enumerate(lengths)]
+    unwanted = [replace(segment, wanted=0) for segment in decoded]  # as where an answer is computed again
     alone = [ranks.run(Batch((segment,)), [7], "serial")[0].logits for segment in decoded]
     for beside in ((), (Segment(3, 0, 50),)):
         batch = Batch((*decoded, *beside))
@@ -222,6 +224,13 @@ def test_reproducible_decoded_tokens_have_their_bits_beside_others(split, name, 
             program = ranks.plan(batch, strategy, GRANULE)
             logits = ranks.run(batch, [7] * 3 + [*prompt_of(50)] * len(beside), program)[0].logits
             assert torch.equal(logits[:3], torch.cat(alone)), (strategy, beside)
+    following = [Segment(slot, length + 1, 1, prompt=length) for slot, length in enumerate(lengths)]
+    expected = [ranks.run(Batch((segment,)), [9], "serial")[0].logits for segment in following]
+    ranks.run(Batch((*unwanted, Segment(3, 0, 50))), [7] * 3 + [*prompt_of(50)], "serial")
+    assert all(
+        torch.equal(ranks.run(Batch((segment,)), [9], "serial")[0].logits, logits)
+        for segment, logits in zip(following, expected, strict=True)
+    )
 
 
 LOSSY = [(wire, shares) for wire in WIRES[1:] for shares in ((1.0, 1.0), (1.0, 2.0, 1.0))]

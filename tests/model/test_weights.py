@@ -166,4 +166,4 @@ def test_a_matrix_that_loses_too_much_is_kept_in_more_bits_and_named(tmp_path: P
         assert few.finer == [name] and few.kinds[kept] > 0
         one, other = (each.stages[stage].branches[0].last for each in (plain, few))
         inputs = torch.randn(5, 256 if stage[0] == "mlp" else 128)
-        assert (other(inputs) - one(inputs)).norm() < 0.02 * one(inputs).norm()
+        assert (other(inputs) - one(inputs)).norm() < 0.03 * one(inputs).norm()

@@ -120,7 +120,7 @@ class Attention:
             for here, piece in forward.pieces(extent.rows):
                 forward.slabs.write(piece.slot, self.layer, piece.start, heads_TnD[here, self.shape.queries :])
         at_once = places is not None and len(self.shape.runs) == 1
-        pieces = forward.stretches(extent.rows, self.exact_rows) if at_once else forward.pieces(extent.rows)
+        pieces = forward.stretches(extent.rows, self.exact_rows, few) if at_once else forward.pieces(extent.rows)
         values = [
             self._attend(forward.slabs, heads_TnD[here], piece, few) if piece is not None
             else self._attend_each(forward, heads_TnD, extent.rows, here)

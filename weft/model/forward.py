@@ -49,7 +49,7 @@ class Forward:
     projected: Tensor | None = None
     _pieces: dict[Rows, list[tuple[slice, SequenceRows]]] = field(default_factory=dict)
     _places: dict[Rows, PassagePlaces | None] = field(default_factory=dict)
-    _stretches: dict[Rows, list[tuple[slice, SequenceRows | None]]] = field(default_factory=dict)
+    _stretches: dict[tuple[Rows, bool], list[tuple[slice, SequenceRows | None]]] = field(default_factory=dict)
 
     def pieces(self, rows: Rows) -> list[tuple[slice, SequenceRows]]:
         """The sequences that have tokens in `rows`, and where in `rows`."""
@@ -73,19 +73,20 @@ class Forward:
             self._places[rows] = self.slabs.places(pieces)
         return self._places[rows]
 
-    def stretches(self, rows: Rows, exact_rows: bool) -> list[tuple[slice, SequenceRows | None]]:
+    def stretches(self, rows: Rows, exact_rows: bool, few: bool) -> list[tuple[slice, SequenceRows | None]]:
         """The same as `pieces`; but single tokens behind each other, which attend all at once, are one, without its
-        sequences. `exact_rows`: those that a cut left of a longer piece are not."""
-        if rows not in self._stretches:
+        sequences. `exact_rows`: those that a cut left of a longer piece are not; `few`: nor those that nobody wants."""
+        if (rows, few) not in self._stretches:
             found: list[tuple[slice, SequenceRows | None]] = []
             for here, piece in self.pieces(rows):
-                single = here.stop - here.start == 1 and piece.wanted == 1 and (piece.decoding or not exact_rows)
+                single = here.stop - here.start == 1 and (piece.decoding or not exact_rows)
+                single = single and (piece.wanted == 1 or not few)
                 if single and found and found[-1][1] is None:
                     found[-1] = slice(found[-1][0].start, here.stop), None
                 else:
                     found.append((here, None if single else piece))
-            self._stretches[rows] = found
-        return self._stretches[rows]
+            self._stretches[rows, few] = found
+        return self._stretches[rows, few]
 
     @cached_property
     def _wanted(self) -> Tensor:

@@ -55,8 +55,10 @@ class CompiledFloats(_Compiled):
         plain_WK = numbers(weight)
         outputs, inputs = plain_WK.shape
         super().__init__(outputs, inputs, bias_W)
-        blocks = functional.pad(plain_WK, (0, 0, 0, -outputs % LANES)).view(-1, LANES, inputs)
-        self.weight = blocks.transpose(1, 2).contiguous()
+        whole = outputs // LANES * LANES  # no copy of all of it beside what is kept
+        self.weight = torch.zeros(-(-outputs // LANES), inputs, LANES)
+        self.weight[: whole // LANES] = plain_WK[:whole].view(-1, LANES, inputs).transpose(1, 2)
+        self.weight[whole // LANES :, :, : outputs - whole] = plain_WK[whole:].T
         self._given = self.weight.data_ptr(), inputs, outputs, _place(self.bias)
 
     def product(self, rows_TK: Tensor, out_TW: Tensor) -> None:
