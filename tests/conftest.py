@@ -49,3 +49,14 @@ def packaged() -> Path:
     from weft.hub import PACKAGED
 
     return PACKAGED
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """How many torch, and what is compiled, compute with."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

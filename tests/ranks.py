@@ -40,9 +40,11 @@ from weft.program.build import build
 from weft.program.check import check
 from weft.program.steps import Program
 from weft.program.strategy import Strategy
+from weft.wires import WIRES
 
 T = TypeVar("T")
 SECONDS = 60.0
+LOSSY = [(wire, shares) for wire in WIRES[1:] for shares in ((1.0, 1.0), (1.0, 2.0, 1.0))]  # and of how many ranks
 
 
 class Threads:

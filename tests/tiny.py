@@ -78,6 +78,7 @@ MODELS |= {
     for family, name in reversed(FIRST.items())
 }
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}  # that aren't named after their model
+FAMILIES = tuple(reversed(FIRST.values()))  # one of each
 
 
 def random_model(family: str, sizes: dict[str, Any]) -> Any:

@@ -14,14 +14,6 @@ LENGTH, LAYERS = 700, 3
 pytestmark = pytest.mark.skipif(library() is None, reason="nothing is compiled on this machine")
 
 
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def filled(slots: int, groups: int, width: int, rounded: bool) -> Slabs:
     slabs = Slabs(slots, LAYERS, groups, LENGTH, width, rounded=rounded)
     for slot in range(slots):

@@ -17,14 +17,6 @@ ROWS = 300
 PARTS = [(0, 1), (7, 8), (3, 20), (64, 192), (100, 300), (17, 150)]
 
 
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=["compiled", "torch"])
 def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """weft's own kernels, or what there is without a compiler."""

@@ -28,13 +28,10 @@ SHAPES = [(96, 64), (37, 100), (704, 256), (200, 999), (9, 50), (11, 19), (1, 10
 ERRORS = {"float32": 1e-5, "bfloat16": 0.01, "int8": 0.02, "int4": 0.15}  # of products, at most
 
 
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
+@pytest.fixture
+def measured(threads: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Anew, with so many threads."""
     monkeypatch.setattr(choice, "user_cache_path", lambda name: tmp_path)
-    yield
-    torch.set_num_threads(before)
 
 
 def stored(format_: str, weight: torch.Tensor) -> Stored:
@@ -54,7 +51,7 @@ def rows_with_outliers(inputs: int, count: int = ROWS) -> torch.Tensor:
 
 @pytest.mark.parametrize(("width", "inputs"), SHAPES)
 @pytest.mark.parametrize("format_", KERNELS)
-def test_a_row_has_its_bits_in_any_batch(threads, format_: str, width: int, inputs: int) -> None:
+def test_a_row_has_its_bits_in_any_batch(measured, format_: str, width: int, inputs: int) -> None:
     """Every count of rows from 1 to 70, at several places, with outliers beside."""
     weight, bias, rows = torch.randn(width, inputs), torch.randn(width), rows_with_outliers(inputs)
     linear = Kernels(exact_rows=True).linear(stored(format_, weight), bias)
@@ -82,7 +79,7 @@ def test_neighbours_change_nothing(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("format_", KERNELS)
-def test_all_kernels_that_are_here_agree(threads, format_: str) -> None:
+def test_all_kernels_that_are_here_agree(measured, format_: str) -> None:
     """A choice is one of speed: in int8 torch's kernels even agree to the bit. (Ours turns rows itself.)"""
     weight, rows = stored(format_, torch.randn(64, 128)), rows_with_outliers(128)
     here = {}

@@ -149,6 +149,7 @@ def test_a_matrix_that_loses_too_much_is_kept_in_more_bits_and_named(tmp_path: P
         vocab_size=300, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, bos_token_id=None, eos_token_id=None, tie_word_embeddings=False,
     )  # fmt: skip
+    torch.manual_seed(0)  # the error of 5 rows has a tail: 3 of 100 draws are above 2%, whatever the kernel
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     wide = 0.05 * torch.randn(128, 256)
@@ -166,4 +167,4 @@ def test_a_matrix_that_loses_too_much_is_kept_in_more_bits_and_named(tmp_path: P
         assert few.finer == [name] and few.kinds[kept] > 0
         one, other = (each.stages[stage].branches[0].last for each in (plain, few))
         inputs = torch.randn(5, 256 if stage[0] == "mlp" else 128)
-        assert (other(inputs) - one(inputs)).norm() < 0.03 * one(inputs).norm()
+        assert (other(inputs) - one(inputs)).norm() < 0.02 * one(inputs).norm()

@@ -1,7 +1,7 @@
-// Products of rows with weights of 8 and of 4 bits, for any number of rows: each row has the same bits in all of them.
+// Products of rows with weights of 8 and 4 bits and of floats, for any number of rows: each row has the same bits in all.
 //
 // Knows one weight at a time. T rows, K inputs, W outputs, both made up to whole blocks by whoever stores weights:
-// blocks of 16 outputs, and in each the four bytes of one output's four inputs beside those of the next output.
+// blocks of 16 outputs, and in each what four inputs of one output weigh beside those of the next output; of floats, one.
 
 #include "vectors.h"
 

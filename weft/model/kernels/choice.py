@@ -63,16 +63,7 @@ class Kernels:
     def linear(self, weight: Stored, bias_W: Tensor | None = None, shared: bool = False) -> Linear:
         """Of a weight in any format. `shared`: somebody else uses it too, so that it stays as it is. Raises `NoKernel`
         for a format that nothing here multiplies with."""
-        linear = self._linear(weight, bias_W, shared, self.exact_rows)
-        if isinstance(weight, Tensor) or weight.offsets is not None:
-            return linear
-        if (
-            0 in weight.codes.shape
-            or KERNELS["int8"][self.choice("int8", tuple(weight.codes.shape)).kernel] is Compiled8
-        ):
-            return linear
-        self._turn = self._turn or self._linear(matrix(), None, False, True)
-        return Turned(linear, self._turn, inputs_of(weight))
+        return self._linear(weight, bias_W, shared, self.exact_rows)
 
     def gained(self, linear: Linear, scale_K: Tensor, bias_K: Tensor | None) -> Linear:
         """Of rows that are multiplied by a scale first, and to which a bias is added: a norm's."""
@@ -88,11 +79,17 @@ class Kernels:
             return PlainProduct(weight, bias_W)
         format_ = format_of(weight)
         makers, choice = (SHARED if shared else KERNELS)[format_], self.choice(format_, shape, shared)
+        maker = makers[choice.kernel]
         if choice.exact or not exact_rows:
-            return makers[choice.kernel](weight, bias_W, choice.least)
-        if isinstance(weight, Tensor):
+            linear = maker(weight, bias_W, choice.least)
+        elif isinstance(weight, Tensor):
             return PlainProduct(weight, bias_W, block=BLOCK)
-        return InBlocks(makers[choice.kernel](weight, bias_W, 1), BLOCK)
+        else:
+            linear = InBlocks(maker(weight, bias_W, 1), BLOCK)
+        if format_ != "int8" or maker is Compiled8:  # ours turns rows itself
+            return linear
+        self._turn = self._turn or self._linear(matrix(), None, False, True)
+        return Turned(linear, self._turn, shape[1])
 
     def choice(self, format_: str, shape: tuple[int, ...], shared: bool = False) -> KernelChoice:
         """For weights in a format, of a shape [W, K]; measured now, where that isn't known yet."""
@@ -140,11 +137,6 @@ class Kernels:
 
             self._measure(key, measure, formats)
         return self.known[key].kernel
-
-
-def inputs_of(weight: Stored) -> int:
-    """K."""
-    return int((weight.codes if isinstance(weight, Codes) else weight).shape[1])
 
 
 def format_of(weight: Stored) -> str:
