@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from weft.compiled.library import library
 from weft.config import DTYPES
+from weft.parallel import quantised
 from weft.parallel.codec import codec_named
 from weft.parallel.quantised import HUGE, TINY
-from weft.parallel.sizes import GROUPS, row_bytes
+from weft.parallel.sizes import GROUPS, layout_of, row_bytes
 
 WIRES = tuple(GROUPS)
 BYTES = {"int8": 0.27, "int4": 0.15}  # of float32's, at most
@@ -84,6 +86,58 @@ def test_a_row_is_coded_by_itself(wire: str, width: int) -> None:
     assert torch.equal(together[same], alone[same])
     strided = torch.cat([rows, rows], 1)[:, :width]  # also where rows don't lie one behind the other
     assert torch.equal(codec.encode(strided)[same], alone[same])
+
+
+def odd_rows(kind: str, width: int) -> torch.Tensor:
+    """Seven rows with what a coder may trip over."""
+    chance = torch.Generator().manual_seed(width)
+    rows, drawn = 3 * torch.randn(7, width, generator=chance), torch.rand(7, width, generator=chance)
+    if kind in ("nan", "inf", "-inf"):
+        return rows.masked_fill(drawn < 0.01, float(kind))
+    sparse = rows * (drawn < 0.02)
+    whole = rows.round()
+    return {
+        "plain": rows, "zeros": rows * 0, "ties": whole, "spikes": rows + 1000 * sparse, "tiny": rows * 1e-37,
+        "huge": rows * 5e37, "beyond": rows * 1e38, "mostly zero": sparse, "signed zeros": whole * -0.0,
+    }[kind]  # fmt: skip
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("kind", [
+    "plain", "zeros", "ties", "spikes", "tiny", "huge", "beyond", "mostly zero", "signed zeros", "nan", "inf", "-inf",
+])  # fmt: skip
+def test_compiled_and_not_are_the_same_bytes(monkeypatch: pytest.MonkeyPatch, wire: str, kind: str) -> None:
+    """So that a rank without a compiler and one with it agree."""
+    if library() is None:
+        pytest.skip("nothing is compiled on this machine")
+    codec = codec_named(wire)
+    for width in (1, 31, 33, 64, 65, 96, 127, 128, 129, 200, 320, 576, 2048):
+        rows = odd_rows(kind, width)
+        each = []
+        for found in (library(), None):
+            monkeypatch.setattr(quantised, "library", lambda found=found: found)
+            encoded, out, left = codec.encode(rows), torch.empty_like(rows), torch.ones_like(rows)
+            codec.decode(encoded, out)
+            codec.add(left, encoded, left)
+            each.append((encoded, out.nan_to_num(5.0, 3.0, 4.0), left.nan_to_num(5.0, 3.0, 4.0)))
+        assert all(torch.equal(one, other) for one, other in zip(*each, strict=True)), width
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("place", [3, 200, 255])
+def test_places_beyond_a_row_are_not_written_to(wire: str, place: int) -> None:
+    """As bytes that another rank has spoilt may say."""
+    codec, out = codec_named(wire), torch.zeros(2, 100)
+    encoded = codec.encode(torch.ones(2, 100))
+    layout = layout_of(wire, 100)
+    encoded[1, layout.codes + 2 * layout.groups + 2 * layout.apart] = place
+    beyond = torch.zeros(4, 100)
+    if place >= 128:
+        with pytest.raises(RuntimeError):
+            codec.decode(encoded, beyond[:2])
+        assert not beyond[2:].any()
+    else:
+        codec.decode(encoded, out)
 
 
 @pytest.mark.parametrize("wire", WIRES)

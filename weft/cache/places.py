@@ -82,17 +82,31 @@ class PassagePlaces:
         """Attention of single tokens, whose queries are the first H heads of each row, over all up to themselves or a
         `window`, as `attention.Scoring` says: [T, H * D]. Raises MemoryError."""
         places, heads = self._places, heads_TnD.shape[1] - 2 * self._places.groups
-        if window not in self._firsts:
-            self._firsts[window] = (
-                torch.zeros_like(self._ends) if window is None else (self._ends - window).clamp_min_(0)
-            )
-        where = self._of(layer), self._firsts[window].data_ptr(), self._ends.data_ptr(), self._count
+        where = self._of(layer), self._first(window).data_ptr(), self._ends.data_ptr(), self._count
         queries = heads_TnD.data_ptr(), heads_TnD.stride(0), heads
         scoring = softcap or 0.0, 0 if sinks_H is None else sinks_H.data_ptr()
         out = heads_TnD.new_empty(self._count, heads * places.width)
         if not places.library.weft_attend(*where, *queries, *scoring, out.data_ptr(), torch.get_num_threads()):
             raise MemoryError(f"attention of {self._count} tokens")
         return out
+
+    def attend_whole(
+        self, layer: int, stage: int, window: int | None, angles_T1h: Tensor | None, hidden_TM: Tensor, out_TM: Tensor
+    ) -> None:  # fmt: skip
+        """All that a layer's attention does with single tokens, into `out_TM`. `stage`: where what it is made of is, a
+        `WholeAttention`. Raises MemoryError."""
+        where = (each.data_ptr() for each in (self._first(window), self._starts, self._counts, self._ends))
+        angles = 0 if angles_T1h is None else angles_T1h.data_ptr()
+        given = angles, hidden_TM.data_ptr(), out_TM.data_ptr(), torch.get_num_threads()
+        if not self._places.library.weft_attention(stage, self._of(layer), *where, self._count, *given):
+            raise MemoryError(f"attention of {self._count} tokens")
+
+    def _first(self, window: int | None) -> Tensor:
+        """The first position that each piece's last token sees."""
+        if window not in self._firsts:
+            seen = torch.zeros_like(self._ends) if window is None else (self._ends - window).clamp_min_(0)
+            self._firsts[window] = seen
+        return self._firsts[window]
 
     def _of(self, layer: int) -> int:
         """Where the pointers of one layer are."""

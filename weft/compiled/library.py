@@ -29,7 +29,7 @@ from weft.locks import locked
 COMPILER_VARIABLE = "WEFT_COMPILER"  # a C compiler, instead of those below; "none": torch's kernels alone
 COMPILERS = ("gcc", "cc", "clang")
 SOURCES = Path(__file__).parent / "sources"
-FILES = ("check.c", "products.c", "between.c", "vectors.h")  # the first one includes the others
+FILES = ("check.c", "stages.c", "products.c", "between.c", "wires.c", "vectors.h")  # the first one includes the others
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 # Each where the compiler takes it: this processor's instructions; sums that stay in registers; torch's pool of threads.
 PROCESSOR = ("-march=native",) if platform.machine() in ("x86_64", "AMD64") else ("-march=native", "-mcpu=native")
@@ -41,13 +41,16 @@ TEST = "import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).weft_check())"
 
 _POINTER, _COUNT, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 FUNCTIONS = {
-    "weft_product": (_INT, [_POINTER, _INT, _POINTER, _COUNT, _COUNT, _POINTER, _INT]),
-    "weft_floats": (None, [_POINTER, _COUNT, _COUNT, _POINTER, _POINTER, _COUNT, _POINTER, _INT]),
+    "weft_product": (_INT, [_POINTER, _POINTER, _COUNT, _COUNT, _POINTER, _INT]),
     "weft_unit": (None, [_POINTER, _COUNT, _COUNT, _FLOAT, _POINTER, _INT]),
     "weft_gate": (None, [_POINTER, _COUNT, _COUNT, _INT, _POINTER, _INT]),
     "weft_rotate": (None, [_POINTER, *([_COUNT] * 5), _POINTER, _INT]),
     "weft_keep": (None, [*([_POINTER] * 3), _COUNT, _POINTER, _COUNT]),
     "weft_attend": (_INT, [*([_POINTER] * 3), _COUNT, _POINTER, _COUNT, _COUNT, _FLOAT, _POINTER, _POINTER, _INT]),
+    "weft_mlp": (_INT, [_POINTER, _POINTER, _COUNT, _POINTER, _INT]),
+    "weft_attention": (_INT, [*([_POINTER] * 6), _COUNT, *([_POINTER] * 3), _INT]),
+    "weft_encode": (_INT, [_POINTER, _COUNT, _COUNT, _INT, _POINTER]),
+    "weft_decode": (_INT, [_POINTER, _COUNT, _COUNT, _INT, _POINTER, _POINTER]),
     "weft_form": (ctypes.c_char_p, []),
     "weft_shift": (_INT, []),
 }
@@ -57,8 +60,26 @@ class Weight(ctypes.Structure):
     """As products.c has it."""
 
     _fields_ = (
-        ("padded", _COUNT), ("outputs", _COUNT), ("blocks", _COUNT), ("codes", _POINTER), ("scales", _POINTER),
-        ("starts", _POINTER), ("bias", _POINTER), ("gains", _POINTER),
+        ("bits", _COUNT), ("padded", _COUNT), ("outputs", _COUNT), ("blocks", _COUNT), ("codes", _POINTER),
+        ("scales", _POINTER), ("starts", _POINTER), ("bias", _POINTER), ("gains", _POINTER),
+    )  # fmt: skip
+
+
+class WholeMlp(ctypes.Structure):
+    """As stages.c has it, where it is called Mlp."""
+
+    _fields_ = (
+        ("first", _POINTER), ("last", _POINTER), ("hidden", _COUNT), ("epsilon", _FLOAT), ("cubic", ctypes.c_int32),
+    )  # fmt: skip
+
+
+class WholeAttention(ctypes.Structure):
+    """As stages.c has it, where it is called Attention."""
+
+    _fields_ = (
+        ("first", _POINTER), ("last", _POINTER), ("hidden", _COUNT), ("epsilon", _FLOAT), ("cap", _FLOAT),
+        ("heads", _COUNT), ("groups", _COUNT), ("width", _COUNT), ("rotary", _COUNT), ("scales", _POINTER),
+        ("sinks", _POINTER), ("head_epsilon", _FLOAT),
     )  # fmt: skip
 
 

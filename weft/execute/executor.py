@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from weft.execute.draws import Slice
+from weft.execute.held import HeldFeatures, HeldRows
 from weft.execute.lanes import Lanes, Pending
 from weft.execute.owed import Owed
 from weft.execute.residual import Residual
@@ -116,61 +117,6 @@ class _Now(NamedTuple):
     extent: Extent
 
 
-class _Bodies:
-    """Features until their last tail has taken them: the stage, the rows that leave, features, rows left to take."""
-
-    def __init__(self) -> None:
-        self._kept: list[tuple[StageFunctions, Rows, Any, list[int]]] = []
-
-    def put(self, stage: StageFunctions, leaves: Rows, features: Any) -> None:
-        if leaves.length:
-            self._kept.append((stage, leaves, features, [leaves.length]))
-
-    def take(self, stage: StageFunctions, leaves: Rows) -> Any:
-        for number, (owner, rows, features, left) in enumerate(self._kept):
-            if owner is stage and rows.contains(leaves):
-                left[0] -= leaves.length
-                if not left[0]:
-                    del self._kept[number]
-                return features
-        raise AssertionError("a tail without a body: the program was not checked")
-
-
-class _Tensors:
-    """Rows that a later step takes, whole or in parts; each tensor is let go with its last row."""
-
-    def __init__(self) -> None:
-        self._kept: list[tuple[StageFunctions, Rows, Tensor, list[int]]] = []
-
-    def put(self, stage: StageFunctions, rows: Rows, tensor: Tensor) -> None:
-        self._kept.append((stage, rows, tensor, [rows.length]))
-
-    def has(self, stage: StageFunctions, rows: Rows) -> bool:
-        """Something of these rows is there."""
-        return bool(self._kept) and any(owner is stage and there.intersects(rows) for owner, there, _, _ in self._kept)
-
-    def take(self, stage: StageFunctions, rows: Rows) -> Tensor:
-        """These rows, from the tensor or the tensors that hold them."""
-        if self._kept and self._kept[0][0] is stage and self._kept[0][1] == rows:  # mostly: just these
-            return self._kept.pop(0)[2]
-        taken, kept, missing = [], [], rows.length
-        for entry in self._kept:
-            owner, there, tensor, left = entry
-            here = rows.clip(there) if owner is stage else Rows(0, 0)
-            if here.length:
-                left[0] -= here.length
-                missing -= here.length
-                part = tensor if here == there else tensor[here.start - there.start : here.stop - there.start]
-                taken.append((here.start, part))
-            if left[0]:
-                kept.append(entry)
-        self._kept = kept
-        assert not missing, "nothing holds all of a step's rows: the program was not checked"
-        if len(taken) == 1:
-            return taken[0][1]
-        return torch.cat([part for _, part in sorted(taken, key=lambda entry: entry[0])])
-
-
 class Executor:
     """Runs programs of one model with one group and the lanes of one rank. `vocabulary`: tokens of each rank."""
 
@@ -216,7 +162,7 @@ class _Pass:
         self.residual = Residual(owner.decoder, owner.outline, self.prepared.narrow_from, forward)
         wires = {step.wire for block in program.form.blocks for step in block.steps} - {""}
         self.owed = Owed(self.residual) if any(c.error for c in (codec, *map(codec_named, wires))) else None
-        self.inputs, self.bodies, self.partials = _Tensors(), _Bodies(), _Tensors()
+        self.inputs, self.bodies, self.partials = HeldRows(), HeldFeatures(), HeldRows()
         self.logits: Tensor | None = None
         self.told: list[Tensor] = []
 
@@ -265,7 +211,7 @@ class _Pass:
             return  # nobody wants what would leave, and nothing is remembered here
         begin = time.perf_counter()
         if kind is Kind.COMPUTE:
-            self._leave(extent, place, stage, stage.body(self.forward, extent, self._input(extent, place, stage)))
+            self._contribute(extent, place, stage)
         elif kind is Kind.BODY:
             self.bodies.put(stage, extent.leaves, stage.body(self.forward, extent, self._input(extent, place, stage)))
         elif kind is Kind.TAIL:
@@ -278,6 +224,18 @@ class _Pass:
         end = time.perf_counter()
         self.spans[number] = begin, end
         self.busy[lane] += end - begin
+
+    def _contribute(self, extent: Extent, place: int, stage: StageFunctions) -> None:
+        """All of a stage: step by step, if it isn't faster at once."""
+        if self.inputs.has(stage, extent.rows):
+            self._leave(extent, place, stage, stage.body(self.forward, extent, self._input(extent, place, stage)))
+            return
+        hidden = self.residual.read(place, extent.rows)
+        if (partial_ := stage.whole(self.forward, extent, hidden)) is not None:
+            self._left(extent, place, stage, partial_)
+        else:
+            entered = stage.enter(self.forward, extent, hidden)
+            self._leave(extent, place, stage, stage.body(self.forward, extent, entered))
 
     def _input(self, extent: Extent, place: int, stage: StageFunctions) -> Tensor:
         """A stage's input: brought by an all_gather, or entered here."""
@@ -298,7 +256,10 @@ class _Pass:
         """A partial for the collective that follows; that of a stage without one is the sum already."""
         if not extent.leaves.length:
             return
-        left = stage.tail(self.forward, extent, features)
+        self._left(extent, place, stage, stage.tail(self.forward, extent, features))
+
+    def _left(self, extent: Extent, place: int, stage: StageFunctions, left: Tensor) -> None:
+        """A partial comes where the next one looks for it."""
         if (kind := self.outline.stages[place].collective) is None or (kind is Kind.REDUCE and self.prepared.alone):
             self.residual.put(place, stage, extent, left)
         else:

@@ -19,7 +19,7 @@ from torch import Tensor
 from weft.cache.slabs import Slabs
 from weft.model.attention import Scoring, attend, attend_each
 from weft.model.blueprint import AttentionBranch, Blueprint, Branch, MlpBranch, ProjectionBranch
-from weft.model.elementwise import UnitRows, activation, rotate
+from weft.model.elementwise import UnitRows, activation, compiled_gate, rotate
 from weft.model.forward import Extent, Forward, RowWise, SequenceRows
 from weft.model.kernels.linear import Linear
 from weft.model.shares import HeadRun, Share
@@ -185,6 +185,7 @@ class Mlp:
 
     weights: BranchWeights
     act: Callable[[Tensor], Tensor]
+    cubic: int | None  # of the compiled gate, if it is one
 
     def body(self, forward: Forward, extent: Extent, input_LM: Tensor) -> RowWise:
         """The activation [L, width of this rank]."""
@@ -252,7 +253,8 @@ def _attention(making: Making, branch: Branch, layer: int, weights: BranchWeight
 
 def _mlp(making: Making, branch: Branch, layer: int, weights: BranchWeights) -> BranchFunctions:
     assert isinstance(branch, MlpBranch)
-    return Mlp(weights, activation(branch.activation, branch.gated, making.exact_rows))
+    act = activation(branch.activation, branch.gated, making.exact_rows)
+    return Mlp(weights, act, compiled_gate(branch.activation) if branch.gated else None)
 
 
 # How a rank's branches are made, by what declares them.

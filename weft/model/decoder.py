@@ -5,6 +5,8 @@
     tail(forward, extent, features) -> partial  row-wise: that projection; the sum over ranks is the contribution
     absorb(forward, extent, hidden, total)      row-wise: adds the contribution to the residual stream
 
+    whole(forward, extent, hidden) -> partial   the first three in one, where few rows are faster so; or nothing
+
 The caller may run them for any rows, in any order that `program.check` allows; what travels between a body and its
 tails is theirs alone. Stages hold weights and constants; what belongs to one batch comes in as a `Forward`. Knows
 nothing of lanes, programs or other ranks. Shapes: see forward.py.
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from weft.cache.slabs import Slabs
+from weft.model.at_once import AtOnce, at_once
 from weft.model.blueprint import Blueprint, Norm, StageParts
 from weft.model.branches import BRANCHES, BranchFunctions, Making, Parallel, Projection
 from weft.model.elementwise import UnitRows, capped
@@ -55,6 +58,21 @@ class StageFunctions(Protocol):
     def absorb(self, forward: Forward, extent: Extent, hidden_LM: Tensor, total_LM: Tensor) -> None:
         """Adds the contribution to the residual stream, in place."""
         ...
+
+    def whole(self, forward: Forward, extent: Extent, hidden_TM: Tensor) -> Tensor | None:
+        """What `tail` gives of what `body` gives of what `enter` gives, with the same bits; None, with nothing done, if
+        that isn't faster."""
+        ...
+
+
+class _InSteps:
+    """A stage that is always gone through step by step."""
+
+    __slots__ = ()
+
+    def whole(self, forward: Forward, extent: Extent, hidden_TM: Tensor) -> Tensor | None:
+        """Nothing."""
+        return None
 
 
 class Decoder:
@@ -106,7 +124,7 @@ def _joined(spans: list[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Embed:
+class Embed(_InSteps):
     """Token ids to the residual stream; whole on every rank, no collective."""
 
     embedding: LookedUp
@@ -156,6 +174,11 @@ class LayerStage(_Layered):
     """A contribution, or the norm of what all ranks' partials come to."""
 
     post: tuple[UnitRows, Gain] | None
+    at_once: AtOnce | None
+
+    def whole(self, forward: Forward, extent: Extent, hidden_TM: Tensor) -> Tensor | None:
+        """See `StageFunctions`."""
+        return None if self.at_once is None else self.at_once(forward, extent, hidden_TM)
 
     @property
     def adds(self) -> bool:
@@ -172,7 +195,7 @@ class LayerStage(_Layered):
 
 
 @dataclass(frozen=True, slots=True)
-class ProjectionStage(_Layered):
+class ProjectionStage(_InSteps, _Layered):
     """What the next stage needs of all ranks before it can attend; nothing of it comes to the residual stream."""
 
     heads: Projection
@@ -184,7 +207,7 @@ class ProjectionStage(_Layered):
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class Head(_InSteps):
     """The output head, for this rank's part of the vocabulary."""
 
     projection: Linear
@@ -235,4 +258,4 @@ class _StageMaker:
             return ProjectionStage(norm, branches[0], branches[0])
         post = None if parts.post is None or held.post is None else (self.norm(parts.post), held.post)
         branch = branches[0] if len(branches) == 1 else Parallel(branches[0], tuple(branches[1:]))
-        return LayerStage(norm, branch, post)
+        return LayerStage(norm, branch, post, at_once(norm, branch, self._hidden))

@@ -31,7 +31,7 @@ def compiled_for(rows: Tensor) -> CDLL | None:
 
 def activation(name: str, gated: bool, exact_rows: bool) -> Callable[[Tensor], Tensor]:
     """An activation by its name, of [T, W]; `gated`: of the first half of [T, 2W], times the second -> [T, W]."""
-    act, cubic = (_EXACT if exact_rows else _FAST)[name], _BY_SIGMOIDS.get(name)
+    act, cubic = (_EXACT if exact_rows else _FAST)[name], compiled_gate(name)
 
     def gate(gate_up_T2W: Tensor) -> Tensor:
         if cubic is not None and (found := compiled_for(gate_up_T2W)):
@@ -44,6 +44,11 @@ def activation(name: str, gated: bool, exact_rows: bool) -> Callable[[Tensor], T
         return act(first).mul_(second)
 
     return gate if gated else act
+
+
+def compiled_gate(name: str) -> int | None:
+    """What the compiled gate is told of an activation; None for one that it hasn't."""
+    return _BY_SIGMOIDS.get(name)
 
 
 def _sigmoid_times(rows: Tensor, negated: Tensor) -> Tensor:
@@ -73,7 +78,7 @@ _EXACT: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda rows: _sigmoid_times(rows, torch.neg(rows)), "gelu": _erf_gelu, "gelu_tanh": _tanh_gelu,
     "relu2": _relu2,
 }  # fmt: skip
-_BY_SIGMOIDS = {"silu": 0, "gelu_tanh": 1}  # to what the compiled gate is told
+_BY_SIGMOIDS = {"silu": 0, "gelu_tanh": 1}
 
 
 def capped(values: Tensor, cap: float) -> Tensor:

@@ -19,6 +19,7 @@ of the columns in the lower halves of bytes), G scales, k numbers, and a byte fo
 
 from __future__ import annotations
 
+from ctypes import CDLL
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from weft.compiled.library import library
 from weft.parallel.sizes import GROUP_SET, GROUPS, Layout, layout_of
 
 TINY = 2.0**-118
@@ -76,6 +78,9 @@ class Quantised:
         """[T, M] -> [T, bytes of a row]."""
         rows, width = values.shape
         layout, encoded = layout_of(self.name, width), self.empty(values)
+        found = _compiled_for(values)
+        if found and found.weft_encode(values.data_ptr(), rows, width, self._group, encoded.data_ptr()):
+            return encoded
         views, numbers = _Views(encoded, layout), values.float()
         if layout.padded > width:
             numbers = pad(numbers, (0, layout.padded - width))
@@ -98,7 +103,8 @@ class Quantised:
 
     def decode(self, encoded: Tensor, out: Tensor) -> None:
         """[T, bytes of a row] -> `out` [T, M]."""
-        out.copy_(self._decoded(encoded, out.shape[1]))
+        if not self._added(None, encoded, out):
+            out.copy_(self._decoded(encoded, out.shape[1]))
 
     def settle(self, values: Tensor) -> None:
         """Rounds to what would come out at the other end, in place."""
@@ -106,7 +112,14 @@ class Quantised:
 
     def add(self, left: Tensor, encoded: Tensor, out: Tensor) -> None:
         """out = left + decoded, each in `out`'s dtype: so two terms give the same bits in either order."""
-        torch.add(left, self._decoded(encoded, out.shape[1]).to(out.dtype), out=out)
+        if not self._added(left, encoded, out):
+            torch.add(left, self._decoded(encoded, out.shape[1]).to(out.dtype), out=out)
+
+    def _added(self, left: Tensor | None, encoded: Tensor, out: Tensor) -> bool:
+        """By weft's own kernels, where they are; False, with nothing done, for what they leave to torch."""
+        found = _compiled_for(out) if encoded.is_contiguous() and (left is None or _compiled_for(left)) else None
+        given = encoded.data_ptr(), *out.shape, self._group, 0 if left is None else left.data_ptr(), out.data_ptr()
+        return found is not None and bool(found.weft_decode(*given))
 
     def _scales(self, most: Tensor, least: Tensor) -> Tensor:
         """Of each group as it will be read, in float32. Zero: all that is left of the group is."""
@@ -169,6 +182,11 @@ class Quantised:
         values = (coded * torch.exp2(exponent.float())[:, None]).clamp(-greatest, greatest)
         values = values.masked_fill(coded == most, float("inf")).masked_fill(coded == -most, float("-inf"))
         numbers[marked] = values.masked_fill(coded == -most - 1, float("nan"))
+
+
+def _compiled_for(values: Tensor) -> CDLL | None:
+    """weft's own kernels, where they are and know such numbers; the bytes are the same."""
+    return library() if values.dtype is torch.float32 and values.is_cpu and values.is_contiguous() else None
 
 
 def _set_apart(groups: Tensor, most: Tensor, least: Tensor, apart: int) -> Tensor:

@@ -1,8 +1,8 @@
 // All kernels as one library, and whether they come out right on this processor: against sums in doubles.
 
-#include "products.c"
+#include "stages.c"
 
-#include "between.c"
+#include "wires.c"
 
 #define CHECKED 96  // inputs of the weight that is tried, 37 outputs, 13 rows
 
@@ -25,13 +25,13 @@ static int check_few_bits(void) {  // with the largest numbers that there are
             chance = chance * 1664525 + 1013904223;
             rows[r][k] = r < 2 ? (k % TURN ? 0 : 1) : (float)(chance >> 8) / (1 << 23) - 1;
         }
-    Weight w = {2 * TURN, 37, 3, codes8, scales, starts, NULL, NULL};
+    Weight w = {8, 2 * TURN, 37, 3, codes8, scales, starts, NULL, NULL};
     for (int threads = 1; threads <= 2; threads++) {
-        if (!weft_product(&w, 8, rows[0], CHECKED, 13, out[0], threads)) return 1;
+        if (!weft_product(&w, rows[0], CHECKED, 13, out[0], threads)) return 1;
         for (int r = 0; r < 13; r++) {
             uint8_t codes[2 * TURN];
             double scale = whole_row(&w, rows[r], CHECKED, turned, codes);
-            if (!weft_product(&w, 8, rows[r], CHECKED, 1, one, 1) || memcmp(one, out[r], sizeof one)) return 2;
+            if (!weft_product(&w, rows[r], CHECKED, 1, one, 1) || memcmp(one, out[r], sizeof one)) return 2;
             for (int o = 0; o < 37; o++) {
                 double sum = 0;
                 for (int k = 0; k < 2 * TURN; k++) sum += (double)weights[o][k] * (int8_t)(codes[k] - SHIFT);
@@ -51,11 +51,11 @@ static int check_few_bits(void) {  // with the largest numbers that there are
                     groups[i].codes[j][4 * o + b] = o < 4 ? 255 : (uint8_t)(chance >> 24);
                 }
         }
-    w = (Weight){CHECKED, 37, 3, (const uint8_t *)groups, scales, NULL, NULL, NULL};
+    w = (Weight){4, CHECKED, 37, 3, (const uint8_t *)groups, scales, NULL, NULL, NULL};
     for (int threads = 1; threads <= 2; threads++) {
-        if (!weft_product(&w, 4, rows[0], CHECKED, 13, out[0], threads)) return 4;
+        if (!weft_product(&w, rows[0], CHECKED, 13, out[0], threads)) return 4;
         for (int r = 0; r < 13; r++) {
-            if (!weft_product(&w, 4, rows[r], CHECKED, 1, one, 1) || memcmp(one, out[r], sizeof one)) return 5;
+            if (!weft_product(&w, rows[r], CHECKED, 1, one, 1) || memcmp(one, out[r], sizeof one)) return 5;
             for (int o = 0; o < 37; o++) {
                 double sum = 0, size = 0;
                 for (int k = 0; k < CHECKED; k++) {
@@ -89,11 +89,11 @@ static int check_floats(void) {
     fill(weights, 3 * 50 * LANES, 1, &chance);
     fill(&rows[0][0], 13 * 50, 1, &chance);
     fill(bias, 37, 1, &chance);
+    Weight w = {32, 50, 37, 3, (const uint8_t *)weights, NULL, NULL, bias, NULL};
     for (int threads = 1; threads <= 2; threads++) {
-        weft_floats(weights, 50, 37, bias, rows[0], 13, out[0], threads);
+        if (!weft_product(&w, rows[0], 50, 13, out[0], threads)) return 7;
         for (int r = 0; r < 13; r++) {
-            weft_floats(weights, 50, 37, bias, rows[r], 1, one, 1);
-            if (memcmp(one, out[r], sizeof one)) return 7;
+            if (!weft_product(&w, rows[r], 50, 1, one, 1) || memcmp(one, out[r], sizeof one)) return 7;
             for (int o = 0; o < 37; o++) {
                 double sum = bias[o];
                 for (int k = 0; k < 50; k++) sum += (double)rows[r][k] * weights[(o / LANES * 50 + k) * LANES + o % LANES];
@@ -182,9 +182,30 @@ static int check_attention(void) {  // two sequences of other lengths, 34 heads 
     return 0;
 }
 
+static int check_wires(void) {  // one row alone and beside others, and with what it was summed
+    static float rows[3][300], out[3][300], sums[3][300];
+    static uint8_t coded[3][512], one[512];
+    uint32_t chance = 5;
+    fill(&rows[0][0], 3 * 300, 1, &chance);
+    for (int group = 32; group <= 64; group *= 2) {
+        int64_t row = layout_of(300, group).row;
+        if (!weft_encode(rows[0], 3, 300, group, coded[0]) || !weft_decode(coded[0], 3, 300, group, NULL, out[0])) return 15;
+        if (!weft_decode(coded[0], 3, 300, group, rows[0], sums[0])) return 15;
+        for (int r = 0; r < 3; r++) {
+            if (!weft_encode(rows[r], 1, 300, group, one) || memcmp(one, coded[0] + r * row, row)) return 16;
+            for (int i = 0; i < 300; i++) {
+                if (fabsf(rows[r][i] - out[r][i]) > (group == 64 ? 0.51 / 127 : 1.01 / 8)) return 17;
+                if (sums[r][i] != rows[r][i] + out[r][i]) return 18;
+            }
+        }
+    }
+    return 0;
+}
+
 int weft_check(void) {
     int found = check_few_bits();
     if (!found) found = check_floats();
     if (!found) found = check_rows();
+    if (!found) found = check_wires();
     return found ? found : check_attention();
 }

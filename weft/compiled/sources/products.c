@@ -13,8 +13,9 @@
 #define TOGETHER (16 * ROWS)  // rows that one thread takes at a time
 
 typedef struct {
-    int64_t padded, outputs, blocks;  // padded: inputs in whole turns, or groups
-    const uint8_t *codes;   // int8: [blocks, padded / 4, 16, 4]; int4: [blocks, padded / 32] of Group4
+    int64_t bits;  // 8, 4, or 32: floats, which have codes and a bias alone
+    int64_t padded, outputs, blocks;  // padded: inputs in whole turns, or groups; of floats as they are
+    const uint8_t *codes;   // int8: [blocks, padded / 4, 16, 4]; int4: [blocks, padded / 32] of Group4; floats: [blocks, padded, 16]
     const float *scales;    // [16 * blocks]
     const int32_t *starts;  // int8: [16 * blocks], minus SHIFT times the sum of an output's weights
     const float *bias;      // [outputs], or nothing
@@ -215,8 +216,8 @@ static void rows4(const Weight *w, int rows, int64_t block, int64_t end, const u
 }
 
 // out [T, W] = rows [T, K] times the weight of 8 or 4 bits, plus its bias. False if there is no memory.
-int weft_product(const Weight *w, int bits, const float *rows, int64_t inputs, int64_t count, float *out, int threads) {
-    int64_t padded = w->padded, scaled = bits == 8 ? 1 : padded / GROUP, panels = (w->blocks + PANEL - 1) / PANEL;
+static int product_of_codes(const Weight *w, const float *rows, int64_t inputs, int64_t count, float *out, int threads) {
+    int64_t bits = w->bits, padded = w->padded, scaled = bits == 8 ? 1 : padded / GROUP, panels = (w->blocks + PANEL - 1) / PANEL;
     int64_t groups = (count + TOGETHER - 1) / TOGETHER;
     if (count * w->blocks * LANES * padded < FEW_PRODUCTS) threads = 1;
     float *scales = malloc(count * padded + (2 * count * scaled + threads * padded) * sizeof(float));
@@ -299,15 +300,16 @@ static void rowsf(int rows, int blocks, const float *weights, int64_t inputs, co
 #undef BLOCKS_HERE
 }
 
-// out [T, W] = rows [T, K] times a weight of floats [blocks, K, 16], plus its bias.
-void weft_floats(const float *weights, int64_t inputs, int64_t outputs, const float *bias, const float *rows, int64_t count, float *out, int threads) {
-    int64_t blocks = (outputs + LANES - 1) / LANES, panels = (blocks + PANEL - 1) / PANEL;
+// The same with floats.
+static void product_of_floats(const Weight *w, const float *rows, int64_t count, float *out, int threads) {
+    const float *weights = (const float *)w->codes, *bias = w->bias;
+    int64_t inputs = w->padded, outputs = w->outputs, panels = (w->blocks + PANEL - 1) / PANEL;
     int64_t passes = (inputs + DEPTH - 1) / DEPTH, groups = (count + TOGETHER - 1) / TOGETHER;
     if (count * outputs * inputs < FEW_PRODUCTS) threads = 1;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t task = 0; task < panels * groups; task++) {
         float sums[TOGETHER * PANEL * LANES];
-        int64_t block = task / groups * PANEL, start = task % groups * TOGETHER, left = blocks - block, wide = outputs - block * LANES;
+        int64_t block = task / groups * PANEL, start = task % groups * TOGETHER, left = w->blocks - block, wide = outputs - block * LANES;
         int some = (int)(left < PANEL ? left : PANEL), width = (int)(wide < PANEL * LANES ? wide : PANEL * LANES);
         int here = (int)(count - start < TOGETHER ? count - start : TOGETHER);
         for (int64_t pass = 0; pass < passes; pass++)
@@ -320,4 +322,11 @@ void weft_floats(const float *weights, int64_t inputs, int64_t outputs, const fl
                 out[(start + row) * outputs + block * LANES + i] = bias ? sum + bias[block * LANES + i] : sum;
             }
     }
+}
+
+// out [T, W] = rows [T, K] times a weight, plus its bias. False if there is no memory.
+int weft_product(const Weight *w, const float *rows, int64_t inputs, int64_t count, float *out, int threads) {
+    if (w->bits != 32) return product_of_codes(w, rows, inputs, count, out, threads);
+    product_of_floats(w, rows, count, out, threads);
+    return 1;
 }

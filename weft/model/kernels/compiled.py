@@ -23,8 +23,10 @@ from weft.model.kernels.rotation import TURN
 LONGEST = 1 << 17  # inputs of int8: so many products of 127 and 127, and what their starts take, fit into 32 bits
 
 
-class _Compiled:
-    """What all have in common. `weight`: all that the kernel reads, which is kept here."""
+class Compiled:
+    """What all have in common: with what products.c calls a Weight, and all that it points to."""
+
+    bits = 32
 
     def __init__(self, width: int, padded: int, bias_W: Tensor | None) -> None:
         found = library()
@@ -33,22 +35,30 @@ class _Compiled:
         self.width, self.padded, self.library = width, padded, found
         self.bias = None if bias_W is None else bias_W.float().contiguous()
 
+    def keep(self, codes: Tensor, scales: Tensor | None = None, starts: Tensor | None = None) -> None:
+        """Has the kernel multiply with them."""
+        self.weight = codes, scales, starts
+        places = map(place_of, (*self.weight, self.bias))
+        self._weight = Weight(self.bits, self.padded, self.width, -(-self.width // LANES), *places, 0)
+        self.address = ctypes.addressof(self._weight)
+
     def __call__(self, rows_TK: Tensor) -> Tensor:
         """See `Linear`."""
         rows = (rows_TK if rows_TK.dtype is torch.float32 else rows_TK.float()).contiguous()
         count, inputs = rows.shape
-        assert rows.is_cpu and 0 <= self.padded - inputs < TURN, "rows of another model, or of another device"
+        assert rows.is_cpu and self.takes(inputs), "rows of another model, or of another device"
         out = torch.empty(count, self.width)
-        if count:
-            self.product(rows, out)
+        given = rows.data_ptr(), inputs, count, out.data_ptr(), torch.get_num_threads()
+        if count and not self.library.weft_product(self.address, *given):
+            raise MemoryError(f"a product of {count} rows")
         return out if rows_TK.dtype is torch.float32 else out.to(rows_TK.dtype)
 
-    def product(self, rows_TK: Tensor, out_TW: Tensor) -> None:
-        """Of at least one row."""
-        raise NotImplementedError
+    def takes(self, inputs: int) -> bool:
+        """Whether rows of so many numbers are multiplied."""
+        return 0 <= self.padded - inputs < (TURN if self.bits < 32 else 1)
 
 
-class CompiledFloats(_Compiled):
+class CompiledFloats(Compiled):
     """float32."""
 
     def __init__(self, weight: Stored, bias_W: Tensor | None = None, least: int = 1) -> None:
@@ -56,41 +66,20 @@ class CompiledFloats(_Compiled):
         outputs, inputs = plain_WK.shape
         super().__init__(outputs, inputs, bias_W)
         whole = outputs // LANES * LANES  # no copy of all of it beside what is kept
-        self.weight = torch.zeros(-(-outputs // LANES), inputs, LANES)
-        self.weight[: whole // LANES] = plain_WK[:whole].view(-1, LANES, inputs).transpose(1, 2)
-        self.weight[whole // LANES :, :, : outputs - whole] = plain_WK[whole:].T
-        self._given = self.weight.data_ptr(), inputs, outputs, _place(self.bias)
-
-    def product(self, rows_TK: Tensor, out_TW: Tensor) -> None:
-        """See `_Compiled`."""
-        given = rows_TK.data_ptr(), rows_TK.shape[0], out_TW.data_ptr(), torch.get_num_threads()
-        self.library.weft_floats(*self._given, *given)
+        blocks = torch.zeros(-(-outputs // LANES), inputs, LANES)
+        blocks[: whole // LANES] = plain_WK[:whole].view(-1, LANES, inputs).transpose(1, 2)
+        blocks[whole // LANES :, :, : outputs - whole] = plain_WK[whole:].T
+        self.keep(blocks)
 
 
-class FewBits(_Compiled):
-    """Of `bits`: with what products.c calls a Weight."""
-
-    bits = 0
-
-    def keep(self, codes: Tensor, scales: Tensor, starts: Tensor | None) -> None:
-        """Has the kernel multiply with them."""
-        self.weight = codes, scales, starts
-        places = map(_place, (*self.weight, self.bias))
-        self._weight = Weight(self.padded, self.width, -(-self.width // LANES), *places, 0)
-        self._given = ctypes.addressof(self._weight), self.bits
+class FewBits(Compiled):
+    """Of fewer than 32 bits."""
 
     def gained(self, scale_K: Tensor) -> Linear:
         """Of rows that are multiplied by a scale first."""
         self.gains = scale_K.float().contiguous()
         self._weight.gains = self.gains.data_ptr()
         return self
-
-    def product(self, rows_TK: Tensor, out_TW: Tensor) -> None:
-        """See `_Compiled`."""
-        count, inputs = rows_TK.shape
-        given = rows_TK.data_ptr(), inputs, count, out_TW.data_ptr(), torch.get_num_threads()
-        if not self.library.weft_product(*self._given, *given):
-            raise MemoryError(f"a product of {count} rows")
 
 
 class Compiled8(FewBits):
@@ -129,7 +118,7 @@ class Compiled4(FewBits):
         eights = functional.pad(whole_WK, made_up).view(-1, LANES, padded // GROUP, GROUP // 8, 2, 4)
         two = eights.permute(0, 2, 3, 4, 1, 5)  # B, G, eights of a group, their halves, outputs, inputs
         packed = two[:, :, :, 1].bitwise_left_shift(4).bitwise_or_(two[:, :, :, 0]).flatten(2)
-        self.keep(torch.cat([*halves, packed], 2), functional.pad(scales_W, (0, made_up[-1])), None)
+        self.keep(torch.cat([*halves, packed], 2), functional.pad(scales_W, (0, made_up[-1])))
 
 
 def _halves(each_WG: Tensor) -> Tensor:
@@ -138,6 +127,6 @@ def _halves(each_WG: Tensor) -> Tensor:
     return blocks.half().contiguous().view(torch.uint8)
 
 
-def _place(tensor: Tensor | None) -> int:
+def place_of(tensor: Tensor | None) -> int:
     """Where it is; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
