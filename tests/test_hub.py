@@ -260,7 +260,7 @@ def test_a_tag_fetches_that_file_alone_and_a_broken_fetch_goes_on(hub: dict[str,
     assert located("someone/tiny:Q4_K_M", hub | {"HF_HUB_OFFLINE": "1"}).stdout == first.stdout and not Hub.asked
 
 
-@pytest.mark.parametrize("status", [503, 401])
+@pytest.mark.parametrize("status", [401, pytest.param(503, marks=pytest.mark.grid)])  # asked again for 23 s, twice
 def test_what_is_in_the_cache_needs_no_hub_that_answers(status: int, hub: dict[str, str]) -> None:
     Hub.files, Hub.broken_off = {"Tiny-Q4_K_M.gguf": b"GGUF" * 100}, 1
     path = located("someone/tiny:Q4_K_M", hub).stdout

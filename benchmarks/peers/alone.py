@@ -10,7 +10,7 @@ only, no generate() around it. llama.cpp reads the same GGUF files, with the sam
 wheel `xllamacpp`, in an environment of its own that is made on first use. Weft's times are what a caller waits for:
 engine, messages and worker. Memory is that of weft's rank, the engine being in this process, and of llama.cpp's
 process, what is shared counted in parts. The bound: bytes of weights that a token reads (a table of which it looks up
-one row left out), over what the machine reads a second, the most that it did in any round.
+one row left out), over what the machine reads a second right before or right after, whichever is more.
 """
 
 from __future__ import annotations
@@ -196,17 +196,22 @@ def _environment() -> str:
     return str(python)
 
 
-def read_rate(threads: int) -> float:
-    """Bytes a second that so many threads read from memory."""
-    torch.set_num_threads(threads)
-    numbers, ones = torch.ones(READ // 4096, 1024), torch.ones(1024)
+class Reader:
+    """Reads memory, and nothing else."""
 
-    def seconds(read: Callable[[], object]) -> float:
-        begin = time.perf_counter()
-        read()
-        return time.perf_counter() - begin
+    def __init__(self, threads: int) -> None:
+        self.threads, self.numbers, self.ones = threads, torch.ones(READ // 4096, 1024), torch.ones(1024)
 
-    return READ / min(seconds(read) for read in (numbers.sum, lambda: numbers @ ones) for _ in range(4))
+    def rate(self) -> float:
+        """Bytes a second that so many threads read now, the best of some."""
+        torch.set_num_threads(self.threads)
+
+        def seconds(read: Callable[[], object]) -> float:
+            begin = time.perf_counter()
+            read()
+            return time.perf_counter() - begin
+
+        return READ / min(seconds(read) for read in (self.numbers.sum, lambda: self.numbers @ self.ones) for _ in "ab")
 
 
 def memory(pids: list[int]) -> int:
@@ -242,17 +247,19 @@ def contest(name: str, weights: list[str], threads: int, rounds: int, tokens: in
             there[who] = make()
             stack.callback(there[who].close)
         taken: dict[str, list[dict[str, float]]] = {who: [] for who in there}
-        reads = []
+        reader = Reader(threads)
         for _ in range(rounds + 1):  # the first one warms up and doesn't count
-            reads.append(read_rate(threads))
             for who, one in there.items():
-                taken[who].append({"prefill": one.prefill(ids), "decode": one.decode(ids[:128])})
+                seconds = {"prefill": one.prefill(ids)}
+                before = reader.rate()  # neighbours on the machine change it by half within seconds
+                seconds["decode"] = one.decode(ids[:128])
+                taken[who].append(seconds | {"read": max(before, reader.rate())})
         for who, one in there.items():
             held = memory(one.pids) if who.startswith(("weft", "llama")) else 0
             read = getattr(one, "bytes", 0)
             found.append({
                 "model": name, "who": who, "rounds": taken[who][1:], "memory": held, "weights": read,
-                "read": reads[1:], "told": getattr(one, "told", ""), "engine": median(getattr(one, "overheads", [0.0])),
+                "told": getattr(one, "told", ""), "engine": median(getattr(one, "overheads", [0.0])),
             })  # fmt: skip
     return found
 
@@ -271,7 +278,7 @@ def show(found: list[dict[str, Any]], title: str) -> None:
         cells = [f"{median(r[what] for r in one['rounds']) * 1e3:.1f}" for what in ("prefill", "decode")]
         for other in (base, rival):
             cells += [_times(one["rounds"], other, what) if other else "" for what in ("prefill", "decode")]
-        reached = [one["weights"] / each["decode"] / max(one["read"]) for each in one["rounds"]]
+        reached = [one["weights"] / each["decode"] / each["read"] for each in one["rounds"]]
         cells += [
             f"{median(reached):.0%}" if one["weights"] else "",
             f"{one['memory'] / 1e6:.0f}" if one["memory"] else "",

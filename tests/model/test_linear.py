@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from weft.compiled.library import LANES, library
 from weft.formats.packed import Codes
 from weft.model.kernels import choice, trial
 from weft.model.kernels.choice import KERNELS, SHARED, Kernels, recall
-from weft.model.kernels.compiled import Compiled8
+from weft.model.kernels.compiled import Compiled8, CompiledPlain
 from weft.model.kernels.few_bits import INT8, LEVELS, levels_of
 from weft.model.kernels.floats import PlainProduct
 from weft.model.kernels.formats import gathering
@@ -279,6 +280,20 @@ def test_shared_weights_stay_where_they_are() -> None:
     weight = torch.randn(300, 64)
     assert set(SHARED) == {"float32", "bfloat16"}
     assert Kernels().linear(weight, shared=True).weight.data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.parametrize(("width", "inputs"), [(1, 16), (37, 48), (300, 576), (64, 10)])
+def test_a_row_has_its_bits_in_any_batch_with_a_shared_weight(threads: int, width: int, inputs: int) -> None:
+    weight, bias, rows = torch.randn(width, inputs), torch.randn(width), rows_with_outliers(inputs)
+    each = [Kernels(exact_rows=True).linear(weight, bias, shared=True)]
+    if library() is not None and inputs % LANES == 0:
+        each.append(CompiledPlain(weight, bias))
+    for linear in each:
+        whole, expected = linear(rows), rows @ weight.T + bias
+        assert (whole - expected).norm() < 1e-5 * expected.norm()
+        for count in range(1, 71):
+            for start in (0, 2, ROWS - count):
+                assert torch.equal(linear(rows[start : start + count].contiguous()), whole[start : start + count])
 
 
 @pytest.mark.parametrize("low", [0, -8])

@@ -28,15 +28,16 @@ SUBJECT = Subject(
 )  # fmt: skip
 
 
-def machine(truth: Costs, noise: float = 0.0) -> Probe:
-    """Runs a program by simulating it, with every event a little longer or shorter; a sum is so on all ranks."""
+def machine(truth: Costs, noise: float = 0.0, saved: bool = False) -> Probe:
+    """Runs a program by simulating it, with every event a little longer or shorter; a sum is so on all ranks. `saved`:
+    messages alone find a link that has saved up too."""
     random = Random(7)
 
     def probe(batch: Batch, program: Program, wire: str, part: str) -> Sample:
         timeline = simulate(program, batch, truth, wire)
         if part in ("network", "beside"):
             empty = replace(truth, contention=replace(truth.contention, burst=0.0))  # nothing is saved up in between
-            timeline = _only(simulate(program, batch, empty, wire), NETWORK)
+            timeline = _only(simulate(program, batch, truth if saved else empty, wire), NETWORK)
         elif part == "compute":
             alone = replace(truth, contention=Contention())
             timeline = _only(simulate(program, batch, alone, wire), COMPUTE)
@@ -118,6 +119,15 @@ def test_a_link_that_has_nothing_saved_up_makes_small_sums_no_dearer() -> None:
     truth = costs(0.5, contention=Contention(burst=70e3))
     found = calibrate(machine(truth), replace(SUBJECT, elements={"exact": 4.0}))
     assert found.wires["exact"].fixed == pytest.approx(0.3e-3, rel=0.35)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_what_a_link_has_saved_up_makes_no_wire_dearer(saved: bool) -> None:
+    """Sums of a row took less than their bytes do, on every wire alike."""
+    truth = costs(0.25, contention=Contention(burst=70e3))
+    found = calibrate(machine(truth, saved=saved), SUBJECT).wires
+    assert found["bf16"].fixed == pytest.approx(found["exact"].fixed, rel=0.2)
+    assert found["exact"].fixed == pytest.approx(truth.wires["exact"].fixed, rel=0.35)
 
 
 @pytest.mark.parametrize("delay", [2e-3, 20e-3])

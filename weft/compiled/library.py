@@ -42,6 +42,7 @@ TEST = "import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).weft_check())"
 _POINTER, _COUNT, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 FUNCTIONS = {
     "weft_product": (_INT, [_POINTER, _POINTER, _COUNT, _COUNT, _POINTER, _INT]),
+    "weft_plain": (None, [_POINTER, _COUNT, _COUNT, _POINTER, _POINTER, _COUNT, _POINTER, _INT]),
     "weft_unit": (None, [_POINTER, _COUNT, _COUNT, _FLOAT, _POINTER, _INT]),
     "weft_gate": (None, [_POINTER, _COUNT, _COUNT, _INT, _POINTER, _INT]),
     "weft_rotate": (None, [_POINTER, *([_COUNT] * 5), _POINTER, _INT]),

@@ -27,6 +27,7 @@ MOST = 2048  # rows that suffice
 EXTENTS = ((2048, 8), (1024, 8), (512, 8), (256, 8), (256, 2))
 SLOWEST = 2.0  # seconds of a run of a few rows: a round has some thirty runs, and most of more rows
 SOME_BYTES = 256 << 10  # of a sum, by which algorithms are told apart
+OFTEN = 4  # times in a round, of messages of a row: they are short, and wires differ by little there
 STOPGAPS = ((256, 2), (128, 2), (64, 1))
 
 # Runs a program on a batch of any tokens: (batch, program, wire, "both", or one side alone: "compute", "network", or
@@ -112,8 +113,8 @@ def _sums(subject: Subject, most: int, sizes: list[int]) -> Iterator[Trial]:
     for algorithm in subject.algorithms if len(subject.algorithms) > 1 else ():
         for n in (1, max(2, min(most, int(SOME_BYTES / row)))):
             yield _run(subject, by_name(algorithm), n, 2, scope="network", algorithm=algorithm)
-    for wire in subject.elements:
-        for n in sizes:
+    for n in sizes:
+        for wire in [*subject.elements] * (OFTEN if n == sizes[0] else 1):
             layers = -(-(4 if n <= 16 else 2) // subject.sums)  # the first sum finds the link idle
             yield _run(subject, "network", n, layers, wire=wire, scope="beside")
 

@@ -151,7 +151,7 @@ class _Network:
         Seconds of a byte are from the largest sums, back to back; those of a sum without bytes from small ones.
         """
         usual = self._fixed()
-        fixed = {wire: max(0.3 * usual, usual + self._longer(wire)) for wire in self.slopes}
+        fixed = {wire: max(0.3 * usual, usual + self._longer(wire, usual)) for wire in self.slopes}
         return {
             wire: WireCosts(
                 {name: self._line(name, fixed[wire], slope) for name in self.subject.algorithms}, self.subject.limit,
@@ -168,12 +168,14 @@ class _Network:
         """Seconds of each sum of whole rows."""
         return _collectives(timeline, self.subject.outline.aside)
 
-    def _longer(self, wire: str) -> float:
-        """Seconds that a sum takes longer on this wire than on the first one, beside its bytes."""
-        few = self.samples.sizes[0]
+    def _longer(self, wire: str, fixed: float) -> float:
+        """Seconds that a sum takes longer on this wire than on the first one, beside its bytes. `fixed`: on the first."""
+        few, usual = self.samples.sizes[0], self.subject.first_wire
+        # Sums that hardly waited for their bytes found a link that had saved up, and so did those beside them.
+        saved = fmean(self._sums("network", few, usual)) < fixed + 0.5 * self.slope * self._bytes(few, usual)
         own, first = (
-            fmean(self._sums("network", few, each)) - self.slopes[each] * self._bytes(few, each)
-            for each in (wire, self.subject.first_wire)
+            fmean(self._sums("network", few, each)) - (0.0 if saved else self.slopes[each] * self._bytes(few, each))
+            for each in (wire, usual)
         )
         return own - first
 

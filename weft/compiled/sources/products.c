@@ -324,6 +324,59 @@ static void product_of_floats(const Weight *w, const float *rows, int64_t count,
     }
 }
 
+// Four outputs, of some rows: their products with the rows' numbers, sixteen sums each, of which quads are left.
+#define STARTD(r) floats a##r = zero, b##r = zero, c##r = zero, d##r = zero;
+#define ADDD(r) if (r < rows) { \
+    floats some = load_floats(from + r * inputs + k); \
+    a##r = times_plus(some, wa, a##r), b##r = times_plus(some, wb, b##r); \
+    c##r = times_plus(some, wc, c##r), d##r = times_plus(some, wd, d##r); }
+#define KEEPD(r) if (r < rows) out[r * 4] = quads(a##r, b##r, c##r, d##r);
+INLINE void four_outputs(const int rows, const float *const *weights, int64_t inputs, const float *from, floats *out) {
+    floats zero = floats_of(0);
+    EACH_ROW(STARTD)
+    for (int64_t k = 0; k < inputs; k += LANES) {
+        floats wa = load_floats(weights[0] + k), wb = load_floats(weights[1] + k);
+        floats wc = load_floats(weights[2] + k), wd = load_floats(weights[3] + k);
+        EACH_ROW(ADDD)
+    }
+    EACH_ROW(KEEPD)
+}
+
+#if ROWS > 4
+#define ROWS_OF_FOUR 4
+#else
+#define ROWS_OF_FOUR 1
+#endif
+
+// out [T, W] = rows [T, K] times a weight of floats that lie as they are, [W, K], plus its bias. K is a multiple of 16.
+void weft_plain(const float *weights, int64_t inputs, int64_t outputs, const float *bias, const float *rows, int64_t count, float *out, int threads) {
+    if (count * outputs * inputs < FEW_PRODUCTS) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t block = 0; block < (outputs + LANES - 1) / LANES; block++) {
+        int64_t first = block * LANES, there = outputs - first < LANES ? outputs - first : LANES;
+        const float *each[LANES];
+        for (int i = 0; i < LANES; i++) each[i] = weights + (first + (i < there ? i : there - 1)) * inputs;
+        for (int64_t row = 0; row < count; row += ROWS_OF_FOUR) {
+            floats quad[ROWS_OF_FOUR * 4];
+            int some = (int)(count - row < ROWS_OF_FOUR ? count - row : ROWS_OF_FOUR);
+            for (int four = 0; four < 4; four++) {
+                const float *from = rows + row * inputs;
+                if (some == 1) four_outputs(1, each + 4 * four, inputs, from, quad + four);
+#if ROWS_OF_FOUR > 1
+                else if (some == 2) four_outputs(2, each + 4 * four, inputs, from, quad + four);
+                else if (some == 3) four_outputs(3, each + 4 * four, inputs, from, quad + four);
+                else four_outputs(4, each + 4 * four, inputs, from, quad + four);
+#endif
+            }
+            for (int r = 0; r < some; r++) {
+                float sums[LANES], *to = out + (row + r) * outputs + first;
+                store(sums, sums_of(quad[4 * r], quad[4 * r + 1], quad[4 * r + 2], quad[4 * r + 3]));
+                for (int i = 0; i < there; i++) to[i] = bias ? sums[i] + bias[first + i] : sums[i];
+            }
+        }
+    }
+}
+
 // out [T, W] = rows [T, K] times a weight, plus its bias. False if there is no memory.
 int weft_product(const Weight *w, const float *rows, int64_t inputs, int64_t count, float *out, int threads) {
     if (w->bits != 32) return product_of_codes(w, rows, inputs, count, out, threads);

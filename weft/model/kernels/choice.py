@@ -25,7 +25,7 @@ from weft.compiled.library import library
 from weft.config import available_cores, processor_name
 from weft.formats.packed import Codes
 from weft.locks import locked
-from weft.model.kernels.compiled import Compiled4, Compiled8, CompiledFloats, FewBits
+from weft.model.kernels.compiled import Compiled4, Compiled8, CompiledFloats, CompiledPlain, FewBits
 from weft.model.kernels.few_bits import INT8, Groups4
 from weft.model.kernels.floats import MklProduct, OneDnnProduct, PlainProduct
 from weft.model.kernels.formats import FEW_BITS, kept_shape, random_codes
@@ -45,7 +45,11 @@ KERNELS: dict[str, dict[str, Maker]] = {
     },
 }
 SHARED: dict[str, dict[str, Maker]] = {  # with a weight that somebody else uses too: nothing is packed
-    "float32": {"onednn": partial(OneDnnProduct, packed=False), "plain": PlainProduct},
+    "float32": {
+        "compiled": CompiledPlain,
+        "onednn": partial(OneDnnProduct, packed=False),
+        "plain": PlainProduct,
+    },
     "bfloat16": {"onednn": partial(OneDnnProduct, packed=False), "plain": PlainProduct},
 }
 BLOCK = 64  # rows of one product where no kernel keeps row bits and they are asked for

@@ -72,6 +72,27 @@ class CompiledFloats(Compiled):
         self.keep(blocks)
 
 
+class CompiledPlain:
+    """float32 that lies as it is: an embedding which is the head too."""
+
+    def __init__(self, weight: Stored, bias_W: Tensor | None = None, least: int = 1) -> None:
+        self.weight, found = numbers(weight), library()
+        if found is None or self.weight.shape[1] % LANES or not self.weight.is_contiguous():
+            raise NoKernel("nothing is compiled on this machine, or not for such a weight")
+        self.width, inputs = self.weight.shape
+        self.library, self.bias = found, None if bias_W is None else bias_W.float().contiguous()
+        self._given = self.weight.data_ptr(), inputs, self.width, place_of(self.bias)
+
+    def __call__(self, rows_TK: Tensor) -> Tensor:
+        """See `Linear`."""
+        rows = rows_TK.float().contiguous()
+        assert rows.is_cpu and rows.shape[1] == self.weight.shape[1], "rows of another model, or of another device"
+        out = torch.empty(rows.shape[0], self.width)
+        given = rows.data_ptr(), rows.shape[0], out.data_ptr(), torch.get_num_threads()
+        self.library.weft_plain(*self._given, *given)
+        return out.to(rows_TK.dtype)
+
+
 class FewBits(Compiled):
     """Of fewer than 32 bits."""
 
