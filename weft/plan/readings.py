@@ -169,7 +169,7 @@ class _Network:
         return _collectives(timeline, self.subject.outline.aside)
 
     def _longer(self, wire: str, fixed: float) -> float:
-        """Seconds that a sum takes longer on this wire than on the first one, beside its bytes. `fixed`: on the first."""
+        """Seconds that a sum takes longer on this wire than on the first, beside its bytes. `fixed`: on that one."""
         few, usual = self.samples.sizes[0], self.subject.first_wire
         # Sums that hardly waited for their bytes found a link that had saved up, and so did those beside them.
         saved = fmean(self._sums("network", few, usual)) < fixed + 0.5 * self.slope * self._bytes(few, usual)
