@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, field
 
+from weft.batching.params import ThinkingLimit
 from weft.batching.request import Sequence
 from weft.detokenizer import Detokenizer
 from weft.execute.protocol import Choice, Chosen
@@ -42,6 +43,7 @@ class Completion:
     settled: int = 0
     stop_reason: int | str | None = None
     first_token: float | None = None
+    _ending: int = 0  # tokens that have come of those that end a thought
     _length: int = 0  # of the text, with what a stop text cut off
 
     def choices(self, segment: Segment, after: int) -> list[Choice]:
@@ -56,9 +58,13 @@ class Completion:
 
     def _choice(self, after: int) -> Choice:
         params, index = self.sequence.request.params, self.sequence.produced + after
+        allowed = self.matcher.allowed() if self.matcher else b""
+        if (token := self._ends_thought(params.thinking)) is not None:
+            alone = _alone(token)
+            allowed = alone if not allowed or allowed[token // 8] & alone[-1] else allowed
         banned = sorted(self.ends) if index < params.min_tokens else []
         if params.greedy and not (
-            params.penalised or params.logit_bias or banned or self.matcher or params.logprobs is not None
+            params.penalised or params.logit_bias or banned or allowed or params.logprobs is not None
         ):
             return Choice()
         return Choice(
@@ -68,8 +74,17 @@ class Completion:
             seed=self.seed, index=index, banned=banned,
             prompt=list(self.sequence.request.prompt) if params.penalised else [],
             output=list(self.sequence.output) if params.penalised else [], logprobs=params.logprobs,
-            bias=dict(params.logit_bias or {}), allowed=self.matcher.allowed() if self.matcher else b"",
+            bias=dict(params.logit_bias or {}), allowed=allowed,
         )  # fmt: skip
+
+    def _ends_thought(self, limit: ThinkingLimit | None) -> int | None:
+        """What comes next of what ends a thought, if that was long enough."""
+        if limit is None or self._ending >= len(limit.end_ids) or self.sequence.produced < limit.tokens:
+            return None
+        text = self.text.text
+        if limit.end in text or limit.begin not in text:
+            return None
+        return limit.end_ids[self._ending]
 
     def score(self, segment: Segment, answers: list[Chosen]) -> None:
         """What the rows of a piece of prompt said of the tokens that follow them."""
@@ -90,6 +105,9 @@ class Completion:
             return "stop"
         if self.matcher is not None:
             self.matcher.advance(token)
+        limit = sequence.request.params.thinking
+        if limit is not None and sequence.produced > limit.tokens and token in limit.end_ids[self._ending :][:1]:
+            self._ending += 1
         self._spell(token)
         over = self.matcher is not None and self.matcher.finished
         if over or self.text.stopped is not None or sequence.produced >= sequence.request.limit:
@@ -144,6 +162,11 @@ def completion_of(
     stream = tokenizer.stream(sequence.request.prompt, params.skip_special_tokens) if tokenizer else None
     text = StopText(params.stops, params.include_stop_str_in_output)
     return Completion(sequence, seed + sequence.index, stream, text, own | ends, own, grammar)
+
+
+def _alone(token: int) -> bytes:
+    """Nothing else is allowed."""
+    return bytes(token // 8) + bytes([1 << token % 8])
 
 
 def _demand(chosen: Chosen) -> None:

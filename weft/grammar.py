@@ -1,6 +1,7 @@
-"""Completions that must be JSON of a given form: which tokens may come next.
+"""Completions that must have a given form: which tokens may come next.
 
-Wraps llguidance. Knows tokenizers and JSON schemas; knows nothing of models or requests.
+Wraps llguidance. A form is a JSON schema, or a grammar that begins with speech.form's HEAD. Knows tokenizers and forms;
+knows nothing of models or requests.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from typing import Any
 import psutil
 
 from weft.errors import Busy, InputError
+from weft.speech.form import HEAD, STYLE
 from weft.text import Tokenizer
 
 ANY_OBJECT = '{"type": "object"}'
-# As json.dumps writes it. Free white space is where small models get lost.
-_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 KEPT, MOST_ALIVE = 64 << 20, 512 << 20  # bytes of compiled schemas that are kept; of those that requests may hold
 A_CHARACTER = 300  # bytes at least; a number that others are multiples of takes a million times as much
 
@@ -68,7 +68,10 @@ class Grammars:
         from llguidance import LLMatcher
 
         try:
-            grammar = LLMatcher.grammar_from_json_schema(schema, defaults=_STYLE)
+            if schema.startswith(HEAD):
+                grammar = LLMatcher.grammar_from_lark(schema)
+            else:  # as json.dumps writes it: free white space is where small models get lost
+                grammar = LLMatcher.grammar_from_json_schema(schema, defaults=STYLE)
             begun = LLMatcher(self._tokenizer, grammar, log_level=0)
             wrong = begun.get_error() if begun.is_error() else ""
             if not wrong:  # what its first step shows, nobody need wait for
@@ -78,7 +81,8 @@ class Grammars:
         except (ValueError, TypeError) as error:
             wrong = str(error)
         if wrong:
-            raise InputError(f"the JSON schema can't be followed: {_line(wrong)}")
+            what = "grammar" if schema.startswith(HEAD) else "JSON schema"
+            raise InputError(f"the {what} can't be followed: {_line(wrong)}")
         return Grammar(begun)
 
 

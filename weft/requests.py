@@ -74,8 +74,8 @@ class Requests:
         `InputError` if it can't ever run; then nothing was changed."""
         tokens = token_ids(prompt, "the prompt")
         limit = self.check(tokens, params)
-        if params.json_schema and grammar is None:
-            grammar = self.grammars.grammar(params.json_schema)
+        if params.form and grammar is None:
+            grammar = self.grammars.grammar(params.form)
         request = Request(tokens, params, limit, priority, owner, time.monotonic(), deadline)
         completions = [self._completion(sequence, grammar) for sequence in request.sequences]
         self._began[request] = time.perf_counter()

@@ -5,9 +5,10 @@ Knows tokenizers and stop texts; knows nothing of models or requests.
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import cached_property
@@ -19,6 +20,10 @@ from weft.errors import InputError
 from weft.formats.gguf import vocabulary
 from weft.formats.gguf.files import GgufFiles, is_gguf
 from weft.formats.gguf.vocabulary import NONE
+from weft.speech.dialect import Dialect, dialect_of, in_words
+
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
 
 _importing = threading.Lock()  # transformers fails where a second thread imports it before the first one has
 
@@ -42,22 +47,60 @@ class Tokenizer:
             raise InputError("the prompt holds half of a surrogate pair, which is no character") from None
         return list(self._hf(text)["input_ids"])
 
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's answer begins.
+    def chat(self, messages: Messages, **options: Any) -> list[int]:
+        """Token ids of a conversation, as `rendered` gives it."""
+        return self.conversation(self.rendered(messages, **options))
 
-        Renders the checkpoint's own template in transformers' sandbox. Raises `InputError` if there is none, or if
-        it refuses these messages.
+    def rendered(
+        self, messages: Messages, tools: Tools = (), options: Mapping[str, Any] | None = None, goes_on: bool = False
+    ) -> str:  # fmt: skip
+        """A conversation up to where the assistant's answer begins; `goes_on`: up to where its last message ends.
+
+        Renders the checkpoint's own template in transformers' sandbox; `options` are its variables. Raises `InputError`
+        if there is none, or if it refuses these messages.
         """
-        if not self._hf.chat_template:
+        if not self.has_template:
             raise InputError("this model has no chat template; give a prompt instead of messages")
+        dialect = self.dialect(bool(tools))
+        if dialect.told:
+            messages, tools = in_words(messages, tools, _json), ()
         try:
-            ids = self._hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            text = self._hf.apply_chat_template(
+                messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=not goes_on,
+                continue_final_message=goes_on, **(options or {}),
+            )  # fmt: skip
         except MemoryError:
             raise
         except Exception as error:  # templates raise jinja2's errors, for their own reasons
             reason = next(iter(str(error).splitlines()), "") or f"it gives no reason ({type(error).__name__})"
             raise InputError(f"the chat template refuses these messages: {reason}") from None
-        return list(ids)
+        return str(text)
+
+    def conversation(self, rendered: str) -> list[int]:
+        """Token ids of what a template gave; no special tokens are put around it."""
+        return list(self._hf(rendered, add_special_tokens=False)["input_ids"])
+
+    def template(self, tools: bool = False) -> str:
+        """The text of the one that renders conversations; some checkpoints have another one where there are tools."""
+        given = self._hf.chat_template
+        if isinstance(given, dict):
+            names = ("tool_use", "default") if tools else ("default",)
+            given = next((given[name] for name in names if name in given), next(iter(given.values()), ""))
+        return str(given or "")
+
+    @cached_property
+    def _dialects(self) -> dict[bool, Dialect]:
+        return {tools: dialect_of(self.template(tools)) for tools in (False, True)}
+
+    def dialect(self, tools: bool = False) -> Dialect:
+        """How this model writes thoughts and calls."""
+        return self._dialects[tools]
+
+    @cached_property
+    def special(self) -> dict[str, int]:
+        """Special tokens by their texts."""
+        found = ((self._hf.backend_tokenizer.id_to_token(token), token) for token in sorted(self.spelling.special))
+        return {text: token for text, token in found if text}
 
     def decode(self, ids: list[int]) -> str:
         """The text of some tokens, special ones included."""
@@ -107,6 +150,10 @@ def has_tokenizer(path: Path) -> bool:
     if is_gguf(path):
         return GgufFiles(path).header.get("tokenizer.ggml.model", str) not in NONE
     return any(all((path / name).is_file() for name in names) for names in TOKENIZER_FILES)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _missing(path: Path) -> str:

@@ -16,7 +16,8 @@ from weft.completion import Completion
 from weft.engine import Engine
 from weft.errors import InputError, RequestFailed
 from weft.llm import default_params
-from weft.server.schema import ChatRequest, CompletionRequest
+from weft.server.chat import ChatRequest
+from weft.server.schema import CompletionRequest
 
 SCHEMAS: list[dict[str, Any]] = [
     {"enum": ["ab", "cd"]}, {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],

@@ -18,6 +18,25 @@ from weft.errors import InputError
 
 
 @dataclass(frozen=True)
+class ThinkingLimit:
+    """Tokens after which a thought is ended by `end_ids`, which spell `end`. `begin`: what it begins with; empty where
+    the answer begins inside it."""
+
+    tokens: int
+    begin: str
+    end: str
+    end_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, given: Any) -> ThinkingLimit | None:
+        """The same from its fields. Raises `InputError`."""
+        if given is None or isinstance(given, cls):
+            return given
+        fields = dict(given)
+        return cls(**fields | {"end_ids": token_ids(fields["end_ids"], "thinking.end_ids")})
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """One request's wishes; raises `InputError` on construction for values that make no sense.
 
@@ -31,6 +50,7 @@ class SamplingParams:
     stop: texts that end the completion. stop_token_ids: tokens that do. logprobs: how many of the likeliest
     tokens to report beside the chosen one; prompt_logprobs: the same for the tokens of the prompt, from the second one
     on. max_tokens: 0 scores the prompt alone. json_schema: as JSON text; the completion is JSON that it describes.
+    grammar: the completion is what this describes, in llguidance's form of Lark. thinking: how long it may think.
     """
 
     n: int = 1
@@ -53,6 +73,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     json_schema: str | None = None
+    grammar: str | None = None
+    thinking: ThinkingLimit | None = None
 
     def __post_init__(self) -> None:
         for name, (low, high) in _NUMBERS.items():
@@ -71,6 +93,9 @@ class SamplingParams:
             self._set("stop_token_ids", token_ids(self.stop_token_ids, "stop_token_ids"))
         if self.json_schema is not None and not isinstance(self.json_schema, str):
             raise InputError(f"json_schema is a {type(self.json_schema).__name__}; give the schema as JSON text")
+        if self.grammar is not None and (self.json_schema is not None or not isinstance(self.grammar, str)):
+            raise InputError("give either json_schema or grammar, each as a text")
+        self._set("thinking", ThinkingLimit.of(self.thinking))
 
     def _demand_tokens(self) -> None:
         """Raises `InputError` for wishes that leave none, or that contradict each other."""
@@ -88,6 +113,11 @@ class SamplingParams:
     def stops(self) -> tuple[str, ...]:
         """The stop texts as a tuple."""
         return _texts(self.stop) or ()
+
+    @property
+    def form(self) -> str | None:
+        """What the completion must be: a schema, or a grammar."""
+        return self.json_schema or self.grammar
 
     @property
     def greedy(self) -> bool:

@@ -95,7 +95,8 @@ class Sequence:
     @property
     def foreseeable(self) -> bool:
         """True if how its next token is chosen doesn't depend on what the one before it was."""
-        return not (self.request.params.penalised or self.request.params.json_schema)
+        params = self.request.params
+        return not (params.penalised or params.form or params.thinking)
 
     @property
     def alive(self) -> bool:

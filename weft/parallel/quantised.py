@@ -33,6 +33,7 @@ from weft.parallel.sizes import GROUP_SET, GROUPS, Layout, layout_of
 TINY = 2.0**-118
 HUGE = 3.3e38
 _LEAST_SCALE = 2.0**-126
+_NAN = 0x7FC0
 _NO_NUMBER = 0x7F80  # bits that are set in a scale which is none
 
 
@@ -94,7 +95,9 @@ class Quantised:
         views.scales.copy_(scales)
         columns = places + _steps_to(layout.apart, GROUP_SET)
         codes.scatter_(1, columns, 0.0)
-        views.apart.copy_(numbers.gather(1, columns))
+        kept = numbers.gather(1, columns)
+        views.apart.copy_(kept)
+        views.apart.view(torch.int16).masked_fill_(kept.isnan(), _NAN)  # there are several, and one has to be agreed on
         views.places.copy_(places)
         if not scales.sum().isfinite():
             self._mark(groups, scales, codes, views)
@@ -117,6 +120,8 @@ class Quantised:
 
     def _added(self, left: Tensor | None, encoded: Tensor, out: Tensor) -> bool:
         """By weft's own kernels, where they are; False, with nothing done, for what they leave to torch."""
+        assert encoded.shape == (out.shape[0], layout_of(self.name, out.shape[1]).row), "bytes of other rows"
+        assert left is None or left.shape == out.shape, "terms of other rows"
         found = _compiled_for(out) if encoded.is_contiguous() and (left is None or _compiled_for(left)) else None
         given = encoded.data_ptr(), *out.shape, self._group, 0 if left is None else left.data_ptr(), out.data_ptr()
         return found is not None and bool(found.weft_decode(*given))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from weft.execute.protocol import Chosen
+from weft.server.reading import Speech
 from weft.server.ticket import Piece, Prefill, Ticket, Token
+from weft.speech.dialect import Dialect
+from weft.speech.listener import Called, Given, Listener, Part, Said, Thought, listener
 
 Json = dict[str, Any]
 LEAST = -9999.0  # as a log-probability, instead of minus infinity, which JSON doesn't have
@@ -46,6 +49,7 @@ class AnswerForm:
     text_of: Callable[[int], str]
     bytes_of: Callable[[int], bytes]
     logprobs: bool = False
+    hearing: Hearing | None = None  # of chats
     created: int = field(default_factory=lambda: int(time.time()))
     prefix = "cmpl"
     whole_kind = chunk_kind = "text_completion"
@@ -62,9 +66,10 @@ class AnswerForm:
         choices = [msgspec.Raw(msgspec.json.encode(self._choice(piece))) for piece in pieces]
         return msgspec.json.encode(self._frame(self.whole_kind, choices) | {"usage": usage.json()})
 
-    def chunk(self, piece: Piece) -> Json:
-        """A piece of a completion."""
-        return self._frame(self.chunk_kind, [self._delta(piece)])
+    def chunk(self, piece: Piece) -> Json | None:
+        """A piece of a completion; None where it says nothing yet."""
+        delta = self._delta(piece)
+        return self._frame(self.chunk_kind, [delta]) if delta is not None else None
 
     def openings(self, count: int) -> list[Json]:
         """What comes before a stream's first piece."""
@@ -83,7 +88,7 @@ class AnswerForm:
     def _choice(self, piece: Piece) -> Json:
         return self._ended(piece) | {"text": piece.text, "logprobs": self._logprobs(piece.tokens)}
 
-    def _delta(self, piece: Piece) -> Json:
+    def _delta(self, piece: Piece) -> Json | None:
         return self._choice(piece)
 
     def _ended(self, piece: Piece) -> Json:
@@ -118,6 +123,7 @@ class AnswerForm:
 class Chat(AnswerForm):
     """Chats' form."""
 
+    heard: dict[int, Heard] = field(default_factory=dict)  # of streams, by completion
     prefix = "chatcmpl"
     whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
@@ -128,12 +134,26 @@ class Chat(AnswerForm):
         return [self._frame(self.chunk_kind, [{"index": index, **choice}]) for index in range(count)]
 
     def _choice(self, piece: Piece) -> Json:
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
-        return self._ended(piece) | {"message": message, "logprobs": self._logprobs(piece.tokens)}
+        said: Json = {"content": piece.text}
+        ended = self._ended(piece)
+        if self.hearing is not None:
+            heard = Heard(self.hearing)
+            said = {"content": None} | heard.message(heard.parts(piece.text, last=True))
+            ended |= heard.reason(piece)
+        message = {"role": "assistant", **said, "refusal": None}
+        return ended | {"message": message, "logprobs": self._logprobs(piece.tokens)}
 
-    def _delta(self, piece: Piece) -> Json:
-        content = {"content": piece.text} if piece.text or piece.finish_reason is None else {}
-        return self._ended(piece) | {"delta": content, "logprobs": self._logprobs(piece.tokens)}
+    def _delta(self, piece: Piece) -> Json | None:
+        if self.hearing is None:
+            content: Json = {"content": piece.text} if piece.text or piece.finish_reason is None else {}
+            return self._ended(piece) | {"delta": content, "logprobs": self._logprobs(piece.tokens)}
+        if (heard := self.heard.get(piece.index)) is None:
+            heard = self.heard[piece.index] = Heard(self.hearing)
+        content = heard.delta(heard.parts(piece.text, last=piece.finish_reason is not None))
+        if not content and piece.finish_reason is None and not (self.logprobs and piece.tokens):
+            return None
+        ended = self._ended(piece) | heard.reason(piece)
+        return ended | {"delta": content, "logprobs": self._logprobs(piece.tokens)}
 
     def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
         if not self.logprobs:
@@ -146,6 +166,66 @@ class Chat(AnswerForm):
 
     def _entry(self, token: int, value: float) -> Json:
         return {"token": self.text_of(token), "logprob": _number(value), "bytes": list(self.bytes_of(token))}
+
+
+@dataclass(frozen=True)
+class Hearing:
+    """How answers are taken apart. `hidden`: texts of special tokens that are no text."""
+
+    dialect: Dialect
+    speech: Speech
+    hidden: Collection[str]
+
+    def listener(self) -> Listener:
+        """For one completion."""
+        return listener(self.dialect, frozenset(self.speech.tools), self.speech.thinking, self.hidden)
+
+
+class Heard:
+    """One completion's text, taken apart, in OpenAI's form."""
+
+    def __init__(self, hearing: Hearing) -> None:
+        self._hearing, self._listener = hearing, hearing.listener()
+        self._calls = 0
+
+    def parts(self, text: str, last: bool) -> list[Part]:
+        """What these characters make known."""
+        parts = self._listener.grow(text)
+        return parts + self._listener.end() if last else parts
+
+    def reason(self, piece: Piece) -> Json:
+        """Why it ended, where it isn't as the engine says."""
+        return {"finish_reason": "tool_calls"} if self._calls and piece.finish_reason == "stop" else {}
+
+    def message(self, parts: Sequence[Part]) -> Json:
+        """Of all parts of an answer."""
+        made = self.delta(parts)
+        for call in made.get("tool_calls", ()):
+            del call["index"]
+            call["function"]["arguments"] = call["function"]["arguments"] or "{}"
+        return made
+
+    def delta(self, parts: Sequence[Part]) -> Json:
+        """Of some parts; of several that are alike, one."""
+        made: Json = {}
+        calls: list[Json] = []
+        for part in parts:
+            match part:
+                case Said(text):
+                    made["content"] = made.get("content", "") + text
+                case Thought(text):
+                    made["reasoning_content"] = made.get("reasoning_content", "") + text
+                case Called(name):
+                    calls.append({
+                        "index": self._calls, "id": self._hearing.dialect.call_id(), "type": "function",
+                        "function": {"name": name, "arguments": ""},
+                    })  # fmt: skip
+                    self._calls += 1
+                case Given(text):
+                    if not calls:
+                        calls.append({"index": self._calls - 1, "function": {"arguments": ""}})
+                    calls[-1]["function"]["arguments"] += text
+        return made | ({"tool_calls": calls} if calls else {})
 
 
 def _number(logprob: float) -> float:

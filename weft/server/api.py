@@ -16,19 +16,14 @@ from starlette.responses import JSONResponse, Response
 from weft.batching.params import SamplingParams
 from weft.execute.protocol import Chosen
 from weft.grammar import Grammar
-from weft.server.answers import AnswerForm, Chat, Json, Usage
+from weft.server.answers import AnswerForm, Chat, Hearing, Json, Usage
 from weft.server.beside import Beside
+from weft.server.chat import ChatRequest, DetokenizeRequest, TokenizeRequest
 from weft.server.guard import OWNER
 from weft.server.live import live
 from weft.server.reading import Answered, Asked, Body, unpacked
 from weft.server.refused import unknown_model
-from weft.server.schema import (
-    MOST_LOGPROBS,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
+from weft.server.schema import MOST_LOGPROBS, CompletionRequest
 from weft.server.service import Service, State
 from weft.server.stream import Event, events, unless_gone, whole
 from weft.server.ticket import Piece, Prefill, Ticket, Token, Wishes
@@ -106,6 +101,13 @@ class Api:
 
         return await unless_gone(request.receive, made())
 
+    def hearing(self, asked: Asked) -> Hearing | None:
+        """How the answer is to be taken apart."""
+        tokenizer, speech = self.service.tokenizer, asked.speech
+        if speech is None or tokenizer is None:
+            return None
+        return Hearing(tokenizer.dialect(bool(speech.tools)), speech, tokenizer.special if speech.hides else ())
+
     def wishes(self, asked: Asked, request: Request, arrived: float) -> Wishes:
         """What a request asks of the service."""
         times = [seconds for seconds in (asked.timeout, self.timeout) if seconds is not None]
@@ -145,7 +147,7 @@ def _answers(routes: APIRouter, api: Api) -> None:
         asked = await api.read(request)
         assert isinstance(asked, Asked)
         params = SamplingParams(**asked.params)
-        grammar = await api.grammar(params.json_schema, request) if params.json_schema else None
+        grammar = await api.grammar(params.form, request) if params.form else None
         return await _answer(api, asked, params, api.wishes(asked, request, arrived), grammar, form)
 
     @routes.post("/v1/completions", tags=["openai"], **_asks(CompletionRequest))
@@ -259,7 +261,7 @@ async def _answer(
         _cancel(api, tickets)
         raise errors[0]
     echoes = [Echo(prompt.text, *map(unpacked, (prompt.tokens, prompt.offsets))) for prompt in asked.prompts]
-    shape = form(api.name, api.text_of, api.bytes_of, asked.logprobs)
+    shape = form(api.name, api.text_of, api.bytes_of, asked.logprobs, api.hearing(asked))
     answer = _Answer(api, tickets, params.n, shape, echoes if asked.echo else None)
     return events(lambda: answer.events(asked)) if asked.stream else whole(answer.whole)
 
@@ -356,7 +358,10 @@ class _Answer:
                     yield _dump(self.form.progress(piece))
             elif piece.text or piece.finish_reason is not None or (self.form.logprobs and piece.tokens):
                 usage = {"usage": Usage.of(self.tickets).json()} if self.counting else {}
-                yield await _beside(_size(piece), self._chunk, piece, usage)
+                if chunk := await _beside(_size(piece), self._chunk, piece, usage):
+                    yield chunk
 
     def _chunk(self, piece: Piece, more: Json) -> bytes:
-        return _dump(self.form.chunk(piece) | more)
+        """Nothing of a piece that says nothing yet."""
+        chunk = self.form.chunk(piece)
+        return _dump(chunk | more) if chunk is not None else b""

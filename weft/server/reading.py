@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import cached_property
 from typing import Any
@@ -16,22 +17,15 @@ import msgspec
 from pydantic import ValidationError
 
 from weft.admission import limit_of
-from weft.batching.params import SamplingParams, shown
+from weft.batching.params import SamplingParams, ThinkingLimit, shown
 from weft.cache.prefixes import packed
 from weft.errors import InputError
 from weft.grammar import Grammars
+from weft.server.chat import MOST_TOOLS_CHARACTERS, ChatRequest, DetokenizeRequest, Message, TokenizeRequest, ToolChoice
 from weft.server.refused import Refused, misread, unknown_model
-from weft.server.schema import (
-    MOST_COMPLETIONS,
-    MOST_SCORES,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    Message,
-    Sampling,
-    StreamOptions,
-    TokenizeRequest,
-)
+from weft.server.schema import MOST_COMPLETIONS, MOST_SCORES, CompletionRequest, Sampling, StreamOptions
+from weft.speech.dialect import Dialect, thinks_already
+from weft.speech.form import Tools, form
 from weft.text import Tokenizer
 
 Body = CompletionRequest | ChatRequest | TokenizeRequest | DetokenizeRequest
@@ -62,6 +56,15 @@ class Prompt(msgspec.Struct, frozen=True):
     offsets: bytes = b""
 
 
+class Speech(msgspec.Struct, frozen=True):
+    """How an answer's text is to be taken apart: `tools` that may be called, whether it begins inside a thought, and
+    whether special tokens are left out of what is said."""
+
+    tools: list[str]
+    thinking: bool
+    hides: bool
+
+
 class Asked(msgspec.Struct, frozen=True, tag=True):
     """What is to be queued, and how it is to be answered. `params`: of `SamplingParams`; `echo`: prompts stand before
     their answers; `usage`, `counting`: tokens are told at a stream's end, and with every piece of it; `progress`:
@@ -77,6 +80,7 @@ class Asked(msgspec.Struct, frozen=True, tag=True):
     progress: bool
     priority: int
     timeout: float | None
+    speech: Speech | None = None
 
 
 class Answered(msgspec.Struct, frozen=True, tag=True):
@@ -161,20 +165,73 @@ class Reader:
         if body.echo and entries > MOST_SCORES:
             raise InputError(f"{entries} log-probabilities of prompts are more than {MOST_SCORES}; send fewer prompts")
         scored = (body.logprobs if body.logprobs is not None else alone) if body.echo else None
-        params = body.params(self._proposed, body.max_tokens, body.logprobs, scored)
+        shape = body.shape()
+        more = {"logprobs": body.logprobs, "prompt_logprobs": scored, **(shape.alone() if shape else {})}
+        params = body.params(self._proposed, body.max_tokens, **more)
         self._demand(prompts, params)
         if not body.echo:
             return self._asked(body, [Prompt(packed(tokens)) for tokens in prompts], params)
         return self._asked(body, list(map(self._before, given, prompts)), params, echo=True)
 
     def _chat(self, body: ChatRequest) -> Asked:
-        tokens = self._render(body.messages)
         if body.top_logprobs and not body.logprobs:
             raise InputError("top_logprobs wants logprobs true beside it; send that too, or leave both out")
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        params = body.params(self._proposed, body.max_completion_tokens or body.max_tokens, logprobs)
+        tools = _tools(body)
+        dialect = self.tokenizer.dialect(tools is not None)
+        rendered = self._rendered(body, dialect, tools is not None)
+        thinking = not body.continue_final_message and thinks_already(dialect, rendered)
+        tokens = self.tokenizer.conversation(rendered)
+        heard = tools is not None or dialect.thoughts is not None or dialect.channels is not None
+        more = self._form(body, dialect, thinking, tools) | self._limit(body, dialect, thinking)
+        more |= {"logprobs": (body.top_logprobs or 0) if body.logprobs else None}
+        if heard:
+            more["skip_special_tokens"] = False  # marks may be some
+        params = body.params(self._proposed, body.max_completion_tokens or body.max_tokens, **more)
         self._demand([tokens], params)
-        return self._asked(body, [Prompt(packed(tokens))], params)
+        names = list(body.functions()) if tools is not None else []
+        speech = Speech(names, thinking, body.skip_special_tokens) if heard else None
+        return self._asked(body, [Prompt(packed(tokens))], params, speech=speech)
+
+    def _rendered(self, body: ChatRequest, dialect: Dialect, tools: bool) -> str:
+        """The conversation by the checkpoint's template."""
+        messages, options = [message.plain() for message in body.messages], dict(body.chat_template_kwargs or {})
+        for message in messages:
+            if "tool_call_id" in message:
+                message["tool_call_id"] = dialect.call_id(message["tool_call_id"])
+            for call in message.get("tool_calls", ()):
+                call["id"] = dialect.call_id(call["id"])
+        if body.reasoning_effort is not None:
+            template = self.tokenizer.template(tools)
+            if "reasoning_effort" in template:
+                options.setdefault("reasoning_effort", body.reasoning_effort)
+            elif body.reasoning_effort == "none" and "enable_thinking" in template:
+                options.setdefault("enable_thinking", False)
+        listed = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if tools else []
+        if body.continue_final_message and messages[-1]["role"] != "assistant":
+            raise InputError("continue_final_message goes on with an answer, and the last message is none; send one of "
+                             "the assistant's last")  # fmt: skip
+        if not body.add_generation_prompt and not body.continue_final_message:
+            raise InputError("add_generation_prompt false leaves the assistant nothing to begin with; send "
+                             "continue_final_message true to have its last message continued")  # fmt: skip
+        return self.tokenizer.rendered(messages, listed, options, body.continue_final_message)
+
+    def _form(self, body: ChatRequest, dialect: Dialect, thinking: bool, tools: Tools | None) -> dict[str, Any]:
+        """The form that the answer must have, as sampling parameters."""
+        shape = body.shape()
+        if tools is None and (shape is None or not (dialect.thoughts or dialect.channels)):
+            return dict(shape.alone()) if shape is not None else {}
+        answer = shape.as_rule() if shape is not None else ""
+        return {"grammar": form(dialect, self.tokenizer.special, thinking, tools, answer)}
+
+    def _limit(self, body: ChatRequest, dialect: Dialect, thinking: bool) -> dict[str, Any]:
+        """How long the answer may be thought of, as sampling parameters."""
+        if body.thinking_token_budget is None:
+            return {}
+        if dialect.thoughts is None:
+            raise InputError("thinking_token_budget: this model's template knows no thoughts; leave it out")
+        begin, end = dialect.thoughts
+        ends = self.tokenizer.conversation(end)
+        return {"thinking": ThinkingLimit(body.thinking_token_budget, "" if thinking else begin, end, tuple(ends))}
 
     def _tokenized(self, body: TokenizeRequest) -> Answered:
         if (body.prompt is None) == (body.messages is None):
@@ -196,7 +253,7 @@ class Reader:
             raise InputError("the prompt is empty; give at least one character")
         return self.tokenizer.encode(prompt)
 
-    def _render(self, messages: list[Message]) -> list[int]:
+    def _render(self, messages: Sequence[Message]) -> list[int]:
         return self.tokenizer.chat([message.plain() for message in messages])
 
     def _demand(self, prompts: list[list[int]], params: SamplingParams) -> None:
@@ -216,15 +273,39 @@ class Reader:
         stream.end()
         return Prompt(packed(tokens), text, packed([min(offset, len(text)) for offset in stream.offsets]))
 
-    def _asked(self, body: Sampling, prompts: list[Prompt], params: SamplingParams, echo: bool = False) -> Asked:
+    def _asked(
+        self, body: Sampling, prompts: list[Prompt], params: SamplingParams, echo: bool = False,
+        speech: Speech | None = None,
+    ) -> Asked:  # fmt: skip
         options = body.stream_options or StreamOptions()
         if options.asks and not body.stream:
             raise InputError("stream_options are for streams; send stream true, or leave them out")
         given = {field.name: getattr(params, field.name) for field in fields(params)}
         return Asked(
             prompts, given, params.logprobs is not None, echo, body.stream, options.include_usage,
-            options.continuous_usage_stats, body.return_progress, body.priority, body.timeout,
+            options.continuous_usage_stats, body.return_progress, body.priority, body.timeout, speech,
         )  # fmt: skip
+
+
+def _tools(body: ChatRequest) -> Tools | None:
+    """What may be called; None for nothing. Raises `InputError`."""
+    functions, choice = body.functions(), body.tool_choice
+    if isinstance(choice, ToolChoice):
+        name = choice.function.name
+        if name not in functions:
+            raise InputError(
+                f"tool_choice names {name}, which is no tool here; there are {', '.join(functions) or 'none'}"
+            )
+        functions = {name: functions[name]}
+    elif choice == "required" and not functions:
+        raise InputError("tool_choice required wants tools to choose from; send some, or leave it out")
+    if not functions or choice == "none":
+        return None
+    schemas = {name: function.schema_of_arguments() for name, function in functions.items()}
+    if (size := sum(len(json.dumps(schema)) for schema in schemas.values())) > MOST_TOOLS_CHARACTERS:
+        raise InputError(f"the tools' schemas have {size} characters; at most {MOST_TOOLS_CHARACTERS} are taken")
+    must = choice == "required" or isinstance(choice, ToolChoice)
+    return Tools(schemas, must, body.parallel_tool_calls is not False)
 
 
 def unpacked(numbers: bytes) -> list[int]:

@@ -6,123 +6,24 @@ the engine but its sampling parameters.
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 
 from weft.batching.params import SamplingParams, shown
-from weft.errors import InputError
-from weft.grammar import ANY_OBJECT
+from weft.server.strict import Strict, demand_unicode
+from weft.server.wanted import AnswerShape, Choices, ResponseFormat, Schema, StructuredOutputs, Text, only
 
 MOST_STOPS, MOST_STOP_CHARACTERS, MOST_STOP_TOKENS = 16, 256, 256
 MOST_PROMPTS, MOST_COMPLETIONS = 64, 64  # of one request; completions in all
 MOST_LOGPROBS = 20
 MOST_SCORES = 1 << 18  # log-probabilities of the prompts of one request
-MOST_SCHEMA_CHARACTERS = 65536
 MOST_BIASES = 1024
 MOST_METADATA = 16
-# Fields that weft doesn't have, with values that ask for nothing: clients send them all the same.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
-    "function_call": ("none", "auto"), "tool_calls": ([],), "annotations": ([],), "best_of": (1,), "suffix": ("",),
-    "modalities": (["text"],), "use_beam_search": (False,), "length_penalty": (1,), "early_stopping": (False,),
-    "bad_words": ([],), "allowed_token_ids": ([],), "spaces_between_special_tokens": (True,), "detokenize": (True,),
-    "add_generation_prompt": (True,), "continue_final_message": (False,), "documents": ([],),
-    "chat_template_kwargs": ({},), "return_tokens_as_token_ids": (False,), "return_token_ids": (False,),
-    "reasoning_effort": ("none",), "add_special_tokens": (True,), "top_logprobs": (0,), "echo": (False,),
-    "web_search_options": ({},), "vllm_xargs": ({},), "cache_salt": ("",), "reasoning_content": ("",), "refusal": ("",),
-    "typical_p": (1,), "mirostat": (0,), "cache_prompt": (True,),
-}  # fmt: skip
-
 Token = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]  # strict: true is no token
 Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]  # the first wrong one says it all
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]
-
-
-class Strict(BaseModel):
-    """Null is as good as absent, as in OpenAI's API, and so is what asks for nothing. Other fields that are not known
-    are errors; texts must be Unicode."""
-
-    model_config = ConfigDict(extra="forbid", str_strip_whitespace=False, protected_namespaces=(), allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _asked(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        fields = {field.alias or name for name, field in cls.model_fields.items()}
-        asked = {name: value for name, value in given.items() if value is not None}
-        for name in [name for name in asked if name not in fields]:
-            if not any(_alike(asked[name], value) for value in NEUTRAL.get(name, ())):
-                # The first one alone: of many, each would cost an error of its own. Its name may hold anything.
-                shortened = repr(name[:100])[1:-1]
-                raise PydanticCustomError("unknown_field", "is not known here; leave it out", {"field": shortened})
-            del asked[name]
-        return asked
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _unicode(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, str):
-            _demand_unicode(value)
-        wanted = str(cls.model_fields[str(info.field_name)].annotation)
-        if isinstance(value, bool) and "bool" not in wanted and ("int" in wanted or "float" in wanted):
-            raise ValueError("true and false are no numbers")
-        return value
-
-
-def _alike(given: Any, neutral: Any) -> bool:
-    """Equal, and both of them or neither a truth value: 1 and 1.0 are the same number in JSON, and true is none."""
-    return bool(given == neutral) and isinstance(given, bool) == isinstance(neutral, bool)
-
-
-def _demand_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds half of a surrogate pair, which is no character; send whole characters") from None
-
-
-class JsonSchema(Strict):
-    """The schema of a `json_schema` response format."""
-
-    name: str = "answer"
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Strict):
-    """What form the answer must have."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    def as_schema(self) -> str | None:
-        """As JSON text, or None for free text. Raises `InputError`."""
-        if self.type == "text":
-            return None
-        if self.type == "json_object":
-            return ANY_OBJECT
-        if self.json_schema is None:
-            raise InputError("response_format json_schema needs the field json_schema with a schema in it")
-        try:
-            schema = json.dumps(self.json_schema.schema_, allow_nan=False)
-            json.dumps(self.json_schema.schema_, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise InputError("the JSON schema holds half of a surrogate pair, which is no character") from None
-        except RecursionError:
-            raise InputError("the JSON schema is nested too deeply to be followed; send a flatter one") from None
-        except ValueError:
-            raise InputError("the JSON schema holds NaN or Infinity, which are no numbers in JSON") from None
-        if len(schema) > MOST_SCHEMA_CHARACTERS:
-            raise InputError(
-                f"the JSON schema has {len(schema)} characters; at most {MOST_SCHEMA_CHARACTERS} are taken"
-            )
-        return schema
 
 
 class StreamOptions(Strict):
@@ -161,6 +62,11 @@ class Sampling(Strict):
     min_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
     skip_special_tokens: bool = True
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: Text | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Text | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000, description="lower runs earlier")] = 0
     timeout: Annotated[float, Field(gt=0, le=86400, description="seconds until the request ends")] | None = None
     return_progress: Annotated[bool, Field(description="stream how far the prompt is")] = False
@@ -190,26 +96,34 @@ class Sampling(Strict):
     @classmethod
     def _stops(cls, value: str | list[str] | None) -> str | list[str] | None:
         for text in value if isinstance(value, list) else ():
-            _demand_unicode(text)
+            demand_unicode(text)
         return value
 
-    def params(
-        self, defaults: SamplingParams, max_tokens: int | None, logprobs: int | None, scored: int | None = None
-    ) -> SamplingParams:  # fmt: skip
-        """The checkpoint's defaults with what was given. Raises `InputError`."""
+    def shape(self) -> AnswerShape | None:
+        """What form the answer must have. Raises `InputError`."""
+        guided = StructuredOutputs(
+            json=self.guided_json, regex=self.guided_regex, choice=self.guided_choice, grammar=self.guided_grammar
+        )
+        found = self.response_format.shape() if self.response_format is not None else None
+        shapes = [found] if found is not None else []
+        for given in filter(None, (self.structured_outputs, guided)):
+            shapes += given.shapes()
+        return only(shapes)
+
+    def params(self, defaults: SamplingParams, max_tokens: int | None, **more: Any) -> SamplingParams:
+        """The checkpoint's defaults with what was given, and with what follows from it. Raises `InputError`."""
         names = (
             "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
             "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids",
         )  # fmt: skip
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         kept = {name: getattr(defaults, name) for name in names if name not in given}
-        schema = self.response_format.as_schema() if self.response_format is not None else None
-        return SamplingParams(
-            **kept, **given, max_tokens=max_tokens, min_tokens=self.min_tokens, logprobs=logprobs,
-            prompt_logprobs=scored, ignore_eos=self.ignore_eos,
-            include_stop_str_in_output=self.include_stop_str_in_output,
-            skip_special_tokens=self.skip_special_tokens, json_schema=schema,
-        )  # fmt: skip
+        own = {
+            "min_tokens": self.min_tokens, "ignore_eos": self.ignore_eos,
+            "include_stop_str_in_output": self.include_stop_str_in_output,
+            "skip_special_tokens": self.skip_special_tokens,
+        }  # fmt: skip
+        return SamplingParams(**kept, **given, max_tokens=max_tokens, **own | more)
 
 
 Prompts = (
@@ -249,7 +163,7 @@ class CompletionRequest(Sampling):
     def _texts(cls, value: Any) -> Any:
         for text in value if isinstance(value, list) else ():
             if isinstance(text, str):
-                _demand_unicode(text)
+                demand_unicode(text)
         return value
 
     def prompts(self) -> list[str | list[int]]:
@@ -259,52 +173,3 @@ class CompletionRequest(Sampling):
         if isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
-
-
-class Part(Strict):
-    """A part of a message: text is what there is here."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Strict):
-    """One message of a conversation."""
-
-    role: Annotated[str, StringConstraints(min_length=1, max_length=64)]
-    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
-    name: str | None = None
-
-    def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
-        parts = self.content if isinstance(self.content, list) else []
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
-        return {"role": self.role, "content": text} | ({"name": self.name} if self.name else {})
-
-
-Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
-
-
-class ChatRequest(Sampling):
-    """`POST /v1/chat/completions`."""
-
-    messages: Messages
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-
-
-class TokenizeRequest(Strict):
-    """`POST /tokenize`: a prompt, or messages."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: Messages | None = None
-
-
-class DetokenizeRequest(Strict):
-    """`POST /detokenize`."""
-
-    model: str | None = None
-    tokens: Annotated[list[Token], Field(fail_fast=True)]

@@ -1,0 +1,1 @@
+"""How families write what is no plain text: thoughts and calls of tools."""
