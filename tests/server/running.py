@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+from fastapi import FastAPI
 
 from weft.engine import Engine
 from weft.llm import LLM
@@ -26,6 +27,7 @@ class Running:
 
     service: Service
     url: str
+    app: FastAPI
 
     def client(self, **options: Any) -> httpx2.Client:
         """A plain HTTP client."""
@@ -41,7 +43,8 @@ def running(
     given = {"num_threads": 1, "overlap": "serial", "token_interval": 0.2, **options}
     service = Service(make or (lambda tell: LLM(model, progress=tell, **given).engine), most_waiting)
     service.metrics.named(NAME)
-    with in_background(application(service, settings or Settings(NAME, patience=patience)), service) as url:
+    app = application(service, settings or Settings(NAME, patience=patience))
+    with in_background(app, service) as url:
         if make is None:
             service.wait()
-        yield Running(service, url)
+        yield Running(service, url, app)

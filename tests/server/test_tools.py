@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,9 @@ from openai import OpenAI
 from pydantic import BaseModel
 
 from tests.server.running import NAME, Running, running
+from tests.server.scripted import Says, scripted
 from tests.speech.writing import harmony, written
-from weft.batching.request import Sequence
-from weft.completion import Completion, _alone
-from weft.execute.protocol import Choice
 from weft.speech.dialect import CALLS, HERMES
-from weft.text import Tokenizer
 
 WEATHER = {
     "type": "function",
@@ -70,26 +67,9 @@ def client(served: Running) -> Iterator[OpenAI]:
 
 
 @pytest.fixture
-def says(served: Running, packaged: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """What the model says next, whatever it is asked; the form that is asked for goes before."""
-    script: list[int] = []
-    tokenizer = Tokenizer(packaged)
-
-    def choice(self: Completion, after: int) -> Choice:
-        index = self.sequence.produced + after
-        token = script[index] if index < len(script) else min(self.ends)
-        allowed = self.matcher.allowed() if self.matcher else b""
-        if allowed and not (token // 8 < len(allowed) and allowed[token // 8] >> token % 8 & 1):
-            raise ValueError(f"token {token}, the {index}th, is not allowed")
-        return Choice(allowed=_alone(token))
-
-    monkeypatch.setattr(Completion, "_choice", choice)
-    monkeypatch.setattr(Sequence, "foreseeable", False)
-
-    def say(text: str) -> None:
-        script[:] = tokenizer._hf.backend_tokenizer.encode(text, add_special_tokens=False).ids
-
-    return say
+def says(served: Running, packaged: Path, monkeypatch: pytest.MonkeyPatch) -> Says:
+    """What the model says next."""
+    return scripted(packaged, monkeypatch)
 
 
 def calling(family: str, thought: str, calls: list[tuple[str, dict[str, Any]]]) -> str:
@@ -100,7 +80,7 @@ def calling(family: str, thought: str, calls: list[tuple[str, dict[str, Any]]]) 
     return before + written(CALLS["mistral-list"] if family == "mistral" else HERMES, calls)
 
 
-def test_calls_and_streams_of_them(served: Running, client: OpenAI, says: Callable[[str], None]) -> None:
+def test_calls_and_streams_of_them(served: Running, client: OpenAI, says: Says) -> None:
     family = served.family  # type: ignore[attr-defined]
     calls = CALLED[:1] if family == "harmony" else CALLED
     says(calling(family, "so be it", calls))
@@ -119,7 +99,7 @@ def test_calls_and_streams_of_them(served: Running, client: OpenAI, says: Callab
     assert len(set(ids)) == len(ids) and (family != "mistral" or {*map(len, ids)} == {9})
 
 
-def test_text_and_no_calls(served: Running, client: OpenAI, says: Callable[[str], None]) -> None:
+def test_text_and_no_calls(served: Running, client: OpenAI, says: Says) -> None:
     said = "It rains, {as} ever."
     family = served.family  # type: ignore[attr-defined]
     says(
@@ -133,7 +113,7 @@ def test_text_and_no_calls(served: Running, client: OpenAI, says: Callable[[str]
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == said
 
 
-def test_one_by_name_and_one_alone(served: Running, client: OpenAI, says: Callable[[str], None]) -> None:
+def test_one_by_name_and_one_alone(served: Running, client: OpenAI, says: Says) -> None:
     family = served.family  # type: ignore[attr-defined]
     says(calling(family, "", CALLED[1:]) if family != "thinking" else calling(family, "t", CALLED[1:]))
     choice: Any = {"type": "function", "function": {"name": "now"}}
@@ -147,7 +127,7 @@ def test_one_by_name_and_one_alone(served: Running, client: OpenAI, says: Callab
         client.chat.completions.create(model=NAME, messages=ASKED, tools=TOOLS, tool_choice=choice)
 
 
-def test_what_was_called_and_what_it_gave(served: Running, client: OpenAI, says: Callable[[str], None]) -> None:
+def test_what_was_called_and_what_it_gave(served: Running, client: OpenAI, says: Says) -> None:
     says("<|channel|>final<|message|>Rain." if served.family == "harmony" else "x</think>Rain.")  # type: ignore[attr-defined]
     call = {
         "id": "call_0123456789",
@@ -165,7 +145,7 @@ def test_what_was_called_and_what_it_gave(served: Running, client: OpenAI, says:
         client.chat.completions.create(model=NAME, messages=messages, tools=TOOLS)
 
 
-def test_forms_of_answers(served: Running, client: OpenAI, says: Callable[[str], None]) -> None:
+def test_forms_of_answers(served: Running, client: OpenAI, says: Says) -> None:
     class Person(BaseModel):
         name: str
         age: int
@@ -229,7 +209,7 @@ def test_what_else_is_asked_for(served: Running, given: dict[str, Any], said: st
 
 
 @pytest.mark.parametrize("served", ["hermes"], indirect=True)
-def test_the_last_message_is_continued(served: Running, client: OpenAI, says: Callable[[str], None]) -> None:
+def test_the_last_message_is_continued(served: Running, client: OpenAI, says: Says) -> None:
     says(" goes on")
     messages: Any = [*ASKED, {"role": "assistant", "content": "It"}]
     body = {"continue_final_message": True, "add_generation_prompt": False}

@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 
 from weft.execute.protocol import Chosen
-from weft.server.reading import Speech
+from weft.server.manner import OPENAI
 from weft.server.ticket import Piece, Prefill, Ticket, Token
 from weft.speech.dialect import Dialect
-from weft.speech.listener import Called, Given, Listener, Part, Said, Thought, listener
+from weft.speech.listener import Called, Given, Listener, Part, Said, Speech, Thought, listener
 
 Json = dict[str, Any]
 LEAST = -9999.0  # as a log-probability, instead of minus infinity, which JSON doesn't have
@@ -22,16 +22,18 @@ LEAST = -9999.0  # as a log-probability, instead of minus infinity, which JSON d
 
 @dataclass
 class Usage:
-    """Tokens of one request."""
+    """Tokens of one request, and how long the first one took."""
 
     prompt: int = 0
     reused: int = 0
     output: int = 0
+    first: float = 0.0  # seconds until the first one
 
     @classmethod
     def of(cls, tickets: Sequence[Ticket]) -> Usage:
         """All prompts of one request."""
-        return cls(*(sum(getattr(t, name) for t in tickets) for name in ("prompt_tokens", "reused", "tokens")))
+        prompt, reused, output = (sum(getattr(t, n) for t in tickets) for n in ("prompt_tokens", "reused", "tokens"))
+        return cls(prompt, reused, output, max((ticket.first or 0.0 for ticket in tickets), default=0.0))
 
     def json(self) -> Json:
         """OpenAI's object."""
@@ -52,6 +54,7 @@ class AnswerForm:
     hearing: Hearing | None = None  # of chats
     created: int = field(default_factory=lambda: int(time.time()))
     prefix = "cmpl"
+    manner = OPENAI
     whole_kind = chunk_kind = "text_completion"
 
     def __post_init__(self) -> None:
@@ -66,24 +69,24 @@ class AnswerForm:
         choices = [msgspec.Raw(msgspec.json.encode(self._choice(piece))) for piece in pieces]
         return msgspec.json.encode(self._frame(self.whole_kind, choices) | {"usage": usage.json()})
 
-    def chunk(self, piece: Piece) -> Json | None:
-        """A piece of a completion; None where it says nothing yet."""
-        delta = self._delta(piece)
-        return self._frame(self.chunk_kind, [delta]) if delta is not None else None
+    def chunks(self, piece: Piece, usage: Usage | None) -> list[Json]:
+        """What a piece of a completion makes known; `usage`: so far, for who asked for it with every piece."""
+        delta, more = self._delta(piece), {"usage": usage.json()} if usage is not None else {}
+        return [self._frame(self.chunk_kind, [delta]) | more] if delta is not None else []
 
-    def openings(self, count: int) -> list[Json]:
+    def openings(self, count: int, usage: Usage) -> list[Json]:
         """What comes before a stream's first piece."""
         return []
 
-    def closing(self, usage: Usage) -> Json:
-        """The last chunk, for who asked for it."""
-        return self._frame(self.chunk_kind, []) | {"usage": usage.json()}
+    def closings(self, usage: Usage, asked: bool) -> list[Json]:
+        """What comes behind the last one. `asked`: for tokens."""
+        return [self._frame(self.chunk_kind, []) | {"usage": usage.json()}] if asked else []
 
-    def progress(self, prefill: Prefill) -> Json:
+    def progress(self, prefill: Prefill) -> list[Json]:
         """How far a prompt is, in llama.cpp's form."""
         state = {"total": prefill.total, "cache": prefill.reused, "processed": prefill.done,
                  "time_ms": round(prefill.seconds * 1e3)}  # fmt: skip
-        return self._frame(self.chunk_kind, []) | {"prompt_progress": state}
+        return [self._frame(self.chunk_kind, []) | {"prompt_progress": state}]
 
     def _choice(self, piece: Piece) -> Json:
         return self._ended(piece) | {"text": piece.text, "logprobs": self._logprobs(piece.tokens)}
@@ -127,7 +130,7 @@ class Chat(AnswerForm):
     prefix = "chatcmpl"
     whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    def openings(self, count: int) -> list[Json]:
+    def openings(self, count: int, usage: Usage) -> list[Json]:
         """The role of every completion."""
         role = {"role": "assistant", "content": ""}
         choice = {"delta": role, "finish_reason": None, "logprobs": None}
@@ -184,18 +187,21 @@ class Hearing:
 class Heard:
     """One completion's text, taken apart, in OpenAI's form."""
 
-    def __init__(self, hearing: Hearing) -> None:
-        self._hearing, self._listener = hearing, hearing.listener()
-        self._calls = 0
+    def __init__(self, hearing: Hearing | None) -> None:
+        self._hearing, self._listener = hearing, hearing.listener() if hearing is not None else None
+        self._calls, self._called = 0, False
 
     def parts(self, text: str, last: bool) -> list[Part]:
         """What these characters make known."""
-        parts = self._listener.grow(text)
-        return parts + self._listener.end() if last else parts
+        if self._listener is None:
+            return [Said(text)] if text else []
+        parts = self._listener.grow(text) + (self._listener.end() if last else [])
+        self._called = self._called or any(isinstance(part, Called) for part in parts)
+        return parts
 
     def reason(self, piece: Piece) -> Json:
         """Why it ended, where it isn't as the engine says."""
-        return {"finish_reason": "tool_calls"} if self._calls and piece.finish_reason == "stop" else {}
+        return {"finish_reason": "tool_calls"} if self._called and piece.finish_reason == "stop" else {}
 
     def message(self, parts: Sequence[Part]) -> Json:
         """Of all parts of an answer."""
@@ -216,6 +222,7 @@ class Heard:
                 case Thought(text):
                     made["reasoning_content"] = made.get("reasoning_content", "") + text
                 case Called(name):
+                    assert self._hearing is not None, "who doesn't listen hears no calls"
                     calls.append({
                         "index": self._calls, "id": self._hearing.dialect.call_id(), "type": "function",
                         "function": {"name": name, "arguments": ""},

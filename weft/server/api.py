@@ -1,133 +1,38 @@
-"""The endpoints. Knows requests' schemas, the service and the forms of answers; knows nothing of processes."""
+"""The endpoints. Knows requests' schemas and the forms of answers; how they are answered is answering's."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from weft.batching.params import SamplingParams
-from weft.execute.protocol import Chosen
-from weft.grammar import Grammar
-from weft.server.answers import AnswerForm, Chat, Hearing, Json, Usage
-from weft.server.beside import Beside
+from weft.server.answering import Api, answered, told
+from weft.server.answers import AnswerForm, Chat, Json
+from weft.server.anthropic import CountRequest, MessageForm, MessagesRequest
 from weft.server.chat import ChatRequest, DetokenizeRequest, TokenizeRequest
-from weft.server.guard import OWNER
 from weft.server.live import live
-from weft.server.reading import Answered, Asked, Body, unpacked
-from weft.server.refused import unknown_model
-from weft.server.schema import MOST_LOGPROBS, CompletionRequest
-from weft.server.service import Service, State
-from weft.server.stream import Event, events, unless_gone, whole
-from weft.server.ticket import Piece, Prefill, Ticket, Token, Wishes
+from weft.server.ollama import GenerateForm, OllamaChat, OllamaForm, OllamaGenerate
+from weft.server.reading import Body
+from weft.server.refused import Refused
+from weft.server.schema import CompletionRequest
+from weft.server.service import State
 
-A = TypeVar("A")
-P = ParamSpec("P")
-_dump = msgspec.json.encode  # a tenth of the time of Python's own
-QUIET = 10.0  # seconds without a piece after which a stream says that it is alive
-LONG = 20_000  # characters of an answer that is better made beside the loop
 REFUSALS: dict[int | str, dict[str, Any]] = {
     code: {"description": "an error in OpenAI's shape"} for code in (400, 401, 403, 404, 408, 413, 415, 429, 503)
 }
-
-
-@dataclass(frozen=True)
-class Echo:
-    """A prompt's text and tokens, and the characters before each."""
-
-    text: str
-    tokens: list[int]
-    offsets: list[int]
-
-    def before(self, piece: Piece) -> Piece:
-        """A completion's first piece with the prompt before it."""
-        # What there was no time to score has an entry all the same.
-        unknown = [Token(Chosen(token), offset, False) for token, offset in zip(self.tokens, self.offsets, strict=True)]
-        scored = list(map(Token, piece.scores, self.offsets[1:]))
-        prompt = [*unknown[:1], *scored, *unknown[1 + len(scored) :]]
-        return replace(self.after(piece), text=self.text + piece.text, tokens=prompt + self.after(piece).tokens)
-
-    def after(self, piece: Piece) -> Piece:
-        """Any other piece of it: its tokens stand behind the prompt."""
-        return replace(piece, tokens=[token._replace(offset=token.offset + len(self.text)) for token in piece.tokens])
-
-
-@dataclass(frozen=True)
-class Api:
-    """What endpoints need. `beside`: reads bodies. `name`: the model's, as clients call it. `timeout`: seconds that a
-    request may take."""
-
-    service: Service
-    beside: Beside
-    name: str
-    timeout: float | None
-
-    def demand(self, model: str) -> None:
-        """Raises if another model is asked for."""
-        if model != self.name:
-            raise unknown_model(model, self.name)
-
-    def text_of(self, token: int) -> str:
-        """One token's; without a tokenizer its number."""
-        tokenizer = self.service.tokenizer
-        return tokenizer.spelling.text_of(token) if tokenizer else f"token_id:{token}"
-
-    def bytes_of(self, token: int) -> bytes:
-        """The same in bytes."""
-        tokenizer = self.service.tokenizer
-        return tokenizer.spelling.bytes_of(token) if tokenizer else b""
-
-    async def read(self, request: Request) -> Asked | Answered:
-        """What its body asks for. Raises what it is refused for, and `Gone`."""
-        path, body = request.scope["route"].path, await request.body()
-        if (read := self.beside.at_once(path, body)) is not None:
-            return read
-        return await unless_gone(request.receive, self.beside.read(path, body, _asker(request)))
-
-    async def grammar(self, schema: str, request: Request) -> Grammar:
-        """A schema's; tried beside first, within limits. Raises what it is refused for, and `Gone`."""
-
-        async def made() -> Grammar:
-            if not self.service.compiled(schema):
-                await self.beside.try_schema(schema, _asker(request))
-            return await self.service.grammar(schema)
-
-        return await unless_gone(request.receive, made())
-
-    def hearing(self, asked: Asked) -> Hearing | None:
-        """How the answer is to be taken apart."""
-        tokenizer, speech = self.service.tokenizer, asked.speech
-        if speech is None or tokenizer is None:
-            return None
-        return Hearing(tokenizer.dialect(bool(speech.tools)), speech, tokenizer.special if speech.hides else ())
-
-    def wishes(self, asked: Asked, request: Request, arrived: float) -> Wishes:
-        """What a request asks of the service."""
-        times = [seconds for seconds in (asked.timeout, self.timeout) if seconds is not None]
-        return Wishes(asked.priority, request.scope.get(OWNER, ""), min(times, default=None), arrived)
-
-
-def _asker(request: Request) -> str:
-    """Who takes turns with others: by key, or else by address."""
-    return str(request.scope.get(OWNER) or (request.client.host if request.client else ""))
-
-
-async def _beside(size: int, work: Callable[P, A], *arguments: P.args, **options: P.kwargs) -> A:
-    """At once, or on a thread where it would keep other requests waiting."""
-    return await asyncio.to_thread(work, *arguments, **options) if size > LONG else work(*arguments, **options)
+NOT_HERE = ("pull", "push", "create", "copy", "delete")  # what Ollama does with models
 
 
 def router(api: Api) -> APIRouter:
     """All endpoints."""
     routes = APIRouter(responses=REFUSALS)
     _answers(routes, api)
+    _anthropic(routes, api)
+    _ollama(routes, api)
     _models(routes, api)
     _tokens(routes, api)
     _operation(routes, api)
@@ -142,23 +47,60 @@ def _asks(body: type[Body]) -> dict[str, Any]:
 
 
 def _answers(routes: APIRouter, api: Api) -> None:
-    async def answered(request: Request, form: type[AnswerForm]) -> Response:
-        arrived = time.monotonic()
-        asked = await api.read(request)
-        assert isinstance(asked, Asked)
-        params = SamplingParams(**asked.params)
-        grammar = await api.grammar(params.form, request) if params.form else None
-        return await _answer(api, asked, params, api.wishes(asked, request, arrived), grammar, form)
-
     @routes.post("/v1/completions", tags=["openai"], **_asks(CompletionRequest))
     async def completions(request: Request) -> Response:
         """Continues prompts."""
-        return await answered(request, AnswerForm)
+        return await answered(api, request, AnswerForm)
 
     @routes.post("/v1/chat/completions", tags=["openai"], **_asks(ChatRequest))
     async def chat(request: Request) -> Response:
         """Answers the last message of a conversation."""
-        return await answered(request, Chat)
+        return await answered(api, request, Chat)
+
+
+def _anthropic(routes: APIRouter, api: Api) -> None:
+    @routes.post("/v1/messages", tags=["anthropic"], **_asks(MessagesRequest))
+    async def messages(request: Request) -> Response:
+        """Answers the last message of a conversation, as Anthropic's API does."""
+        return await answered(api, request, MessageForm)
+
+    @routes.post("/v1/messages/count_tokens", tags=["anthropic"], **_asks(CountRequest))
+    async def count(request: Request) -> Response:
+        """How many tokens that would be."""
+        return await told(api, request)
+
+
+def _ollama(routes: APIRouter, api: Api) -> None:
+    @routes.post("/api/chat", tags=["ollama"], **_asks(OllamaChat))
+    async def chat(request: Request) -> Response:
+        """Answers the last message of a conversation, as Ollama does."""
+        return await answered(api, request, OllamaForm)
+
+    @routes.post("/api/generate", tags=["ollama"], **_asks(OllamaGenerate))
+    async def generate(request: Request) -> Response:
+        """Answers a prompt."""
+        return await answered(api, request, GenerateForm)
+
+    @routes.get("/api/tags", tags=["ollama"])
+    async def tags() -> Json:
+        """The one model that is served."""
+        return {"models": [_tag(api)]}
+
+    @routes.get("/api/ps", tags=["ollama"])
+    async def running() -> Json:
+        """The same."""
+        return {"models": [_tag(api)]}
+
+    @routes.get("/api/version", tags=["ollama"])
+    async def ollama_version() -> Json:
+        """weft's, in Ollama's form."""
+        return {"version": version("weft")}
+
+    @routes.api_route("/api/{what:path}", methods=["POST", "DELETE"], include_in_schema=False)
+    async def refused(what: str) -> Response:
+        if what in NOT_HERE:
+            raise Refused(400, f"{what}: this server has the model that it was started with, and no other")
+        raise Refused(404, f"/api/{what[:100]} is not served here; see /openapi.json")
 
 
 def _models(routes: APIRouter, api: Api) -> None:
@@ -175,20 +117,15 @@ def _models(routes: APIRouter, api: Api) -> None:
 
 
 def _tokens(routes: APIRouter, api: Api) -> None:
-    async def answered(request: Request) -> Response:
-        read = await api.read(request)
-        assert isinstance(read, Answered)
-        return Response(read.body, media_type="application/json")
-
     @routes.post("/tokenize", tags=["tokens"], **_asks(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         """Tokens of a prompt, or of messages."""
-        return await answered(request)
+        return await told(api, request)
 
     @routes.post("/detokenize", tags=["tokens"], **_asks(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         """The text of tokens."""
-        return await answered(request)
+        return await told(api, request)
 
 
 def _operation(routes: APIRouter, api: Api) -> None:
@@ -221,9 +158,16 @@ def _operation(routes: APIRouter, api: Api) -> None:
         """What the page shows; `drawn`: the batch whose timeline it has already."""
 
         def made() -> bytes:
-            return _dump(live(api.service, api.name, drawn))
+            return msgspec.json.encode(live(api.service, api.name, drawn))
 
         return Response(await asyncio.to_thread(made), media_type="application/json")
+
+
+def _tag(api: Api) -> Json:
+    tools = ["completion", "tools"] if api.service.tokenizer is not None else ["completion"]
+    details = {"format": "weft", "family": "", "families": None, "parameter_size": "", "quantization_level": ""}
+    return {"name": api.name, "model": api.name, "modified_at": "1970-01-01T00:00:00Z", "size": 0, "digest": "",
+            "details": details, "capabilities": tools}  # fmt: skip
 
 
 def _model(api: Api) -> Json:
@@ -235,133 +179,3 @@ def _model(api: Api) -> Json:
         "owned_by": "weft",
         "max_model_len": about.max_length,
     }
-
-
-def _size(piece: Piece) -> int:
-    """About the characters that a piece becomes."""
-    return len(piece.text) + 4 * (len(piece.tokens) + len(piece.scores)) * (1 + MOST_LOGPROBS // 4)
-
-
-def _joined(pieces: Sequence[Piece]) -> Piece:
-    """One completion's pieces as one."""
-    tokens = [token for piece in pieces for token in piece.tokens]
-    return replace(pieces[-1], text="".join(piece.text for piece in pieces), tokens=tokens)
-
-
-async def _answer(
-    api: Api, asked: Asked, params: SamplingParams, wishes: Wishes, grammar: Grammar | None, form: type[AnswerForm]
-) -> Response:
-    """Queues all prompts, then answers as they were asked for; whoever goes away frees their slots."""
-    prompts = [unpacked(prompt.tokens) for prompt in asked.prompts]
-    # Together, so that all are there for the next batch.
-    submitting = (api.service.submit(prompt, params, wishes, grammar) for prompt in prompts)
-    submitted = await asyncio.gather(*submitting, return_exceptions=True)
-    tickets = [ticket for ticket in submitted if isinstance(ticket, Ticket)]
-    if errors := [error for error in submitted if isinstance(error, BaseException)]:
-        _cancel(api, tickets)
-        raise errors[0]
-    echoes = [Echo(prompt.text, *map(unpacked, (prompt.tokens, prompt.offsets))) for prompt in asked.prompts]
-    shape = form(api.name, api.text_of, api.bytes_of, asked.logprobs, api.hearing(asked))
-    answer = _Answer(api, tickets, params.n, shape, echoes if asked.echo else None)
-    return events(lambda: answer.events(asked)) if asked.stream else whole(answer.whole)
-
-
-def _cancel(api: Api, tickets: Sequence[Ticket]) -> None:
-    for ticket in tickets:
-        api.service.cancel(ticket)
-
-
-@dataclass
-class _Answer:
-    """One request's completions on their way; prompt p's i-th is number p * n + i."""
-
-    api: Api
-    tickets: list[Ticket]
-    n: int
-    form: AnswerForm
-    echoes: list[Echo] | None
-    counting: bool = False  # tokens so far, with every piece
-
-    async def whole(self) -> bytes:
-        """All of them."""
-        try:
-            done = await asyncio.gather(*(self._collected(number) for number in range(len(self.tickets))))
-            pieces = [piece for pieces in done for piece in pieces]
-            return await _beside(sum(map(_size, pieces)), self.form.whole, pieces, Usage.of(self.tickets))
-        finally:
-            _cancel(self.api, self.tickets)
-
-    async def _collected(self, number: int) -> list[Piece]:
-        """One prompt's completions, each as a single piece."""
-        done: dict[int, list[Piece]] = {}
-        async for piece in self._pieces(number):
-            if isinstance(piece, Piece):
-                done.setdefault(piece.index, []).append(piece)
-        return [_joined(done[index]) for index in sorted(done)]
-
-    async def _pieces(self, number: int) -> AsyncGenerator[Piece | Prefill | None]:
-        """One prompt's, numbered among all completions, with the prompt before them if it is wanted."""
-        fresh = set(range(self.n))
-        async for piece in self.tickets[number].pieces(QUIET):
-            if not isinstance(piece, Piece):
-                yield piece
-                continue
-            numbered = replace(piece, index=number * self.n + piece.index)
-            if self.echoes is not None:
-                echo = self.echoes[number]
-                place = echo.before if piece.index in fresh else echo.after
-                numbered = await _beside(_size(numbered), place, numbered)
-            fresh.discard(piece.index)
-            yield numbered
-
-    async def events(self, asked: Asked) -> AsyncGenerator[Event]:
-        """Pieces as they come, of all prompts."""
-        self.counting, progress = asked.counting, asked.progress
-        merged: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._feed(number, merged, progress)) for number in range(1, len(self.tickets))]
-        try:
-            for opening in self.form.openings(self.n * len(self.tickets)):
-                yield _dump(opening)
-            if not tasks:  # the usual case, without a queue more between
-                async for event in self._events_of(0, progress):
-                    yield event
-            else:
-                tasks.append(asyncio.create_task(self._feed(0, merged, progress)))
-                for _ in self.tickets:
-                    while (item := await merged.get()) is not None:
-                        if isinstance(item, Exception):
-                            raise item
-                        yield item
-            if asked.usage:
-                yield _dump(self.form.closing(Usage.of(self.tickets)))
-        finally:
-            for task in tasks:
-                task.cancel()
-            _cancel(self.api, self.tickets)
-
-    async def _feed(self, number: int, merged: asyncio.Queue[Event | Exception | None], progress: bool) -> None:
-        try:
-            async for event in self._events_of(number, progress):
-                merged.put_nowait(event)
-            merged.put_nowait(None)
-        except Exception as error:
-            merged.put_nowait(error)
-
-    async def _events_of(self, number: int, progress: bool) -> AsyncGenerator[Event]:
-        """One prompt's."""
-        async for piece in self._pieces(number):
-            if piece is None:
-                yield "still at it"
-            elif isinstance(piece, Prefill):
-                yield f"prompt {piece.done} of {piece.total} tokens"
-                if progress:
-                    yield _dump(self.form.progress(piece))
-            elif piece.text or piece.finish_reason is not None or (self.form.logprobs and piece.tokens):
-                usage = {"usage": Usage.of(self.tickets).json()} if self.counting else {}
-                if chunk := await _beside(_size(piece), self._chunk, piece, usage):
-                    yield chunk
-
-    def _chunk(self, piece: Piece, more: Json) -> bytes:
-        """Nothing of a piece that says nothing yet."""
-        chunk = self.form.chunk(piece)
-        return _dump(chunk | more) if chunk is not None else b""

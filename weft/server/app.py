@@ -16,7 +16,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from weft.server import errors
-from weft.server.api import Api, router
+from weft.server.answering import Api
+from weft.server.api import router
 from weft.server.beside import Beside
 from weft.server.guard import Guard
 from weft.server.reading import BODIES

@@ -1,8 +1,7 @@
-"""Errors in OpenAI's shape. Knows what can go wrong and how HTTP says it."""
+"""Errors as answers. Knows what can go wrong and how HTTP says it; how a protocol says it is manner's."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,23 +10,16 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from weft.errors import Busy, InputError, RequestFailed, Unavailable
+from weft.server.manner import JSON, Manner, manner_of
 from weft.server.refused import MISTAKE, Gone, Refused, misread
-
-KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 408: "timeout_error",
-         413: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable_error"}  # fmt: skip
-
-
-def body(status: int, message: str, param: str | None = None, code: str | None = None) -> bytes:
-    """`{"error": ...}`, in ASCII: what was given need not be Unicode."""
-    kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
 
 
 def response(
-    status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None
+    manner: Manner, status: int, message: str, param: str | None = None, code: str | None = None,
+    headers: dict[str, str] | None = None,
 ) -> Response:  # fmt: skip
-    """The same as an answer."""
-    return Response(body(status, message, param, code), status, headers, "application/json")
+    """An error as a protocol's answer."""
+    return Response(manner.failed(status, message, param, code), status, headers, JSON)
 
 
 def status_of(error: BaseException) -> int | None:
@@ -46,23 +38,27 @@ def said(error: BaseException) -> tuple[int, str]:
     return (500, MISTAKE) if status is None else (status, str(error))
 
 
-def answer(error: BaseException) -> Response:
+def answer(error: BaseException, manner: Manner) -> Response:
     """To a request that could not be served."""
     status, message = said(error)
     headers = {429: {"Retry-After": str(getattr(error, "retry_after", 1))}, 503: {"Retry-After": "5"}}.get(status)
     if isinstance(error, RequestFailed):  # it was tried twice already; OpenAI's clients try 500 again unless told
         headers = {"x-should-retry": "false"}
     if isinstance(error, Refused):
-        return response(status, message, error.field, error.code, headers)
-    return response(status, message, None, "queue_full" if status == 429 else None, headers)
+        return response(manner, status, message, error.field, error.code, headers)
+    return response(manner, status, message, None, "queue_full" if status == 429 else None, headers)
 
 
-def _invalid(_: Request, error: Any) -> Response:
-    return answer(misread(error.errors(), outer=1))
+def _invalid(request: Request, error: Any) -> Response:
+    return answer(misread(error.errors(), outer=1), manner_of(request.url.path))
 
 
-def _http(_: Request, error: Any) -> Response:
-    return response(error.status_code, str(error.detail), headers=error.headers)
+def _http(request: Request, error: Any) -> Response:
+    return response(manner_of(request.url.path), error.status_code, str(error.detail), headers=error.headers)
+
+
+def _ours(request: Request, error: Any) -> Response:
+    return answer(error, manner_of(request.url.path))
 
 
 def install(app: FastAPI) -> None:
@@ -71,4 +67,4 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Gone, lambda *_: Response(status_code=499))  # nobody reads it
     for kind in (InputError, Refused, Busy, RequestFailed, Unavailable, Exception):  # the last one is logged too
-        app.add_exception_handler(kind, lambda _, error: answer(error))
+        app.add_exception_handler(kind, _ours)

@@ -14,6 +14,7 @@ from typing import Any
 
 from weft.launch.addresses import is_loopback
 from weft.server.errors import response
+from weft.server.manner import manner_of
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -49,20 +50,27 @@ class Guard:
             async with asyncio.timeout(self.patience):
                 body = await self._body(headers, receive)
         except TimeoutError:
-            await response(408, f"the body did not come within {self.patience:g} s")(scope, receive, send)
+            await response(manner_of(scope["path"]), 408, f"the body did not come within {self.patience:g} s")(
+                scope, receive, send
+            )
             return
         if body is None:
-            await response(413, f"the body has more than {self.most} bytes; send less")(scope, receive, send)
+            await response(manner_of(scope["path"]), 413, f"the body has more than {self.most} bytes; send less")(
+                scope, receive, send
+            )
             return
         await self.app(scope, _replayed(body, receive), self._patient(send))
 
     def _refuse(self, scope: Scope, headers: dict[bytes, bytes]) -> Any | None:
+        manner = manner_of(scope["path"])
         if not self._keys:
             host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")) or "localhost"
             ours = not self.local or is_loopback(host)
-            return None if ours else response(403, f"host {host!r} is not this server's name; give --api-key to allow")
+            why = f"host {host!r} is not this server's name; give --api-key to allow"
+            return None if ours else response(manner, 403, why)
         given = headers.get(b"authorization", b"")
-        digest = _digest(given[7:] if given[:7].lower() == b"bearer " else b"")
+        bearer = given[7:] if given[:7].lower() == b"bearer " else b""
+        digest = _digest(bearer or headers.get(b"x-api-key", b""))
         # Every key is compared, each in constant time: how long it takes says nothing of them.
         numbers = [number for number, key in enumerate(self._keys) if hmac.compare_digest(key, digest)]
         if numbers:
@@ -71,7 +79,8 @@ class Guard:
         if scope["path"] in OPEN:
             return None
         return response(
-            401, "this server wants an API key: send it as Authorization: Bearer KEY", code="invalid_api_key",
+            manner, 401, "this server wants an API key: send it as Authorization: Bearer KEY, or as x-api-key: KEY",
+            code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )  # fmt: skip
 
@@ -109,7 +118,11 @@ def _no_json(scope: Scope, headers: dict[bytes, bytes]) -> Any | None:
     if scope["method"] not in ("POST", "PUT", "PATCH") or kind == b"application/json" or kind.endswith(b"+json"):
         return None
     given = kind.decode("latin-1")[:100] or "none"
-    return response(415, f"the content type is {given}; send JSON with the header Content-Type: application/json")
+    return response(
+        manner_of(scope["path"]),
+        415,
+        f"the content type is {given}; send JSON with the header Content-Type: application/json",
+    )
 
 
 def _digest(key: str | bytes) -> bytes:

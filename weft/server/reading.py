@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 from pydantic import ValidationError
@@ -21,17 +21,23 @@ from weft.batching.params import SamplingParams, ThinkingLimit, shown
 from weft.cache.prefixes import packed
 from weft.errors import InputError
 from weft.grammar import Grammars
+from weft.server.anthropic import CountRequest, MessagesRequest
 from weft.server.chat import MOST_TOOLS_CHARACTERS, ChatRequest, DetokenizeRequest, Message, TokenizeRequest, ToolChoice
+from weft.server.ollama import OllamaChat, OllamaGenerate
 from weft.server.refused import Refused, misread, unknown_model
 from weft.server.schema import MOST_COMPLETIONS, MOST_SCORES, CompletionRequest, Sampling, StreamOptions
 from weft.speech.dialect import Dialect, thinks_already
 from weft.speech.form import Tools, form
+from weft.speech.listener import Speech
 from weft.text import Tokenizer
 
-Body = CompletionRequest | ChatRequest | TokenizeRequest | DetokenizeRequest
+Foreign: TypeAlias = MessagesRequest | OllamaChat | OllamaGenerate  # other protocols': `chat` says it in OpenAI's terms
+Body: TypeAlias = CompletionRequest | ChatRequest | TokenizeRequest | DetokenizeRequest | Foreign
 BODIES: dict[str, type[Body]] = {
     "/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest,
     "/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest,
+    "/v1/messages": MessagesRequest, "/v1/messages/count_tokens": CountRequest,
+    "/api/chat": OllamaChat, "/api/generate": OllamaGenerate,
 }  # fmt: skip
 
 
@@ -54,15 +60,6 @@ class Prompt(msgspec.Struct, frozen=True):
     tokens: bytes
     text: str = ""
     offsets: bytes = b""
-
-
-class Speech(msgspec.Struct, frozen=True):
-    """How an answer's text is to be taken apart: `tools` that may be called, whether it begins inside a thought, and
-    whether special tokens are left out of what is said."""
-
-    tools: list[str]
-    thinking: bool
-    hides: bool
 
 
 class Asked(msgspec.Struct, frozen=True, tag=True):
@@ -110,7 +107,7 @@ def takes_long(body: Body) -> bool:
     """True for what may take longer than its size tells: templates, and where each token's text begins."""
     if isinstance(body, CompletionRequest) and body.echo:
         return True
-    return isinstance(body, ChatRequest) or (isinstance(body, TokenizeRequest) and body.messages is not None)
+    return isinstance(body, ChatRequest | Foreign) or (isinstance(body, TokenizeRequest) and body.messages is not None)
 
 
 class Reader:
@@ -141,6 +138,12 @@ class Reader:
 
     def read(self, body: Body) -> Asked | Answered:
         """What it asks for. Raises `Refused` and `InputError`."""
+        if isinstance(body, CountRequest):
+            asked = self.read(_translated(body))
+            assert isinstance(asked, Asked)
+            return Answered(msgspec.json.encode({"input_tokens": len(unpacked(asked.prompts[0].tokens))}))
+        if isinstance(body, Foreign):
+            return self.read(_translated(body))
         if body.model not in (None, "", self.facts.name):
             raise unknown_model(body.model, self.facts.name)
         match body:
@@ -225,10 +228,8 @@ class Reader:
 
     def _limit(self, body: ChatRequest, dialect: Dialect, thinking: bool) -> dict[str, Any]:
         """How long the answer may be thought of, as sampling parameters."""
-        if body.thinking_token_budget is None:
+        if body.thinking_token_budget is None or dialect.thoughts is None:
             return {}
-        if dialect.thoughts is None:
-            raise InputError("thinking_token_budget: this model's template knows no thoughts; leave it out")
         begin, end = dialect.thoughts
         ends = self.tokenizer.conversation(end)
         return {"thinking": ThinkingLimit(body.thinking_token_budget, "" if thinking else begin, end, tuple(ends))}
@@ -285,6 +286,14 @@ class Reader:
             prompts, given, params.logprobs is not None, echo, body.stream, options.include_usage,
             options.continuous_usage_stats, body.return_progress, body.priority, body.timeout, speech,
         )  # fmt: skip
+
+
+def _translated(body: Foreign) -> CompletionRequest | ChatRequest:
+    """In OpenAI's terms. Raises `Refused`."""
+    try:
+        return body.chat()
+    except ValidationError as error:
+        raise misread(error.errors(include_url=False)) from None
 
 
 def _tools(body: ChatRequest) -> Tools | None:

@@ -1,4 +1,4 @@
-"""Answers that end when their client goes away: whole ones and server-sent events. Plain ASGI.
+"""Answers that end when their client goes away: whole ones and streams. Plain ASGI.
 
 Knows HTTP and asyncio; knows nothing of what is sent.
 """
@@ -14,17 +14,11 @@ from starlette.responses import Response
 
 from weft.server import errors
 from weft.server.guard import Message, Receive, Scope, Send
+from weft.server.manner import Manner
 from weft.server.refused import Gone
 
 A = TypeVar("A")
-Event = bytes | str  # JSON; a string is a comment, which clients ignore
-
-
-def event(content: Event) -> bytes:
-    """One event, or a comment, as it travels."""
-    if isinstance(content, str):
-        return f": {content}\n\n".encode()
-    return b"data: " + content + b"\n\n"
+Event = bytes | str  # as it travels; a string is a comment, which clients leave unread
 
 
 class Watched(Response):
@@ -67,7 +61,7 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-def whole(make: Callable[[], Awaitable[bytes]]) -> Watched:
+def whole(make: Callable[[], Awaitable[bytes]], manner: Manner) -> Watched:
     """One JSON document."""
 
     async def work(send: Send) -> None:
@@ -76,7 +70,7 @@ def whole(make: Callable[[], Awaitable[bytes]]) -> Watched:
         except Exception as error:
             if errors.status_of(error) is None:
                 raise
-            failed = errors.answer(error)
+            failed = errors.answer(error, manner)
             body, status, more = bytes(failed.body), failed.status_code, dict(failed.headers)
         kept = {name: value for name, value in more.items() if name != "content-length"}
         headers = {"content-type": "application/json", **kept, "content-length": str(len(body))}
@@ -85,21 +79,23 @@ def whole(make: Callable[[], Awaitable[bytes]]) -> Watched:
     return Watched(work)
 
 
-def events(make: Callable[[], AsyncGenerator[Event]]) -> Watched:
-    """Server-sent events; an error after the first one is an event of its own."""
+def events(make: Callable[[], AsyncGenerator[Event]], manner: Manner) -> Watched:
+    """A stream; an error after its beginning is an event of its own."""
 
     async def work(send: Send) -> None:
-        await _send(send, 200, {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}, b"")
+        await _send(send, 200, {"content-type": manner.media, "cache-control": "no-cache"}, b"")
         try:
             async with aclosing(make()) as made:
                 async for content in made:
-                    await send({"type": "http.response.body", "body": event(content), "more_body": True})
+                    body = manner.comment(content) if isinstance(content, str) else content
+                    if body:
+                        await send({"type": "http.response.body", "body": body, "more_body": True})
         except Exception as error:
-            body = errors.body(*errors.said(error))
-            await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": True})
+            body = manner.broken(*errors.said(error))
+            await send({"type": "http.response.body", "body": body, "more_body": True})
             if errors.status_of(error) is None:
                 raise
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+        await send({"type": "http.response.body", "body": manner.last, "more_body": False})
 
     return Watched(work)
 

@@ -19,6 +19,15 @@ _BEGUN = re.compile(
 )  # a call's beginning, up to its arguments
 
 
+class Speech(NamedTuple):
+    """How an answer's text is to be taken apart: `tools` that may be called, whether it begins inside a thought, and
+    whether special tokens are left out of what is said."""
+
+    tools: list[str]
+    thinking: bool
+    hides: bool
+
+
 class Said(NamedTuple):
     """A piece of the answer."""
 
