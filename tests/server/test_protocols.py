@@ -174,13 +174,13 @@ def test_prompts_forms_and_models_of_ollama(llama: ollama.Client, says: Says, se
 def test_no_route_is_outside_the_guard(packaged: Path) -> None:
     """But for those that are open: a key is wanted, in either header, and JSON."""
     with running(packaged, Settings(NAME, keys=["right", "other"])) as there, there.client() as http:
-        told = {path: [*each] for path, each in there.app.openapi()["paths"].items()}
-        routes = {**told, "/": ["get"], "/app.js": ["get"], "/api/pull": ["post"], "/api/delete": ["delete"]}
-        routes |= {"/openapi.json": ["get"], "/nowhere": ["get", "post"], "/v1/nowhere": ["post"]}
+        told = {path: [*map(str.upper, each)] for path, each in there.app.openapi()["paths"].items()}
+        routes = {**told, "/": ["GET"], "/app.js": ["GET"], "/api/pull": ["POST"], "/api/delete": ["DELETE"]}
+        routes |= {"/openapi.json": ["GET"], "/nowhere": ["GET", "POST"], "/v1/nowhere": ["POST"]}
         assert len(routes) > 22
         for asked, methods in routes.items():
             for method in methods:
-                path, method = asked.replace("{model}", NAME), method.upper()
+                path = asked.replace("{model}", NAME).replace("{response}", "resp_1")
                 for headers in ({}, {"Authorization": "Bearer wrong"}, {"x-api-key": "wrong"}, {"x-api-key": ""}):
                     status = http.request(method, path, headers=headers, json={}).status_code
                     assert (status != 401) is (path in OPEN), (path, headers)

@@ -110,10 +110,7 @@ class _AttentionAtOnce(_Whole):
             return None
         if any(piece is not None for _, piece in forward.stretches(rows, branch.exact_rows, False)):
             return None
-        angles = None
-        if branch.turn is not None:
-            angles = forward.angles[branch.turn]
-            angles = angles if rows.length == angles.shape[0] else angles[rows.start : rows.stop]
         out = self._out(rows.length)
+        angles = None if branch.turn is None else forward.turned(branch.turn, rows)
         places.attend_whole(branch.layer, self._address, self._window, angles, hidden_TM, out)
         return out

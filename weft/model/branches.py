@@ -146,7 +146,7 @@ class Attention:
             turned.copy_(self.unit(turned).mul_(weights.scales))
         if self.turn is not None:
             part = turned if self.rotary == shape.width else turned[..., : self.rotary]
-            rotate(part, forward.angles[self.turn][rows.start : rows.stop], self.exact_rows)
+            rotate(part, forward.turned(self.turn, rows), self.exact_rows)
             if forward.query_factors is not None:
                 heads[:, : shape.queries].mul_(forward.query_factors[rows.start : rows.stop])
         return heads

@@ -73,6 +73,11 @@ class Forward:
             self._places[rows] = self.slabs.places(pieces)
         return self._places[rows]
 
+    def turned(self, turn: int, rows: Rows) -> Tensor:
+        """Angles of one of the model's ropes, of some rows."""
+        angles = self.angles[turn]
+        return angles if rows.length == angles.shape[0] else angles[rows.start : rows.stop]
+
     def stretches(self, rows: Rows, exact_rows: bool, few: bool) -> list[tuple[slice, SequenceRows | None]]:
         """The same as `pieces`; but single tokens behind each other, which attend all at once, are one, without its
         sequences. `exact_rows`: those that a cut left of a longer piece are not; `few`: nor those that nobody wants."""

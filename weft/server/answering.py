@@ -81,9 +81,9 @@ class Api:
         tokenizer = self.service.tokenizer
         return tokenizer.spelling.bytes_of(token) if tokenizer else b""
 
-    async def read(self, request: Request) -> Asked | Answered:
-        """What its body asks for. Raises what it is refused for, and `Gone`."""
-        path, body = request.scope["route"].path, await request.body()
+    async def read(self, request: Request, given: bytes | None = None) -> Asked | Answered:
+        """What its body asks for, or what is `given` in its place. Raises what it is refused for, and `Gone`."""
+        path, body = request.scope["route"].path, given if given is not None else await request.body()
         if (read := self.beside.at_once(path, body)) is not None:
             return read
         return await unless_gone(request.receive, self.beside.read(path, body, _asker(request)))
@@ -121,14 +121,19 @@ async def _beside(size: int, work: Callable[P, A], *arguments: P.args, **options
     return await asyncio.to_thread(work, *arguments, **options) if size > LONG else work(*arguments, **options)
 
 
-async def answered(api: Api, request: Request, form: type[AnswerForm]) -> Response:
-    """What a request asks for, in a form."""
+async def answered(
+    api: Api, request: Request, form: type[AnswerForm], given: bytes | None = None,
+    finished: Callable[[Json], None] | None = None,
+) -> Response:  # fmt: skip
+    """What a request asks for, in a form. `given`: in place of its body; `finished`: see `AnswerForm`."""
     arrived = time.monotonic()
-    asked = await api.read(request)
+    asked = await api.read(request, given)
     assert isinstance(asked, Asked)
     params = SamplingParams(**asked.params)
     grammar = await api.grammar(params.form, request) if params.form else None
-    return await _answer(api, asked, params, api.wishes(asked, request, arrived), grammar, form)
+    hearing = api.hearing(asked)
+    shape = form(api.name, api.text_of, api.bytes_of, asked.logprobs, hearing, asked.about, finished)
+    return await _answer(api, asked, params, api.wishes(asked, request, arrived), grammar, shape)
 
 
 async def told(api: Api, request: Request) -> Response:
@@ -150,7 +155,7 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
 
 
 async def _answer(
-    api: Api, asked: Asked, params: SamplingParams, wishes: Wishes, grammar: Grammar | None, form: type[AnswerForm]
+    api: Api, asked: Asked, params: SamplingParams, wishes: Wishes, grammar: Grammar | None, form: AnswerForm
 ) -> Response:
     """Queues all prompts, then answers as they were asked for; whoever goes away frees their slots."""
     prompts = [unpacked(prompt.tokens) for prompt in asked.prompts]
@@ -162,8 +167,7 @@ async def _answer(
         _cancel(api, tickets)
         raise errors[0]
     echoes = [Echo(prompt.text, *map(unpacked, (prompt.tokens, prompt.offsets))) for prompt in asked.prompts]
-    shape = form(api.name, api.text_of, api.bytes_of, asked.logprobs, api.hearing(asked))
-    answer = _Answer(api, tickets, params.n, shape, echoes if asked.echo else None)
+    answer = _Answer(api, tickets, params.n, form, echoes if asked.echo else None)
     manner = form.manner
     return events(lambda: answer.events(asked), manner) if asked.stream else whole(answer.whole, manner)
 

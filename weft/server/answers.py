@@ -52,6 +52,8 @@ class AnswerForm:
     bytes_of: Callable[[int], bytes]
     logprobs: bool = False
     hearing: Hearing | None = None  # of chats
+    about: Json = field(default_factory=dict)  # what the answer says again of its request
+    finished: Callable[[Json], None] | None = None  # is told the whole answer, where a form has such
     created: int = field(default_factory=lambda: int(time.time()))
     prefix = "cmpl"
     manner = OPENAI
@@ -189,7 +191,11 @@ class Heard:
 
     def __init__(self, hearing: Hearing | None) -> None:
         self._hearing, self._listener = hearing, hearing.listener() if hearing is not None else None
-        self._calls, self._called = 0, False
+        self._calls, self._called, self._thought = 0, False, False
+
+    def call_id(self) -> str:
+        """A new call's."""
+        return self._hearing.dialect.call_id() if self._hearing is not None else ""
 
     def parts(self, text: str, last: bool) -> list[Part]:
         """What these characters make known."""
@@ -197,7 +203,15 @@ class Heard:
             return [Said(text)] if text else []
         parts = self._listener.grow(text) + (self._listener.end() if last else [])
         self._called = self._called or any(isinstance(part, Called) for part in parts)
+        self._thought = self._thought or any(isinstance(part, Thought) for part in parts)
         return parts
+
+    def tokens_of_thoughts(self, text: str, offsets: Sequence[int]) -> int:
+        """Of a text, by the characters before each of its tokens."""
+        if not self._thought or self._hearing is None:
+            return 0
+        places = [at for mark in self._hearing.dialect.thought_ends if (at := text.find(mark)) >= 0]
+        return sum(offset < min(places, default=len(text) + 1) for offset in offsets)
 
     def reason(self, piece: Piece) -> Json:
         """Why it ended, where it isn't as the engine says."""
@@ -222,9 +236,8 @@ class Heard:
                 case Thought(text):
                     made["reasoning_content"] = made.get("reasoning_content", "") + text
                 case Called(name):
-                    assert self._hearing is not None, "who doesn't listen hears no calls"
                     calls.append({
-                        "index": self._calls, "id": self._hearing.dialect.call_id(), "type": "function",
+                        "index": self._calls, "id": self.call_id(), "type": "function",
                         "function": {"name": name, "arguments": ""},
                     })  # fmt: skip
                     self._calls += 1

@@ -65,7 +65,7 @@ class ToolResultBlock(Strict):
 Block = TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock
 
 
-class Turn(Strict):
+class AnthropicMessage(Strict):
     """A message."""
 
     role: Literal["user", "assistant", "system"]
@@ -139,7 +139,7 @@ class MessagesRequest(Strict):
 
     model: str | None = None
     max_tokens: Count
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=4096, fail_fast=True)]
+    messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
     system: str | list[TextBlock] | None = None
     stream: bool = False
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -157,7 +157,7 @@ class MessagesRequest(Strict):
     def chat(self) -> ChatRequest:
         """The same in OpenAI's terms. Raises `InputError`."""
         messages = [{"role": "system", "content": _text(self.system)}] if self.system else []
-        messages += [message for turn in self.messages for message in turn.messages()]
+        messages += [message for each in self.messages for message in each.messages()]
         asked: Json = {
             "model": self.model, "messages": messages, "max_tokens": self.max_tokens, "stream": self.stream,
             "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "stop": self.stop_sequences,

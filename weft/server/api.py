@@ -10,14 +10,18 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from weft.batching.params import shown
 from weft.server.answering import Api, answered, told
 from weft.server.answers import AnswerForm, Chat, Json
 from weft.server.anthropic import CountRequest, MessageForm, MessagesRequest
 from weft.server.chat import ChatRequest, DetokenizeRequest, TokenizeRequest
+from weft.server.guard import OWNER
+from weft.server.kept_responses import KeptResponse, KeptResponses
 from weft.server.live import live
 from weft.server.ollama import GenerateForm, OllamaChat, OllamaForm, OllamaGenerate
 from weft.server.reading import Body
 from weft.server.refused import Refused
+from weft.server.responses import ResponseForm, ResponsesRequest
 from weft.server.schema import CompletionRequest
 from weft.server.service import State
 
@@ -33,6 +37,7 @@ def router(api: Api) -> APIRouter:
     _answers(routes, api)
     _anthropic(routes, api)
     _ollama(routes, api)
+    _responses(routes, api, KeptResponses())
     _models(routes, api)
     _tokens(routes, api)
     _operation(routes, api)
@@ -68,6 +73,61 @@ def _anthropic(routes: APIRouter, api: Api) -> None:
     async def count(request: Request) -> Response:
         """How many tokens that would be."""
         return await told(api, request)
+
+
+class _Glance(msgspec.Struct):
+    """What is looked at of a request before it is read: the rest may be long."""
+
+    input: msgspec.Raw
+    previous_response_id: str | None = None
+    store: bool | None = None
+
+    def items(self) -> list[bytes]:
+        """The input's."""
+        given = bytes(self.input)
+        if given[:1] == b"[":
+            return [bytes(each) for each in msgspec.json.decode(given, type=list[msgspec.Raw])]
+        return [b'{"type":"message","role":"user","content":%b}' % given]
+
+
+def _responses(routes: APIRouter, api: Api, kept: KeptResponses) -> None:
+    def owner(request: Request) -> str:
+        return str(request.scope.get(OWNER, ""))
+
+    def found(name: str, request: Request) -> KeptResponse:
+        if (one := kept.get(name, owner(request))) is None:
+            raise Refused(404, f"response {shown(name)} is not here: it has expired, or never was this key's",
+                          "previous_response_id", "not_found")  # fmt: skip
+        return one
+
+    @routes.post("/v1/responses", tags=["openai"], **_asks(ResponsesRequest))
+    async def responses(request: Request) -> Response:
+        """Answers input, going on from an earlier response if it names one."""
+        body = await request.body()
+        try:
+            glance = msgspec.json.decode(body, type=_Glance)
+            own = glance.items()
+        except (msgspec.MsgspecError, RecursionError):  # whoever reads all of it says what is wrong
+            return await answered(api, request, ResponseForm)
+        past = found(glance.previous_response_id, request).items if glance.previous_response_id else []
+        given = body.rstrip()[:-1] + b',"past":[' + b",".join(past) + b"]}" if past else None
+
+        def keep(response: Json) -> None:
+            said = [msgspec.json.encode(item) for item in response["output"]]
+            kept.put(response["id"], owner(request), [*past, *own, *said], msgspec.json.encode(response))
+
+        return await answered(api, request, ResponseForm, given, keep if glance.store is not False else None)
+
+    @routes.get("/v1/responses/{response}", tags=["openai"])
+    async def response(response: str, request: Request) -> Response:
+        """An earlier one."""
+        return Response(found(response, request).body, media_type="application/json")
+
+    @routes.delete("/v1/responses/{response}", tags=["openai"])
+    async def forget(response: str, request: Request) -> Json:
+        """Forgets an earlier one."""
+        found(response, request)
+        return {"id": response, "object": "response.deleted", "deleted": kept.drop(response, owner(request))}
 
 
 def _ollama(routes: APIRouter, api: Api) -> None:

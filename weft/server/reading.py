@@ -25,19 +25,21 @@ from weft.server.anthropic import CountRequest, MessagesRequest
 from weft.server.chat import MOST_TOOLS_CHARACTERS, ChatRequest, DetokenizeRequest, Message, TokenizeRequest, ToolChoice
 from weft.server.ollama import OllamaChat, OllamaGenerate
 from weft.server.refused import Refused, misread, unknown_model
+from weft.server.responses import ResponsesRequest
 from weft.server.schema import MOST_COMPLETIONS, MOST_SCORES, CompletionRequest, Sampling, StreamOptions
 from weft.speech.dialect import Dialect, thinks_already
 from weft.speech.form import Tools, form
 from weft.speech.listener import Speech
 from weft.text import Tokenizer
 
-Foreign: TypeAlias = MessagesRequest | OllamaChat | OllamaGenerate  # other protocols': `chat` says it in OpenAI's terms
+# Other protocols': `chat` says it in OpenAI's terms.
+Foreign: TypeAlias = MessagesRequest | OllamaChat | OllamaGenerate | ResponsesRequest
 Body: TypeAlias = CompletionRequest | ChatRequest | TokenizeRequest | DetokenizeRequest | Foreign
 BODIES: dict[str, type[Body]] = {
     "/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest,
     "/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest,
     "/v1/messages": MessagesRequest, "/v1/messages/count_tokens": CountRequest,
-    "/api/chat": OllamaChat, "/api/generate": OllamaGenerate,
+    "/v1/responses": ResponsesRequest, "/api/chat": OllamaChat, "/api/generate": OllamaGenerate,
 }  # fmt: skip
 
 
@@ -65,7 +67,7 @@ class Prompt(msgspec.Struct, frozen=True):
 class Asked(msgspec.Struct, frozen=True, tag=True):
     """What is to be queued, and how it is to be answered. `params`: of `SamplingParams`; `echo`: prompts stand before
     their answers; `usage`, `counting`: tokens are told at a stream's end, and with every piece of it; `progress`:
-    and how far a prompt is; `timeout`: seconds."""
+    and how far a prompt is; `timeout`: seconds; `about`: what the answer says again of the request."""
 
     prompts: list[Prompt]
     params: dict[str, Any]
@@ -78,6 +80,7 @@ class Asked(msgspec.Struct, frozen=True, tag=True):
     priority: int
     timeout: float | None
     speech: Speech | None = None
+    about: dict[str, Any] = {}
 
 
 class Answered(msgspec.Struct, frozen=True, tag=True):
@@ -143,7 +146,9 @@ class Reader:
             assert isinstance(asked, Asked)
             return Answered(msgspec.json.encode({"input_tokens": len(unpacked(asked.prompts[0].tokens))}))
         if isinstance(body, Foreign):
-            return self.read(_translated(body))
+            asked = self.read(_translated(body))
+            assert isinstance(asked, Asked), "what is in other terms is answered by the model"
+            return msgspec.structs.replace(asked, about=body.about()) if isinstance(body, ResponsesRequest) else asked
         if body.model not in (None, "", self.facts.name):
             raise unknown_model(body.model, self.facts.name)
         match body:
@@ -184,15 +189,14 @@ class Reader:
         rendered = self._rendered(body, dialect, tools is not None)
         thinking = not body.continue_final_message and thinks_already(dialect, rendered)
         tokens = self.tokenizer.conversation(rendered)
-        heard = tools is not None or dialect.thoughts is not None or dialect.channels is not None
         more = self._form(body, dialect, thinking, tools) | self._limit(body, dialect, thinking)
         more |= {"logprobs": (body.top_logprobs or 0) if body.logprobs else None}
-        if heard:
+        speech = None
+        if tools is not None or dialect.thoughts is not None or dialect.channels is not None:
+            speech = Speech(list(tools.schemas) if tools is not None else [], thinking, body.skip_special_tokens)
             more["skip_special_tokens"] = False  # marks may be some
         params = body.params(self._proposed, body.max_completion_tokens or body.max_tokens, **more)
         self._demand([tokens], params)
-        names = list(body.functions()) if tools is not None else []
-        speech = Speech(names, thinking, body.skip_special_tokens) if heard else None
         return self._asked(body, [Prompt(packed(tokens))], params, speech=speech)
 
     def _rendered(self, body: ChatRequest, dialect: Dialect, tools: bool) -> str:

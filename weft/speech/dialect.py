@@ -62,6 +62,13 @@ class Dialect:
     dropped: tuple[str, ...] = ()
     short_ids: bool = False  # calls are known by nine letters and digits
 
+    @property
+    def thought_ends(self) -> tuple[str, ...]:
+        """What no thought goes beyond."""
+        if self.channels is not None:
+            return f"{self.channels.header}{self.channels.answer}", self.calls.mark
+        return self.thoughts[1:] if self.thoughts is not None else ()
+
     def call_id(self, known: str = "") -> str:
         """A new call's, or what one that is `known` by another name is called here."""
         if not self.short_ids:

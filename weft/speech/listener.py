@@ -172,44 +172,32 @@ class _Marked:
     def _trimmed(self, kind: type[Said] | type[Thought]) -> bool:
         return kind is Thought or bool(self._tools) or bool(self._begin)
 
-    def _say(self) -> Iterator[Part]:
-        marks = {*self._hidden, *filter(None, [self._begin, self._syntax.mark if self._tools else ""])}
-        if self._tools and not self._syntax.mark and not self._said:
-            begun = self._text.lstrip()
-            if begun.startswith("{"):
-                self._text, self._raw = begun, ""
-                self._step = self._look
-                return
-        found = _first(self._text, marks)
-        if found is None:
-            held = 0 if self._ended else _held(self._text, marks)
-            text, self._text = self._text[: len(self._text) - held], self._text[len(self._text) - held :]
-            self._said = self._said or bool(text.strip())
-            yield from self._told(Said, text, self._ended)
-            return
-        at, mark = found
-        text, self._text = self._text[:at], self._text[at + len(mark) :]
-        self._said = self._said or bool(text.strip())
-        if mark in self._hidden:
-            yield from self._told(Said, text, False)
-            return
-        yield from self._told(Said, text, mark == self._begin)
-        if mark == self._begin:
-            self._fresh, self._step = True, self._think
+    def _up_to(self, marks: Collection[str]) -> tuple[str, str]:
+        """What comes before the first of these marks, and the mark; none, before what may be the beginning of one."""
+        if (found := _first(self._text, marks)) is not None:
+            at, mark = found
         else:
+            held = 0 if self._ended else _held(self._text, marks)
+            at, mark = len(self._text) - held, ""
+        text, self._text = self._text[:at], self._text[at + len(mark) :]
+        return text, mark
+
+    def _say(self) -> Iterator[Part]:
+        if self._tools and not self._syntax.mark and not self._said and self._text.lstrip().startswith("{"):
+            self._text, self._raw, self._step = self._text.lstrip(), "", self._look
+            return
+        marks = {*self._hidden, *filter(None, [self._begin, self._syntax.mark if self._tools else ""])}
+        text, mark = self._up_to(marks)
+        self._said = self._said or bool(text.strip())
+        yield from self._told(Said, text, mark == self._begin if mark else self._ended)
+        if mark and mark == self._begin:
+            self._fresh, self._step = True, self._think
+        elif mark and mark not in self._hidden:
             self._raw, self._step = mark, self._look
 
     def _think(self) -> Iterator[Part]:
-        marks = {*self._hidden, self._end, self._begin}
-        found = _first(self._text, marks)
-        if found is None:
-            held = 0 if self._ended else _held(self._text, marks)
-            text, self._text = self._text[: len(self._text) - held], self._text[len(self._text) - held :]
-            yield from self._told(Thought, text, self._ended)
-            return
-        at, mark = found
-        text, self._text = self._text[:at], self._text[at + len(mark) :]
-        yield from self._told(Thought, text, mark == self._end)
+        text, mark = self._up_to({*self._hidden, self._end, self._begin})
+        yield from self._told(Thought, text, mark == self._end if mark else self._ended)
         if mark == self._end:
             self._fresh, self._step = True, self._say
 
