@@ -99,10 +99,10 @@ class Engine:
 
     def add(
         self, prompt: ReadOnly[int], params: SamplingParams, priority: int = 0, owner: str = "",
-        deadline: float | None = None, grammar: Grammar | None = None,
+        deadline: float | None = None, grammar: Grammar | None = None, salt: str = "",
     ) -> Request:  # fmt: skip
         """Queues a request; see `Requests.open`."""
-        request = self.requests.open(prompt, params, priority, owner, deadline, grammar)
+        request = self.requests.open(prompt, params, priority, owner, deadline, grammar, salt)
         self.batcher.add(request)
         return request
 

@@ -68,7 +68,7 @@ class Requests:
 
     def open(
         self, prompt: ReadOnly[int], params: SamplingParams, priority: int = 0, owner: str = "",
-        deadline: float | None = None, grammar: Grammar | None = None,
+        deadline: float | None = None, grammar: Grammar | None = None, salt: str = "",
     ) -> Request:  # fmt: skip
         """A request with all that it needs; see `Request`. `grammar`: of its schema, if it is compiled already. Raises
         `InputError` if it can't ever run; then nothing was changed."""
@@ -76,7 +76,7 @@ class Requests:
         limit = self.check(tokens, params)
         if params.form and grammar is None:
             grammar = self.grammars.grammar(params.form)
-        request = Request(tokens, params, limit, priority, owner, time.monotonic(), deadline)
+        request = Request(tokens, params, limit, priority, owner, time.monotonic(), deadline, salt)
         completions = [self._completion(sequence, grammar) for sequence in request.sequences]
         self._began[request] = time.perf_counter()
         self.completions.update(zip(request.sequences, completions, strict=True))

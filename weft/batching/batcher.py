@@ -247,11 +247,11 @@ class Batcher:
         if not self.prefixes.limit or sequence.scored:
             return None
         tokens = sequence.request.packed if not sequence.produced else packed(sequence.tokens)
-        kept = self.prefixes.longest(tokens, self._stretch(sequence))
+        kept = self.prefixes.longest(tokens, (self._stretch(sequence), sequence.request.salt))
         prefixes = [kept] if kept is not None else []
         for other in self.running:
             assert other.slot is not None
-            if other.tokens[0] == sequence.tokens[0] and other.stretch == self._stretch(sequence):
+            if other.tokens[0] == sequence.tokens[0] and self._shares(other, sequence):
                 prefixes.append(Prefix(other.slot, min(other.computed, shared(other.request.packed, tokens))))
         slot, length = max(prefixes, key=lambda f: f.length, default=Prefix(0, 0))
         length = self._usable(length, sequence)
@@ -272,9 +272,13 @@ class Batcher:
             self._usable(shared(other.request.packed, sequence.request.packed), sequence)
             for other in self.running
             if other.left > 1 and other.tokens[0] == sequence.tokens[0] and not other.alone
-            if other.stretch == self._stretch(sequence)
+            if self._shares(other, sequence)
         )
         return max(soon, default=0)
+
+    def _shares(self, other: Sequence, sequence: Sequence) -> bool:
+        """Whether what a running one computes is what another one would."""
+        return other.request.salt == sequence.request.salt and other.stretch == self._stretch(sequence)
 
     def _stretch(self, sequence: Sequence) -> int:
         """What the angles of a prompt's positions depend on beside the position; alike for all but with `trained`."""
@@ -365,7 +369,7 @@ class Batcher:
             self.running.remove(sequence)
             # What a request that failed has in memory may be why.
             tokens = packed(sequence.tokens[: self._lasting(sequence) if sequence.finish_reason != "error" else 0])
-            for slot in self.prefixes.keep(sequence.slot, tokens, sequence.stretch):
+            for slot in self.prefixes.keep(sequence.slot, tokens, (sequence.stretch, sequence.request.salt)):
                 self._drop(slot)
             sequence.slot = None
 

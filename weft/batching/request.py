@@ -18,8 +18,8 @@ class Request:
     """A prompt with its wishes, and the `n` sequences that continue it.
 
     `limit`: tokens of the longest completion. `priority`: lower runs earlier. `owner`: who shares the engine fairly
-    with other owners. `arrived`, `deadline`: seconds of a monotonic clock. `failures`: batches that failed with it;
-    `error`: why it was refused.
+    with other owners. `salt`: only what has the same shares prefixes with it. `arrived`, `deadline`: seconds of a
+    monotonic clock. `failures`: batches that failed with it; `error`: why it was refused.
     """
 
     prompt: tuple[int, ...]
@@ -29,6 +29,7 @@ class Request:
     owner: str = ""
     arrived: float = 0.0
     deadline: float | None = None
+    salt: str = ""
     number: int = field(default_factory=lambda: next(_numbers))
     sequences: list[Sequence] = field(default_factory=list)
     failures: int = 0

@@ -89,8 +89,19 @@ ORIGINS = Annotated[
     ),
 ]
 LENGTH = Annotated[int | None, typer.Option(help="Tokens of prompt and answer; default: the model's.")]
+SEQUENCES = Annotated[int, typer.Option(help="Completions that run at once.")]
+BATCH = Annotated[int, typer.Option(help="Tokens of a batch at most.")]
+WAITING = Annotated[int, typer.Option(help="Completions that wait for a slot; more get 429.")]
 INTERVAL = Annotated[float, typer.Option(help="Seconds between tokens that prompts should leave to answers under way.")]
 CACHING = Annotated[bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Reuse what prompts share.")]
+ISOLATED = Annotated[
+    bool,
+    typer.Option("--isolate-prefixes", help="Within a key alone: how fast an answer begins tells what others said."),
+]
+LOGGED = Annotated[
+    bool, typer.Option("--log-requests", help="A line of JSON for each, to standard output: no text, no keys.")
+]
+LOG_TEXT = Annotated[bool, typer.Option("--log-text", help="With --log-requests: bodies too, 10,000 characters each.")]
 PATIENCE = Annotated[
     float, typer.Option(help="Seconds a client has to send a request, and to take each piece of an answer.")
 ]
@@ -137,11 +148,10 @@ def serve_command(
     recalibrate: RECALIBRATE = False,
     threads: THREADS = None,
     max_model_len: LENGTH = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Completions that run at once.")] = 16,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of a batch at most.")] = 8192,
-    max_waiting: Annotated[int, typer.Option(help="Completions that wait for a slot; more get 429.")] = 256,
+    max_num_seqs: SEQUENCES = 16, max_num_batched_tokens: BATCH = 8192, max_waiting: WAITING = 256,
     token_interval: INTERVAL = 0.2,
-    prefix_caching: CACHING = True,
+    prefix_caching: CACHING = True, isolate_prefixes: ISOLATED = False,
+    log_requests: LOGGED = False, log_text: LOG_TEXT = False,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
     max_body_bytes: Annotated[int, typer.Option(help="Of a request; more get 413.")] = 4 << 20,
     client_timeout: PATIENCE = 30.0,
@@ -178,8 +188,18 @@ def serve_command(
             _welcome(out, service.about, name, f"[{host}]" if ":" in host else host, listening.getsockname()[1])
 
         service = _service(make, max_waiting, launcher, out, name)
-        settings = Settings(name, keys, is_loopback(host), max_body_bytes, client_timeout, request_timeout, origins)
+        settings = Settings(
+            name, keys, is_loopback(host), max_body_bytes, client_timeout, request_timeout, origins, isolate_prefixes,
+            _log(log_requests, log_text), log_text,
+        )  # fmt: skip
         serve(application(service, settings), service, listening, drain, ready)
+
+
+def _log(asked: bool, text: bool) -> Callable[[str], None] | None:
+    """Where lines of requests go. Raises `InputError`."""
+    if text and not asked:
+        raise InputError("--log-text says what --log-requests writes; give that too")
+    return partial(print, flush=True) if asked else None
 
 
 def _both(tell: Progress, showing: Bar) -> Progress:

@@ -20,7 +20,8 @@ from weft.execute.protocol import Chosen
 from weft.grammar import Grammar
 from weft.server.answers import AnswerForm, Hearing, Json, Usage
 from weft.server.beside import Beside
-from weft.server.guard import OWNER
+from weft.server.guard import OWNER, Scope
+from weft.server.logged import TOKENS
 from weft.server.reading import Answered, Asked, unpacked
 from weft.server.refused import unknown_model
 from weft.server.schema import MOST_LOGPROBS
@@ -59,12 +60,13 @@ class Echo:
 @dataclass(frozen=True)
 class Api:
     """What endpoints need. `beside`: reads bodies. `name`: the model's, as clients call it. `timeout`: seconds that a
-    request may take."""
+    request may take; `isolated`: prefixes are shared within a key alone."""
 
     service: Service
     beside: Beside
     name: str
     timeout: float | None
+    isolated: bool = False
 
     def demand(self, model: str) -> None:
         """Raises if another model is asked for."""
@@ -108,7 +110,9 @@ class Api:
     def wishes(self, asked: Asked, request: Request, arrived: float) -> Wishes:
         """What a request asks of the service."""
         times = [seconds for seconds in (asked.timeout, self.timeout) if seconds is not None]
-        return Wishes(asked.priority, request.scope.get(OWNER, ""), min(times, default=None), arrived)
+        owner = request.scope.get(OWNER, "")
+        salt = f"{owner if self.isolated else ''}/{asked.salt}"
+        return Wishes(asked.priority, owner, min(times, default=None), arrived, salt)
 
 
 def _asker(request: Request) -> str:
@@ -133,7 +137,7 @@ async def answered(
     grammar = await api.grammar(params.form, request) if params.form else None
     hearing = api.hearing(asked)
     shape = form(api.name, api.text_of, api.bytes_of, asked.logprobs, hearing, asked.about, finished)
-    return await _answer(api, asked, params, api.wishes(asked, request, arrived), grammar, shape)
+    return await _answer(api, asked, params, api.wishes(asked, request, arrived), grammar, shape, request.scope)
 
 
 async def told(api: Api, request: Request) -> Response:
@@ -155,8 +159,9 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
 
 
 async def _answer(
-    api: Api, asked: Asked, params: SamplingParams, wishes: Wishes, grammar: Grammar | None, form: AnswerForm
-) -> Response:
+    api: Api, asked: Asked, params: SamplingParams, wishes: Wishes, grammar: Grammar | None, form: AnswerForm,
+    scope: Scope,
+) -> Response:  # fmt: skip
     """Queues all prompts, then answers as they were asked for; whoever goes away frees their slots."""
     prompts = [unpacked(prompt.tokens) for prompt in asked.prompts]
     # Together, so that all are there for the next batch.
@@ -167,6 +172,7 @@ async def _answer(
         _cancel(api, tickets)
         raise errors[0]
     echoes = [Echo(prompt.text, *map(unpacked, (prompt.tokens, prompt.offsets))) for prompt in asked.prompts]
+    scope[TOKENS] = lambda: Usage.of(tickets).told()
     answer = _Answer(api, tickets, params.n, form, echoes if asked.echo else None)
     manner = form.manner
     return events(lambda: answer.events(asked), manner) if asked.stream else whole(answer.whole, manner)

@@ -35,6 +35,11 @@ class Usage:
         prompt, reused, output = (sum(getattr(t, n) for t in tickets) for n in ("prompt_tokens", "reused", "tokens"))
         return cls(prompt, reused, output, max((ticket.first or 0.0 for ticket in tickets), default=0.0))
 
+    def told(self) -> Json:
+        """For who looks at what the server does."""
+        return {"prompt_tokens": self.prompt, "cached_tokens": self.reused, "output_tokens": self.output,
+                "first_ms": round(self.first * 1e3, 1)}  # fmt: skip
+
     def json(self) -> Json:
         """OpenAI's object."""
         return {

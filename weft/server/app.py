@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,6 +20,7 @@ from weft.server.answering import Api
 from weft.server.api import router
 from weft.server.beside import Beside
 from weft.server.guard import Guard
+from weft.server.logged import Logged
 from weft.server.reading import BODIES
 from weft.server.service import Service
 
@@ -36,7 +37,8 @@ PAGE_HEADERS = {
 class Settings:
     """How to serve. `name`: the model's, for clients. `keys`: who may ask; none is everyone. `local`: only this
     machine reaches the server. `most_body`: bytes. `patience`: seconds to send a body, and to take a piece of an
-    answer. `timeout`: seconds that a request may take. `origins`: of web pages elsewhere that may ask; "*" is any."""
+    answer. `timeout`: seconds that a request may take. `origins`: of web pages elsewhere that may ask; "*" is any.
+    `isolated`: prefixes are shared within a key alone. `log`: takes a line a request, see `Logged`."""
 
     name: str
     keys: Sequence[str] = ()
@@ -45,6 +47,9 @@ class Settings:
     patience: float = 30.0
     timeout: float | None = None
     origins: Sequence[str] = ()
+    isolated: bool = False
+    log: Callable[[str], None] | None = None
+    log_text: bool = False
 
 
 class _Application(FastAPI):
@@ -76,7 +81,7 @@ def application(service: Service, settings: Settings) -> FastAPI:
         description="OpenAI's API for a model that is split over slow links.",
     )  # fmt: skip
     errors.install(app)
-    app.include_router(router(Api(service, beside, settings.name, settings.timeout)))
+    app.include_router(router(Api(service, beside, settings.name, settings.timeout, settings.isolated)))
 
     # Kept in memory: reading a file takes turns on other threads, each of which waits for whatever computes.
     index, script = ((PAGE / name).read_bytes() for name in ("index.html", "app.js"))
@@ -92,10 +97,11 @@ def application(service: Service, settings: Settings) -> FastAPI:
     app.add_middleware(
         Guard, keys=settings.keys, local=settings.local, most=settings.most_body, patience=settings.patience
     )
+    app.add_middleware(Logged, tell=settings.log, text=settings.log_text)  # before the guard: what it refuses too
     if settings.origins:  # before the guard: browsers ask whether they may without a key
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"],
             allow_private_network=True,  # a page of the web that asks this machine is what the option is for
-            expose_headers=["Retry-After", "x-should-retry"],
+            expose_headers=["Retry-After", "x-should-retry", "x-request-id"],
         )  # fmt: skip
     return app

@@ -81,6 +81,7 @@ class Asked(msgspec.Struct, frozen=True, tag=True):
     timeout: float | None
     speech: Speech | None = None
     about: dict[str, Any] = {}
+    salt: str = ""
 
 
 class Answered(msgspec.Struct, frozen=True, tag=True):
@@ -289,6 +290,7 @@ class Reader:
         return Asked(
             prompts, given, params.logprobs is not None, echo, body.stream, options.include_usage,
             options.continuous_usage_stats, body.return_progress, body.priority, body.timeout, speech,
+            salt=body.cache_salt or "",
         )  # fmt: skip
 
 

@@ -316,7 +316,8 @@ class Service:
         error: Exception | None = None
         deadline = ticket.arrived + wishes.timeout if wishes.timeout is not None else None
         try:
-            ticket.request = self.engine.add(prompt, params, wishes.priority, wishes.owner, deadline, grammar)
+            asked = wishes.priority, wishes.owner, deadline, grammar, wishes.salt
+            ticket.request = self.engine.add(prompt, params, *asked)
             self._tickets[ticket.request] = ticket
         except Exception as reason:  # whatever it is, it is one request's
             error = reason

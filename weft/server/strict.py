@@ -17,7 +17,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],), "allowed_token_ids": ([],), "spaces_between_special_tokens": (True,), "detokenize": (True,),
     "documents": ([],), "return_tokens_as_token_ids": (False,), "return_token_ids": (False,),
     "add_special_tokens": (True,), "top_logprobs": (0,), "echo": (False,), "verbosity": ("medium",),
-    "web_search_options": ({},), "vllm_xargs": ({},), "cache_salt": ("",), "refusal": ("",), "audio": ({},),
+    "web_search_options": ({},), "vllm_xargs": ({},), "refusal": ("",), "audio": ({},),
     "typical_p": (1,), "mirostat": (0,), "cache_prompt": (True,),
 }  # fmt: skip
 

@@ -50,12 +50,13 @@ class Prefill:
 @dataclass(frozen=True)
 class Wishes:
     """What a request asks of the service beside its sampling parameters. `timeout`: seconds since it `arrived`, by the
-    monotonic clock; 0: now."""
+    monotonic clock; 0: now. `salt`: see `Request`."""
 
     priority: int = 0
     owner: str = ""
     timeout: float | None = None
     arrived: float = 0.0
+    salt: str = ""
 
 
 @dataclass(eq=False)
