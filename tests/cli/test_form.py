@@ -37,7 +37,8 @@ FORM = {
     "serve": [
         "--allow-anyone", "--allow-origin", "--api-key", "--check-content", "--client-timeout", "--drain", "--dtype",
         "--host", "--isolate-prefixes", "--join-address", "--kv", "--kv-cache-dtype", "--link", "--local-ranks",
-        "--log-requests", "--log-text", "--max-body-bytes", "--max-model-len", "--max-num-batched-tokens", "--max-num-seqs", "--max-waiting",
+        "--log-requests", "--log-text",
+        "--max-body-bytes", "--max-model-len", "--max-num-batched-tokens", "--max-num-seqs", "--max-waiting",
         "--overlap", "--plain-data", "--port", "--prefix-caching", "--rank-ports", "--recalibrate", "--reproducible",
         "--request-timeout", "--served-model-name", "--shares", "--tensor-parallel-size", "--threads",
         "--token-interval", "--tp", "--transport", "--weights", "--wire", "model",

@@ -171,6 +171,30 @@ def test_prompts_forms_and_models_of_ollama(llama: ollama.Client, says: Says, se
         assert "not served here" in http.post("/api/embed2", json={}).json()["error"]
 
 
+def test_completions_of_llama_cpp(server: Running, says: Says) -> None:
+    says("one two\nthree four")
+    with server.client() as http:
+        whole = http.post("/completion", json={"prompt": "Count", "n_predict": 50, "id_slot": 0, "seed": -1}).json()
+        assert (whole["content"], whole["stop"], whole["stop_type"]) == ("one two\nthree four", True, "eos")
+        assert whole["has_new_line"] and whole["tokens_predicted"] == whole["timings"]["predicted_n"] > 3
+        stopped = http.post("/completion", json={"prompt": [5, 6], "stop": [" three", "\nthree"]}).json()
+        assert (stopped["stop_type"], stopped["stopping_word"], stopped["content"]) == ("word", "\nthree", "one two")
+        lines = http.post("/completion", json={"prompt": "Count", "n_predict": 2, "stream": True}).text.splitlines()
+        pieces = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+        assert [piece["stop"] for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+        assert pieces[-1]["stop_type"] == "limit" and "".join(piece["content"] for piece in pieces).startswith("one")
+        says('{"a": 1, "b": 2}')
+        assert json.loads(http.post("/completion", json={"prompt": "a", "json_schema": ADD}).json()["content"])
+        says("yes")
+        for grammar in ('root ::= "yes" | no\nno ::= "no"', 'start: "yes" | "no"'):
+            given = {"prompt": "a", "grammar": grammar, "logit_bias": [[5, False], [6, 1.5]]}
+            assert http.post("/completion", json=given).json()["content"] == "yes"
+        for wrong, said in (({"grammar": "root ::= ("}, "can't be followed"), ({"n_probs": 3}, "n_probs"),
+                            ({"prompt": ""}, "empty")):  # fmt: skip
+            answer = http.post("/completion", json={"prompt": "a", **wrong})
+            assert answer.status_code == 400 and said in answer.json()["error"]["message"], answer.text
+
+
 def test_no_route_is_outside_the_guard(packaged: Path) -> None:
     """But for those that are open: a key is wanted, in either header, and JSON."""
     with running(packaged, Settings(NAME, keys=["right", "other"])) as there, there.client() as http:

@@ -18,6 +18,7 @@ from weft.server.chat import ChatRequest, DetokenizeRequest, TokenizeRequest
 from weft.server.guard import OWNER
 from weft.server.kept_responses import KeptResponse, KeptResponses
 from weft.server.live import live
+from weft.server.llamacpp import LlamaCompletion, LlamaForm
 from weft.server.ollama import GenerateForm, OllamaChat, OllamaForm, OllamaGenerate
 from weft.server.reading import Body
 from weft.server.refused import Refused
@@ -37,6 +38,7 @@ def router(api: Api) -> APIRouter:
     _answers(routes, api)
     _anthropic(routes, api)
     _ollama(routes, api)
+    _llamacpp(routes, api)
     _responses(routes, api, KeptResponses())
     _models(routes, api)
     _tokens(routes, api)
@@ -73,6 +75,13 @@ def _anthropic(routes: APIRouter, api: Api) -> None:
     async def count(request: Request) -> Response:
         """How many tokens that would be."""
         return await told(api, request)
+
+
+def _llamacpp(routes: APIRouter, api: Api) -> None:
+    @routes.post("/completion", tags=["llama.cpp"], **_asks(LlamaCompletion))
+    async def completion(request: Request) -> Response:
+        """Continues a prompt, as llama.cpp's server does."""
+        return await answered(api, request, LlamaForm)
 
 
 class _Glance(msgspec.Struct):

@@ -66,6 +66,7 @@ OPENAI = Manner(_openai, last=b"data: [DONE]\n\n")
 RESPONSES = Manner(_openai, named=True)
 ANTHROPIC = Manner(_anthropic, named=True)
 OLLAMA = Manner(_plain, media=LINES)
+LLAMACPP = Manner(_openai)
 BEGINNINGS = (("/v1/messages", ANTHROPIC), ("/v1/responses", RESPONSES), ("/api/", OLLAMA))
 
 

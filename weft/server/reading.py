@@ -23,6 +23,7 @@ from weft.errors import InputError
 from weft.grammar import Grammars
 from weft.server.anthropic import CountRequest, MessagesRequest
 from weft.server.chat import MOST_TOOLS_CHARACTERS, ChatRequest, DetokenizeRequest, Message, TokenizeRequest, ToolChoice
+from weft.server.llamacpp import LlamaCompletion
 from weft.server.ollama import OllamaChat, OllamaGenerate
 from weft.server.refused import Refused, misread, unknown_model
 from weft.server.responses import ResponsesRequest
@@ -33,13 +34,14 @@ from weft.speech.listener import Speech
 from weft.text import Tokenizer
 
 # Other protocols': `chat` says it in OpenAI's terms.
-Foreign: TypeAlias = MessagesRequest | OllamaChat | OllamaGenerate | ResponsesRequest
+Foreign: TypeAlias = MessagesRequest | OllamaChat | OllamaGenerate | ResponsesRequest | LlamaCompletion
 Body: TypeAlias = CompletionRequest | ChatRequest | TokenizeRequest | DetokenizeRequest | Foreign
 BODIES: dict[str, type[Body]] = {
     "/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest,
     "/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest,
     "/v1/messages": MessagesRequest, "/v1/messages/count_tokens": CountRequest,
     "/v1/responses": ResponsesRequest, "/api/chat": OllamaChat, "/api/generate": OllamaGenerate,
+    "/completion": LlamaCompletion,
 }  # fmt: skip
 
 

@@ -86,9 +86,23 @@ class StructuredOutputs(Strict):
         if self.choice is not None:
             found.append(AnswerShape(rule=of_choices(self.choice)))
         if self.grammar is not None:
-            whole = self.grammar.lstrip().startswith(HEAD.split()[0])
-            found.append(AnswerShape(grammar=self.grammar.lstrip() if whole else HEAD + self.grammar))
+            found.append(AnswerShape(grammar=_grammar(self.grammar)))
         return found
+
+
+def _grammar(text: str) -> str:
+    """Of llguidance's, of Lark's or of GBNF's form. Raises `InputError`."""
+    if text.lstrip().startswith(HEAD.split()[0]):
+        return text.lstrip()
+    if "::=" not in text:
+        return HEAD + text
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        return HEAD + str(any_to_lark(text)).removeprefix(HEAD.strip())
+    except Exception as error:  # it raises what its parser happens to
+        reason = str(error).partition("\n")[0] or "it is not GBNF"
+        raise InputError(f"the grammar can't be followed: {reason}") from None
 
 
 def schema_text(schema: Schema) -> str:
