@@ -1,11 +1,12 @@
-"""Tools that measure and judge servers, unchanged, against `weft serve`: lm-eval, guidellm and aiperf.
+"""Tools that measure and judge servers, and frameworks of agents, unchanged, against `weft serve`.
 
-    python benchmarks/clients/run.py [lm-eval guidellm aiperf] [--folder .clients] [--json FILE]
+    python benchmarks/clients/run.py [lm-eval guidellm aiperf langchain llamaindex litellm llm] [--json FILE]
 
 Each is installed into an environment of its own under --folder, at the version below, if it is not there already
 (lm-eval and the model that it compares with take about 1.5 GB); then a server with the model in the package is started
 for it and the tool is run as its users run it. Every answer must be one; what lm-eval reports must be what it reports
-for transformers on the same model, to 1e-3.
+for transformers on the same model, to 1e-3. Frameworks call one of two tools, send back what it gave, and run their own
+loop (agents.py): the model is far too small for good answers, so what is looked at is that calls parse and loops end.
 
 Needs packages from an index, once; then it works offline.
 """
@@ -41,6 +42,7 @@ class Tool:
 
     packages: tuple[str, ...]
     run: Callable[[Path, str, Path], dict[str, Any]]
+    torch: bool = True
 
 
 def call(command: list[str], folder: Path, **environment: str) -> str:
@@ -56,15 +58,15 @@ def call(command: list[str], folder: Path, **environment: str) -> str:
     return done.stdout + done.stderr
 
 
-def installed(folder: Path, name: str, packages: tuple[str, ...]) -> Path:
+def installed(folder: Path, name: str, packages: tuple[str, ...], torch: bool) -> Path:
     """The programs of an environment that has these packages."""
     place = folder / name
     done = place / "installed.txt"
     if not (done.is_file() and done.read_text("utf-8") == " ".join(packages)):
         print(f"installing {' '.join(packages)} into {place}", file=sys.stderr, flush=True)
         call([sys.executable, "-m", "venv", "--clear", str(place)], ROOT)
-        for wanted in (TORCH, *packages):
-            call([str(place / "bin" / "pip"), "install", "-q", wanted], ROOT)
+        for wanted in ([TORCH], packages) if torch else (packages,):
+            call([str(place / "bin" / "pip"), "install", "-q", *wanted], ROOT)
         done.write_text(" ".join(packages), "utf-8")
     return place / "bin"
 
@@ -198,10 +200,44 @@ def aiperf(programs: Path, url: str, folder: Path) -> dict[str, Any]:
             "output tokens, mean": tokens}  # fmt: skip
 
 
+def framework(name: str) -> Callable[[Path, str, Path], dict[str, Any]]:
+    """A run of agents.py."""
+
+    def run(programs: Path, url: str, folder: Path) -> dict[str, Any]:
+        script = Path(__file__).with_name("agents.py")
+        said = call([str(programs / "python"), str(script), name, url], folder, LITELLM_LOCAL_MODEL_COST_MAP="true")
+        found = json.loads(next(line for line in said.splitlines() if line.startswith('{"called"')))
+        ended = found["agent ended with"] in ("ai", "assistant", "tool")
+        fine = bool(found["called"]) and found["streamed alike"] and found["answered"] and ended
+        return {"fine": fine and len(found["results"]) == len(found["called"]), **found}
+
+    return run
+
+
+def llm_tools(programs: Path, url: str, folder: Path) -> dict[str, Any]:
+    """`llm -T` with a function of ours, by a model that its own file names."""
+    user = folder / "llm"
+    user.mkdir()
+    model = f"- model_id: weft\n  model_name: {NAME}\n  api_base: {url}/v1\n  supports_tools: true\n"
+    (user / "extra-openai-models.yaml").write_text(model, "utf-8")
+    functions = "def double(n: int) -> int:\n    'Doubles a number.'\n    return 2 * n\n"
+    asked = [str(programs / "llm"), "-m", "weft", "--key", "any", "--functions", functions, "-T", "llm_version", "--td",
+             "-o", "temperature", "0", "-o", "max_tokens", "60"]  # fmt: skip
+    said = call([*asked, "What is 21 doubled?"], folder, LLM_USER_PATH=str(user))
+    plain = call([*asked, "--no-stream", "What is 21 doubled?"], folder, LLM_USER_PATH=str(user))
+    return {"fine": bool(said.strip()) and bool(plain.strip()), "said": said.strip()[:200]}
+
+
 TOOLS = {
     "lm-eval": Tool(("lm-eval[api,hf]==0.4.13",), lm_eval),
     "guidellm": Tool(("guidellm==0.8.0",), guidellm),
     "aiperf": Tool(("aiperf==0.13.0",), aiperf),
+    "langchain": Tool(("langchain==1.5.2", "langchain-openai==1.7.4"), framework("langchain"), torch=False),
+    "llamaindex": Tool(
+        ("llama-index-core==0.14.25", "llama-index-llms-openai-like==0.8.1"), framework("llamaindex"), torch=False
+    ),
+    "litellm": Tool(("litellm==1.110.2",), framework("litellm"), torch=False),
+    "llm": Tool(("llm==0.36",), llm_tools, torch=False),
 }
 
 
@@ -217,7 +253,7 @@ def main() -> None:
     results: dict[str, Any] = {"date": time.strftime("%Y-%m-%d")}
     for name in asked.tools or TOOLS:
         tool = TOOLS[name]
-        programs = installed(asked.folder.resolve(), name, tool.packages)
+        programs = installed(asked.folder.resolve(), name, tool.packages, tool.torch)
         with TemporaryDirectory(prefix="weft-clients-") as folder, serving() as server:
             begin = time.monotonic()
             results[name] = tool.run(programs, server.url, Path(folder)) | {"packages": tool.packages}

@@ -157,12 +157,23 @@ def test_a_hostile_template_reaches_nothing(packaged: Path, tmp_path: Path, temp
     assert shown == "", "something inside was reached"
 
 
+def test_no_type_at_all_will_do_with_a_key(locked: Running, packaged: Path) -> None:
+    """A browser asks before it sends one for a page elsewhere, right or wrong; some clients send nothing else."""
+    body = json.dumps(ASKED).encode()
+    with locked.client() as http:
+        for key in ({"authorization": f"Bearer {KEY}"}, {"x-api-key": KEY}):
+            assert http.post("/v1/completions", content=body, headers=key).status_code == 200
+    with running(packaged) as there, there.client() as http:
+        assert http.post("/v1/completions", content=body).status_code == 415
+        assert http.post("/v1/completions", content=body, headers={"x-api-key": "any"}).status_code == 200
+
+
 @pytest.mark.parametrize(
-    "kind", [None, "", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "json"]
+    "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "json"]
 )
-def test_only_json_is_taken_for_json(locked: Running, kind: str | None) -> None:
+def test_only_json_is_taken_for_json(locked: Running, kind: str) -> None:
     """What a web page elsewhere may have a browser send without asking computes nothing."""
-    headers = {"authorization": f"Bearer {KEY}"} | ({"content-type": kind} if kind is not None else {})
+    headers = {"authorization": f"Bearer {KEY}"} | {"content-type": kind}
     with locked.client() as http:
         answer = http.post("/v1/completions", content=json.dumps(ASKED).encode(), headers=headers)
         assert answer.status_code == 415 and "Content-Type: application/json" in answer.json()["error"]["message"]

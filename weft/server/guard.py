@@ -113,9 +113,11 @@ class Guard:
 
 def _no_json(scope: Scope, headers: dict[bytes, bytes]) -> Any | None:
     """What has another type, or none, is not read as JSON: a web page elsewhere may have a browser send that without
-    asking, and the server would compute."""
+    asking, and the server would compute. With a key, right or wrong, a browser asks first, and none will do."""
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if scope["method"] not in ("POST", "PUT", "PATCH") or kind == b"application/json" or kind.endswith(b"+json"):
+        return None
+    if not kind and (b"authorization" in headers or b"x-api-key" in headers):
         return None
     given = kind.decode("latin-1")[:100] or "none"
     return response(
