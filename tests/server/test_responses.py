@@ -136,7 +136,8 @@ def test_forms_choices_and_ends(client: OpenAI, says: Says) -> None:
 
 
 @pytest.mark.parametrize(("given", "said"), [
-    ({"input": 5}, "input"), ({"input": [{"type": "input_image"}]}, "input"), ({}, "input: is missing"),
+    ({"input": 5}, "input"), ({"input": "a", "past": []}, "past: is not known"),
+    ({"input": [{"type": "input_image"}]}, "input"), ({}, "input: is missing"),
     ({"input": "a", "tools": [{"type": "web_search"}]}, "tools.0"), ({"input": "a", "background": True}, "background"),
     ({"input": "a", "conversation": "c"}, "conversation: is not known"),
     ({"input": "a", "temperature": 500}, "temperature"),

@@ -83,9 +83,9 @@ class Api:
         tokenizer = self.service.tokenizer
         return tokenizer.spelling.bytes_of(token) if tokenizer else b""
 
-    async def read(self, request: Request, given: bytes | None = None) -> Asked | Answered:
-        """What its body asks for, or what is `given` in its place. Raises what it is refused for, and `Gone`."""
-        path, body = request.scope["route"].path, given if given is not None else await request.body()
+    async def read(self, request: Request, given: tuple[str, bytes] | None = None) -> Asked | Answered:
+        """What its body asks for; or a path and a body in their place. Raises what it is refused for, and `Gone`."""
+        path, body = given or (request.scope["route"].path, await request.body())
         if (read := self.beside.at_once(path, body)) is not None:
             return read
         return await unless_gone(request.receive, self.beside.read(path, body, _asker(request)))
@@ -126,10 +126,10 @@ async def _beside(size: int, work: Callable[P, A], *arguments: P.args, **options
 
 
 async def answered(
-    api: Api, request: Request, form: type[AnswerForm], given: bytes | None = None,
+    api: Api, request: Request, form: type[AnswerForm], given: tuple[str, bytes] | None = None,
     finished: Callable[[Json], None] | None = None,
 ) -> Response:  # fmt: skip
-    """What a request asks for, in a form. `given`: in place of its body; `finished`: see `AnswerForm`."""
+    """What a request asks for, in a form. `given`: see `Api.read`; `finished`: see `AnswerForm`."""
     arrived = time.monotonic()
     asked = await api.read(request, given)
     assert isinstance(asked, Asked)

@@ -22,7 +22,7 @@ from weft.server.llamacpp import LlamaCompletion, LlamaForm
 from weft.server.ollama import GenerateForm, OllamaChat, OllamaForm, OllamaGenerate
 from weft.server.reading import Body
 from weft.server.refused import Refused
-from weft.server.responses import ResponseForm, ResponsesRequest
+from weft.server.responses import CONTINUED, ResponseForm, ResponsesRequest
 from weft.server.schema import CompletionRequest
 from weft.server.service import State
 
@@ -119,7 +119,7 @@ def _responses(routes: APIRouter, api: Api, kept: KeptResponses) -> None:
         except (msgspec.MsgspecError, RecursionError):  # whoever reads all of it says what is wrong
             return await answered(api, request, ResponseForm)
         past = found(glance.previous_response_id, request).items if glance.previous_response_id else []
-        given = body.rstrip()[:-1] + b',"past":[' + b",".join(past) + b"]}" if past else None
+        given = (CONTINUED, body.rstrip()[:-1] + b',"past":[' + b",".join(past) + b"]}") if past else None
 
         def keep(response: Json) -> None:
             said = [msgspec.json.encode(item) for item in response["output"]]

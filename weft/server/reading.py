@@ -26,7 +26,7 @@ from weft.server.chat import MOST_TOOLS_CHARACTERS, ChatRequest, DetokenizeReque
 from weft.server.llamacpp import LlamaCompletion
 from weft.server.ollama import OllamaChat, OllamaGenerate
 from weft.server.refused import Refused, misread, unknown_model
-from weft.server.responses import ResponsesRequest
+from weft.server.responses import CONTINUED, ContinuedRequest, ResponsesRequest
 from weft.server.schema import MOST_COMPLETIONS, MOST_SCORES, CompletionRequest, Sampling, StreamOptions
 from weft.speech.dialect import Dialect, thinks_already
 from weft.speech.form import Tools, form
@@ -41,7 +41,7 @@ BODIES: dict[str, type[Body]] = {
     "/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest,
     "/v1/messages": MessagesRequest, "/v1/messages/count_tokens": CountRequest,
     "/v1/responses": ResponsesRequest, "/api/chat": OllamaChat, "/api/generate": OllamaGenerate,
-    "/completion": LlamaCompletion,
+    "/completion": LlamaCompletion, CONTINUED: ContinuedRequest,
 }  # fmt: skip
 
 

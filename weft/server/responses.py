@@ -139,13 +139,12 @@ class Reasoning(Strict):
 
 
 class ResponsesRequest(Strict):
-    """`POST /v1/responses`. `past`: the items of the response that it goes on from, which the server has kept."""
+    """`POST /v1/responses`."""
 
     model: str | None = None
     input: str | Items
     instructions: str | None = None
     previous_response_id: Annotated[str, StringConstraints(max_length=128)] | None = None
-    past: Items | None = None
     stream: bool = False
     stream_options: dict[str, Any] | None = None
     store: bool = True
@@ -172,7 +171,7 @@ class ResponsesRequest(Strict):
     def chat(self) -> ChatRequest:
         """The same as a chat."""
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        messages += _messages(self.past or ())
+        messages += _messages(self.before())
         messages += [{"role": "user", "content": self.input}] if isinstance(self.input, str) else _messages(self.input)
         tools = [tool.model_dump(include={"name", "description", "parameters", "strict"}) for tool in self.tools or ()]
         asked: Json = {
@@ -189,6 +188,10 @@ class ResponsesRequest(Strict):
             asked["response_format"] = {"type": form.type, "json_schema": schema}
         return ChatRequest(**asked)
 
+    def before(self) -> Sequence[Item]:
+        """What was said before."""
+        return ()
+
     def about(self) -> Json:
         """What a response says again of its request."""
         given = self.model_dump(mode="json", by_alias=True, include={
@@ -203,6 +206,19 @@ class ResponsesRequest(Strict):
             "reasoning": {"effort": self.reasoning.effort if self.reasoning else None, "summary": None},
             "text": {"format": _format(self.text)},
         }  # fmt: skip
+
+
+class ContinuedRequest(ResponsesRequest):
+    """One that goes on from a response: `past` are its items, which the server has kept and puts there."""
+
+    past: Items
+
+    def before(self) -> Sequence[Item]:
+        """Them."""
+        return self.past
+
+
+CONTINUED = "/v1/responses, continued"  # in place of a path: nobody can ask for it
 
 
 def _format(text: TextOptions | None) -> Json:
