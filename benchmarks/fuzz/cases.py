@@ -92,7 +92,9 @@ class Cases:
         logprobs = (asked.top_logprobs or 0) if chat and asked.logprobs else None if chat else asked.logprobs
         scored = logprobs if not chat and asked.echo else None
         scored = 0 if scored is None and asked.max_tokens == 0 else scored
-        return Case(chat, body, asked.params(self.proposed, asked.max_tokens, logprobs, scored), prompt, self.source)
+        shape = asked.shape()
+        more = {"logprobs": logprobs, "prompt_logprobs": scored, **(shape.alone() if shape is not None else {})}
+        return Case(chat, body, asked.params(self.proposed, asked.max_tokens, **more), prompt, self.source)
 
     def _prompt(self) -> str | list[int]:
         """As text or as tokens, a good part of it shared with others."""
@@ -140,7 +142,7 @@ class Cases:
         if kind.startswith("grammar"):
             body["response_format"] = {"type": "json_object"}
         asked = CompletionRequest.model_validate(body)
-        return Case(False, body, asked.params(self.proposed, 20, None), tuple(self.tokenizer.encode("the")))
+        return Case(False, body, asked.params(self.proposed, 20), tuple(self.tokenizer.encode("the")))
 
     def answer(self, case: Case) -> None:
         """Runs it alone, on an engine that does nothing else and remembers nothing, and works out what it gets."""
