@@ -43,6 +43,23 @@ def test_here_and_by_a_server_alike(packaged: Path) -> None:
     assert refused.returncode == 2 and "API key" in refused.stderr
 
 
+def test_what_is_only_thought_is_no_answer(packaged: Path, tmp_path: Path) -> None:
+    """Here and by a server: shown apart, and not sent again."""
+    for file in packaged.iterdir():
+        if file.name != "chat_template.jinja":
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}<think>{# </think> #}"
+    )
+    here = chat("import os\n", str(tmp_path), "--threads", "1", *WISHES)
+    with running(tmp_path) as server:
+        there = chat("import os\n", "--url", server.url, *WISHES)
+    for done in (here, there):
+        assert done.returncode == 0 and not done.stdout.strip(), done
+        thought = done.stderr.partition("first token after")[0].splitlines()
+        assert len(" ".join(thought)) > 10, done.stderr
+
+
 def test_mistakes_are_lines(packaged: Path) -> None:
     nobody = chat("hi\n", "--url", "http://127.0.0.1:9")
     assert nobody.returncode == 2 and "start one with weft serve" in nobody.stderr

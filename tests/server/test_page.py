@@ -59,6 +59,24 @@ def test_a_conversation_and_the_live_view(server: Running) -> None:
         assert {request.split("/")[2] for request in requests if request.startswith("http")} == {server.url[7:]}
 
 
+def test_thoughts_stand_apart(packaged: Path, tmp_path: Path) -> None:
+    for file in packaged.iterdir():
+        if file.name != "chat_template.jinja":
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}<think>{# </think> #}"
+    )
+    with running(tmp_path) as there, opened(f"{there.url}/") as (page, complaints, _):
+        page.fill("#temperature", "0")
+        page.fill("#tokens", "12")
+        page.focus("#prompt")
+        page.keyboard.type("import os")
+        page.keyboard.press("Enter")
+        until(page, "/tokens;/.test(document.querySelector('.message:last-child small').textContent)")
+        assert len(page.text_content(".message:last-child .thought")) > 10
+        assert page.text_content(".message:last-child div") == "" and complaints == []
+
+
 def test_escape_stops_and_long_prompts_show_how_far_they_are(server: Running) -> None:
     with opened(f"{server.url}/") as (page, complaints, _):
         page.wait_for_selector("#status[data-state=ready]")

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
 import typer
 from rich.console import Console
@@ -32,7 +32,9 @@ from weft.cli.options import (
 )
 from weft.cli.terminal import loaded
 from weft.errors import InputError
-from weft.llm import LLM, RequestOutput
+from weft.llm import LLM
+from weft.speech.dialect import thinks_already
+from weft.speech.listener import Part, Thought, listener
 from weft.text import leave_torch_out
 
 if TYPE_CHECKING:
@@ -69,10 +71,16 @@ class AnswerEnd:
     reason: str | None
 
 
-class Partner(Protocol):
-    """Who answers. Pieces of text, and `AnswerEnd` last; raises `InputError` for what the user can change."""
+class ThoughtPiece(NamedTuple):
+    """What is thought before an answer, and is no part of it."""
 
-    def answer(self, messages: Messages) -> Iterator[str | AnswerEnd]:
+    text: str
+
+
+class Partner(Protocol):
+    """Who answers. Pieces of text and of thoughts, `AnswerEnd` last; raises `InputError` for what users can change."""
+
+    def answer(self, messages: Messages) -> Iterator[str | ThoughtPiece | AnswerEnd]:
         """To the last of the messages."""
         ...
 
@@ -85,17 +93,29 @@ class Local:
         if llm.engine.tokenizer is None or not llm.engine.tokenizer.has_template:
             raise InputError(f"{llm.engine.path} has no chat template; use weft generate")
 
-    def answer(self, messages: Messages) -> Iterator[str | AnswerEnd]:
+    def answer(self, messages: Messages) -> Iterator[str | ThoughtPiece | AnswerEnd]:
         """By the checkpoint's own template."""
-        assert self.llm.engine.tokenizer is not None
-        prompt = self.llm.engine.tokenizer.chat(messages)
-        for piece in self.llm.stream({"prompt_token_ids": prompt}, self.params):
-            if isinstance(piece, RequestOutput):
-                if piece.error is not None:
-                    raise InputError(piece.error)
-                yield AnswerEnd(len(piece.outputs[0].token_ids), piece.outputs[0].finish_reason)
-            else:
-                yield piece
+        tokenizer = self.llm.engine.tokenizer
+        assert tokenizer is not None
+        rendered, dialect = tokenizer.rendered(messages), tokenizer.dialect()
+        heard, params = None, self.params
+        if dialect.thoughts is not None or dialect.channels is not None:  # whose marks may be special tokens
+            heard = listener(dialect, (), thinks_already(dialect, rendered), tokenizer.special)
+            params = replace(params, skip_special_tokens=False)
+        for piece in self.llm.stream({"prompt_token_ids": tokenizer.conversation(rendered)}, params):
+            if isinstance(piece, str):
+                yield from _told(heard.grow(piece)) if heard is not None else [piece]
+                continue
+            if piece.error is not None:
+                raise InputError(piece.error)
+            yield from _told(heard.end()) if heard is not None else []
+            yield AnswerEnd(len(piece.outputs[0].token_ids), piece.outputs[0].finish_reason)
+
+
+def _told(parts: Sequence[Part]) -> Iterator[str | ThoughtPiece]:
+    """What is said, and what is only thought."""
+    for part in parts:
+        yield ThoughtPiece(part.text) if isinstance(part, Thought) else part[0]
 
 
 class Remote:
@@ -108,7 +128,7 @@ class Remote:
             raise InputError(f"{http.base_url} serves no model")
         self.model = listed[0]["id"]
 
-    def answer(self, messages: Messages) -> Iterator[str | AnswerEnd]:
+    def answer(self, messages: Messages) -> Iterator[str | ThoughtPiece | AnswerEnd]:
         """As the server streams it."""
         import httpx2
 
@@ -125,6 +145,8 @@ class Remote:
                     tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
                     for choice in event["choices"]:
                         reason = choice.get("finish_reason") or reason
+                        if thought := choice["delta"].get("reasoning_content"):
+                            yield ThoughtPiece(thought)
                         if text := choice["delta"].get("content"):
                             yield text
         except httpx2.TransportError as error:
@@ -264,7 +286,7 @@ class Conversation:
         """One question and its answer; a question that can't be answered is forgotten."""
         self.messages.append({"role": "user", "content": line})
         system = [{"role": "system", "content": self.system}] if self.system else []
-        text, note = "", ""
+        text, note, thinking = "", "", False
         begin = time.perf_counter()
         first: float | None = None
         try:
@@ -273,8 +295,12 @@ class Conversation:
                     note = _timing(piece, begin, first)
                     continue
                 first = first or time.perf_counter()
+                if isinstance(piece, ThoughtPiece):
+                    self.console.print(piece.text, end="", style="dim italic", markup=False, highlight=False)
+                    thinking = True
+                    continue
+                print(("\n" if thinking and not text else "") + piece, end="", flush=True)
                 text += piece
-                print(piece, end="", flush=True)
         except KeyboardInterrupt:
             note = "stopped"
         except InputError as error:

@@ -54,6 +54,17 @@ function progress(shown, state) {
   shown.note.textContent = `prompt: ${state.processed} of ${state.total} tokens`;
 }
 
+// What the model thinks before it answers, above the answer.
+function think(shown, piece) {
+  let thought = shown.item.querySelector(".thought");
+  if (!thought) {
+    thought = document.createElement("p");
+    thought.className = "thought";
+    shown.item.insertBefore(thought, shown.body);
+  }
+  thought.textContent += piece;
+}
+
 async function ask(text) {
   messages.push({ role: "user", content: text });
   show("you", text);
@@ -75,11 +86,12 @@ async function ask(text) {
     for await (const event of events(answer)) {
       if (event.prompt_progress) progress(shown, event.prompt_progress);
       if (event.usage) tokens = event.usage.completion_tokens;
-      const piece = event.choices?.[0]?.delta?.content;
-      if (!piece) continue;
+      const { content, reasoning_content: thought } = event.choices?.[0]?.delta ?? {};
+      if (!content && !thought) continue;
       first ??= performance.now();
       shown.item.querySelector("progress")?.remove();
-      shown.body.textContent += piece;
+      if (thought) think(shown, thought);
+      shown.body.textContent += content ?? "";
       $("log").scrollTop = $("log").scrollHeight;
     }
     const end = performance.now();
