@@ -6,6 +6,7 @@ knows nothing of models or requests.
 
 from __future__ import annotations
 
+import re
 import threading
 import weakref
 from collections import OrderedDict
@@ -131,8 +132,9 @@ def _spelt(tokenizer: Tokenizer, vocabulary: int, end: int) -> Any:
 
 
 def _line(wrong: str) -> str:
-    """What llguidance says, in one line, without the grammar that it shows behind it."""
-    return " ".join(wrong.partition("<state>")[0].split())[:300]
+    """What llguidance says, in one line, without the grammar that it shows behind it and the place in that."""
+    told = re.split(r"\n\s*\d+ \|", wrong.partition("<state>")[0])[0]
+    return " ".join(re.sub(r"^at \d+\(\d+\): ", "", told).split())[:300]
 
 
 class Grammar:

@@ -118,7 +118,7 @@ def test_errors_as_anthropic_says_them(claude: anthropic.Anthropic, server: Runn
         claude.messages.create(model="other", max_tokens=9, messages=ASKED)
     assert error.value.body["type"] == "error" and error.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
     picture: Any = [{"role": "user", "content": [{"type": "image", "source": {}}]}]
-    with pytest.raises(anthropic.BadRequestError, match="is not known here"):
+    with pytest.raises(anthropic.BadRequestError, match=r"messages.0.content.0"):
         claude.messages.create(model=NAME, max_tokens=9, messages=picture)
     with pytest.raises(anthropic.BadRequestError, match="temperature"):
         claude.messages.create(model=NAME, max_tokens=9, messages=ASKED, extra_body={"temperature": 500})
@@ -164,10 +164,19 @@ def test_prompts_forms_and_models_of_ollama(llama: ollama.Client, says: Says, se
             call()
     with pytest.raises(ollama.ResponseError, match="not served here"):
         llama.chat("other", ASKED)
-    with pytest.raises(ollama.ResponseError, match="images"):
+    with pytest.raises(ollama.ResponseError, match="pictures are not read here"):
         llama.generate(NAME, "a", images=["aGk="])
     with server.client() as http:
         assert http.get("/api/version").json()["version"]
+        for path, field in (("/api/generate", {"response": ""}), ("/api/chat", {"messages": []})):
+            loaded = http.post(path, json={"model": f"{NAME}:latest", "keep_alive": "5m"} | field if "messages" in field
+                               else {"model": NAME}).json()  # fmt: skip
+            assert loaded["done"] and loaded["done_reason"] == "load"
+        assert http.post("/api/generate", json={"model": "other"}).status_code == 404
+        shown = llama.show(NAME)
+        assert "tools" in (shown.capabilities or ()) and shown.modelinfo == {
+            "general.architecture": "weft", "weft.context_length": 2048}  # fmt: skip
+        assert http.post("/api/show", json={"model": "other"}).status_code == 404
         assert "not served here" in http.post("/api/embed2", json={}).json()["error"]
 
 

@@ -192,6 +192,7 @@ def test_a_thought_has_an_end(served: Running, client: OpenAI) -> None:
     ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}]}, "are no object"),
     ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "object", "properties": {
         "x": {"type": "string", "pattern": "(a"}}}}}]}, "can't be followed"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "is not read here"),
     ({"tools": [{"type": "web_search"}]}, "tools.0.type"), ({"tool_choice": "required"}, "wants tools"),
     ({"tool_choice": "sometimes"}, "tool_choice"), ({"tools": [WEATHER] * 200}, "at most 128"),
     ({"chat_template_kwargs": {"tokenize": False}}, "tokenize is no variable of a chat template"),
@@ -206,6 +207,7 @@ def test_what_else_is_asked_for(served: Running, given: dict[str, Any], said: st
         answer = http.post("/v1/chat/completions", json={"messages": ASKED, "max_tokens": 2, **given})
         assert answer.status_code == (400 if said else 200), answer.text
         assert not said or said in answer.json()["error"]["message"]
+        assert "llguidance" not in answer.text and "TEXT" not in answer.text, "what is ours shows"
 
 
 @pytest.mark.parametrize("served", ["hermes"], indirect=True)

@@ -22,6 +22,7 @@ from weft.server.answers import AnswerForm, Hearing, Json, Usage
 from weft.server.beside import Beside
 from weft.server.guard import OWNER, Scope
 from weft.server.logged import TOKENS
+from weft.server.manner import JSON
 from weft.server.reading import Answered, Asked, unpacked
 from weft.server.refused import unknown_model
 from weft.server.schema import MOST_LOGPROBS
@@ -132,7 +133,8 @@ async def answered(
     """What a request asks for, in a form. `given`: see `Api.read`; `finished`: see `AnswerForm`."""
     arrived = time.monotonic()
     asked = await api.read(request, given)
-    assert isinstance(asked, Asked)
+    if isinstance(asked, Answered):  # without the model
+        return Response(asked.body, media_type=JSON)
     params = SamplingParams(**asked.params)
     grammar = await api.grammar(params.form, request) if params.form else None
     hearing = api.hearing(asked)

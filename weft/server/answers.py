@@ -144,11 +144,11 @@ class Chat(AnswerForm):
         return [self._frame(self.chunk_kind, [{"index": index, **choice}]) for index in range(count)]
 
     def _choice(self, piece: Piece) -> Json:
-        said: Json = {"content": piece.text}
+        said: Json = {"content": piece.text, "reasoning_content": None}
         ended = self._ended(piece)
         if self.hearing is not None:
             heard = Heard(self.hearing)
-            said = {"content": None} | heard.message(heard.parts(piece.text, last=True))
+            said = {"content": None, "reasoning_content": None} | heard.message(heard.parts(piece.text, last=True))
             ended |= heard.reason(piece)
         message = {"role": "assistant", **said, "refusal": None}
         return ended | {"message": message, "logprobs": self._logprobs(piece.tokens)}

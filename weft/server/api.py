@@ -19,7 +19,7 @@ from weft.server.guard import OWNER
 from weft.server.kept_responses import KeptResponse, KeptResponses
 from weft.server.live import live
 from weft.server.llamacpp import LlamaCompletion, LlamaForm
-from weft.server.ollama import GenerateForm, OllamaChat, OllamaForm, OllamaGenerate
+from weft.server.ollama import DETAILS, GenerateForm, OllamaChat, OllamaForm, OllamaGenerate, OllamaShow
 from weft.server.reading import Body
 from weft.server.refused import Refused
 from weft.server.responses import CONTINUED, ResponseForm, ResponsesRequest
@@ -150,6 +150,11 @@ def _ollama(routes: APIRouter, api: Api) -> None:
         """Answers a prompt."""
         return await answered(api, request, GenerateForm)
 
+    @routes.post("/api/show", tags=["ollama"], **_asks(OllamaShow))
+    async def show(request: Request) -> Response:
+        """What the model is."""
+        return await told(api, request)
+
     @routes.get("/api/tags", tags=["ollama"])
     async def tags() -> Json:
         """The one model that is served."""
@@ -169,7 +174,7 @@ def _ollama(routes: APIRouter, api: Api) -> None:
     async def refused(what: str) -> Response:
         if what in NOT_HERE:
             raise Refused(400, f"{what}: this server has the model that it was started with, and no other")
-        raise Refused(404, f"/api/{what[:100]} is not served here; see /openapi.json")
+        raise Refused(404, f"/api/{what[:100]} is not served here; /openapi.json has what is")
 
 
 def _models(routes: APIRouter, api: Api) -> None:
@@ -234,9 +239,8 @@ def _operation(routes: APIRouter, api: Api) -> None:
 
 def _tag(api: Api) -> Json:
     tools = ["completion", "tools"] if api.service.tokenizer is not None else ["completion"]
-    details = {"format": "weft", "family": "", "families": None, "parameter_size": "", "quantization_level": ""}
     return {"name": api.name, "model": api.name, "modified_at": "1970-01-01T00:00:00Z", "size": 0, "digest": "",
-            "details": details, "capabilities": tools}  # fmt: skip
+            "details": DETAILS, "capabilities": tools}  # fmt: skip
 
 
 def _model(api: Api) -> Json:

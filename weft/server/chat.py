@@ -7,8 +7,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, ValidationInfo, field_validator
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
+from weft.batching.params import shown
 from weft.errors import InputError
 from weft.server.schema import MOST_LOGPROBS, Count, Sampling, Token
 from weft.server.strict import Strict
@@ -27,6 +28,13 @@ class Part(Strict):
 
     type: Literal["text"]
     text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _readable(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("type") not in ("text", None):
+            raise ValueError(f"of type {shown(given['type'])} is not read here; send text")
+        return given
 
 
 class Function(Strict):

@@ -54,7 +54,10 @@ def _invalid(request: Request, error: Any) -> Response:
 
 
 def _http(request: Request, error: Any) -> Response:
-    return response(manner_of(request.url.path), error.status_code, str(error.detail), headers=error.headers)
+    path, said = request.url.path, str(error.detail)
+    if error.status_code == 404 and said == "Not Found":
+        said = f"{path[:100]} is not served here; /openapi.json has what is"
+    return response(manner_of(path), error.status_code, said, headers=error.headers)
 
 
 def _ours(request: Request, error: Any) -> Response:

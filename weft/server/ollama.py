@@ -12,17 +12,27 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from weft.server.answers import AnswerForm, Heard, Json, Usage
 from weft.server.chat import MOST_TOOLS, ChatRequest, Name, Tool
 from weft.server.manner import OLLAMA
+from weft.server.refused import unknown_model
 from weft.server.schema import MOST_STOPS, CompletionRequest, Stop
 from weft.server.strict import Strict
 from weft.server.ticket import Piece, Prefill
 from weft.speech.listener import Called, Given, Part, Said, Thought
 
 LATEST = ":latest"  # what its clients write behind a model's name
+
+
+def _no_pictures(given: Any) -> Any:
+    if given:
+        raise ValueError("pictures are not read here; send text")
+    return given
+
+
+NoPictures = Annotated[list[str], BeforeValidator(_no_pictures)]
 
 
 class CalledFunction(Strict):
@@ -51,7 +61,7 @@ class OllamaMessage(Strict):
     tool_calls: Annotated[list[PastCall], Field(max_length=256, fail_fast=True)] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
-    images: Annotated[list[str], Field(max_length=0)] | None = None
+    images: NoPictures | None = None
 
     def message(self) -> Json:
         """In OpenAI's terms."""
@@ -119,8 +129,17 @@ class OllamaSampling(Strict):
 class OllamaChat(OllamaSampling):
     """`POST /api/chat`."""
 
-    messages: Annotated[list[OllamaMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
+    messages: Annotated[list[OllamaMessage], Field(max_length=4096, fail_fast=True)] = Field(default_factory=list)
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+
+    @property
+    def only_loads(self) -> bool:
+        """Nothing is asked, as of a model that is to be loaded."""
+        return not self.messages
+
+    def loaded(self, name: str) -> Json:
+        """It is."""
+        return _loaded(name) | {"message": {"role": "assistant", "content": ""}}
 
     def chat(self) -> ChatRequest:
         """The same in OpenAI's terms."""
@@ -137,8 +156,17 @@ class OllamaGenerate(OllamaSampling):
     prompt: str = ""
     system: str | None = None
     raw: bool = False
-    images: Annotated[list[str], Field(max_length=0)] | None = None
+    images: NoPictures | None = None
     context: Annotated[list[int], Field(max_length=0)] | None = None
+
+    @property
+    def only_loads(self) -> bool:
+        """Nothing is asked, as of a model that is to be loaded."""
+        return not self.prompt
+
+    def loaded(self, name: str) -> Json:
+        """It is."""
+        return _loaded(name) | {"response": ""}
 
     def chat(self) -> ChatRequest | CompletionRequest:
         """A conversation of one message, or with `raw` a prompt."""
@@ -148,6 +176,34 @@ class OllamaGenerate(OllamaSampling):
         messages = [{"role": "system", "content": self.system}] if self.system else []
         asked = self.common() | {"messages": [*messages, {"role": "user", "content": self.prompt}]}
         return ChatRequest(**asked | _thinking(self.think))
+
+
+class OllamaShow(Strict):
+    """`POST /api/show`."""
+
+    model: str | None = None
+    name: str | None = None  # its older name
+    verbose: bool = False
+    system: str | None = None
+    template: str | None = None
+    options: dict[str, Any] | None = None
+
+    def answer(self, name: str, length: int, template: str) -> Json:
+        """What the one that is served is. Raises `Refused`."""
+        asked = (self.model or self.name or "").removesuffix(LATEST)
+        if asked != name:
+            raise unknown_model(asked, name)
+        information = {"general.architecture": "weft", "weft.context_length": length}
+        return {"modelfile": "", "parameters": "", "template": template, "details": DETAILS, "model_info": information,
+                "capabilities": ["completion", "tools"] if template else ["completion"]}  # fmt: skip
+
+
+DETAILS = {"format": "weft", "family": "", "families": None, "parameter_size": "", "quantization_level": ""}
+
+
+def _loaded(name: str) -> Json:
+    now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    return {"model": name, "created_at": now, "done": True, "done_reason": "load"}
 
 
 def _thinking(think: bool | str | None) -> Json:

@@ -24,7 +24,7 @@ from weft.grammar import Grammars
 from weft.server.anthropic import CountRequest, MessagesRequest
 from weft.server.chat import MOST_TOOLS_CHARACTERS, ChatRequest, DetokenizeRequest, Message, TokenizeRequest, ToolChoice
 from weft.server.llamacpp import LlamaCompletion
-from weft.server.ollama import OllamaChat, OllamaGenerate
+from weft.server.ollama import LATEST, OllamaChat, OllamaGenerate, OllamaShow
 from weft.server.refused import Refused, misread, unknown_model
 from weft.server.responses import CONTINUED, ContinuedRequest, ResponsesRequest
 from weft.server.schema import MOST_COMPLETIONS, MOST_SCORES, CompletionRequest, Sampling, StreamOptions
@@ -35,12 +35,13 @@ from weft.text import Tokenizer
 
 # Other protocols': `chat` says it in OpenAI's terms.
 Foreign: TypeAlias = MessagesRequest | OllamaChat | OllamaGenerate | ResponsesRequest | LlamaCompletion
-Body: TypeAlias = CompletionRequest | ChatRequest | TokenizeRequest | DetokenizeRequest | Foreign
+Body: TypeAlias = CompletionRequest | ChatRequest | TokenizeRequest | DetokenizeRequest | Foreign | OllamaShow
 BODIES: dict[str, type[Body]] = {
     "/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest,
     "/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest,
     "/v1/messages": MessagesRequest, "/v1/messages/count_tokens": CountRequest,
     "/v1/responses": ResponsesRequest, "/api/chat": OllamaChat, "/api/generate": OllamaGenerate,
+    "/api/show": OllamaShow,
     "/completion": LlamaCompletion, CONTINUED: ContinuedRequest,
 }  # fmt: skip
 
@@ -138,22 +139,21 @@ class Reader:
         self._grammars.grammar(schema)
         return Answered(b"")
 
+    @property
+    def _template(self) -> str:
+        return self._given.template() if self._given is not None else ""
+
     @cached_property
     def _proposed(self) -> SamplingParams:
         return SamplingParams(**self.facts.proposed)
 
     def read(self, body: Body) -> Asked | Answered:
         """What it asks for. Raises `Refused` and `InputError`."""
-        if isinstance(body, CountRequest):
-            asked = self.read(_translated(body))
-            assert isinstance(asked, Asked)
-            return Answered(msgspec.json.encode({"input_tokens": len(unpacked(asked.prompts[0].tokens))}))
+        if isinstance(body, OllamaShow):
+            return Answered(msgspec.json.encode(body.answer(self.facts.name, self.facts.length, self._template)))
         if isinstance(body, Foreign):
-            asked = self.read(_translated(body))
-            assert isinstance(asked, Asked), "what is in other terms is answered by the model"
-            return msgspec.structs.replace(asked, about=body.about()) if isinstance(body, ResponsesRequest) else asked
-        if body.model not in (None, "", self.facts.name):
-            raise unknown_model(body.model, self.facts.name)
+            return self._foreign(body)
+        self._demand_model(body.model)
         match body:
             case CompletionRequest():
                 return self._completion(body)
@@ -161,8 +161,22 @@ class Reader:
                 return self._chat(body)
             case TokenizeRequest():
                 return self._tokenized(body)
-            case DetokenizeRequest():
-                return self._detokenized(body)
+        return self._detokenized(body)
+
+    def _foreign(self, body: Foreign) -> Asked | Answered:
+        """What another protocol asks for."""
+        if isinstance(body, OllamaChat | OllamaGenerate) and body.only_loads:
+            self._demand_model((body.model or "").removesuffix(LATEST))
+            return Answered(msgspec.json.encode(body.loaded(self.facts.name)))
+        asked = self.read(_translated(body))
+        assert isinstance(asked, Asked), "what is in other terms is answered by the model"
+        if isinstance(body, CountRequest):
+            return Answered(msgspec.json.encode({"input_tokens": len(unpacked(asked.prompts[0].tokens))}))
+        return msgspec.structs.replace(asked, about=body.about()) if isinstance(body, ResponsesRequest) else asked
+
+    def _demand_model(self, name: str | None) -> None:
+        if name not in (None, "", self.facts.name):
+            raise unknown_model(name, self.facts.name)
 
     def _completion(self, body: CompletionRequest) -> Asked:
         given = body.prompts()
@@ -321,8 +335,8 @@ def _tools(body: ChatRequest) -> Tools | None:
     schemas = {name: function.schema_of_arguments() for name, function in functions.items()}
     if (size := sum(len(json.dumps(schema)) for schema in schemas.values())) > MOST_TOOLS_CHARACTERS:
         raise InputError(f"the tools' schemas have {size} characters; at most {MOST_TOOLS_CHARACTERS} are taken")
-    must = choice == "required" or isinstance(choice, ToolChoice)
-    return Tools(schemas, must, body.parallel_tool_calls is not False)
+    named = isinstance(choice, ToolChoice)  # once
+    return Tools(schemas, named or choice == "required", body.parallel_tool_calls is not False and not named)
 
 
 def unpacked(numbers: bytes) -> list[int]:

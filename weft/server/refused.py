@@ -50,4 +50,6 @@ def misread(errors: Sequence[Any], outer: int = 0) -> Refused:
 
 def _names_a_type(part: int | str) -> bool:
     """pydantic says which member of a union it tried."""
+    if isinstance(part, str) and part[:1].isupper():  # a class of ours
+        return True
     return isinstance(part, str) and (part in ("str", "int", "nullable") or not part.replace("_", "").isalnum())
