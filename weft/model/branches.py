@@ -185,7 +185,7 @@ class Mlp:
 
     weights: BranchWeights
     act: Callable[[Tensor], Tensor]
-    cubic: int | None  # of the compiled gate, if it is one
+    cubic: int | None = None  # of the compiled gate, if it is one
 
     def body(self, forward: Forward, extent: Extent, input_LM: Tensor) -> RowWise:
         """The activation [L, width of this rank]."""
