@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.server.running import NAME, running
+from tests.server.scripted import with_template
 from weft.server.app import Settings
 
 COMMAND = [sys.executable, "-m", "weft.cli.main", "chat"]
@@ -45,12 +46,7 @@ def test_here_and_by_a_server_alike(packaged: Path) -> None:
 
 def test_what_is_only_thought_is_no_answer(packaged: Path, tmp_path: Path) -> None:
     """Here and by a server: shown apart, and not sent again."""
-    for file in packaged.iterdir():
-        if file.name != "chat_template.jinja":
-            (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.content }}{% endfor %}<think>{# </think> #}"
-    )
+    with_template(packaged, tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}<think>{# </think> #}")
     here = chat("import os\n", str(tmp_path), "--threads", "1", *WISHES)
     with running(tmp_path) as server:
         there = chat("import os\n", "--url", server.url, *WISHES)

@@ -15,6 +15,15 @@ from weft.text import Tokenizer
 Says = Callable[[str], None]
 
 
+def with_template(model: Path, folder: Path, template: str) -> Path:
+    """The same model with another chat template."""
+    for file in model.iterdir():
+        if file.name != "chat_template.jinja":
+            (folder / file.name).symlink_to(file)
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
 def scripted(model: Path, monkeypatch: pytest.MonkeyPatch) -> Says:
     """What is called with the next text that any model in this process says, of a tokenizer like this one's."""
     script: list[int] = []

@@ -11,6 +11,7 @@ import pytest
 
 from tests.browser import needs_browser, opened
 from tests.server.running import NAME, Running, running
+from tests.server.scripted import with_template
 from weft.server.app import Settings
 
 pytestmark = needs_browser
@@ -60,12 +61,7 @@ def test_a_conversation_and_the_live_view(server: Running) -> None:
 
 
 def test_thoughts_stand_apart(packaged: Path, tmp_path: Path) -> None:
-    for file in packaged.iterdir():
-        if file.name != "chat_template.jinja":
-            (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.content }}{% endfor %}<think>{# </think> #}"
-    )
+    with_template(packaged, tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}<think>{# </think> #}")
     with running(tmp_path) as there, opened(f"{there.url}/") as (page, complaints, _):
         page.fill("#temperature", "0")
         page.fill("#tokens", "12")

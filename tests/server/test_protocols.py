@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
+import msgspec
 import ollama
 import pytest
 
 from tests.server.running import NAME, Running, running
-from tests.server.scripted import Says, scripted
+from tests.server.scripted import Says, scripted, with_template
 from tests.speech.writing import written
+from weft.server.answers import whole_object
 from weft.server.app import Settings
 from weft.server.guard import OPEN
 from weft.speech.dialect import HERMES
@@ -31,11 +33,7 @@ SAID = "<think>\nhm\n</think>\n\nLet me see.\n" + written(HERMES, CALLS)
 
 @pytest.fixture(scope="module")
 def server(packaged: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("model")
-    for file in packaged.iterdir():
-        if file.name != "chat_template.jinja":
-            (folder / file.name).symlink_to(file)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    folder = with_template(packaged, tmp_path_factory.mktemp("model"), TEMPLATE)
     with running(folder, max_num_seqs=4) as there:
         yield there
         there.service.check_integrity()
@@ -146,6 +144,25 @@ def test_chats_of_ollama(llama: ollama.Client, says: Says) -> None:
     past: Any = [*ASKED, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {
         "a": 2, "b": 3}}}]}, {"role": "tool", "tool_name": "add", "content": "5"}]  # fmt: skip
     assert llama.chat(NAME, past, tools=tools, think=False).message.content == "Five."
+
+
+def test_arguments_are_passed_on_as_they_were_written() -> None:
+    """Half of a surrogate pair is no character, and can't be written again."""
+    for text in ('{"t": "\\ud83d!"}', '{"n": 1.0, "m": 10000000000000000000000}', "{}"):
+        assert msgspec.json.encode({"input": whole_object(text)}) == f'{{"input":{text}}}'.encode()
+    assert not any(map(whole_object, ("", '{"a": 1', '{"a": NaN}')))
+
+
+def test_of_a_call_that_is_cut_short_no_tool_is_run(
+    claude: anthropic.Anthropic, llama: ollama.Client, says: Says
+) -> None:
+    says(written(HERMES, CALLS[:1]))
+    adding: Any = [{"type": "function", "function": {"name": "add", "parameters": ADD}}]
+    cut = llama.chat(NAME, ASKED, tools=adding, options={"num_predict": 24})
+    assert cut.done_reason == "length" and not cut.message.tool_calls
+    short = claude.messages.create(model=NAME, max_tokens=24, messages=ASKED, tools=TOOLS)
+    assert short.stop_reason == "max_tokens"
+    assert all(not block.input for block in short.content if block.type == "tool_use")
 
 
 def test_prompts_forms_and_models_of_ollama(llama: ollama.Client, says: Says, server: Running) -> None:

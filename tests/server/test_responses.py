@@ -14,7 +14,7 @@ from openai import OpenAI
 from pydantic import BaseModel
 
 from tests.server.running import NAME, Running, running
-from tests.server.scripted import Says, scripted
+from tests.server.scripted import Says, scripted, with_template
 from tests.speech.writing import written
 from weft.server.app import Settings
 from weft.server.kept_responses import KeptResponses
@@ -37,11 +37,7 @@ CALL = ["response.output_item.added", "response.function_call_arguments.delta", 
 
 @pytest.fixture(scope="module")
 def server(packaged: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("model")
-    for file in packaged.iterdir():
-        if file.name != "chat_template.jinja":
-            (folder / file.name).symlink_to(file)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    folder = with_template(packaged, tmp_path_factory.mktemp("model"), TEMPLATE)
     with running(folder, Settings(NAME, keys=["one", "two"]), max_num_seqs=4) as there:
         yield there
         there.service.check_integrity()

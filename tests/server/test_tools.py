@@ -13,7 +13,7 @@ from openai import OpenAI
 from pydantic import BaseModel
 
 from tests.server.running import NAME, Running, running
-from tests.server.scripted import Says, scripted
+from tests.server.scripted import Says, scripted, with_template
 from tests.speech.writing import harmony, written
 from weft.speech.dialect import CALLS, HERMES
 
@@ -49,11 +49,7 @@ def served(
     request: pytest.FixtureRequest, packaged: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
     """The packaged model with a family's template."""
-    folder = tmp_path_factory.mktemp(request.param)
-    for file in packaged.iterdir():
-        if file.name != "chat_template.jinja":
-            (folder / file.name).symlink_to(file)
-    (folder / "chat_template.jinja").write_text(TEMPLATES[request.param])
+    folder = with_template(packaged, tmp_path_factory.mktemp(request.param), TEMPLATES[request.param])
     with running(folder, max_num_seqs=4) as there:
         there.family = request.param  # type: ignore[attr-defined]
         yield there

@@ -149,8 +149,9 @@ def test_nine_letters_for_those_that_want_them() -> None:
 
 def test_long_answers_take_their_time_once() -> None:
     """A hundred thousand characters, one by one, within a second: nothing is looked at again and again."""
+    hidden = [f"<|reserved_special_token_{number}|>" for number in range(1000)]  # a tokenizer may have as many
     for text in ("x" * 100_000, '<tool_call>{"name": "add", "arguments": {"a": "' + "{" * 100_000 + '"}}</tool_call>'):
-        by, begin = listener(dialect("hermes"), TOOLS, False), time.perf_counter()
+        by, begin = listener(dialect("hermes"), TOOLS, False, hidden), time.perf_counter()
         for character in text:
             by.grow(character)
         by.end()

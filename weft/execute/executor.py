@@ -228,14 +228,14 @@ class _Pass:
     def _contribute(self, extent: Extent, place: int, stage: StageFunctions) -> None:
         """All of a stage: step by step, if it isn't faster at once."""
         if self.inputs.has(stage, extent.rows):
-            self._leave(extent, place, stage, stage.body(self.forward, extent, self._input(extent, place, stage)))
-            return
-        hidden = self.residual.read(place, extent.rows)
-        if (partial_ := stage.whole(self.forward, extent, hidden)) is not None:
-            self._left(extent, place, stage, partial_)
+            entered = self._input(extent, place, stage)
         else:
+            hidden = self.residual.read(place, extent.rows)
+            if (whole := stage.whole(self.forward, extent, hidden)) is not None:
+                self._left(extent, place, stage, whole)
+                return
             entered = stage.enter(self.forward, extent, hidden)
-            self._leave(extent, place, stage, stage.body(self.forward, extent, entered))
+        self._leave(extent, place, stage, stage.body(self.forward, extent, entered))
 
     def _input(self, extent: Extent, place: int, stage: StageFunctions) -> Tensor:
         """A stage's input: brought by an all_gather, or entered here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -251,6 +252,19 @@ class Heard:
                         calls.append({"index": self._calls - 1, "function": {"arguments": ""}})
                     calls[-1]["function"]["arguments"] += text
         return made | ({"tool_calls": calls} if calls else {})
+
+
+def whole_object(arguments: str) -> msgspec.Raw | None:
+    """A call's arguments as an object, as they were written; None of those that were cut short."""
+    try:
+        json.loads(arguments, parse_constant=_no_constant)
+    except ValueError:
+        return None
+    return msgspec.Raw(arguments.encode())
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _number(logprob: float) -> float:

@@ -14,7 +14,7 @@ import msgspec
 from pydantic import Field, StringConstraints
 
 from weft.errors import InputError
-from weft.server.answers import AnswerForm, Heard, Json, Usage
+from weft.server.answers import AnswerForm, Heard, Json, Usage, whole_object
 from weft.server.chat import MOST_TOOLS, ChatRequest, Name
 from weft.server.manner import ANTHROPIC
 from weft.server.schema import Count, Stop
@@ -224,7 +224,7 @@ class MessageForm(AnswerForm):
                     blocks[-1][field] += text
         for block in blocks:
             if block["type"] == "tool_use":
-                block["input"] = _object(block["input"])
+                block["input"] = whole_object(block["input"]) or {}
         return msgspec.json.encode(self._message(blocks, usage) | self._stopped(piece))
 
     def openings(self, count: int, usage: Usage) -> list[Json]:
@@ -290,14 +290,6 @@ def _begun(part: Part) -> Json:
             return {"type": "thinking", "thinking": "", "signature": ""}
         case _:
             return {"type": "text", "text": ""}
-
-
-def _object(text: str) -> Any:
-    """Arguments; nothing of those that were cut short."""
-    try:
-        return json.loads(text or "{}")
-    except ValueError:
-        return {}
 
 
 def _usage(usage: Usage) -> Json:

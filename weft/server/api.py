@@ -27,7 +27,7 @@ from weft.server.schema import CompletionRequest
 from weft.server.service import State
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    code: {"description": "an error in OpenAI's shape"} for code in (400, 401, 403, 404, 408, 413, 415, 429, 503)
+    code: {"description": "an error in the protocol's shape"} for code in (400, 401, 403, 404, 408, 413, 415, 429, 503)
 }
 NOT_HERE = ("pull", "push", "create", "copy", "delete")  # what Ollama does with models
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import BeforeValidator, Field
 
-from weft.server.answers import AnswerForm, Heard, Json, Usage
+from weft.server.answers import AnswerForm, Heard, Json, Usage, whole_object
 from weft.server.chat import MOST_TOOLS, ChatRequest, Name, Tool
 from weft.server.manner import OLLAMA
 from weft.server.refused import unknown_model
@@ -275,9 +275,7 @@ class OllamaForm(AnswerForm):
     def _whole_call(self) -> Json:
         call, self._call = self._call, None
         assert call is not None
-        try:
-            arguments = json.loads(call["arguments"] or "{}")
-        except ValueError:  # it was cut short
+        if (arguments := whole_object(call["arguments"])) is None:
             return {}
         return {"tool_calls": [{"function": {"name": call["name"], "arguments": arguments}}]}
 

@@ -51,8 +51,8 @@ class Channels:
 
 @dataclass(frozen=True)
 class Dialect:
-    """A family's. `calls`: None where its template knows no tools and they are told of in words. `thoughts`: what
-    stands around them; None where there are none. `dropped`: marks that are no text of an answer."""
+    """A family's. `thoughts`: what stands around them; None where there are none. `told`: its template knows no tools,
+    and they are told of in words. `dropped`: marks that are no text of an answer."""
 
     name: str
     calls: CallSyntax

@@ -39,11 +39,9 @@ def form(
     writing = _Writing(special)
     if dialect.channels is not None:
         return writing.channels(dialect, tools, answer)
+    free = tools is not None and not (answer or tools.must)  # thoughts are text like any other, then
     if tools is not None:
-        free = not (answer or tools.must)
         answer = writing.calls(dialect, tools, answer)
-    else:
-        free = False
     before = "" if free and not writing.apart(dialect) else writing.thoughts(dialect, thinking)
     return HEAD + f"start: {before} {answer}\n" + "".join(writing.rules)
 
@@ -106,9 +104,7 @@ class _Writing:
     def calls(self, dialect: Dialect, tools: Tools, answer: str) -> str:
         """Calls, and what may stand in their place: an answer, or what one likes."""
         syntax = dialect.calls
-        each = self.rule(
-            "call", " | ".join(self._call(syntax, *tool, n) for n, tool in enumerate(tools.schemas.items()))
-        )
+        each = self._any_call(syntax, tools)
         again = f" ({self.spelled(syntax.again)} {each})*" if tools.several else ""
         behind = f"{self.spelled(syntax.opening)} {each}{again} {self.spelled(syntax.closing)}"
         if tools.must:
@@ -121,6 +117,10 @@ class _Writing:
         if not syntax.mark:
             return f"({behind} | {self.rule('FREE', NO_OBJECT)})"
         return f"({self.until('head', syntax.mark)} {behind} | {self.rule('FREE', TEXT)})"
+
+    def _any_call(self, syntax: CallSyntax, tools: Tools) -> str:
+        each = (self._call(syntax, *tool, number) for number, tool in enumerate(tools.schemas.items()))
+        return self.rule("call", " | ".join(each))
 
     def _call(self, syntax: CallSyntax, name: str, schema: Mapping[str, Any], number: int) -> str:
         quoted = json.dumps(name)[1:-1] if syntax.is_object else name
@@ -140,9 +140,7 @@ class _Writing:
         before = f"(({message(marks.thought)} | {message('commentary')}) {ended} {start})*"
         last = [f"{message(marks.answer)} {answer or text}"]
         if tools is not None:
-            each = " | ".join(
-                self._call(dialect.calls, name, schema, n) for n, (name, schema) in enumerate(tools.schemas.items())
-            )
-            called = f"{self.spelled(dialect.calls.mark)} {self.rule('call', each)} {self.spelled(marks.ends[2])}"
+            each = self._any_call(dialect.calls, tools)
+            called = f"{self.spelled(dialect.calls.mark)} {each} {self.spelled(marks.ends[2])}"
             last = [called] if tools.must else [called, *last]
         return HEAD + f"start: {before} ({' | '.join(last)})\n" + "".join(self.rules)

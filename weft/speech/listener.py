@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from weft.speech.dialect import Dialect
@@ -109,17 +110,30 @@ class _Value:
         return None
 
 
-def _held(text: str, marks: Collection[str]) -> int:
-    """How many characters at a text's end may be the beginning of a mark."""
-    most = min(len(text), max(map(len, marks), default=1) - 1)
-    return next((n for n in range(most, 0, -1) if any(mark.startswith(text[-n:]) for mark in marks)), 0)
+class _Marks:
+    """Texts that are looked for in every token's text: a tokenizer may have a thousand special ones."""
+
+    def __init__(self, marks: Collection[str]) -> None:
+        longest_first = sorted(marks, key=len, reverse=True)
+        self._any = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._begun = frozenset(mark[:n] for mark in marks for n in range(1, len(mark)))
+        self._most = max(map(len, self._begun), default=0)
+
+    def first(self, text: str) -> tuple[int, str] | None:
+        """The first of them in a text, the longest of those that begin there."""
+        found = self._any.search(text)
+        return (found.start(), found[0]) if found is not None else None
+
+    def held(self, text: str) -> int:
+        """How many characters at a text's end may be the beginning of one."""
+        most = min(len(text), self._most)
+        return next((n for n in range(most, 0, -1) if text[-n:] in self._begun), 0)
 
 
-def _first(text: str, marks: Collection[str]) -> tuple[int, str] | None:
-    """The first mark in a text, the longest of those that begin there."""
-    found = ((text.find(mark), -len(mark), mark) for mark in marks)
-    best = min((each for each in found if each[0] >= 0), default=None)
-    return (best[0], best[2]) if best is not None else None
+@lru_cache(maxsize=32)
+def _marks(marks: frozenset[str]) -> _Marks:
+    """The same for all answers of a model: there are few sets of them."""
+    return _Marks(marks - {""})
 
 
 class _Marked:
@@ -129,6 +143,8 @@ class _Marked:
         self._syntax, self._tools = dialect.calls, tools
         self._begin, self._end = dialect.thoughts or ("", "")
         self._hidden = {*hidden, *dialect.dropped} - {*dialect.marks}
+        self._saying = _marks(frozenset({*self._hidden, self._begin, self._syntax.mark if tools else ""}))
+        self._thinking = _marks(frozenset({*self._hidden, self._begin, self._end}))
         self._text, self._raw = "", ""  # not yet known; since a mark, if it turns out to be none
         self._value = _Value()
         self._step = self._think if thinking else self._say
@@ -172,13 +188,9 @@ class _Marked:
     def _trimmed(self, kind: type[Said] | type[Thought]) -> bool:
         return kind is Thought or bool(self._tools) or bool(self._begin)
 
-    def _up_to(self, marks: Collection[str]) -> tuple[str, str]:
+    def _up_to(self, marks: _Marks) -> tuple[str, str]:
         """What comes before the first of these marks, and the mark; none, before what may be the beginning of one."""
-        if (found := _first(self._text, marks)) is not None:
-            at, mark = found
-        else:
-            held = 0 if self._ended else _held(self._text, marks)
-            at, mark = len(self._text) - held, ""
+        at, mark = marks.first(self._text) or (len(self._text) - (0 if self._ended else marks.held(self._text)), "")
         text, self._text = self._text[:at], self._text[at + len(mark) :]
         return text, mark
 
@@ -186,8 +198,7 @@ class _Marked:
         if self._tools and not self._syntax.mark and not self._said and self._text.lstrip().startswith("{"):
             self._text, self._raw, self._step = self._text.lstrip(), "", self._look
             return
-        marks = {*self._hidden, *filter(None, [self._begin, self._syntax.mark if self._tools else ""])}
-        text, mark = self._up_to(marks)
+        text, mark = self._up_to(self._saying)
         self._said = self._said or bool(text.strip())
         yield from self._told(Said, text, mark == self._begin if mark else self._ended)
         if mark and mark == self._begin:
@@ -196,7 +207,7 @@ class _Marked:
             self._raw, self._step = mark, self._look
 
     def _think(self) -> Iterator[Part]:
-        text, mark = self._up_to({*self._hidden, self._end, self._begin})
+        text, mark = self._up_to(self._thinking)
         yield from self._told(Thought, text, mark == self._end if mark else self._ended)
         if mark == self._end:
             self._fresh, self._step = True, self._say
@@ -315,7 +326,7 @@ def _call_of(text: str) -> tuple[str, str] | None:
             return None
     if not isinstance(given.get("name"), str) or not isinstance(arguments, dict):
         return None
-    return given["name"], json.dumps(arguments, ensure_ascii=False)
+    return given["name"], json.dumps(arguments)  # in ASCII: half of a surrogate pair is no character
 
 
 class _Messages:
@@ -324,6 +335,7 @@ class _Messages:
     def __init__(self, dialect: Dialect, tools: Collection[str]) -> None:
         assert dialect.channels is not None
         self._marks, self._tools = dialect.channels, tools
+        self._between = _marks(frozenset({self._marks.header, self._marks.start, *self._marks.ends}))
         self._text = ""
         self._kind: type[Said] | type[Thought] | type[Given] = Said
         self._header: str | None = None
@@ -346,8 +358,8 @@ class _Messages:
 
     def _body(self) -> list[Part]:
         marks = self._marks
-        found = _first(self._text, (marks.header, marks.start, *marks.ends))
-        held = 0 if self._ended else _held(self._text, (marks.header, marks.start, *marks.ends))
+        found = self._between.first(self._text)
+        held = 0 if self._ended else self._between.held(self._text)
         at = found[0] if found is not None else len(self._text) - held
         text, self._text = self._text[:at], self._text[at + len(found[1]) if found else at :]
         if found is not None:
