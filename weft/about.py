@@ -10,10 +10,11 @@ from weft.engine import Engine
 
 @dataclass(frozen=True)
 class About:
-    """What doesn't change. `max_length`: tokens of prompt and answer."""
+    """What doesn't change. `max_length`: tokens of prompt and answer; `width`: numbers of an embedding."""
 
     path: Path
     vocabulary: int
+    width: int
     max_length: int
     end_ids: tuple[int, ...]
     ranks: int
@@ -24,7 +25,7 @@ class About:
         """Of an engine that has started."""
         config, ends = engine.config, tuple(sorted(engine.requests.end_ids))
         return cls(
-            engine.path, engine.model.vocabulary, config.max_length, ends, config.ranks,
+            engine.path, engine.model.vocabulary, engine.model.hidden, config.max_length, ends, config.ranks,
             tuple(engine.notices),
         )  # fmt: skip
 

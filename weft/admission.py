@@ -56,10 +56,9 @@ def limit_of(
     tokens, own = range(vocabulary), (*(params.stop_token_ids or ()), *(params.logit_bias or ()))
     if not prompt:
         raise InputError("the prompt is empty; give at least one token")
-    if len(prompt) >= length:  # first: what is far too long is not looked through
-        raise InputError(
-            f"the prompt has {len(prompt)} tokens and the context holds {length}, the answer included; shorten it"
-        )
+    if len(prompt) > length - (params.max_tokens != 0):  # first: what is far too long is not looked through
+        included = ", the answer included" if params.max_tokens != 0 else ""
+        raise InputError(f"the prompt has {len(prompt)} tokens and the context holds {length}{included}; shorten it")
     if min(prompt) < 0 or max(prompt) >= vocabulary or any(token not in tokens for token in own):
         outside = next(token for token in (*prompt, *own) if token not in tokens)
         raise InputError(f"token id {shown(outside)} is not in the vocabulary, 0 to {vocabulary - 1}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from weft.batching.params import ThinkingLimit
 from weft.batching.request import Sequence
 from weft.detokenizer import Detokenizer
+from weft.embedding import Embedding
 from weft.execute.protocol import Choice, Chosen
 from weft.grammar import Matcher
 from weft.program.batch import Segment
@@ -25,7 +26,8 @@ class Completion:
     """What the engine keeps of a sequence beside its tokens.
 
     `ends`: tokens that end it; those of `own_ends` were asked for and are its stop reason. `scores`: of the prompt's
-    tokens, by position, from the second one on. `offsets`: characters of the text before each token; tokens without
+    tokens, by position, from the second one on. `embedding`: what the prompt's hidden states come to, where they are
+    pooled. `offsets`: characters of the text before each token; tokens without
     one are parts of characters that are waited for, and are not shown yet. `settled`: characters of the text that can
     be shown, because no stop text can take them back. `first_token`: seconds after the request came.
     """
@@ -43,6 +45,7 @@ class Completion:
     settled: int = 0
     stop_reason: int | str | None = None
     first_token: float | None = None
+    embedding: Embedding | None = None
     _ending: int = 0  # tokens that have come of those that end a thought
     _length: int = 0  # of the text, with what a stop text cut off
 
@@ -50,7 +53,7 @@ class Completion:
         """How each wanted row's token is chosen. `after`: tokens that the sequence will have got by then, beyond those
         that it has."""
         if not self.sequence.scored:
-            return [self._choice(after)] * segment.wanted
+            return [self._choice(after)] * segment.predicting
         prompt, wanted = self.sequence.request.prompt, self.sequence.request.params.prompt_logprobs
         following = prompt[segment.end - segment.wanted + 1 : segment.end + 1]
         scored = [Choice(given=token, logprobs=wanted) for token in following]
@@ -93,6 +96,12 @@ class Completion:
             _demand(chosen)
             if position < len(self.sequence.request.prompt):
                 self.scores[position] = chosen
+
+    def pool(self, segment: Segment, total: bytes) -> None:
+        """What the rows of a piece of prompt add up to."""
+        if self.embedding is None or not segment.start:  # computed anew, it may be
+            self.embedding = Embedding()
+        self.embedding.add(total, segment.wanted)
 
     def take(self, chosen: Chosen) -> str | None:
         """The sequence's newest token; returns why that was the last one, if it was."""

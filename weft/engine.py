@@ -213,14 +213,15 @@ class Engine:
 
         Returns those that got one or ended.
         """
-        grown, complete, row = [], [], 0
+        grown, complete, row, pooled = [], [], 0, iter(result.pooled)
         for sequence, segment, grows in scheduled.parts:
-            answers, row = result.chosen[row : row + segment.wanted], row + segment.wanted
+            answers, row = result.chosen[row : row + segment.predicting], row + segment.predicting
+            total = next(pooled) if segment.pooled and segment.wanted else None
             if not sequence.alive:
                 continue
             sequence.computed = segment.end
             try:
-                self.requests.take(sequence, segment, grows, answers)
+                self.requests.take(sequence, segment, grows, answers, total)
             except Exception as error:  # whatever it is, it is this request's
                 grown += self._refuse(sequence.request, in_a_line(error))
                 continue

@@ -11,8 +11,10 @@ from typing import Any, Literal, TypedDict, TypeGuard
 from weft.batching.params import SamplingParams, shown, token_ids
 from weft.batching.request import Request
 from weft.completion import Completion
+from weft.embedding import unit
 from weft.errors import InputError
 from weft.launch.launcher import Launcher
+from weft.model.description import pooling_of
 from weft.opening import default_params, open_engine
 from weft.workers import Progress
 
@@ -72,8 +74,30 @@ class RequestOutput:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class EmbeddingOutput:
+    """A prompt's embedding."""
+
+    embedding: list[float]
+
+
+@dataclass(frozen=True)
+class EmbeddingRequestOutput:
+    """A prompt and its embedding. `error`: why there is none; nothing else of the same call is concerned."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: EmbeddingOutput | None
+    finished: bool
+    error: str | None = None
+
+
 def _one(prompts: Prompt | Sequence[Prompt]) -> TypeGuard[Prompt]:
     return isinstance(prompts, str | dict)
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    return [prompts] if _one(prompts) or not isinstance(prompts, Iterable) else list(prompts)
 
 
 class LLM:
@@ -134,10 +158,37 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:  # fmt: skip
         """Completes every prompt, in batches, and returns the outputs in the order of the prompts."""
+        listed = _listed(prompts)
+        requests = self._run(listed, self._wishes(sampling_params, len(listed)))
+        return [self._output(prompt, request) for prompt, request in zip(listed, requests, strict=True)]
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, pooling: Literal["mean", "last"] | None = None,
+        dimensions: int | None = None, normalize: bool = True,
+    ) -> list[EmbeddingRequestOutput]:  # fmt: skip
+        """Each prompt's embedding: the mean of its tokens' last hidden states, or that of the last one; without
+        `pooling` as the checkpoint says, else the mean. `dimensions`: the first so many numbers alone; `normalize`:
+        to length 1."""
+        width = self.engine.model.hidden
+        if dimensions is not None and not 1 <= dimensions <= width:
+            raise InputError(f"dimensions {shown(dimensions)} is not allowed; give a whole number from 1 to {width}")
+        listed = _listed(prompts)
+        wishes = [SamplingParams(max_tokens=0, pooling=pooling or pooling_of(self.engine.path))] * len(listed)
+        outputs = []
+        for request in self._run(listed, wishes):
+            [completion] = self.engine.requests.settle(request)
+            vector = completion.embedding.mean[:dimensions] if completion.embedding and not request.error else None
+            made = (unit(vector) if normalize else vector).tolist() if vector is not None else None
+            output = EmbeddingOutput(made) if made is not None else None
+            outputs.append(EmbeddingRequestOutput(
+                str(request.number), list(request.prompt), output, True, request.error or None
+            ))  # fmt: skip
+        return outputs
+
+    def _run(self, prompts: Sequence[Prompt], wishes: Sequence[SamplingParams]) -> list[Request]:
+        """All of them, to their end; what becomes of each is still to be settled."""
         self._demand_open()
-        listed: list[Prompt] = list(prompts) if isinstance(prompts, Iterable) and not _one(prompts) else [prompts]
-        wishes = self._wishes(sampling_params, len(listed))
-        encoded = [self._encode(prompt) for prompt in listed]  # all are looked at before any is run
+        encoded = [self._encode(prompt) for prompt in prompts]  # all are looked at before any is run
         requests: list[Request] = []
         try:
             for ids, params in zip(encoded, wishes, strict=True):
@@ -148,7 +199,7 @@ class LLM:
             for request in requests:
                 self._abandon(request)
             raise
-        return [self._output(prompt, request) for prompt, request in zip(listed, requests, strict=True)]
+        return requests
 
     def chat(
         self, messages: list[dict[str, str]],

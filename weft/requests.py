@@ -93,13 +93,18 @@ class Requests:
             return self.completions[sequence].choices(segment, after)
         except Exception as error:  # a grammar's, say
             sequence.request.error = in_a_line(error)
-            return [Choice()] * segment.wanted
+            return [Choice()] * segment.predicting
 
-    def take(self, sequence: Sequence, segment: Segment, grows: bool, answers: list[Chosen]) -> None:
-        """What a batch gave one sequence. Whatever raises here concerns its request alone."""
+    def take(
+        self, sequence: Sequence, segment: Segment, grows: bool, answers: list[Chosen], total: bytes | None = None
+    ) -> None:  # fmt: skip
+        """What a batch gave one sequence. `total`: of its rows, where they are pooled. Whatever raises here concerns
+        its request alone."""
         completion, request = self.completions[sequence], sequence.request
         if request.error:
             raise InputError(request.error)
+        if total is not None:
+            completion.pool(segment, total)
         if sequence.scored:
             completion.score(segment, answers)
         if grows:
@@ -109,7 +114,7 @@ class Requests:
             sequence.finish_reason = completion.take(answers[-1])
             sequence.alone, sequence.failures = sequence.alone and request.failures >= COMPANY, 0
         elif not request.limit and sequence.computed == len(request.prompt):
-            sequence.finish_reason = "length"
+            sequence.finish_reason = "length" if request.params.pooling is None else "stop"
 
     def time_out(self, sequence: Sequence) -> None:
         """A sequence's time is over; what can be shown of it stays."""

@@ -22,9 +22,9 @@ import pytest
 from tests.server.running import NAME, Running, running
 from weft.errors import Busy, Unavailable
 from weft.server import beside
+from weft.server.asked import Answered, Asked, Facts, unpacked
 from weft.server.beside import Helper, Turns
 from weft.server.child import SCHEMA, Job
-from weft.server.reading import Answered, Asked, Facts, unpacked
 from weft.server.refused import Refused
 
 ENDLESS = (
@@ -55,7 +55,7 @@ def server(endless: Path) -> Iterator[Running]:
 
 
 def facts_of(directory: Path, vocabulary: int = 8192) -> Facts:
-    return Facts(str(directory), NAME, vocabulary, 2048, (0,), {})
+    return Facts(str(directory), NAME, vocabulary, 2048, (0,), {}, 64, "mean")
 
 
 def chat(content: str) -> Job:

@@ -162,8 +162,8 @@ class Batcher:
         for sequence, count in chosen.items():
             assert sequence.slot is not None
             whole = count == sequence.left
-            wanted = count if sequence.scored else int(whole)
-            segments.append(Segment(sequence.slot, sequence.computed, count, wanted, self._prompt(sequence)))
+            wanted, pooled = count if sequence.heeded else int(whole), sequence.request.params.pooling is not None
+            segments.append(Segment(sequence.slot, sequence.computed, count, wanted, self._prompt(sequence), pooled))
             growing.append(whole and sequence.request.limit > 0)
             tokens += sequence.tokens[sequence.computed : sequence.computed + count]
         return Scheduled(Batch(tuple(segments)), tuple(chosen), tuple(tokens), tuple(growing))
@@ -244,7 +244,7 @@ class Batcher:
 
     def _found(self, sequence: Sequence) -> Prefix | None:
         """Where the longest known beginning of its tokens is."""
-        if not self.prefixes.limit or sequence.scored:
+        if not self.prefixes.limit or sequence.heeded:
             return None
         tokens = sequence.request.packed if not sequence.produced else packed(sequence.tokens)
         kept = self.prefixes.longest(tokens, (self._stretch(sequence), sequence.request.salt))
@@ -266,7 +266,7 @@ class Batcher:
 
     def _being_computed(self, sequence: Sequence) -> int:
         """How much of its beginning other sequences are about to have."""
-        if not self.prefixes.limit or sequence.scored:
+        if not self.prefixes.limit or sequence.heeded:
             return 0
         soon = (
             self._usable(shared(other.request.packed, sequence.request.packed), sequence)
@@ -367,8 +367,7 @@ class Batcher:
                 self.waiting.remove(sequence)
                 continue
             self.running.remove(sequence)
-            # What a request that failed has in memory may be why.
-            tokens = packed(sequence.tokens[: self._lasting(sequence) if sequence.finish_reason != "error" else 0])
+            tokens = packed(sequence.tokens[: self._lasting(sequence) if sequence.of_use else 0])
             for slot in self.prefixes.keep(sequence.slot, tokens, (sequence.stretch, sequence.request.salt)):
                 self._drop(slot)
             sequence.slot = None

@@ -51,6 +51,8 @@ class SamplingParams:
     tokens to report beside the chosen one; prompt_logprobs: the same for the tokens of the prompt, from the second one
     on. max_tokens: 0 scores the prompt alone. json_schema: as JSON text; the completion is JSON that it describes.
     grammar: the completion is what this describes, in llguidance's form of Lark. thinking: how long it may think.
+    pooling: "mean" or "last"; the prompt becomes an embedding, the mean of its tokens' last hidden states or that of
+    the last one, and nothing follows.
     """
 
     n: int = 1
@@ -75,6 +77,7 @@ class SamplingParams:
     json_schema: str | None = None
     grammar: str | None = None
     thinking: ThinkingLimit | None = None
+    pooling: str | None = None
 
     def __post_init__(self) -> None:
         for name, (low, high) in _NUMBERS.items():
@@ -99,7 +102,13 @@ class SamplingParams:
 
     def _demand_tokens(self) -> None:
         """Raises `InputError` for wishes that leave none, or that contradict each other."""
-        if self.max_tokens == 0 and self.prompt_logprobs is None:
+        if self.pooling is not None:
+            if self.pooling not in POOLINGS:
+                raise InputError(f"pooling {shown(self.pooling)} is not known; there are {', '.join(POOLINGS)}")
+            if self.max_tokens != 0 or self.n != 1 or self.prompt_logprobs is not None:
+                raise InputError("pooling makes an embedding and nothing else; give max_tokens 0, and neither n nor "
+                                 "prompt_logprobs")  # fmt: skip
+        elif self.max_tokens == 0 and self.prompt_logprobs is None:
             raise InputError(
                 "max_tokens 0 is not allowed; give at least 1, or have the prompt scored (prompt_logprobs, echo)"
             )
@@ -139,6 +148,7 @@ _COUNTS = {
     "logprobs": (0, 100), "prompt_logprobs": (0, 100), "seed": (-(1 << 63), (1 << 64) - 1),
 }  # fmt: skip
 MOST_BIAS = 100.0
+POOLINGS = ("mean", "last")
 _OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs", "seed")
 
 

@@ -87,11 +87,20 @@ class Sequence:
 
     @property
     def scored(self) -> bool:
-        """True while the tokens of its prompt are to be scored: then all its rows are wanted, and none is reused.
-
-        Whoever has a token more than the prompt has its scores.
-        """
+        """True while the tokens of its prompt are to be scored. Whoever has a token more than the prompt has its
+        scores."""
         return self.request.params.prompt_logprobs is not None and not self.produced
+
+    @property
+    def heeded(self) -> bool:
+        """True while all rows of its prompt are wanted, none from memory: they are scored, or their mean taken."""
+        return self.scored or self.request.params.pooling == "mean"
+
+    @property
+    def of_use(self) -> bool:
+        """True if others may go on from what it has in memory: of one that failed that may be why, and embeddings would
+        push out what conversations go on from."""
+        return self.finish_reason != "error" and self.request.params.pooling is None
 
     @property
     def foreseeable(self) -> bool:

@@ -245,7 +245,7 @@ class Controller:
             [a.processor for a in answers],
             max(a.lanes[0] for a in answers), min(a.lanes[1] for a in answers), [a.bytes_sent for a in answers],
             timeline_of(submitted.program, answers, self.launcher.one_clock) if submitted.options.timeline else None,
-            [a.checksums for a in answers], answers[0].logits,
+            [a.checksums for a in answers], answers[0].logits, next((a.pooled for a in answers if a.pooled), []),
         )  # fmt: skip
 
     def _message(
@@ -253,7 +253,7 @@ class Controller:
         options: RunOptions, follows: Sequence[int],
     ) -> bytes:  # fmt: skip
         number, sent = self._numbered(program.form)
-        segments = [(s.sequence, s.start, s.length, s.wanted, s.prompt) for s in batch.segments]
+        segments = [(s.sequence, s.start, s.length, s.wanted, s.prompt, s.pooled) for s in batch.segments]
         return p.encode(
             p.Run(
                 self._number, number, None if sent else program.form, list(program.offsets), segments, list(tokens),

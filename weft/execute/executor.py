@@ -55,7 +55,9 @@ class Result:
 
     `logits` [wanted rows, this rank's vocabulary]; `told`: of each rank, `sampler.likeliest` of its logits. `spans`:
     start and end of every step, in seconds of this machine's monotonic clock. `busy`: seconds of each lane.
-    `checksums`: by number, of the steps after which all their ranks hold the same, if asked for.
+    `checksums`: by number, of the steps after which all their ranks hold the same, if asked for. `pooled`: of each of
+    the batch's pooled segments its rows' last hidden states [M] added up in float64, on the rank whose slice begins the
+    vocabulary.
     """
 
     logits: Tensor | None
@@ -63,6 +65,7 @@ class Result:
     spans: list[tuple[float, float]]
     busy: dict[str, float]
     checksums: dict[int, int]
+    pooled: list[Tensor]
 
 
 class _PreparedStep(NamedTuple):
@@ -180,18 +183,33 @@ class _Pass:
         finally:
             for waiting in self.pending.values():
                 waiting.wait()
-        return Result(self.logits, self.told, self.spans, self.busy, self.checksums)
+        return Result(self.logits, self.told, self.spans, self.busy, self.checksums, self._pooled())
+
+    def _pooled(self) -> list[Tensor]:
+        batch = self.forward.batch
+        if not (batch.pools and self.scope is Scope.BOTH and self.part.width and not self.part.first):
+            return []
+        left, every = self.residual.left(), Rows(0, batch.tokens)
+        extent = Extent(every, self.residual.wanted(every))
+        sums = []
+        for start, stop in batch.pooled_parts:
+            normed = self.stages[-1].enter(self.forward, extent, left[start:stop])
+            sums.append(normed.double().sum(dim=0))
+        return sums
 
     def _steps(self) -> Iterator[tuple[_Now, bool]]:
         """All of them, with whether one is urgent."""
         number, stages = 0, self.stages
         whole = [Extent(rows, rows) for rows in self.program.rows]
         wanted = [Extent(rows, self.residual.wanted(rows)) for rows in self.program.rows]
+        pools, predicting, head = self.forward.batch.pools, self.forward.batch.predicting, len(stages) - 1
+        headed = [Extent(rows, predicting(rows)) for rows in self.program.rows] if pools else wanted
         for rounds, length, steps in self.prepared.blocks:
             for round_ in range(rounds):
                 last = round_ == rounds - 1
                 for at, step, first, grows, urgent, urgent_last in steps:
                     place, extents = first + round_ * grows, wanted if step.wanted else whole
+                    extents = headed if place == head else extents
                     now = _Now(number + at, step, place, stages[place], extents[step.chunk])
                     yield now, urgent_last if last else urgent
                 number += length

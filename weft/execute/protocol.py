@@ -132,7 +132,7 @@ class Loaded(msgspec.Struct, tag=True, frozen=True):
 
 
 class Choice(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How to choose one wanted row's next token. `prompt` and `output` are there if penalties need them.
+    """How to choose one predicting row's next token. `prompt` and `output` are there if penalties need them.
 
     `given`: the token that does follow, as in a prompt; it is scored and nothing is chosen.
     """
@@ -166,7 +166,7 @@ class Run(msgspec.Struct, tag=True, frozen=True):
     form_number: int
     form: Form | None
     offsets: list[int]
-    segments: list[tuple[int, int, int, int, int]]  # as in `program.batch.Segment`
+    segments: list[tuple[int, int, int, int, int, bool]]  # as in `program.batch.Segment`
     tokens: list[int]
     choices: list[Choice]
     wire: str
@@ -206,7 +206,8 @@ class Done(msgspec.Struct, tag=True, frozen=True):
     chosen: list[Chosen] = []
     spans: list[tuple[float, float]] = []
     checksums: list[int] = []
-    logits: bytes = b""  # float32 [wanted rows, vocabulary]
+    logits: bytes = b""  # float32 [predicting rows, vocabulary]
+    pooled: list[bytes] = []  # float64 [width], of each pooled segment; on one rank
 
 
 class Lost(msgspec.Struct, tag=True, frozen=True):

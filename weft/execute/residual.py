@@ -34,6 +34,7 @@ class Residual:
         self._rows, self._kept = forward.batch.tokens, len(forward.batch.wanted_rows)
         self._some = self._kept < self._rows
         self.narrow_from = narrow_from if self._some else len(outline.stages)  # where all are wanted, all go on
+        self._head = len(outline.stages) - 1
         self.hidden = decoder.empty_hidden(self._rows)
         self.kept = decoder.empty_hidden(self._kept) if self._some else self.hidden
         self._lagging = outline.lags
@@ -68,14 +69,20 @@ class Residual:
 
     def read(self, place: int, rows: Rows) -> Tensor:
         """The same; and where wanted rows go on alone from this stage on, they are taken out. All rows are left to a
-        stage that remembers them."""
+        stage that remembers them; the output head sees those alone from which a token follows."""
         stream = self.stream(place, rows)
-        if place != self.narrow_from:
-            return stream
-        leaves = self.wanted(rows)
-        taken = self.pick(stream, rows)
-        self.kept[leaves.start : leaves.stop] = taken
-        return stream if self.outline.stages[place].ordered else taken
+        if place == self.narrow_from:
+            leaves = self.wanted(rows)
+            taken = self.pick(stream, rows)
+            self.kept[leaves.start : leaves.stop] = taken
+            stream = stream if self.outline.stages[place].ordered else taken
+        return stream if place < self._head else self.forward.predicting(stream, rows)
+
+    def left(self) -> Tensor:
+        """All wanted rows, as the last layer left them, once all that comes to them is there."""
+        rows = Rows(0, self._rows)
+        stream = self.stream(self._head, rows)
+        return self.pick(stream, rows) if self._head == self.narrow_from else stream
 
     def pick(self, values: Tensor, rows: Rows) -> Tensor:
         """The wanted ones of some rows of the batch."""

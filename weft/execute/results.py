@@ -36,7 +36,7 @@ class Submitted:
 @dataclass(frozen=True)
 class RunResult:
     """What a batch gave. `seconds`: of the program, the slowest rank's; `sampling`: of choosing tokens after it.
-    `processor`, `bytes_sent` and `checksums`: for each rank.
+    `processor`, `bytes_sent` and `checksums`: for each rank. `pooled`: see `protocol.Done`.
 
     `compute` and `network`: seconds that the lanes were busy, of the rank that computed longest and of the one whose
     collectives took shortest, because they held the least waiting for others.
@@ -52,6 +52,7 @@ class RunResult:
     timeline: Timeline | None
     checksums: list[list[int]]
     logits: bytes
+    pooled: list[bytes]
 
 
 @dataclass(frozen=True)

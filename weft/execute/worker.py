@@ -282,7 +282,8 @@ class Worker:
         lanes = compute, sum(result.busy.values()) - compute
         chosen = self.chosen if self.rank == 0 else []  # all have the same
         checksums = [checksum for _, checksum in sorted(result.checksums.items())]
-        self.say(p.Done(m.number, seconds, sampling, processor, lanes, sent, chosen, spans, checksums, logits))
+        pooled = [total.numpy().tobytes() for total in result.pooled]
+        self.say(p.Done(m.number, seconds, sampling, processor, lanes, sent, chosen, spans, checksums, logits, pooled))
 
 
 def _whole_rows(group: Group, logits: Tensor, vocabulary: list[int]) -> bytes:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from weft.model.configuration import configured
 from weft.model.families import family_of
 from weft.model.gguf import gguf_fields
 
+GGUF_POOLINGS = {1: "mean", 3: "last"}
 PROPOSED = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
             "penalty_repeat": "repetition_penalty"}  # fmt: skip
 
@@ -64,3 +66,17 @@ def generation_defaults(path: Path) -> tuple[dict[str, Any], list[str]]:
         return read_json(file), []
     except InputError as error:
         return {}, [f"{error}; left out"]
+
+
+def pooling_of(path: Path) -> str:
+    """How a model makes embeddings, "mean" or "last" token: as sentence-transformers and GGUF files write it down, and
+    the mean where nothing is said."""
+    with suppress(InputError):
+        if is_gguf(path):
+            header = GgufFiles(path).header
+            kind = header.get(f"{header.get('general.architecture', str, '')}.pooling_type", int, 1)
+            return GGUF_POOLINGS.get(kind, "mean")
+        said = read_json(path / "1_Pooling" / "config.json")
+        if said.get("pooling_mode_lasttoken") is True or said.get("pooling_mode") == "lasttoken":
+            return "last"
+    return "mean"

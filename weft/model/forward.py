@@ -6,6 +6,7 @@ D head width.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -102,6 +103,16 @@ class Forward:
         """The wanted ones of some rows of the batch."""
         leaves = self.batch.wanted(rows)
         return values[self._wanted[leaves.start : leaves.stop] - rows.start]
+
+    def predicting(self, values: Tensor, rows: Rows) -> Tensor:
+        """Of the wanted ones of some rows of the batch those that go through the output head."""
+        if not self.batch.pools:
+            return values
+        wanted = self.batch.wanted(rows)
+        inside = self.batch.predicting(rows)
+        places = [bisect_left(self.batch.wanted_rows, row) - wanted.start
+                  for row in self.batch.predicting_rows[inside.start : inside.stop]]  # fmt: skip
+        return values[torch.tensor(places, dtype=torch.long, device=values.device)]
 
     def leave(self, heads_THD: Tensor, rows: Rows) -> None:
         """Projected heads of some rows, to the stage that attends."""

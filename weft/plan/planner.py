@@ -133,7 +133,7 @@ class Planner:
 
     def observe(self, plan: Plan, batch: Batch, compute: float, network: float) -> bool:
         """Tells what a batch took, in seconds that its lanes were busy; True if the costs were corrected for it."""
-        if plan.predicted is None or self.costs is None:
+        if plan.predicted is None or self.costs is None or batch.pools:  # these rows see no output head
             return False
         predicted = plan.predicted
         return self.drift.observe(self._small(batch), predicted.lanes, predicted.factors, compute, network)

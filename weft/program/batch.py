@@ -44,9 +44,9 @@ class Rows(NamedTuple):
 class Segment:
     """`length` consecutive tokens of one sequence, the first at position `start` of that sequence.
 
-    `sequence` is the slot of key/value memory. `wanted`: how many of the tokens, counted from the last, go through the
-    output head. `prompt`: tokens of the sequence's prompt, where rotary angles depend on it (see `model.rope`);
-    0: all of these tokens are.
+    `sequence` is the slot of key/value memory. `wanted`: how many of the tokens, counted from the last, leave the last
+    layer. `prompt`: tokens of the sequence's prompt, where rotary angles depend on it (see `model.rope`); 0: all of
+    these tokens are. `pooled`: what leaves is added up, as an embedding; else it goes through the output head.
     """
 
     sequence: int
@@ -54,6 +54,12 @@ class Segment:
     length: int
     wanted: int = 1
     prompt: int = 0
+    pooled: bool = False
+
+    @property
+    def predicting(self) -> int:
+        """How many of the tokens go through the output head."""
+        return 0 if self.pooled else self.wanted
 
     @property
     def decoding(self) -> bool:
@@ -88,13 +94,36 @@ class Batch:
 
     @cached_property
     def wanted_rows(self) -> tuple[int, ...]:
-        """The rows that go through the output head: the last ones of each segment, as many as it wants."""
+        """The rows that leave the last layer: the last ones of each segment, as many as it wants."""
         pairs = zip(self.segments, self.spans, strict=True)
         return tuple(row for segment, span in pairs for row in range(span.stop - segment.wanted, span.stop))
 
     def wanted(self, rows: Rows) -> Rows:
         """Which of all wanted rows, counted from 0, are in `rows`."""
         return Rows(bisect_left(self.wanted_rows, rows.start), bisect_left(self.wanted_rows, rows.stop))
+
+    @cached_property
+    def pools(self) -> bool:
+        """Some wanted rows don't go through the output head."""
+        return any(segment.pooled and segment.wanted for segment in self.segments)
+
+    @cached_property
+    def predicting_rows(self) -> tuple[int, ...]:
+        """The wanted rows that go through the output head."""
+        if not self.pools:
+            return self.wanted_rows
+        pairs = zip(self.segments, self.spans, strict=True)
+        return tuple(row for segment, span in pairs for row in range(span.stop - segment.predicting, span.stop))
+
+    def predicting(self, rows: Rows) -> Rows:
+        """Which of all those, counted from 0, are in `rows`."""
+        return Rows(bisect_left(self.predicting_rows, rows.start), bisect_left(self.predicting_rows, rows.stop))
+
+    @cached_property
+    def pooled_parts(self) -> tuple[Rows, ...]:
+        """Of each pooled segment that wants any, its rows among the wanted ones, counted from 0."""
+        pairs = zip(self.segments, self.spans, strict=True)
+        return tuple(self.wanted(span) for segment, span in pairs if segment.pooled and segment.wanted)
 
     def within(self, rows: Rows) -> Iterator[tuple[Segment, Rows, Rows]]:
         """Each segment that has tokens in `rows`, with all its rows and with those of them that are in `rows`."""

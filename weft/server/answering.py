@@ -19,16 +19,18 @@ from weft.batching.params import SamplingParams
 from weft.execute.protocol import Chosen
 from weft.grammar import Grammar
 from weft.server.answers import AnswerForm, Hearing, Json, Usage
+from weft.server.asked import Answered, Asked, unpacked
 from weft.server.beside import Beside
 from weft.server.guard import OWNER, Scope
 from weft.server.logged import TOKENS
 from weft.server.manner import JSON
-from weft.server.reading import Answered, Asked, unpacked
 from weft.server.refused import unknown_model
 from weft.server.schema import MOST_LOGPROBS
 from weft.server.service import Service
 from weft.server.stream import Event, events, unless_gone, whole
 from weft.server.ticket import Piece, Prefill, Ticket, Token, Wishes
+from weft.server.vectorising import Vectorising
+from weft.server.vectors import VectorForm
 
 A = TypeVar("A")
 P = ParamSpec("P")
@@ -138,8 +140,25 @@ async def answered(
     params = SamplingParams(**asked.params)
     grammar = await api.grammar(params.form, request) if params.form else None
     hearing = api.hearing(asked)
-    shape = form(api.name, api.text_of, api.bytes_of, asked.logprobs, hearing, asked.about, finished)
+    shape = form(api.name, api.text_of, api.bytes_of, asked.logprobs, hearing, asked.about, finished, asked.scored)
     return await _answer(api, asked, params, api.wishes(asked, request, arrived), grammar, shape, request.scope)
+
+
+async def embedded(api: Api, request: Request, form: type[VectorForm]) -> Response:
+    """The vectors that a request asks for, in a form."""
+    arrived = time.monotonic()
+    asked = await api.read(request)
+    if isinstance(asked, Answered):
+        return Response(asked.body, media_type=JSON)
+    shape = form(api.name, asked.about)
+    made = Vectorising(api.service, SamplingParams(**asked.params), api.wishes(asked, request, arrived))
+    request.scope[TOKENS] = lambda: Usage.of(made.tickets).told()
+
+    async def answer() -> bytes:
+        vectors = await made.all([unpacked(prompt.tokens) for prompt in asked.prompts])
+        return await asyncio.to_thread(shape.whole, vectors, Usage.of(made.tickets))
+
+    return whole(answer, shape.manner)
 
 
 async def told(api: Api, request: Request) -> Response:
@@ -157,7 +176,8 @@ def _size(piece: Piece) -> int:
 def _joined(pieces: Sequence[Piece]) -> Piece:
     """One completion's pieces as one."""
     tokens = [token for piece in pieces for token in piece.tokens]
-    return replace(pieces[-1], text="".join(piece.text for piece in pieces), tokens=tokens)
+    text = "".join(piece.text for piece in pieces)
+    return replace(pieces[-1], text=text, tokens=tokens, scores=pieces[0].scores)
 
 
 async def _answer(

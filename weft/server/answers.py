@@ -60,6 +60,7 @@ class AnswerForm:
     hearing: Hearing | None = None  # of chats
     about: Json = field(default_factory=dict)  # what the answer says again of its request
     finished: Callable[[Json], None] | None = None  # is told the whole answer, where a form has such
+    scored: bool = False  # whole answers say how likely the prompt's tokens were
     created: int = field(default_factory=lambda: int(time.time()))
     prefix = "cmpl"
     manner = OPENAI
@@ -75,7 +76,7 @@ class AnswerForm:
         """The answer to a request without streaming, as JSON; `pieces` hold one completion each."""
         # Each written by itself: all in one go would keep the interpreter from everything else for as long.
         choices = [msgspec.Raw(msgspec.json.encode(self._choice(piece))) for piece in pieces]
-        return msgspec.json.encode(self._frame(self.whole_kind, choices) | {"usage": usage.json()})
+        return msgspec.json.encode(self._frame(self.whole_kind, choices) | {"usage": usage.json()} | self._more(pieces))
 
     def chunks(self, piece: Piece, usage: Usage | None) -> list[Json]:
         """What a piece of a completion makes known; `usage`: so far, for who asked for it with every piece."""
@@ -96,8 +97,27 @@ class AnswerForm:
                  "time_ms": round(prefill.seconds * 1e3)}  # fmt: skip
         return [self._frame(self.chunk_kind, []) | {"prompt_progress": state}]
 
+    def _more(self, pieces: Sequence[Piece]) -> Json:
+        """What a whole answer says beside."""
+        return {}
+
     def _choice(self, piece: Piece) -> Json:
-        return self._ended(piece) | {"text": piece.text, "logprobs": self._logprobs(piece.tokens)}
+        said = {"text": piece.text, "logprobs": self._logprobs(piece.tokens)}
+        return self._ended(piece) | said | self._prompt(piece)
+
+    def _prompt(self, piece: Piece) -> Json:
+        """How likely the prompt's tokens were, in vLLM's form: nothing of the first one."""
+        if not self.scored:
+            return {}
+        listed: list[Json | None] = [None]
+        for chosen in piece.scores:
+            found = {token: (value, rank) for rank, (token, value) in enumerate(chosen.top, start=1)}
+            found[chosen.token] = chosen.logprob, chosen.rank
+            listed.append({
+                str(token): {"logprob": _number(value), "rank": rank, "decoded_token": self.text_of(token)}
+                for token, (value, rank) in found.items()
+            })  # fmt: skip
+        return {"prompt_logprobs": listed}
 
     def _delta(self, piece: Piece) -> Json | None:
         return self._choice(piece)
@@ -153,6 +173,9 @@ class Chat(AnswerForm):
             ended |= heard.reason(piece)
         message = {"role": "assistant", **said, "refusal": None}
         return ended | {"message": message, "logprobs": self._logprobs(piece.tokens)}
+
+    def _more(self, pieces: Sequence[Piece]) -> Json:
+        return self._prompt(pieces[0])
 
     def _delta(self, piece: Piece) -> Json | None:
         if self.hearing is None:

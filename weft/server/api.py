@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from weft.batching.params import shown
-from weft.server.answering import Api, answered, told
+from weft.server.answering import Api, answered, embedded, told
 from weft.server.answers import AnswerForm, Chat, Json
 from weft.server.anthropic import CountRequest, MessageForm, MessagesRequest
 from weft.server.chat import ChatRequest, DetokenizeRequest, TokenizeRequest
@@ -25,6 +25,16 @@ from weft.server.refused import Refused
 from weft.server.responses import CONTINUED, ResponseForm, ResponsesRequest
 from weft.server.schema import CompletionRequest
 from weft.server.service import State
+from weft.server.vectors import (
+    EmbeddingForm,
+    EmbeddingRequest,
+    OllamaEmbed,
+    OllamaEmbedForm,
+    RerankForm,
+    RerankRequest,
+    ScoreForm,
+    ScoreRequest,
+)
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     code: {"description": "an error in the protocol's shape"} for code in (400, 401, 403, 404, 408, 413, 415, 429, 503)
@@ -36,6 +46,7 @@ def router(api: Api) -> APIRouter:
     """All endpoints."""
     routes = APIRouter(responses=REFUSALS)
     _answers(routes, api)
+    _vectors(routes, api)
     _anthropic(routes, api)
     _ollama(routes, api)
     _llamacpp(routes, api)
@@ -63,6 +74,28 @@ def _answers(routes: APIRouter, api: Api) -> None:
     async def chat(request: Request) -> Response:
         """Answers the last message of a conversation."""
         return await answered(api, request, Chat)
+
+
+def _vectors(routes: APIRouter, api: Api) -> None:
+    @routes.post("/v1/embeddings", tags=["openai"], **_asks(EmbeddingRequest))
+    async def embeddings(request: Request) -> Response:
+        """Texts as vectors."""
+        return await embedded(api, request, EmbeddingForm)
+
+    @routes.post("/v1/score", tags=["vectors"], **_asks(ScoreRequest))
+    async def score(request: Request) -> Response:
+        """How alike texts are, by their embeddings."""
+        return await embedded(api, request, ScoreForm)
+
+    @routes.post("/v1/rerank", tags=["vectors"], **_asks(RerankRequest))
+    async def rerank(request: Request) -> Response:
+        """Documents in the order in which they are like a query, by their embeddings."""
+        return await embedded(api, request, RerankForm)
+
+    @routes.post("/api/embed", tags=["ollama"], **_asks(OllamaEmbed))
+    async def embed(request: Request) -> Response:
+        """Texts as vectors, as Ollama does."""
+        return await embedded(api, request, OllamaEmbedForm)
 
 
 def _anthropic(routes: APIRouter, api: Api) -> None:

@@ -26,9 +26,11 @@ import msgspec
 
 from weft.errors import Busy, Unavailable
 from weft.execute.process import free_memory
+from weft.model.description import pooling_of
 from weft.opening import default_params
+from weft.server.asked import Answered, Asked, Facts
 from weft.server.child import SCHEMA, WIDTH, Job, Reply, Told, framed
-from weft.server.reading import Answered, Asked, Facts, Reader, parsed, takes_long
+from weft.server.reading import Reader, parsed, takes_long
 from weft.server.refused import Refused
 from weft.server.service import Service, State
 
@@ -61,6 +63,7 @@ class Beside:
         return Facts(
             str(about.path), self.name, about.vocabulary, about.max_length, about.end_ids,
             {field.name: getattr(proposed, field.name) for field in fields(proposed)},
+            about.width, pooling_of(about.path),
         )  # fmt: skip
 
     @cached_property

@@ -22,7 +22,8 @@ from typing import BinaryIO
 import msgspec
 
 from weft.errors import InputError
-from weft.server.reading import Answered, Asked, Facts, Reader, parsed
+from weft.server.asked import Answered, Asked, Facts
+from weft.server.reading import Reader, parsed
 from weft.server.refused import MISTAKE, Refused
 from weft.text import leave_torch_out, tokenizer_of
 

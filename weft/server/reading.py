@@ -7,7 +7,6 @@ Knows schemas, tokenizers and grammars; knows nothing of HTTP, of the engine or 
 from __future__ import annotations
 
 import json
-from array import array
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import cached_property
@@ -22,12 +21,14 @@ from weft.cache.prefixes import packed
 from weft.errors import InputError
 from weft.grammar import Grammars
 from weft.server.anthropic import CountRequest, MessagesRequest
+from weft.server.asked import Answered, Asked, Facts, Prompt, unpacked
 from weft.server.chat import MOST_TOOLS_CHARACTERS, ChatRequest, DetokenizeRequest, Message, TokenizeRequest, ToolChoice
 from weft.server.llamacpp import LlamaCompletion
 from weft.server.ollama import LATEST, OllamaChat, OllamaGenerate, OllamaShow
 from weft.server.refused import Refused, misread, unknown_model
 from weft.server.responses import CONTINUED, ContinuedRequest, ResponsesRequest
 from weft.server.schema import MOST_COMPLETIONS, MOST_SCORES, CompletionRequest, Sampling, StreamOptions
+from weft.server.vectors import EmbeddingRequest, OllamaEmbed, RerankRequest, ScoreRequest, Vectors
 from weft.speech.dialect import Dialect, thinks_already
 from weft.speech.form import Tools, form
 from weft.speech.listener import Speech
@@ -35,62 +36,20 @@ from weft.text import Tokenizer
 
 # Other protocols': `chat` says it in OpenAI's terms.
 Foreign: TypeAlias = MessagesRequest | OllamaChat | OllamaGenerate | ResponsesRequest | LlamaCompletion
-Body: TypeAlias = CompletionRequest | ChatRequest | TokenizeRequest | DetokenizeRequest | Foreign | OllamaShow
+Vectorial: TypeAlias = EmbeddingRequest | ScoreRequest | RerankRequest | OllamaEmbed
+OllamaBody: TypeAlias = OllamaChat | OllamaGenerate | OllamaEmbed
+Plain: TypeAlias = TokenizeRequest | DetokenizeRequest | OllamaShow  # answered without the model
+Body: TypeAlias = CompletionRequest | ChatRequest | Foreign | Vectorial | Plain
 BODIES: dict[str, type[Body]] = {
     "/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest,
     "/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest,
     "/v1/messages": MessagesRequest, "/v1/messages/count_tokens": CountRequest,
     "/v1/responses": ResponsesRequest, "/api/chat": OllamaChat, "/api/generate": OllamaGenerate,
     "/api/show": OllamaShow,
+    "/v1/embeddings": EmbeddingRequest, "/v1/score": ScoreRequest, "/v1/rerank": RerankRequest,
+    "/api/embed": OllamaEmbed,
     "/completion": LlamaCompletion, CONTINUED: ContinuedRequest,
 }  # fmt: skip
-
-
-class Facts(msgspec.Struct, frozen=True):
-    """What a reader knows of the model. `name`: as clients call it; `length`: tokens of the context; `ends`: tokens
-    that end an answer; `proposed`: the checkpoint's own sampling parameters."""
-
-    path: str
-    name: str
-    vocabulary: int
-    length: int
-    ends: tuple[int, ...]
-    proposed: dict[str, Any]
-
-
-class Prompt(msgspec.Struct, frozen=True):
-    """A prompt as it is queued; and, where it is to stand before its answer, its text and the characters before each
-    of its tokens. `tokens`, `offsets`: unsigned numbers of 32 bits, in this machine's order."""
-
-    tokens: bytes
-    text: str = ""
-    offsets: bytes = b""
-
-
-class Asked(msgspec.Struct, frozen=True, tag=True):
-    """What is to be queued, and how it is to be answered. `params`: of `SamplingParams`; `echo`: prompts stand before
-    their answers; `usage`, `counting`: tokens are told at a stream's end, and with every piece of it; `progress`:
-    and how far a prompt is; `timeout`: seconds; `about`: what the answer says again of the request."""
-
-    prompts: list[Prompt]
-    params: dict[str, Any]
-    logprobs: bool
-    echo: bool
-    stream: bool
-    usage: bool
-    counting: bool
-    progress: bool
-    priority: int
-    timeout: float | None
-    speech: Speech | None = None
-    about: dict[str, Any] = {}
-    salt: str = ""
-
-
-class Answered(msgspec.Struct, frozen=True, tag=True):
-    """What needs no model: the answer, as JSON."""
-
-    body: bytes
 
 
 def parsed(path: str, body: bytes) -> Body:
@@ -149,32 +108,38 @@ class Reader:
 
     def read(self, body: Body) -> Asked | Answered:
         """What it asks for. Raises `Refused` and `InputError`."""
-        if isinstance(body, OllamaShow):
-            return Answered(msgspec.json.encode(body.answer(self.facts.name, self.facts.length, self._template)))
+        if (answer := self._without_model(body)) is not None:
+            return Answered(msgspec.json.encode(answer))
         if isinstance(body, Foreign):
             return self._foreign(body)
-        self._demand_model(body.model)
-        match body:
-            case CompletionRequest():
-                return self._completion(body)
-            case ChatRequest():
-                return self._chat(body)
-            case TokenizeRequest():
-                return self._tokenized(body)
-        return self._detokenized(body)
+        self._demand_model(body)
+        if isinstance(body, Vectors):
+            return self._vectors(body)
+        assert isinstance(body, CompletionRequest | ChatRequest), "the others are answered without the model"
+        return self._completion(body) if isinstance(body, CompletionRequest) else self._chat(body)
+
+    def _without_model(self, body: Body) -> dict[str, Any] | None:
+        """The answer to what needs no model; None for what does."""
+        if isinstance(body, OllamaShow):
+            return body.answer(self.facts.name, self.facts.length, self._template)
+        if isinstance(body, OllamaBody) and body.only_loads:
+            self._demand_model(body)
+            return body.loaded(self.facts.name)
+        if isinstance(body, TokenizeRequest | DetokenizeRequest):
+            self._demand_model(body)
+            return self._tokenized(body) if isinstance(body, TokenizeRequest) else self._detokenized(body)
+        return None
 
     def _foreign(self, body: Foreign) -> Asked | Answered:
         """What another protocol asks for."""
-        if isinstance(body, OllamaChat | OllamaGenerate) and body.only_loads:
-            self._demand_model((body.model or "").removesuffix(LATEST))
-            return Answered(msgspec.json.encode(body.loaded(self.facts.name)))
         asked = self.read(_translated(body))
         assert isinstance(asked, Asked), "what is in other terms is answered by the model"
         if isinstance(body, CountRequest):
             return Answered(msgspec.json.encode({"input_tokens": len(unpacked(asked.prompts[0].tokens))}))
         return msgspec.structs.replace(asked, about=body.about()) if isinstance(body, ResponsesRequest) else asked
 
-    def _demand_model(self, name: str | None) -> None:
+    def _demand_model(self, body: Body) -> None:
+        name = (body.model or "").removesuffix(LATEST) if isinstance(body, OllamaBody) else body.model
         if name not in (None, "", self.facts.name):
             raise unknown_model(name, self.facts.name)
 
@@ -183,13 +148,7 @@ class Reader:
         if len(given) * (body.n or 1) > MOST_COMPLETIONS:
             raise InputError(f"{len(given)} prompts with n {body.n} are more than {MOST_COMPLETIONS} completions")
         prompts = [self._encode(prompt) for prompt in given]
-        if body.max_tokens == 0 and not body.echo:
-            raise InputError("max_tokens 0 leaves nothing to do; send echo true to score the prompt, or at least 1")
-        alone = 0 if body.max_tokens == 0 else None  # then the prompt is scored in any case: there is nothing else
-        entries = sum(map(len, prompts)) * ((body.logprobs or 0) + 1)
-        if body.echo and entries > MOST_SCORES:
-            raise InputError(f"{entries} log-probabilities of prompts are more than {MOST_SCORES}; send fewer prompts")
-        scored = (body.logprobs if body.logprobs is not None else alone) if body.echo else None
+        scored = self._scored(body, prompts)
         shape = body.shape()
         more = {"logprobs": body.logprobs, "prompt_logprobs": scored, **(shape.alone() if shape else {})}
         params = body.params(self._proposed, body.max_tokens, **more)
@@ -197,6 +156,19 @@ class Reader:
         if not body.echo:
             return self._asked(body, [Prompt(packed(tokens)) for tokens in prompts], params)
         return self._asked(body, list(map(self._before, given, prompts)), params, echo=True)
+
+    def _scored(self, body: CompletionRequest, prompts: list[list[int]]) -> int | None:
+        """How many of the likeliest tokens are to be known of each of a prompt's; None if nothing of them is."""
+        if body.max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
+            raise InputError("max_tokens 0 leaves nothing to do; send echo true to score the prompt, or at least 1")
+        alone = 0 if body.max_tokens == 0 else None  # then the prompt is scored in any case: there is nothing else
+        scored = (body.logprobs if body.logprobs is not None else alone) if body.echo else None
+        if body.prompt_logprobs is None:
+            _demand_scores(prompts, scored)
+            return scored
+        if scored is not None and scored != body.prompt_logprobs:
+            raise InputError(f"prompt_logprobs {body.prompt_logprobs} and, by echo, {scored}; send the same number")
+        return _prompt_logprobs(body, prompts)
 
     def _chat(self, body: ChatRequest) -> Asked:
         if body.top_logprobs and not body.logprobs:
@@ -208,6 +180,7 @@ class Reader:
         tokens = self.tokenizer.conversation(rendered)
         more = self._form(body, dialect, thinking, tools) | self._limit(body, dialect, thinking)
         more |= {"logprobs": (body.top_logprobs or 0) if body.logprobs else None}
+        more |= {"prompt_logprobs": _prompt_logprobs(body, [tokens])}
         speech = None
         if tools is not None or dialect.thoughts is not None or dialect.channels is not None:
             speech = Speech(list(tools.schemas) if tools is not None else [], thinking, body.skip_special_tokens)
@@ -255,18 +228,37 @@ class Reader:
         ends = self.tokenizer.conversation(end)
         return {"thinking": ThinkingLimit(body.thinking_token_budget, "" if thinking else begin, end, tuple(ends))}
 
-    def _tokenized(self, body: TokenizeRequest) -> Answered:
+    def _vectors(self, body: Vectors) -> Asked:
+        """Prompts that become vectors."""
+        about, width = body.about(), self.facts.width
+        if (about.get("dimensions") or 1) > width:
+            raise InputError(f"dimensions {about['dimensions']} are more than this model has; give at most {width}")
+        prompts = [self._encode(given) for given in body.texts()]
+        if body.truncates:
+            prompts = [tokens[: self.facts.length] for tokens in prompts]
+        params = SamplingParams(max_tokens=0, pooling=body.pooling or self.facts.pooling)
+        for number, tokens in enumerate(prompts):
+            try:
+                self._demand([tokens], params)
+            except InputError as error:
+                raise InputError(f"text {number}: {error}" if len(prompts) > 1 else str(error)) from None
+        given = {field.name: getattr(params, field.name) for field in fields(params)}
+        listed = [Prompt(packed(tokens)) for tokens in prompts]
+        return Asked(
+            listed, given, False, False, False, False, False, False, body.priority, body.timeout, about=about
+        )  # fmt: skip
+
+    def _tokenized(self, body: TokenizeRequest) -> dict[str, Any]:
         if (body.prompt is None) == (body.messages is None):
             raise InputError("give either prompt or messages")
         tokens = self._render(body.messages) if body.messages is not None else self._encode(body.prompt or "")
-        answer = {"count": len(tokens), "max_model_len": self.facts.length, "tokens": tokens}
-        return Answered(msgspec.json.encode(answer))
+        return {"count": len(tokens), "max_model_len": self.facts.length, "tokens": tokens}
 
-    def _detokenized(self, body: DetokenizeRequest) -> Answered:
+    def _detokenized(self, body: DetokenizeRequest) -> dict[str, Any]:
         if body.tokens and max(body.tokens) >= self.facts.vocabulary:
             outside = next(token for token in body.tokens if token >= self.facts.vocabulary)
             raise InputError(f"token id {outside} is not in the vocabulary, 0 to {self.facts.vocabulary - 1}")
-        return Answered(msgspec.json.encode({"prompt": self.tokenizer.decode(body.tokens)}))
+        return {"prompt": self.tokenizer.decode(body.tokens)}
 
     def _encode(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
@@ -306,7 +298,7 @@ class Reader:
         return Asked(
             prompts, given, params.logprobs is not None, echo, body.stream, options.include_usage,
             options.continuous_usage_stats, body.return_progress, body.priority, body.timeout, speech,
-            salt=body.cache_salt or "",
+            salt=body.cache_salt or "", scored=body.prompt_logprobs is not None,
         )  # fmt: skip
 
 
@@ -316,6 +308,21 @@ def _translated(body: Foreign) -> CompletionRequest | ChatRequest:
         return body.chat()
     except ValidationError as error:
         raise misread(error.errors(include_url=False)) from None
+
+
+def _prompt_logprobs(body: Sampling, prompts: Sequence[list[int]]) -> int | None:
+    """As they are asked for by this name. Raises `InputError`."""
+    if body.prompt_logprobs is not None and body.stream:
+        raise InputError("prompt_logprobs come with whole answers; leave stream out, or them")
+    _demand_scores(prompts, body.prompt_logprobs)
+    return body.prompt_logprobs
+
+
+def _demand_scores(prompts: Sequence[list[int]], likeliest: int | None) -> None:
+    """Raises `InputError` if there were too many."""
+    entries = sum(map(len, prompts)) * ((likeliest or 0) + 1) if likeliest is not None else 0
+    if entries > MOST_SCORES:
+        raise InputError(f"{entries} log-probabilities of prompts are more than {MOST_SCORES}; send fewer prompts")
 
 
 def _tools(body: ChatRequest) -> Tools | None:
@@ -337,8 +344,3 @@ def _tools(body: ChatRequest) -> Tools | None:
         raise InputError(f"the tools' schemas have {size} characters; at most {MOST_TOOLS_CHARACTERS} are taken")
     named = isinstance(choice, ToolChoice)  # once
     return Tools(schemas, named or choice == "required", body.parallel_tool_calls is not False and not named)
-
-
-def unpacked(numbers: bytes) -> list[int]:
-    """What `packed` packed."""
-    return array("I", numbers).tolist()

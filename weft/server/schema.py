@@ -69,6 +69,7 @@ class Sampling(Strict):
     guided_grammar: Text | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000, description="lower runs earlier")] = 0
     timeout: Annotated[float, Field(gt=0, le=86400, description="seconds until the request ends")] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None  # vLLM's: of the prompt's tokens
     cache_salt: Annotated[str, StringConstraints(max_length=256)] | None = None  # who has the same shares prefixes
     return_progress: Annotated[bool, Field(description="stream how far the prompt is")] = False
     # Sent by OpenAI's clients for OpenAI's own accounts; they ask nothing of an answer.

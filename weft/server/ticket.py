@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from weft.batching.request import Request, Sequence
 from weft.completion import Completion
+from weft.embedding import Embedding
 from weft.execute.protocol import Chosen
 
 
@@ -27,7 +28,7 @@ class Token(NamedTuple):
 @dataclass(frozen=True)
 class Piece:
     """What a batch added to one completion. `tokens`: those whose text is known; `scores`: of the prompt's tokens from
-    the second one on, with the first piece, if they were asked for."""
+    the second one on, with the first piece, if they were asked for; `embedding`: the prompt's, likewise."""
 
     index: int
     text: str
@@ -35,6 +36,7 @@ class Piece:
     scores: list[Chosen] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    embedding: Embedding | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Ticket:
         scores = [] if begun else [completion.scores[position] for position in sorted(completion.scores)]
         return Piece(
             sequence.index, completion.text.text[shown : completion.settled], list(tokens), scores,
-            sequence.finish_reason, completion.stop_reason,
+            sequence.finish_reason, completion.stop_reason, completion.embedding,
         )  # fmt: skip
 
     @property

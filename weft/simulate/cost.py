@@ -234,7 +234,7 @@ class Costs:
     """Everything that the simulator needs: ranks (several may be alike), wires by name, contention.
 
     `width`: numbers in one row of a partial; `aside`: of those parts whose sums are float32's and of another width.
-    `logits`: bytes that a rank tells the others of a wanted row.
+    `logits`: bytes that a rank tells the others of a row from which a token follows.
     `world`: ranks, where `ranks` holds one entry for all of them. `contention`: of the network with computation;
     `between`: of other pairs of lanes, by both names, "compute network2".
     """
@@ -291,7 +291,7 @@ class Costs:
     ) -> float:  # fmt: skip
         """Bytes that a collective is about."""
         if kind is Kind.GATHER:
-            return self.logits * len(batch.wanted_rows)
+            return self.logits * len(batch.predicting_rows)
         a_row = 4.0 * self.aside[part] if part in self.aside else wire.element * self.width
         return a_row * self.count(rows, batch, wanted)
 

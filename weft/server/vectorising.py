@@ -1,0 +1,65 @@
+"""A request's prompts made vectors: so many at a time as run at once, because a request may have thousands.
+
+Knows the service; knows nothing of HTTP, or of what becomes of vectors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from weft.batching.params import SamplingParams
+from weft.embedding import Vector
+from weft.errors import Busy
+from weft.server.refused import Refused
+from weft.server.service import Service
+from weft.server.ticket import Piece, Ticket, Wishes
+
+AHEAD = 2  # prompts under way for each that can run: the next batch finds its own there
+AGAIN_SECONDS = 0.05  # until a full queue is tried again
+QUIET_SECONDS = 10.0  # in which nothing need come
+
+
+class Vectorising:
+    """One request's. `tickets`: what was queued of it so far."""
+
+    def __init__(self, service: Service, params: SamplingParams, wishes: Wishes) -> None:
+        self._service, self._params, self._wishes = service, params, wishes
+        figures = service.figures
+        self._room = asyncio.Semaphore(AHEAD * (figures.slots if figures is not None else 1))
+        self._under_way = 0
+        self.tickets: list[Ticket] = []
+
+    async def all(self, prompts: Sequence[list[int]]) -> list[Vector]:
+        """A vector of each. Raises what kept one from it; none is under way any more then."""
+        tasks = [asyncio.create_task(self._vector(prompt)) for prompt in prompts]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            for ticket in self.tickets:
+                self._service.cancel(ticket)
+
+    async def _vector(self, prompt: list[int]) -> Vector:
+        async with self._room:
+            ticket = await self._queued(prompt)
+            self.tickets.append(ticket)
+            self._under_way += 1
+            try:
+                async for piece in ticket.pieces(QUIET_SECONDS):
+                    if isinstance(piece, Piece) and piece.embedding is not None and piece.finish_reason == "stop":
+                        return piece.embedding.mean
+            finally:
+                self._under_way -= 1
+        raise Refused(408, "the time that this request may take is over; send fewer texts in one, or a longer timeout")
+
+    async def _queued(self, prompt: list[int]) -> Ticket:
+        """Its ticket. A full queue is waited for while others of this request come to their end."""
+        while True:
+            try:
+                return await self._service.submit(prompt, self._params, self._wishes)
+            except Busy:
+                if not self._under_way:
+                    raise
+                await asyncio.sleep(AGAIN_SECONDS)
