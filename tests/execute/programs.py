@@ -13,7 +13,9 @@ from weft.program.fold import Issue, plain
 from weft.program.stages import Kind, Outline, Stage
 from weft.program.steps import Program
 
-SEGMENTS = (Segment(0, 0, 23), Segment(1, 0, 1), Segment(2, 0, 16, wanted=3))
+SEGMENTS = (
+    Segment(0, 0, 13), Segment(3, 0, 10, wanted=10, pooled=True), Segment(1, 0, 1), Segment(2, 0, 16, wanted=3),
+)  # fmt: skip
 TOKENS = 40
 LANES, WIRES, ALGORITHMS = ("", "", "network2"), ("", "exact"), ("", "", "one-shot", "two-shot", "star", "hierarchical")
 

@@ -152,7 +152,7 @@ class _Pass:
         self, owner: Executor, program: Program, forward: Forward, codec: Codec, scope: Scope, checksums: bool
     ) -> None:
         self.outline, self.stages, self.lanes = owner.outline, owner.stages, owner.lanes
-        self.group, self.part = owner.group, owner.part
+        self.group, self.part, self.factor = owner.group, owner.part, owner.decoder.logit_factor
         self.groups = owner.groups(program.form)
         self.program, self.forward, self.codec, self.scope = program, forward, codec, scope
         self.prepared = prepare(owner.outline, program.form, owner.group.rank, owner.group.world)
@@ -166,6 +166,7 @@ class _Pass:
         wires = {step.wire for block in program.form.blocks for step in block.steps} - {""}
         self.owed = Owed(self.residual) if any(c.error for c in (codec, *map(codec_named, wires))) else None
         self.inputs, self.bodies, self.partials = HeldRows(), HeldFeatures(), HeldRows()
+        self.headed: Tensor | None = None  # what came gathered to the output head, of all wanted rows
         self.logits: Tensor | None = None
         self.told: list[Tensor] = []
 
@@ -189,13 +190,13 @@ class _Pass:
         batch = self.forward.batch
         if not (batch.pools and self.scope is Scope.BOTH and self.part.width and not self.part.first):
             return []
-        left, every = self.residual.left(), Rows(0, batch.tokens)
-        extent = Extent(every, self.residual.wanted(every))
-        sums = []
-        for start, stop in batch.pooled_parts:
-            normed = self.stages[-1].enter(self.forward, extent, left[start:stop])
-            sums.append(normed.double().sum(dim=0))
-        return sums
+        head, every = self.stages[-1], Rows(0, batch.tokens)
+        if self.headed is None and self.inputs.has(head, every):  # of which no row went through the head
+            self.headed = self.residual.pick(self.inputs.take(head, every), every)
+        if self.headed is None:
+            extent = Extent(every, self.residual.wanted(every))
+            self.headed = head.enter(self.forward, extent, self.residual.left())
+        return [self.headed[rows.start : rows.stop].double().sum(dim=0) / self.factor for rows in batch.pooled_parts]
 
     def _steps(self) -> Iterator[tuple[_Now, bool]]:
         """All of them, with whether one is urgent."""
@@ -208,8 +209,8 @@ class _Pass:
             for round_ in range(rounds):
                 last = round_ == rounds - 1
                 for at, step, first, grows, urgent, urgent_last in steps:
-                    place, extents = first + round_ * grows, wanted if step.wanted else whole
-                    extents = headed if place == head else extents
+                    place = first + round_ * grows
+                    extents = (wanted if place < head else headed) if step.wanted else whole
                     now = _Now(number + at, step, place, stages[place], extents[step.chunk])
                     yield now, urgent_last if last else urgent
                 number += length
@@ -260,7 +261,13 @@ class _Pass:
         if not self.inputs.has(stage, extent.rows):
             return stage.enter(self.forward, extent, self.residual.read(place, extent.rows))
         gathered = self.inputs.take(stage, extent.rows)
-        return gathered if extent.leaves == extent.rows else self.residual.pick(gathered, extent.rows)
+        if extent.leaves == extent.rows:
+            return gathered
+        picked = self.residual.pick(gathered, extent.rows)
+        if place < len(self.stages) - 1:
+            return picked
+        self.headed = picked
+        return self.forward.predicting(picked, extent.rows)
 
     def _enter(self, step: Step, extent: Extent, place: int, stage: StageFunctions) -> None:
         """This rank's part of the rows; the all_gather that follows fills in the rest, in the same memory."""

@@ -76,12 +76,13 @@ class _InSteps:
 
 
 class Decoder:
-    """A rank's weights with all that is needed to apply them: `stages` by part and layer, as programs name them."""
+    """A rank's weights with all that is needed to apply them: `stages` by part and layer, as programs name them.
+    `logit_factor`: by which the output head's input is multiplied beyond what the last norm gives."""
 
     def __init__(
         self, blueprint: Blueprint, share: Share, weights: Weights, ropes: Sequence[Rope], exact_rows: bool = False
     ) -> None:
-        self.width, self.ropes = blueprint.hidden, ropes
+        self.width, self.ropes, self.logit_factor = blueprint.hidden, ropes, blueprint.norm.factor
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         making = _StageMaker(blueprint, share, self.device, exact_rows)
         outline = blueprint.outline

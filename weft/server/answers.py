@@ -76,7 +76,8 @@ class AnswerForm:
         """The answer to a request without streaming, as JSON; `pieces` hold one completion each."""
         # Each written by itself: all in one go would keep the interpreter from everything else for as long.
         choices = [msgspec.Raw(msgspec.json.encode(self._choice(piece))) for piece in pieces]
-        return msgspec.json.encode(self._frame(self.whole_kind, choices) | {"usage": usage.json()} | self._more(pieces))
+        more = {"usage": self._counted(usage)} | self._more(pieces)
+        return msgspec.json.encode(self._frame(self.whole_kind, choices) | more)
 
     def chunks(self, piece: Piece, usage: Usage | None) -> list[Json]:
         """What a piece of a completion makes known; `usage`: so far, for who asked for it with every piece."""
@@ -89,7 +90,11 @@ class AnswerForm:
 
     def closings(self, usage: Usage, asked: bool) -> list[Json]:
         """What comes behind the last one. `asked`: for tokens."""
-        return [self._frame(self.chunk_kind, []) | {"usage": usage.json()}] if asked else []
+        return [self._frame(self.chunk_kind, []) | {"usage": self._counted(usage)}] if asked else []
+
+    def _counted(self, usage: Usage) -> Json:
+        """All tokens, once the answer is over."""
+        return usage.json()
 
     def progress(self, prefill: Prefill) -> list[Json]:
         """How far a prompt is, in llama.cpp's form."""
@@ -154,7 +159,7 @@ class AnswerForm:
 class Chat(AnswerForm):
     """Chats' form."""
 
-    heard: dict[int, Heard] = field(default_factory=dict)  # of streams, by completion
+    heard: dict[int, Heard] = field(default_factory=dict)  # by completion
     prefix = "chatcmpl"
     whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
@@ -168,8 +173,8 @@ class Chat(AnswerForm):
         said: Json = {"content": piece.text, "reasoning_content": None}
         ended = self._ended(piece)
         if self.hearing is not None:
-            heard = Heard(self.hearing)
-            said = {"content": None, "reasoning_content": None} | heard.message(heard.parts(piece.text, last=True))
+            heard = self.heard[piece.index] = Heard(self.hearing)
+            said = {"content": None, "reasoning_content": None} | heard.message(heard.parts(piece, last=True))
             ended |= heard.reason(piece)
         message = {"role": "assistant", **said, "refusal": None}
         return ended | {"message": message, "logprobs": self._logprobs(piece.tokens)}
@@ -177,13 +182,19 @@ class Chat(AnswerForm):
     def _more(self, pieces: Sequence[Piece]) -> Json:
         return self._prompt(pieces[0])
 
+    def _counted(self, usage: Usage) -> Json:
+        if self.hearing is None:
+            return usage.json()
+        thought = sum(heard.tokens_of_thoughts for heard in self.heard.values())
+        return usage.json() | {"completion_tokens_details": {"reasoning_tokens": thought}}
+
     def _delta(self, piece: Piece) -> Json | None:
         if self.hearing is None:
             content: Json = {"content": piece.text} if piece.text or piece.finish_reason is None else {}
             return self._ended(piece) | {"delta": content, "logprobs": self._logprobs(piece.tokens)}
         if (heard := self.heard.get(piece.index)) is None:
             heard = self.heard[piece.index] = Heard(self.hearing)
-        content = heard.delta(heard.parts(piece.text, last=piece.finish_reason is not None))
+        content = heard.delta(heard.parts(piece, last=piece.finish_reason is not None))
         if not content and piece.finish_reason is None and not (self.logprobs and piece.tokens):
             return None
         ended = self._ended(piece) | heard.reason(piece)
@@ -221,26 +232,33 @@ class Heard:
     def __init__(self, hearing: Hearing | None) -> None:
         self._hearing, self._listener = hearing, hearing.listener() if hearing is not None else None
         self._calls, self._called, self._thought = 0, False, False
+        self._said: list[str] = []
+        self._offsets: list[int] = []
 
     def call_id(self) -> str:
         """A new call's."""
         return self._hearing.dialect.call_id() if self._hearing is not None else ""
 
-    def parts(self, text: str, last: bool) -> list[Part]:
-        """What these characters make known."""
+    def parts(self, piece: Piece, last: bool) -> list[Part]:
+        """What its characters make known."""
+        text = piece.text
         if self._listener is None:
             return [Said(text)] if text else []
+        self._said.append(text)
+        self._offsets += [token.offset for token in piece.tokens]
         parts = self._listener.grow(text) + (self._listener.end() if last else [])
         self._called = self._called or any(isinstance(part, Called) for part in parts)
         self._thought = self._thought or any(isinstance(part, Thought) for part in parts)
         return parts
 
-    def tokens_of_thoughts(self, text: str, offsets: Sequence[int]) -> int:
-        """Of a text, by the characters before each of its tokens."""
+    @property
+    def tokens_of_thoughts(self) -> int:
+        """So far, by the characters before each token."""
         if not self._thought or self._hearing is None:
             return 0
+        text = "".join(self._said)
         places = [at for mark in self._hearing.dialect.thought_ends if (at := text.find(mark)) >= 0]
-        return sum(offset < min(places, default=len(text) + 1) for offset in offsets)
+        return sum(offset < min(places, default=len(text) + 1) for offset in self._offsets)
 
     def reason(self, piece: Piece) -> Json:
         """Why it ended, where it isn't as the engine says."""

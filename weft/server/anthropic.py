@@ -211,7 +211,7 @@ class MessageForm(AnswerForm):
         """See `AnswerForm`."""
         [piece] = pieces
         blocks: list[Json] = []
-        for part in self._heard.parts(piece.text, last=True):
+        for part in self._heard.parts(piece, last=True):
             match part:
                 case Called():
                     blocks.append(_begun(part) | {"input": ""})
@@ -234,7 +234,7 @@ class MessageForm(AnswerForm):
     def chunks(self, piece: Piece, usage: Usage | None) -> list[Json]:
         """See `AnswerForm`."""
         events: list[Json] = []
-        for part in self._heard.parts(piece.text, last=piece.finish_reason is not None):
+        for part in self._heard.parts(piece, last=piece.finish_reason is not None):
             kind, field = _kinds(part)
             if isinstance(part, Called) or kind != self._open:
                 events += self._closed()

@@ -1,4 +1,4 @@
-"""What a request comes to once it is read, as it travels between processes. Knows tokens and wishes, no protocol."""
+"""What a request comes to once it is read, as it travels between processes. Knows tokens and wishes; no protocol."""
 
 from __future__ import annotations
 

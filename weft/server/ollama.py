@@ -253,7 +253,7 @@ class OllamaForm(AnswerForm):
     def _parts(self, piece: Piece) -> list[Json]:
         """What a message gets more."""
         last = piece.finish_reason is not None
-        found = [self._part(part) for part in self._heard.parts(piece.text, last)]
+        found = [self._part(part) for part in self._heard.parts(piece, last)]
         found += [self._whole_call()] if last and self._call is not None else []
         return [part for part in found if part]
 

@@ -265,7 +265,6 @@ class ResponseForm(AnswerForm):
         self._heard, self._items = Heard(self.hearing), list[Json]()
         self._number = 0  # of events
         self._last: Piece | None = None
-        self._text, self._offsets = "", list[int]()
 
     def whole(self, pieces: Sequence[Piece], usage: Usage) -> bytes:
         """See `AnswerForm`."""
@@ -280,9 +279,7 @@ class ResponseForm(AnswerForm):
 
     def chunks(self, piece: Piece, usage: Usage | None) -> list[Json]:
         """See `AnswerForm`."""
-        self._text += piece.text
-        self._offsets += [token.offset for token in piece.tokens]
-        events = list(self._grown(self._heard.parts(piece.text, last=piece.finish_reason is not None)))
+        events = list(self._grown(self._heard.parts(piece, last=piece.finish_reason is not None)))
         if piece.finish_reason is not None:
             self._last = piece
             events += self._closed()
@@ -375,7 +372,7 @@ class ResponseForm(AnswerForm):
         counted = None if usage is None else {
             "input_tokens": usage.prompt, "input_tokens_details": {"cached_tokens": usage.reused},
             "output_tokens": usage.output, "output_tokens_details": {
-                "reasoning_tokens": self._heard.tokens_of_thoughts(self._text, self._offsets)
+                "reasoning_tokens": self._heard.tokens_of_thoughts
             },
             "total_tokens": usage.prompt + usage.output,
         }  # fmt: skip
