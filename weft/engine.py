@@ -81,7 +81,7 @@ class Engine:
             raise
         self.notices += self.requests.notices
         self.last_turn: Turn | None = None
-        self._ahead: Flight | None = None
+        self.ahead: Flight | None = None  # the batch after the one that is waited for, if it is on its way
         self._untold: list[Sequence] = []  # that were refused while workers are started again
 
     @property
@@ -106,11 +106,9 @@ class Engine:
         self.batcher.add(request)
         return request
 
-    def step(self, timeline: bool = False) -> list[Sequence]:
-        """One turn; returns the sequences that got a token or ended. There must be something to do.
-
-        `timeline`: the next batch that is sent off brings one; it is in `last_turn` once that batch has ended.
-        """
+    def step(self, timeline: bool = False, meanwhile: Callable[[], None] = lambda: None) -> list[Sequence]:
+        """One turn; returns the sequences that got a token or ended. There must be something to do. `timeline`: the
+        next batch that is sent off brings one, in `last_turn`; `meanwhile`: what to do while workers compute."""
         begin = time.perf_counter()
         self._demand_group()
         if expired := self.expire():
@@ -118,9 +116,10 @@ class Engine:
         scheduled: Scheduled | None = None
         flight: Flight | None = None
         try:
-            scheduled = self._ahead.scheduled if self._ahead else self.batcher.next(self._budget(), time.monotonic())
-            flight = self._ahead or self._submit(scheduled, timeline)
-            self._ahead = self._look_ahead(scheduled, timeline)
+            scheduled = self.ahead.scheduled if self.ahead else self.batcher.next(self._budget(), time.monotonic())
+            flight = self.ahead or self._submit(scheduled, timeline)
+            self.ahead = self._look_ahead(scheduled, timeline)
+            meanwhile()
             result = self.workers.controller.collect(flight.submitted)
             self.planner.observe(flight.plan, scheduled.batch, result.compute, result.network)
             self.budget.observe(scheduled.batch, result.seconds, result.sampling)
@@ -204,7 +203,7 @@ class Engine:
 
     def restart(self, error: Exception, blamed: bool = False) -> None:
         """A new group of workers, for which everything is computed again; see `Workers.restart`."""
-        self._ahead = None
+        self.ahead = None
         self.batcher.rewind()
         self.workers.restart(error, blamed)
 
@@ -233,8 +232,8 @@ class Engine:
     def forget(self, sequences: list[Sequence]) -> None:
         """Takes sequences out; what they have so far stays with the caller."""
         self.batcher.leave(sequences)
-        if self._ahead is not None and not any(s.alive for s in self._ahead.scheduled.sequences):
-            self._ahead = None  # nobody waits for it; its result is dropped when the next one is collected
+        if self.ahead is not None and not any(s.alive for s in self.ahead.scheduled.sequences):
+            self.ahead = None  # nobody waits for it; its result is dropped when the next one is collected
         with suppress(WorkerLost, WorkerFailed):  # a lost rank has no memory to free, and the next run notices
             self.workers.move(self.batcher.moves())
 

@@ -10,6 +10,7 @@ import re
 import threading
 import weakref
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -39,9 +40,13 @@ class Grammars:
         self._alive: weakref.WeakSet[Grammar] = weakref.WeakSet()
         self._lock = threading.Lock()
 
-    def __contains__(self, schema: str) -> bool:
-        """Whether it need not be compiled any more."""
-        return schema in self._kept
+    def kept(self, schema: str) -> Grammar | None:
+        """At once, for any thread: what need not be compiled any more."""
+        if (grammar := self._kept.get(schema)) is not None and self._lock.acquire(blocking=False):
+            with suppress(KeyError):  # it was given up just now
+                self._kept.move_to_end(schema)
+            self._lock.release()
+        return grammar
 
     def grammar(self, schema: str) -> Grammar:
         """Compiled, for any number of completions; for any thread, one at a time, so that who asks for what another one

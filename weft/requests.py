@@ -51,9 +51,9 @@ class Requests:
             raise InputError("a JSON schema needs a tokenizer, and this model has no tokenizer")
         return Grammars(self.tokenizer, self.model.vocabulary, self.end_ids)
 
-    def compiled(self, schema: str) -> bool:
-        """Whether a schema's grammar is there already; at once, whatever is not there yet."""
-        return "grammars" in vars(self) and schema in self.grammars
+    def kept_grammar(self, schema: str) -> Grammar | None:
+        """A schema's, if it is there already; at once, whatever is not there yet."""
+        return self.grammars.kept(schema) if "grammars" in vars(self) else None
 
     def check(self, prompt: ReadOnly[int], params: SamplingParams) -> int:
         """How many tokens may follow; raises `InputError` for requests that can't be run, but for what is wrong with a

@@ -96,9 +96,11 @@ class Api:
     async def grammar(self, schema: str, request: Request) -> Grammar:
         """A schema's; tried beside first, within limits. Raises what it is refused for, and `Gone`."""
 
+        if (kept := self.service.kept_grammar(schema)) is not None:
+            return kept
+
         async def made() -> Grammar:
-            if not self.service.compiled(schema):
-                await self.beside.try_schema(schema, _asker(request))
+            await self.beside.try_schema(schema, _asker(request))
             return await self.service.grammar(schema)
 
         return await unless_gone(request.receive, made())

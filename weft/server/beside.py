@@ -30,7 +30,7 @@ from weft.model.description import pooling_of
 from weft.opening import default_params
 from weft.server.asked import Answered, Asked, Facts
 from weft.server.child import SCHEMA, WIDTH, Job, Reply, Told, framed
-from weft.server.reading import Reader, parsed, takes_long
+from weft.server.reading import Reader, parsed, rendered, takes_long
 from weft.server.refused import Refused
 from weft.server.service import Service, State
 
@@ -73,7 +73,7 @@ class Beside:
     def at_once(self, path: str, body: bytes) -> Asked | Answered | None:
         """What a small body asks for; None for one that may take long. Raises what it is refused for."""
         here = self._here
-        if len(body) > SMALL:
+        if len(body) > SMALL or rendered(path):
             return None
         small = parsed(path, body)
         return None if takes_long(small) else here.read(small)

@@ -59,7 +59,11 @@ class Guard:
                 scope, receive, send
             )
             return
-        await self.app(scope, _replayed(body, receive), self._patient(send))
+        patient = _Patient(send, self.patience)
+        try:
+            await self.app(scope, _replayed(body, receive), patient.send)
+        finally:
+            patient.close()
 
     def _refuse(self, scope: Scope, headers: dict[bytes, bytes]) -> Any | None:
         manner = manner_of(scope["path"])
@@ -98,17 +102,41 @@ class Guard:
             if message["type"] == "http.disconnect" or not message.get("more_body"):
                 return bytes(body)
 
-    def _patient(self, send: Send) -> Send:
-        """Gives up on who doesn't take what is sent; the request then ends as if the client had gone."""
 
-        async def patient(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self.patience):
-                    await send(message)
-            except TimeoutError:
-                raise OSError("the client takes nothing") from None
+class _Patient:
+    """Gives up on who doesn't take what is sent; the request then ends as if the client had gone. One timer looks after
+    all that a request sends: one for each message would cost a fifth of what sending it does."""
 
-        return patient
+    def __init__(self, send: Send, seconds: float) -> None:
+        self._send, self._seconds, self._loop = send, seconds, asyncio.get_running_loop()
+        self._since, self._late = 0.0, False  # when what is being sent was begun
+        self._sending: asyncio.Task[Any] | None = None
+        self._timer = self._loop.call_later(seconds, self._look)
+
+    async def send(self, message: Message) -> None:
+        """ASGI."""
+        self._since, self._sending = self._loop.time(), asyncio.current_task()
+        try:
+            await self._send(message)
+        except asyncio.CancelledError:
+            if not self._late or self._sending is None:
+                raise
+            self._sending.uncancel()
+            raise OSError("the client takes nothing") from None
+        finally:
+            self._sending = None
+
+    def _look(self) -> None:
+        waited = self._loop.time() - self._since if self._sending is not None else 0.0
+        if self._sending is not None and waited >= self._seconds:
+            self._late = True
+            self._sending.cancel()
+        else:
+            self._timer = self._loop.call_later(self._seconds - waited, self._look)
+
+    def close(self) -> None:
+        """Nothing more is sent."""
+        self._timer.cancel()
 
 
 def _no_json(scope: Scope, headers: dict[bytes, bytes]) -> Any | None:

@@ -69,11 +69,15 @@ def parsed(path: str, body: bytes) -> Body:
         raise misread(error.errors(include_url=False)) from None
 
 
+def rendered(path: str) -> bool:
+    """True for endpoints whose bodies go through templates, which may take longer than any size tells."""
+    return issubclass(BODIES[path], ChatRequest | Foreign)
+
+
 def takes_long(body: Body) -> bool:
-    """True for what may take longer than its size tells: templates, and where each token's text begins."""
-    if isinstance(body, CompletionRequest) and body.echo:
-        return True
-    return isinstance(body, ChatRequest | Foreign) or (isinstance(body, TokenizeRequest) and body.messages is not None)
+    """The same of any other body; and where each token's text begins takes long too."""
+    echoed = isinstance(body, CompletionRequest) and body.echo
+    return echoed or (isinstance(body, TokenizeRequest) and body.messages is not None)
 
 
 class Reader:

@@ -28,7 +28,7 @@ from weft.server.service import Service
 HEADER_SECONDS = 20.0  # to send the head of a request
 SETTLE_SECONDS = 5.0  # for who was told that the server ends
 MOST_CONNECTIONS = 2048
-SWITCH_SECONDS = 0.001  # after which a thread that computes in Python lets the loop in; usual are 5 ms, for each call
+SWITCH_SECONDS = 0.0003  # after which a thread that computes in Python lets the loop in; usual are 5 ms, for each call
 GARBAGE = (10_000, 10, 50)  # objects more than before, and times, after which Python looks for garbage
 
 

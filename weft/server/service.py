@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -24,14 +23,14 @@ from weft.batching.request import Request, Sequence
 from weft.engine import Engine
 from weft.errors import Busy, InputError, Interrupted, RequestFailed, Unavailable, told
 from weft.grammar import Grammar
+from weft.server.lately import Live
 from weft.server.metrics import Metrics
-from weft.server.ticket import Piece, Prefill, Ticket, Wishes
+from weft.server.ticket import Item, Prefill, Ticket, Wishes, on_loop, post
 from weft.text import Tokenizer
-from weft.timeline.timeline import median
-from weft.turn import Turn
 from weft.workers import Progress
 
 SETTLED_SECONDS = 0.05  # how often it is looked whether the model is there
+YIELD_SECONDS = 1e-4  # that the loop has to take up a first token: else it waits until this thread does
 IDLE_SECONDS = 0.1  # how often workers are looked at while nothing is to do
 FINISHED_SEEN = 60.0  # seconds of finished requests, from which the wait of a refused one is estimated
 
@@ -44,27 +43,6 @@ class State(StrEnum):
     RESTARTING = "restarting"  # workers were lost; requests are kept
     DRAINING = "draining"  # what runs is finished, nothing new is taken
     FAILED = "failed"
-
-
-@dataclass
-class Live:
-    """What the page shows of the last seconds."""
-
-    tokens: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=2000))  # when, how many
-    first: deque[float] = field(default_factory=lambda: deque(maxlen=50))  # seconds to the first token
-    drawn: Turn | None = None  # the last batch that was recorded, with its timeline
-    number: int = 0  # how many were recorded
-    wanted: bool = False  # somebody looks, so that the next batch is to be recorded
-
-    def rate(self, over: float = 10.0) -> float:
-        """Tokens a second, of the last seconds. For any thread, as is `to_first`."""
-        since = time.monotonic() - over
-        return sum(count for when, count in self.tokens.copy() if when > since) / over
-
-    def to_first(self) -> float | None:
-        """Seconds to the first token, in the median; None if there was none yet."""
-        first = self.first.copy()  # in one go: the engine's thread appends meanwhile
-        return median(first) if first else None
 
 
 class Service:
@@ -84,6 +62,8 @@ class Service:
         self.live = Live()
         self._engine: Engine | None = None
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._grown: list[Sequence] = []  # by the last batch, and not delivered yet
+        self._mistake: Exception | None = None
         self._tickets: dict[Request, Ticket] = {}
         self._finished: deque[float] = deque(maxlen=1000)
         self._submitted = 0  # sequences that the engine's thread has not yet seen
@@ -143,9 +123,9 @@ class Service:
         """Completions that have one."""
         return self.figures.running if self.figures else 0
 
-    def compiled(self, schema: str) -> bool:
-        """Whether a schema's grammar is there already."""
-        return self.engine.requests.compiled(schema)
+    def kept_grammar(self, schema: str) -> Grammar | None:
+        """A schema's, if it is there already."""
+        return self.engine.requests.kept_grammar(schema)
 
     async def grammar(self, schema: str) -> Grammar:
         """A schema's grammar; on a thread of its own, because compiling it may take a while. Raises `InputError`."""
@@ -192,7 +172,7 @@ class Service:
     def abort(self, reason: str = "the server is shutting down") -> None:
         """Tells all requests under way that they can't be finished."""
         for ticket in list(self._tickets.values()):
-            _on(ticket.loop, partial(ticket.put, Unavailable(reason)))
+            on_loop(ticket.loop, partial(ticket.put, Unavailable(reason)))
 
     def close(self) -> None:
         """Ends the loop and the workers; requests under way are told so."""
@@ -232,6 +212,7 @@ class Service:
             self._settled.set()
             while not self._closing:
                 self._turn()
+            self._hand_over()
             self.abort()
         except BaseException as error:  # what kept it from loading; workers that can't be kept alive; our mistakes
             self.state, self.reason, self.error = State.FAILED, str(error) or type(error).__name__, error
@@ -264,23 +245,43 @@ class Service:
         self._obey(wait=engine.batcher.idle)
         if engine.batcher.idle:
             engine.look()
-            grown: list[Sequence] = []
         else:
-            grown = self._step(engine)
+            self._step(engine)
+        if self._mistake is not None:
+            raise self._mistake
         if self.state is State.RESTARTING:
             self.state, self.reason = State.READY, ""
             self._told("the ranks are there again")
-        self._deliver(engine, grown)
+        if engine.ahead is not None or engine.batcher.idle:
+            self._hand_over()
 
-    def _step(self, engine: Engine) -> list[Sequence]:
+    def _step(self, engine: Engine) -> None:
         before = engine.last_turn
-        grown = engine.step(timeline=self.live.wanted)
+        try:
+            grown = engine.step(timeline=self.live.wanted, meanwhile=self._hand_over)
+        finally:
+            self._hand_over()  # what no batch came after
+        # Who waits for a first token gets it at once. For the others it is best while the next batch is computed: the
+        # loop that writes to clients keeps this thread from anything else.
+        self._grown = [sequence for sequence in grown if sequence.produced != 1]
+        if first := [sequence for sequence in grown if sequence.produced == 1]:
+            self._deliver(engine, first)
+            time.sleep(YIELD_SECONDS)
+        post(self._under_way(engine))
         if engine.last_turn is not before and engine.last_turn is not None:
             self.metrics.turn(engine.last_turn)
             if engine.last_turn.result.timeline is not None:
                 self.live.drawn, self.live.number = engine.last_turn, self.live.number + 1
                 self.live.wanted = False
-        return grown
+
+    def _hand_over(self) -> None:
+        """Delivers what is left of what the last batch gave."""
+        engine, grown, self._grown = self._engine, self._grown, []
+        assert engine is not None, "what was given was given by an engine"
+        try:
+            self._deliver(engine, grown)
+        except Exception as error:  # our mistake, and nothing of the batch that is computed
+            self._mistake = error
 
     def _lost(self, error: Exception) -> None:
         if self.state is State.READY:
@@ -326,23 +327,21 @@ class Service:
             if not ready.done():
                 ready.set_result(None) if error is None else ready.set_exception(error)
 
-        _on(ticket.loop, answer)
+        on_loop(ticket.loop, answer)
 
     def _drop(self, ticket: Ticket) -> None:
         request = ticket.request
         if request is None or self._tickets.pop(request, None) is None or self._engine is None:
             return
-        _on(ticket.loop, partial(ticket.put, Unavailable("the request was cancelled")))  # whoever still reads it
+        on_loop(ticket.loop, partial(ticket.put, Unavailable("the request was cancelled")))  # whoever still reads it
         if self.state is not State.FAILED:
             self._engine.forget([s for s in request.sequences if s.finish_reason is None])
         self._engine.requests.settle(request)
         self.metrics.finished("abort", time.monotonic() - ticket.arrived)
 
     def _deliver(self, engine: Engine, grown: list[Sequence]) -> None:
-        """Hands out what a batch gave, to each loop in one go."""
-        now = time.monotonic()
-        out: list[tuple[Ticket, Piece | Prefill | Exception]] = list(self._under_way(engine, now))
-        tokens = 0
+        """Hands out what a batch gave."""
+        now, tokens, out = time.monotonic(), 0, list[tuple[Ticket, Item]]()
         for sequence in grown:
             ticket = self._tickets.get(sequence.request)
             if ticket is None:  # cancelled while workers were started again
@@ -352,18 +351,19 @@ class Service:
             else:
                 out.append((ticket, ticket.grown(sequence, engine.requests.completions[sequence])))
             tokens += self._count(ticket, sequence, now)
-        self.live.tokens.append((now, tokens))
+        if tokens:
+            self.live.tokens.append((now, tokens))
         finished = {sequence.request for sequence in grown if sequence.request.finished}
         for request in finished & self._tickets.keys():
             ticket = self._tickets.pop(request)
             engine.requests.settle(request)
             self._finished.append(now)
             self.metrics.finished(str(request.sequences[0].finish_reason), now - ticket.arrived)
-        for loop in {ticket.loop for ticket, _ in out}:
-            _on(loop, partial(_hand_out, [(t, item) for t, item in out if t.loop is loop]))
+        post(out)
 
-    def _under_way(self, engine: Engine, now: float) -> Iterator[tuple[Ticket, Prefill]]:
+    def _under_way(self, engine: Engine) -> Iterator[tuple[Ticket, Prefill]]:
         """Prompts that are not yet computed to their end."""
+        now = time.monotonic()
         for sequence in engine.batcher.running:
             ticket = self._tickets.get(sequence.request)
             if ticket is not None and sequence.left > 1 and sequence.index == 0:
@@ -384,14 +384,3 @@ class Service:
         if sequence.index == 0:
             ticket.last = now
         return tokens
-
-
-def _hand_out(items: list[tuple[Ticket, Piece | Prefill | Exception]]) -> None:
-    for ticket, item in items:
-        ticket.put(item)
-
-
-def _on(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    """Has the loop do it; a loop that has ended has nobody left who waits."""
-    with suppress(RuntimeError):
-        loop.call_soon_threadsafe(call)

@@ -6,9 +6,10 @@ Knows sequences, completions and asyncio; knows nothing of HTTP or of the engine
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from weft.batching.request import Request, Sequence
@@ -49,6 +50,9 @@ class Prefill:
     seconds: float
 
 
+Item = Piece | Prefill | Exception  # what a request gets
+
+
 @dataclass(frozen=True)
 class Wishes:
     """What a request asks of the service beside its sampling parameters. `timeout`: seconds since it `arrived`, by the
@@ -72,32 +76,42 @@ class Ticket:
     reused: int = 0
     first: float | None = None  # seconds to the first token
     last: float = 0.0  # when its last token came
-    _queue: asyncio.Queue[Piece | Prefill | Exception] = field(default_factory=asyncio.Queue)
+    _came: float = 0.0  # the last piece, by the loop's clock
+    _looking: asyncio.TimerHandle | None = None
+    _queue: asyncio.Queue[Item | None] = field(default_factory=asyncio.Queue)
     _shown: dict[int, tuple[int, int]] = field(default_factory=dict)  # characters and tokens, by completion
     _counted: dict[int, int] = field(default_factory=dict)  # tokens, by completion
 
-    async def pieces(self, every: float) -> AsyncIterator[Piece | Prefill | None]:
+    async def pieces(self, every: float) -> AsyncGenerator[Piece | Prefill | None]:
         """What comes, until all completions have ended; None after `every` seconds in which nothing came.
 
         Raises what ended the request early.
         """
         left = self.request.params.n if self.request is not None else 1
-        while left:
-            item: Piece | Prefill | Exception | None = None
-            if self._queue.empty():
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(every):
-                        item = await self._queue.get()
-            else:
-                item = self._queue.get_nowait()
-            if isinstance(item, Exception):
-                raise item
-            if isinstance(item, Piece) and item.finish_reason is not None:
-                left -= 1
-            yield item
+        self._look(every)
+        try:
+            while left:
+                item = await self._queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if isinstance(item, Piece) and item.finish_reason is not None:
+                    left -= 1
+                yield item
+        finally:
+            if self._looking is not None:
+                self._looking.cancel()
 
-    def put(self, item: Piece | Prefill | Exception) -> None:
+    def _look(self, every: float) -> None:
+        """Says that nothing came, if that is so; and looks again. A timeout for each piece would cost a fifth of what
+        sending it does."""
+        quiet = self.loop.time() - self._came
+        if self._looking is not None and quiet >= every:
+            self.put(None)
+        self._looking = self.loop.call_later(every - quiet if 0 < quiet < every else every, self._look, every)
+
+    def put(self, item: Item | None) -> None:
         """On the event loop's thread."""
+        self._came = self.loop.time()
         self._queue.put_nowait(item)
 
     def grown(self, sequence: Sequence, completion: Completion) -> Piece:
@@ -122,3 +136,21 @@ class Ticket:
         before = self._counted.get(sequence.index, 0)
         self._counted[sequence.index] = sequence.produced
         return sequence.produced - before
+
+
+def post(items: Iterable[tuple[Ticket, Item]]) -> None:
+    """To each loop in one go."""
+    items = list(items)
+    for loop in {ticket.loop for ticket, _ in items}:
+        on_loop(loop, partial(_hand_out, [(ticket, item) for ticket, item in items if ticket.loop is loop]))
+
+
+def _hand_out(items: list[tuple[Ticket, Item]]) -> None:
+    for ticket, item in items:
+        ticket.put(item)
+
+
+def on_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """Has the loop do it; a loop that has ended has nobody left who waits."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call)
