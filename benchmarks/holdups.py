@@ -17,6 +17,7 @@ import argparse
 import http.client
 import json
 import multiprocessing
+import shutil
 import sys
 import threading
 import time
@@ -25,9 +26,12 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from servers import serving
+from servers import Served, serving
+
+from weft.hub import PACKAGED
 
 MOST = (4 << 20) - 4096  # bytes of a body: the server's limit, less what stands around
 WANTED = 50.0  # ms
@@ -37,11 +41,13 @@ STREAM = {"prompt": "def main(", "max_tokens": 1900, "ignore_eos": True, "stream
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that cost much. `computes`: they ask the model for something too. `bodies`: in turns; none is GET."""
+    """Requests that cost much. `computes`: they ask the model for something too. `bodies`: in turns; none is GET.
+    `hostile`: of a model whose chat template does what a message tells it."""
 
     path: str
     bodies: Callable[[], list[bytes]]
     computes: bool = False
+    hostile: bool = False
 
 
 def _json(content: Any) -> bytes:
@@ -68,6 +74,40 @@ def _form(schema: dict[str, Any]) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}}
 
 
+def _tools(number: int, count: int, schema: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    """So many, with names as long and as alike as they may be."""
+    functions = [{"name": f"{number}_{at}".rjust(64, "x"), "parameters": schema(at)} for at in range(count)]
+    return {"tools": [{"type": "function", "function": function} for function in functions]}
+
+
+def _nested(depth: int) -> dict[str, Any]:
+    """An object in an object, and so on."""
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema, "b": schema}, "required": ["a"]}
+    return schema
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties}
+
+
+def _slow(number: int) -> Callable[[int], dict[str, Any]]:
+    """Patterns that are short to say."""
+    return lambda at: _object(a={"type": "string", "pattern": f"(.*{at}[a-z]{{1,{300 + number}}}){{400}}"})
+
+
+def _endless(number: int) -> Callable[[int], dict[str, Any]]:
+    """What has parts like itself."""
+    return lambda at: _object(**{f"{name}{number}_{at}": {"$ref": "#"} for name in "abcdefgh"})
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.content == 'loop' %}{% for i in range(99999) %}{% for j in range(99999) %}"
+    "{% endfor %}{% endfor %}{% elif m.content == 'grow' %}{% set ns = namespace(x='grown ' * 1000) %}"
+    "{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}{% elif m.content == 'text' %}"
+    "{{ 'word ' * 4000000 }}{% endif %}{{ m.content }}{% endfor %}"
+)
 SENTENCE = "The for statement is used to iterate over the elements of a sequence. "
 LOADS: dict[str, Load] = {
     "4 MiB of text": Load("/v1/completions", lambda: [_json({"prompt": SENTENCE * (MOST // len(SENTENCE))})]),
@@ -108,6 +148,36 @@ LOADS: dict[str, Load] = {
     "64 completions": Load(
         "/v1/completions", lambda: [_json({"prompt": "def f(", "n": 64, "max_tokens": 20, "logprobs": 20})], True
     ),
+    "128 tools, each another": Load(
+        "/v1/chat/completions",
+        lambda: [_chat("a", **_tools(number, 128, lambda at: _schema(at, 4))) for number in range(200)], True,
+    ),
+    "tools whose patterns take seconds": Load(
+        "/v1/chat/completions",
+        lambda: [_chat("a", tool_choice="required", **_tools(number, 4, _slow(number))) for number in range(100)], True,
+    ),
+    "tools that hold themselves": Load(
+        "/v1/chat/completions",
+        lambda: [_chat("a", tool_choice="required", **_tools(number, 4, _endless(number))) for number in range(100)],
+        True,
+    ),
+    "tools nested 9 times": Load(
+        "/v1/chat/completions", lambda: [_chat("a", **_tools(number, 2, lambda at: _object(a=_nested(9))))
+                                         for number in range(50)], True,
+    ),
+    "250 calls in a conversation": Load(
+        "/v1/responses",
+        lambda: [_json({"max_output_tokens": 1, "input": [
+            {"type": "function_call", "call_id": f"c{at}", "name": "f", "arguments": json.dumps({"a": SENTENCE * 9})}
+            for at in range(250)
+        ]})], True,
+    ),
+    "2,048 embeddings as numbers": Load(
+        "/v1/embeddings", lambda: [_json({"input": [f"text {number}" for number in range(2048)]})], True
+    ),
+    "templates that loop": Load("/v1/chat/completions", lambda: [_chat("loop")], True, True),
+    "templates that grow": Load("/v1/chat/completions", lambda: [_chat("grow")], True, True),
+    "templates that write 20 MB": Load("/v1/chat/completions", lambda: [_chat("text")], True, True),
     "drawings": Load("/live", list),
     "figures": Load("/metrics", list),
 }  # fmt: skip
@@ -218,6 +288,30 @@ def measure(port: int, name: str | None, seconds: float, turn: int, stream: bool
     return {"times": times, "worst": worst, "counts": counts, "answers": answers}
 
 
+def _model(folder: Path, hostile: bool) -> list[str]:
+    """What to serve."""
+    if not hostile:
+        return []
+    shutil.copytree(PACKAGED, folder, dirs_exist_ok=True)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return [str(folder)]
+
+
+def _measured(server: Served, names: list[str], rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Idle and every load in turns."""
+    found: list[dict[str, Any]] = []
+    port = int(server.url.rpartition(":")[2])
+    measure(port, None, 3.0, 0, True)  # warm
+    for number in range(rounds):
+        for name in names:
+            stream = not LOADS[name].computes
+            idle = measure(port, None, seconds, 0, stream)
+            busy = measure(port, name, seconds, 2 * number * 50, stream)
+            found.append({"round": number, "load": name, "idle": idle, "busy": busy})
+            print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+    return found
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -228,16 +322,12 @@ def main() -> None:
     asked = parser.parse_args()
     names = [name for name in LOADS if not asked.only or any(part in name for part in asked.only)]
     rounds: list[dict[str, Any]] = []
-    with serving() as server:
-        port = int(server.url.rpartition(":")[2])
-        measure(port, None, 3.0, 0, True)  # warm
-        for number in range(asked.rounds):
-            for name in names:
-                stream = not LOADS[name].computes
-                idle = measure(port, None, asked.seconds, 0, stream)
-                busy = measure(port, name, asked.seconds, 2 * number * 50, stream)
-                rounds.append({"round": number, "load": name, "idle": idle, "busy": busy})
-                print(json.dumps(rounds[-1]), file=sys.stderr, flush=True)
+    for hostile in (False, True):
+        some = [name for name in names if LOADS[name].hostile is hostile]
+        if not some:
+            continue
+        with TemporaryDirectory() as folder, serving(*_model(Path(folder), hostile)) as server:
+            rounds += _measured(server, some, asked.rounds, asked.seconds)
     kinds = ("health", "page", "stream")
     print(f"{'milliseconds more than idle, p99.9':34s} {'health':>14s} {'page':>14s} {'stream':>14s}   answers")
     most = 0.0

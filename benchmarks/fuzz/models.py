@@ -122,6 +122,13 @@ class Reference:
     def __init__(self, directory: Path) -> None:
         self._model = transformers.LlamaForCausalLM.from_pretrained(directory).eval()
 
+    def states(self, prompt: list[int]) -> list[list[float]]:
+        """The last hidden states [tokens, width]."""
+        model = copy.deepcopy(self._model)
+        with torch.inference_mode():
+            states = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0]
+        return [[float(value) for value in row] for row in states]
+
     def scores(self, prompt: list[int]) -> list[float]:
         """Log-probabilities of the prompt's tokens, from the second one on."""
         model = copy.deepcopy(self._model)  # its rotary embedding remembers the longest prompt that it has seen

@@ -18,6 +18,7 @@ import httpx2
 from benchmarks.fuzz import faults
 from benchmarks.fuzz.cases import MALFORMED, Case, Cases
 from benchmarks.fuzz.models import KINDS, Reference, save
+from benchmarks.fuzz.others import Others
 from weft.detokenizer import BYTES
 from weft.launch.local import LocalLauncher
 from weft.llm import LLM
@@ -26,6 +27,7 @@ from weft.server.run import in_background
 from weft.server.service import Service
 
 CLIENTS = 8
+WEIGHTS = {"whole": 30, "stream": 30, "foreign": 10, "vectors": 5, "cancelled": 10, "malformed": 10, "fault": 10}
 SECONDS = 60.0  # that an answer may take: with ranks lost on the way, and others before it
 CLOSE = 1e-3  # of log-probabilities to transformers'
 
@@ -87,6 +89,7 @@ class Fuzz:
                 made.answer(case)
             except Exception as error:  # whatever it is, there is an answer to a request that stands alone
                 self._wrong("alone", f"{type(error).__name__}: {error}", case)
+        self.others = Others(made.reference, self.draw, self._wrong)
         self.harmful = {name: made.harmful(name) for name in faults.KINDS}
         self.spelling = made
         llm.engine.batcher.forget_prefixes()
@@ -113,8 +116,7 @@ class Fuzz:
 
     async def _client(self, http: httpx2.AsyncClient, end: float) -> None:
         while time.monotonic() < end and len(self.found.wrong) < self.enough:
-            kinds, weights = ("whole", "stream", "cancelled", "malformed", "fault"), (35, 35, 10, 10, 10)
-            kind = self.draw.choices(kinds, weights)[0]
+            kind = self.draw.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
             case = self.draw.choice(self.known)
             try:
                 if case.source is not None and kind in ("whole", "stream"):
@@ -123,6 +125,16 @@ class Fuzz:
             except Exception as error:  # whatever it is, the promise was broken
                 self._wrong(kind, f"{type(error).__name__}: {error}")
             self.found.asked[kind] += 1
+
+    async def _vectors(self, http: httpx2.AsyncClient, _: Case) -> None:
+        sound = [case for case in self.known if not case.refused]
+        tokens = await self.others.vectors(http, self.draw.sample(sound, self.draw.randrange(1, 7)))
+        self.found.answered += tokens  # not before the await: others add meanwhile
+
+    async def _foreign(self, http: httpx2.AsyncClient, case: Case) -> None:
+        if await self.others.foreign(http, case):
+            self.found.answered += len(case.prompt)
+            self.found.asked["by other protocols"] += 1
 
     def _wrong(self, what: str, why: str, case: Case | None = None) -> None:
         body = f" {json.dumps(case.body)[:300]}" if case is not None else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,16 @@ def says(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> Says:
 
 
 @pytest.fixture
-def claude(server: Running) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=server.url, api_key="any", max_retries=0, timeout=60)
+def claude(server: Running) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=server.url, api_key="any", max_retries=0, timeout=60) as client:
+        yield client
 
 
 @pytest.fixture
-def llama(server: Running) -> ollama.Client:
-    return ollama.Client(server.url, timeout=60)
+def llama(server: Running) -> Iterator[ollama.Client]:
+    client = ollama.Client(server.url, timeout=60)
+    with closing(client._client):
+        yield client
 
 
 def prompt_of(message: anthropic.types.Message) -> int:

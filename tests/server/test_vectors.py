@@ -7,6 +7,7 @@ import base64
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ def server(packaged: Path) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="module")
-def client(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=60)
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=60) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -94,18 +96,24 @@ def test_hundreds_in_one_request_beside_a_stream(client: openai.OpenAI, server: 
         assert far(one.embedding, found.data[at].embedding) < 1e-6
 
 
-def test_ollama(server: Running, expected: Any) -> None:
+@pytest.fixture
+def llama(server: Running) -> Iterator[ollama.Client]:
     client = ollama.Client(server.url, timeout=60)
-    found = client.embed(f"{NAME}:latest", TEXTS)
+    with closing(client._client):
+        yield client
+
+
+def test_ollama(llama: ollama.Client, expected: Any) -> None:
+    found = llama.embed(f"{NAME}:latest", TEXTS)
     assert all(far(vector, expected(text)) < 1e-5 for vector, text in zip(found.embeddings, TEXTS, strict=True))
     assert found.prompt_eval_count and found.total_duration
     long = "word " * 400
-    [cut] = client.embed(NAME, long).embeddings
+    [cut] = llama.embed(NAME, long).embeddings
     assert len(cut) == len(found.embeddings[0])
     with pytest.raises(ollama.ResponseError, match="the context holds 256"):
-        client.embed(NAME, long, truncate=False)
-    assert client.embed(NAME, []).embeddings == []
-    [few] = client.embed(NAME, "a", dimensions=3).embeddings
+        llama.embed(NAME, long, truncate=False)
+    assert llama.embed(NAME, []).embeddings == []
+    [few] = llama.embed(NAME, "a", dimensions=3).embeddings
     assert len(few) == 3
 
 

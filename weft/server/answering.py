@@ -154,11 +154,11 @@ async def embedded(api: Api, request: Request, form: type[VectorForm]) -> Respon
         return Response(asked.body, media_type=JSON)
     shape = form(api.name, asked.about)
     made = Vectorising(api.service, SamplingParams(**asked.params), api.wishes(asked, request, arrived))
-    request.scope[TOKENS] = lambda: Usage.of(made.tickets).told()
+    request.scope[TOKENS] = made.usage.told
 
-    async def answer() -> bytes:
-        vectors = await made.all([unpacked(prompt.tokens) for prompt in asked.prompts])
-        return await asyncio.to_thread(shape.whole, vectors, Usage.of(made.tickets))
+    async def answer() -> list[bytes]:
+        await made.all([unpacked(prompt.tokens) for prompt in asked.prompts], shape.take)
+        return shape.whole(made.usage)
 
     return whole(answer, shape.manner)
 

@@ -33,8 +33,17 @@ class Usage:
     @classmethod
     def of(cls, tickets: Sequence[Ticket]) -> Usage:
         """All prompts of one request."""
-        prompt, reused, output = (sum(getattr(t, n) for t in tickets) for n in ("prompt_tokens", "reused", "tokens"))
-        return cls(prompt, reused, output, max((ticket.first or 0.0 for ticket in tickets), default=0.0))
+        usage = cls()
+        for ticket in tickets:
+            usage.add(ticket)
+        return usage
+
+    def add(self, ticket: Ticket) -> None:
+        """One more prompt's."""
+        self.prompt += ticket.prompt_tokens
+        self.reused += ticket.reused
+        self.output += ticket.tokens
+        self.first = max(self.first, ticket.first or 0.0)
 
     def told(self) -> Json:
         """For who looks at what the server does."""

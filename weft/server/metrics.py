@@ -82,10 +82,13 @@ class Metrics:
         self._up_to(self._preempted, figures.preempted)
         self._up_to(self._restarts, figures.restarts)
 
-    def first_token(self, seconds: float, prompt: int) -> None:
-        """Of one request, whose prompt of so many tokens is computed then."""
+    def prompt(self, tokens: int) -> None:
+        """Of one request, computed to its end."""
+        self._add(self._prompt, tokens)
+
+    def first_token(self, seconds: float) -> None:
+        """Of one request."""
         self._first.labels(self._name).observe(seconds)
-        self._add(self._prompt, prompt)
 
     def tokens(self, count: int) -> None:
         """Of answers."""

@@ -373,11 +373,13 @@ class Service:
     def _count(self, ticket: Ticket, sequence: Sequence, now: float) -> int:
         """How many tokens a completion got; and when."""
         tokens = ticket.count(sequence)
-        computed = sequence.produced > 0 or sequence.finish_reason == "length"
+        computed = sequence.produced > 0 or sequence.finish_reason in ("length", "stop")
         if ticket.first is None and computed:
             ticket.first, ticket.reused = now - ticket.arrived, sequence.reused
-            self.live.first.append(ticket.first)
-            self.metrics.first_token(ticket.first, ticket.prompt_tokens)
+            self.metrics.prompt(ticket.prompt_tokens)
+            if sequence.request.params.pooling is None:  # an embedding has no tokens
+                self.live.first.append(ticket.first)
+                self.metrics.first_token(ticket.first)
         elif tokens and sequence.index == 0:
             self.metrics.next_token(now - ticket.last)
         self.metrics.tokens(tokens)

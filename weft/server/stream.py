@@ -6,7 +6,7 @@ Knows HTTP and asyncio; knows nothing of what is sent.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -61,20 +61,24 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-def whole(make: Callable[[], Awaitable[bytes]], manner: Manner) -> Watched:
-    """One JSON document."""
+def whole(make: Callable[[], Awaitable[bytes | Sequence[bytes]]], manner: Manner) -> Watched:
+    """One JSON document, in one piece or in several."""
 
     async def work(send: Send) -> None:
         try:
-            body, status, more = await make(), 200, {}
+            made = await make()
+            pieces, status, more = [made] if isinstance(made, bytes) else made, 200, dict[str, str]()
         except Exception as error:
             if errors.status_of(error) is None:
                 raise
             failed = errors.answer(error, manner)
-            body, status, more = bytes(failed.body), failed.status_code, dict(failed.headers)
+            pieces, status, more = [bytes(failed.body)], failed.status_code, dict(failed.headers)
         kept = {name: value for name, value in more.items() if name != "content-length"}
-        headers = {"content-type": "application/json", **kept, "content-length": str(len(body))}
-        await _send(send, status, headers, body, more=False)
+        headers = {"content-type": "application/json", **kept, "content-length": str(sum(map(len, pieces)))}
+        await _send(send, status, headers, pieces[0], more=len(pieces) > 1)
+        for number, piece in enumerate(pieces[1:], start=2):
+            await asyncio.sleep(0)  # sending does not wait for anything while the client reads as fast
+            await send({"type": "http.response.body", "body": piece, "more_body": number < len(pieces)})
 
     return Watched(work)
 

@@ -6,11 +6,12 @@ Knows the service; knows nothing of HTTP, or of what becomes of vectors.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from weft.batching.params import SamplingParams
 from weft.embedding import Vector
 from weft.errors import Busy
+from weft.server.answers import Usage
 from weft.server.refused import Refused
 from weft.server.service import Service
 from weft.server.ticket import Piece, Ticket, Wishes
@@ -21,38 +22,47 @@ QUIET_SECONDS = 10.0  # in which nothing need come
 
 
 class Vectorising:
-    """One request's. `tickets`: what was queued of it so far."""
+    """One request's. `usage`: of what has its vector so far."""
 
     def __init__(self, service: Service, params: SamplingParams, wishes: Wishes) -> None:
         self._service, self._params, self._wishes = service, params, wishes
-        figures = service.figures
-        self._room = asyncio.Semaphore(AHEAD * (figures.slots if figures is not None else 1))
         self._under_way = 0
-        self.tickets: list[Ticket] = []
+        self.usage = Usage()
 
-    async def all(self, prompts: Sequence[list[int]]) -> list[Vector]:
-        """A vector of each. Raises what kept one from it; none is under way any more then."""
-        tasks = [asyncio.create_task(self._vector(prompt)) for prompt in prompts]
+    async def all(self, prompts: Sequence[list[int]], take: Callable[[int, Vector], None]) -> None:
+        """Makes a vector of each, which `take` is told with its number as it comes. Raises what kept one from it; none
+        is under way any more then."""
+        figures, left = self._service.figures, iter(enumerate(prompts))
+
+        async def some() -> None:
+            for number, prompt in left:
+                take(number, await self._vector(prompt))
+
+        # So many at once, and not a task for each prompt: starting thousands would halt the loop.
+        most = min(len(prompts), AHEAD * (figures.slots if figures is not None else 1))
+        tasks = [asyncio.create_task(some()) for _ in range(most)]
         try:
-            return await asyncio.gather(*tasks)
+            await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
-            for ticket in self.tickets:
-                self._service.cancel(ticket)
 
     async def _vector(self, prompt: list[int]) -> Vector:
-        async with self._room:
-            ticket = await self._queued(prompt)
-            self.tickets.append(ticket)
-            self._under_way += 1
-            try:
-                async for piece in ticket.pieces(QUIET_SECONDS):
-                    if isinstance(piece, Piece) and piece.embedding is not None and piece.finish_reason == "stop":
-                        return piece.embedding.mean
-            finally:
-                self._under_way -= 1
-        raise Refused(408, "the time that this request may take is over; send fewer texts in one, or a longer timeout")
+        ticket = await self._queued(prompt)
+        self._under_way += 1
+        try:
+            async for piece in ticket.pieces(QUIET_SECONDS):
+                if isinstance(piece, Piece) and piece.embedding is not None and piece.finish_reason == "stop":
+                    self.usage.add(ticket)
+                    return piece.embedding.mean
+            raise Refused(
+                408, "the time that this request may take is over; send fewer texts in one, or a longer timeout"
+            )
+        except BaseException:
+            self._service.cancel(ticket)
+            raise
+        finally:
+            self._under_way -= 1
 
     async def _queued(self, prompt: list[int]) -> Ticket:
         """Its ticket. A full queue is waited for while others of this request come to their end."""

@@ -25,6 +25,7 @@ from weft.server.schema import Count, Tokens
 from weft.server.strict import Strict, demand_unicode
 
 MOST_INPUTS = 2048  # texts of one request
+PIECE = 1 << 16  # bytes of an answer that are sent in one go
 Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True)]
 Inputs = str | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True)]
 Given = str | list[int]  # a text, or its tokens
@@ -187,76 +188,116 @@ class VectorForm:
     begun: int = field(default_factory=time.monotonic_ns)
     manner = OPENAI
 
-    def whole(self, vectors: Sequence[Vector], usage: Usage) -> bytes:
-        """The answer, as JSON."""
+    def take(self, number: int, vector: Vector) -> None:
+        """One of them. What can be made of it is made now: of thousands at the end it would halt the loop."""
         raise NotImplementedError
 
-    def _listed(self, prefix: str, data: Sequence[Any], usage: Usage) -> bytes:
-        told = {"prompt_tokens": usage.prompt, "completion_tokens": 0, "total_tokens": usage.prompt}
-        return msgspec.json.encode({
-            "id": f"{prefix}-{secrets.token_hex(12)}", "object": "list", "created": self.created, "model": self.model,
-            "data": data, "usage": told,
-        })  # fmt: skip
+    def whole(self, usage: Usage) -> list[bytes]:
+        """The answer, as JSON, in pieces."""
+        raise NotImplementedError
+
+    def _named(self, prefix: str) -> Json:
+        return {"id": f"{prefix}-{secrets.token_hex(12)}", "object": "list", "created": self.created,
+                "model": self.model}  # fmt: skip
 
 
-class EmbeddingForm(VectorForm):
+@dataclass
+class _Written(VectorForm):
+    """Vectors that are told as they are."""
+
+    entries: dict[int, bytes] = field(default_factory=dict)
+
+
+@dataclass
+class _Compared(VectorForm):
+    """Vectors of which only the angles between them are told."""
+
+    units: dict[int, Vector] = field(default_factory=dict)
+
+    def take(self, number: int, vector: Vector) -> None:
+        """See `VectorForm`."""
+        self.units[number] = unit(vector)
+
+    def cosines(self, first: int) -> list[float]:
+        """Of each of the first ones with its counterpart among the others, or of the only first one with each."""
+        others = [self.units[number] for number in range(first, len(self.units))]
+        firsts = [self.units[number] for number in range(first)] * (len(others) // first)
+        return [float(np.clip(a @ b, -1.0, 1.0)) for a, b in zip(firsts, others, strict=True)]
+
+
+def _pieces(before: Json, name: str, entries: Sequence[bytes], after: Json) -> list[bytes]:
+    """An object with a long list in it."""
+    pieces, some, length = [msgspec.json.encode(before)[:-1] + b',"%b":[' % name.encode()], list[bytes](), 0
+    for number, entry in enumerate(entries, start=1):
+        some += [entry, b","] if number < len(entries) else [entry]
+        length += len(entry)
+        if length > PIECE:
+            pieces.append(b"".join(some))
+            some, length = [], 0
+    return [*pieces, b"".join([*some, b"],", msgspec.json.encode(after)[1:]])]
+
+
+class EmbeddingForm(_Written):
     """OpenAI's."""
 
-    def whole(self, vectors: Sequence[Vector], usage: Usage) -> bytes:
-        """See `VectorForm`. Each vector is written by itself: all in one go would keep the interpreter from everything
-        else for as long."""
-        data = [msgspec.Raw(msgspec.json.encode(self._entry(*each))) for each in enumerate(vectors)]
-        return self._listed("embd", data, usage)
-
-    def _entry(self, index: int, vector: Vector) -> Json:
+    def take(self, number: int, vector: Vector) -> None:
+        """See `VectorForm`."""
         dimensions = self.about["dimensions"]
         made = (unit(vector, dimensions) if self.about["unit"] else vector[:dimensions]).astype("<f4")
         coded = base64.b64encode(made.tobytes()).decode() if self.about["base64"] else made.tolist()
-        return {"object": "embedding", "index": index, "embedding": coded}
+        entry = {"object": "embedding", "index": number, "embedding": coded}
+        self.entries[number] = msgspec.json.encode(entry)
+
+    def whole(self, usage: Usage) -> list[bytes]:
+        """See `VectorForm`."""
+        listed = [self.entries[number] for number in range(len(self.entries))]
+        return _pieces(self._named("embd"), "data", listed, {"usage": _told(usage)})
 
 
-class ScoreForm(VectorForm):
+class ScoreForm(_Compared):
     """vLLM's: the cosine of the angle between two texts' embeddings, -1 to 1."""
 
-    def whole(self, vectors: Sequence[Vector], usage: Usage) -> bytes:
+    def whole(self, usage: Usage) -> list[bytes]:
         """See `VectorForm`."""
-        first = self.about["first"]
-        found = cosines(vectors[:first], vectors[first:])
-        return self._listed("score", [{"index": i, "object": "score", "score": s} for i, s in enumerate(found)], usage)
+        scores = [
+            {"index": index, "object": "score", "score": score}
+            for index, score in enumerate(self.cosines(self.about["first"]))
+        ]
+        return [msgspec.json.encode(self._named("score") | {"data": scores, "usage": _told(usage)})]
 
 
-class RerankForm(VectorForm):
+class RerankForm(_Compared):
     """The same as a ranking."""
 
-    def whole(self, vectors: Sequence[Vector], usage: Usage) -> bytes:
+    def whole(self, usage: Usage) -> list[bytes]:
         """See `VectorForm`."""
-        found = cosines(vectors[:1], vectors[1:])
+        found, documents = self.cosines(1), self.about["documents"]
         best = sorted(range(len(found)), key=lambda index: -found[index])[: self.about["top"]]
-        documents = self.about["documents"]
         results = [
-            {"index": index, **({"document": {"text": documents[index]}} if documents else {}),
-             "relevance_score": found[index]} for index in best
+            msgspec.json.encode({
+                "index": index, **({"document": {"text": documents[index]}} if documents else {}),
+                "relevance_score": found[index],
+            }) for index in best
         ]  # fmt: skip
-        told = {"prompt_tokens": usage.prompt, "total_tokens": usage.prompt}
-        name = f"rerank-{secrets.token_hex(12)}"
-        return msgspec.json.encode({"id": name, "model": self.model, "usage": told, "results": results})
+        return _pieces(self._named("rerank"), "results", results, {"usage": _told(usage)})
 
 
-class OllamaEmbedForm(VectorForm):
+class OllamaEmbedForm(_Written):
     """Ollama's."""
 
     manner = OLLAMA
 
-    def whole(self, vectors: Sequence[Vector], usage: Usage) -> bytes:
+    def take(self, number: int, vector: Vector) -> None:
         """See `VectorForm`."""
-        made = (unit(vector, self.about["dimensions"]).astype("<f4").tolist() for vector in vectors)
-        return msgspec.json.encode({
-            "model": self.model, "embeddings": [msgspec.Raw(msgspec.json.encode(each)) for each in made],
-            "total_duration": time.monotonic_ns() - self.begun, "load_duration": 0, "prompt_eval_count": usage.prompt,
-        })  # fmt: skip
+        made = unit(vector, self.about["dimensions"]).astype("<f4")
+        self.entries[number] = msgspec.json.encode(made.tolist())
+
+    def whole(self, usage: Usage) -> list[bytes]:
+        """See `VectorForm`."""
+        listed = [self.entries[number] for number in range(len(self.entries))]
+        after = {"total_duration": time.monotonic_ns() - self.begun, "load_duration": 0}
+        return _pieces({"model": self.model}, "embeddings", listed, after | {"prompt_eval_count": usage.prompt})
 
 
-def cosines(one: Sequence[Vector], two: Sequence[Vector]) -> list[float]:
-    """Of each with its counterpart, or of one with each."""
-    units = [unit(vector) for vector in one] * (len(two) // len(one))
-    return [float(np.clip(a @ unit(b), -1.0, 1.0)) for a, b in zip(units, two, strict=True)]
+def _told(usage: Usage) -> Json:
+    return {"prompt_tokens": usage.prompt, "completion_tokens": 0, "total_tokens": usage.prompt}
