@@ -28,6 +28,7 @@ def test_every_request_gets_what_it_gets_alone_or_an_error_of_its_own(folder: Pa
     result = Fuzz(kind, folder, SEED, cases=100, ranks_lost=(LOST[kind],)).run(seconds=15)
     assert not result.wrong
     assert result.asked["whole"] > 30 and result.asked["stream"] > 30 and result.asked["cancelled"] > 5
+    assert result.asked["foreign"] > 5 and result.asked["vectors"] > 2
     assert result.asked["fault"] > 5 and result.asked["malformed"] > 5 and result.restarts > 0
     assert result.reused > 0.02
 

@@ -115,22 +115,24 @@ class Others:
         if not np.abs(self._seen.setdefault(case.prompt, vector) - vector).max() <= SAME:
             self._wrong("vectors", "not what the same prompt gave before", case)
 
-    async def foreign(self, http: httpx2.AsyncClient, case: Case) -> bool:
-        """The case by another protocol, if one can say it."""
-        able = [(protocol, body) for protocol in PROTOCOLS if (body := protocol.body(case)) is not None]
-        if not able or case.refused or case.params.n != 1:
-            return False
-        protocol, body = self._draw.choice(able)
+    def sayable(self, case: Case) -> list[tuple[Protocol, dict[str, Any]]]:
+        """By which other protocols it can be asked, and how."""
+        if case.refused or case.params.n != 1:
+            return []
+        return [(protocol, body) for protocol in PROTOCOLS if (body := protocol.body(case)) is not None]
+
+    async def foreign(self, http: httpx2.AsyncClient, case: Case) -> None:
+        """The case by one of those."""
+        protocol, body = self._draw.choice(self.sayable(case))
         stream = self._draw.random() < 0.5
         answer = await http.post(protocol.path, json=body | {"stream": stream})
         if answer.status_code != 200:
             self._wrong(protocol.path, f"{answer.status_code}: {answer.text}", case)
-            return True
+            return
         events = list(_events(answer.text, protocol.lines)) if stream else [answer.json()]
         text = "".join(protocol.text(event) for event in events)
         if text != case.choices[0]["text"]:
             self._wrong(protocol.path, f"{text!r} instead of {case.choices[0]['text']!r}, stream {stream}", case)
-        return True
 
 
 def _events(text: str, lines: bool) -> Iterator[dict[str, Any]]:

@@ -90,6 +90,7 @@ class Fuzz:
             except Exception as error:  # whatever it is, there is an answer to a request that stands alone
                 self._wrong("alone", f"{type(error).__name__}: {error}", case)
         self.others = Others(made.reference, self.draw, self._wrong)
+        self.sayable = [case for case in self.known if self.others.sayable(case)]
         self.harmful = {name: made.harmful(name) for name in faults.KINDS}
         self.spelling = made
         llm.engine.batcher.forget_prefixes()
@@ -131,10 +132,10 @@ class Fuzz:
         tokens = await self.others.vectors(http, self.draw.sample(sound, self.draw.randrange(1, 7)))
         self.found.answered += tokens  # not before the await: others add meanwhile
 
-    async def _foreign(self, http: httpx2.AsyncClient, case: Case) -> None:
-        if await self.others.foreign(http, case):
-            self.found.answered += len(case.prompt)
-            self.found.asked["by other protocols"] += 1
+    async def _foreign(self, http: httpx2.AsyncClient, _: Case) -> None:
+        case = self.draw.choice(self.sayable)
+        await self.others.foreign(http, case)
+        self.found.answered += len(case.prompt)
 
     def _wrong(self, what: str, why: str, case: Case | None = None) -> None:
         body = f" {json.dumps(case.body)[:300]}" if case is not None else ""
