@@ -1,7 +1,7 @@
 """What agents' frameworks do with a server, each run by an environment's own Python: `python agents.py FRAMEWORK URL`.
 
 Two tools; a call is forced first, so that there is one whatever the model is, its result is sent back, and then the
-framework's own loop runs freely. What came of it is printed as JSON.
+framework's own loop runs freely. Then three texts are embedded. What came of it is printed as JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 NAME = "weft-packaged"
+TEXTS = ["How to open a file", "The weather in Oslo", "A list of numbers"]
 QUESTION = "What is 2 and 3, and what is the weather in Oslo?"
 
 
@@ -25,12 +26,19 @@ def weather(city: str) -> str:
     return f"sunny in {city}"
 
 
+def likest(vectors: list[list[float]], query: list[float]) -> bool:
+    """Whether the vectors are of length 1, and the second one, of the same text, is most like the query."""
+    products = [sum(a * b for a, b in zip(vector, query, strict=True)) for vector in vectors]
+    lengths = [sum(a * a for a in vector) for vector in vectors]
+    return max(products) == products[1] > 0.9999 and all(abs(length - 1) < 1e-4 for length in lengths)
+
+
 def langchain(url: str) -> dict[str, Any]:
     """ChatOpenAI with bound tools, and a ready-made agent."""
     from langchain.agents import create_agent
     from langchain_core.messages import HumanMessage, ToolMessage
     from langchain_core.tools import tool
-    from langchain_openai import ChatOpenAI
+    from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 
     model = ChatOpenAI(base_url=f"{url}/v1", api_key="any", model=NAME, temperature=0, max_completion_tokens=200)
     tools = {each.name: each for each in (tool(add), tool(weather))}
@@ -44,10 +52,12 @@ def langchain(url: str) -> dict[str, Any]:
         streamed = chunk if streamed is None else streamed + chunk
     agent = create_agent(model, [*tools.values()])
     ended = agent.invoke({"messages": messages}, {"recursion_limit": 10})["messages"][-1]
+    embedder = OpenAIEmbeddings(base_url=f"{url}/v1", api_key="any", model=NAME, check_embedding_ctx_length=False)
     return {
         "called": [[c["name"], c["args"]] for c in called.tool_calls], "results": [r.content for r in results],
         "streamed alike": [c["args"] for c in streamed.tool_calls] == [c["args"] for c in called.tool_calls],  # type: ignore[attr-defined]
         "answered": bool(final.content or final.tool_calls), "agent ended with": ended.type,
+        "embeddings": likest(embedder.embed_documents(TEXTS), embedder.embed_query(TEXTS[1])),
     }  # fmt: skip
 
 
@@ -57,6 +67,7 @@ def llamaindex(url: str) -> dict[str, Any]:
 
     from llama_index.core.agent.workflow import FunctionAgent
     from llama_index.core.tools import FunctionTool
+    from llama_index.embeddings.openai_like import OpenAILikeEmbedding
     from llama_index.llms.openai_like import OpenAILike
 
     model = OpenAILike(model=NAME, api_base=f"{url}/v1", api_key="any", is_chat_model=True, max_tokens=200,
@@ -71,7 +82,9 @@ def llamaindex(url: str) -> dict[str, Any]:
         return await FunctionAgent(tools=tools, llm=model).run(QUESTION, max_iterations=5)  # type: ignore[arg-type]
 
     ended = asyncio.run(agent())
-    return {"called": [[call.tool_name, call.tool_kwargs] for call in calls], "results": results,
+    embedder = OpenAILikeEmbedding(model_name=NAME, api_base=f"{url}/v1", api_key="any")
+    found = likest(embedder.get_text_embedding_batch(TEXTS), embedder.get_query_embedding(TEXTS[1]))
+    return {"called": [[call.tool_name, call.tool_kwargs] for call in calls], "results": results, "embeddings": found,
             "streamed alike": True, "answered": True, "agent ended with": ended.response.role.value}  # fmt: skip
 
 
@@ -95,9 +108,9 @@ def litellm(url: str) -> dict[str, Any]:
     chunks = [*litellm.completion(f"openai/{NAME}", api_base=f"{url}/v1", api_key="any", temperature=0, stream=True,
                                   **asked)]  # fmt: skip
     streamed = litellm.stream_chunk_builder(chunks, messages=messages).choices[0].message.tool_calls
-    given = [json.loads(call.function.arguments) for call in calls]
+    arguments = [json.loads(call.function.arguments) for call in calls]
     functions: dict[str, Callable[..., Any]] = {"add": add, "weather": weather}
-    results = [str(functions[call.function.name](**args)) for call, args in zip(calls, given, strict=True)]
+    results = [str(functions[call.function.name](**args)) for call, args in zip(calls, arguments, strict=True)]
     messages += [first.choices[0].message.model_dump(exclude_none=True)]
     messages += [
         {"role": "tool", "tool_call_id": call.id, "content": result}
@@ -109,11 +122,16 @@ def litellm(url: str) -> dict[str, Any]:
         litellm.completion(f"anthropic/{NAME}", api_base=url, api_key="any", **plain),
         litellm.completion(f"ollama_chat/{NAME}", api_base=url, api_key="any", **plain),
     ]
+    texts, query = (
+        [entry["embedding"] for entry in litellm.embedding(
+            f"openai/{NAME}", input=given, api_base=f"{url}/v1", api_key="any", encoding_format="float"
+        ).data] for given in (TEXTS, TEXTS[1:2])
+    )  # fmt: skip
     return {
-        "called": [[call.function.name, args] for call, args in zip(calls, given, strict=True)], "results": results,
-        "streamed alike": [json.loads(call.function.arguments) for call in streamed] == given,
+        "called": [[call.function.name, args] for call, args in zip(calls, arguments, strict=True)], "results": results,
+        "streamed alike": [json.loads(call.function.arguments) for call in streamed] == arguments,
         "answered": bool(final.choices[0].message.content) and all(each.usage.completion_tokens for each in others),
-        "agent ended with": final.choices[0].message.role,
+        "agent ended with": final.choices[0].message.role, "embeddings": likest(texts, query[0]),
     }  # fmt: skip
 
 

@@ -208,7 +208,7 @@ def framework(name: str) -> Callable[[Path, str, Path], dict[str, Any]]:
         said = call([str(programs / "python"), str(script), name, url], folder, LITELLM_LOCAL_MODEL_COST_MAP="true")
         found = json.loads(next(line for line in said.splitlines() if line.startswith('{"called"')))
         ended = found["agent ended with"] in ("ai", "assistant", "tool")
-        fine = bool(found["called"]) and found["streamed alike"] and found["answered"] and ended
+        fine = bool(found["called"]) and found["streamed alike"] and found["answered"] and ended and found["embeddings"]
         return {"fine": fine and len(found["results"]) == len(found["called"]), **found}
 
     return run
@@ -234,7 +234,13 @@ TOOLS = {
     "aiperf": Tool(("aiperf==0.13.0",), aiperf),
     "langchain": Tool(("langchain==1.5.2", "langchain-openai==1.7.4"), framework("langchain"), torch=False),
     "llamaindex": Tool(
-        ("llama-index-core==0.14.25", "llama-index-llms-openai-like==0.8.1"), framework("llamaindex"), torch=False
+        (
+            "llama-index-core==0.14.25",
+            "llama-index-llms-openai-like==0.8.1",
+            "llama-index-embeddings-openai-like==0.4.0",
+        ),
+        framework("llamaindex"),
+        torch=False,
     ),
     "litellm": Tool(("litellm==1.110.2",), framework("litellm"), torch=False),
     "llm": Tool(("llm==0.36",), llm_tools, torch=False),
