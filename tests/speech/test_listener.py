@@ -91,6 +91,14 @@ NOT_CALLS = [
 ]  # fmt: skip
 
 
+def test_a_mark_twice_is_one_in_whatever_pieces() -> None:
+    text = '[TOOL_CALLS][TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}]'
+    for end in ("", "[TOOL", "[TOOL_CALLS]"):
+        whole, letters = (heard(listener(dialect("mistral-list"), TOOLS, False), each)
+                          for each in ([text + end], list(text + end)))  # fmt: skip
+        assert whole == letters == [Called("add"), Given('{"a": 1}')]
+
+
 @pytest.mark.parametrize("text", NOT_CALLS)
 def test_what_is_no_call_is_said(text: str) -> None:
     for pieces in (list(text), [text]):

@@ -199,7 +199,9 @@ async def _answer(
     scope[TOKENS] = lambda: Usage.of(tickets).told()
     answer = _Answer(api, tickets, params.n, form, echoes if asked.echo else None)
     manner = form.manner
-    return events(lambda: answer.events(asked), manner) if asked.stream else whole(answer.whole, manner)
+    if asked.stream:
+        return events(lambda: answer.events(asked), manner, answer.close)
+    return whole(answer.whole, manner, answer.close)
 
 
 def _cancel(api: Api, tickets: Sequence[Ticket]) -> None:
@@ -218,14 +220,15 @@ class _Answer:
     echoes: list[Echo] | None
     counting: bool = False  # tokens so far, with every piece
 
+    def close(self) -> None:
+        """Nobody waits for it any more."""
+        _cancel(self.api, self.tickets)
+
     async def whole(self) -> bytes:
         """All of them."""
-        try:
-            done = await asyncio.gather(*(self._collected(number) for number in range(len(self.tickets))))
-            pieces = [piece for pieces in done for piece in pieces]
-            return await _beside(sum(map(_size, pieces)), self.form.whole, pieces, Usage.of(self.tickets))
-        finally:
-            _cancel(self.api, self.tickets)
+        done = await asyncio.gather(*(self._collected(number) for number in range(len(self.tickets))))
+        pieces = [piece for pieces in done for piece in pieces]
+        return await _beside(sum(map(_size, pieces)), self.form.whole, pieces, Usage.of(self.tickets))
 
     async def _collected(self, number: int) -> list[Piece]:
         """One prompt's completions, each as a single piece."""
@@ -273,7 +276,6 @@ class _Answer:
         finally:
             for task in tasks:
                 task.cancel()
-            _cancel(self.api, self.tickets)
 
     async def _feed(self, number: int, merged: asyncio.Queue[Event | Exception | None], progress: bool) -> None:
         try:

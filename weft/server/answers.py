@@ -308,7 +308,7 @@ def whole_object(arguments: str) -> msgspec.Raw | None:
     """A call's arguments as an object, as they were written; None of those that were cut short."""
     try:
         json.loads(arguments, parse_constant=_no_constant)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return msgspec.Raw(arguments.encode())
 

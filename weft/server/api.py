@@ -121,8 +121,8 @@ class _Glance(msgspec.Struct):
     """What is looked at of a request before it is read: the rest may be long."""
 
     input: msgspec.Raw
-    previous_response_id: str | None = None
-    store: bool | None = None
+    previous_response_id: Any = None
+    store: Any = None
 
     def items(self) -> list[bytes]:
         """The input's."""
@@ -151,14 +151,16 @@ def _responses(routes: APIRouter, api: Api, kept: KeptResponses) -> None:
             own = glance.items()
         except (msgspec.MsgspecError, RecursionError):  # whoever reads all of it says what is wrong
             return await answered(api, request, ResponseForm)
-        past = found(glance.previous_response_id, request).items if glance.previous_response_id else []
-        given = (CONTINUED, body.rstrip()[:-1] + b',"past":[' + b",".join(past) + b"]}") if past else None
+        name, past, given = glance.previous_response_id, list[bytes](), None
+        if isinstance(name, str) and name:
+            past = found(name, request).items
+            given = CONTINUED, body.rstrip()[:-1] + b',"past":[' + b",".join(past) + b"]}"
 
         def keep(response: Json) -> None:
             said = [msgspec.json.encode(item) for item in response["output"]]
             kept.put(response["id"], owner(request), [*past, *own, *said], msgspec.json.encode(response))
 
-        return await answered(api, request, ResponseForm, given, keep if glance.store is not False else None)
+        return await answered(api, request, ResponseForm, given, keep if glance.store in (None, True) else None)
 
     @routes.get("/v1/responses/{response}", tags=["openai"])
     async def response(response: str, request: Request) -> Response:

@@ -12,7 +12,7 @@ from pydantic import Field, StringConstraints, ValidationInfo, field_validator, 
 from weft.batching.params import shown
 from weft.errors import InputError
 from weft.server.schema import MOST_LOGPROBS, Count, Sampling, Token
-from weft.server.strict import Strict
+from weft.server.strict import Strict, whole_characters
 from weft.server.wanted import schema_text
 
 MOST_TOOLS, MOST_CALLS, MOST_OPTIONS = 128, 256, 64
@@ -91,7 +91,7 @@ class FunctionCall(Strict):
             arguments = None
         if not isinstance(arguments, dict):
             raise InputError(f"the arguments of a call of {self.name} are no JSON object")
-        return arguments
+        return whole_characters(arguments)
 
 
 class ToolCall(Strict):

@@ -79,10 +79,18 @@ def main() -> None:
     # What one request left behind is not to be the next one's burden: then the server starts another process.
     while _data_bytes() <= before + most // 4:
         told = _told(reader, msgspec.msgpack.decode(frames.get(), type=Job))
-        _say(out, msgspec.msgpack.encode(told))
+        _say(out, _packed(told))
         if isinstance(told, Told) and told.last:
             return
         del told
+
+
+def _packed(told: Reply) -> bytes:
+    try:
+        return msgspec.msgpack.encode(told)
+    except Exception:  # whatever it is, it is one request's
+        traceback.print_exc()
+        return msgspec.msgpack.encode(Told(500, MISTAKE))
 
 
 def _say(out: BinaryIO, message: bytes) -> None:

@@ -109,17 +109,19 @@ class _Patient:
 
     def __init__(self, send: Send, seconds: float) -> None:
         self._send, self._seconds, self._loop = send, seconds, asyncio.get_running_loop()
-        self._since, self._late = 0.0, False  # when what is being sent was begun
+        self._since, self._late = 0.0, asyncio.Event()  # when what is being sent was begun
         self._sending: asyncio.Task[Any] | None = None
         self._timer = self._loop.call_later(seconds, self._look)
 
     async def send(self, message: Message) -> None:
         """ASGI."""
+        if self._late.is_set():  # also what would tell the client of that
+            raise OSError("the client takes nothing")
         self._since, self._sending = self._loop.time(), asyncio.current_task()
         try:
             await self._send(message)
         except asyncio.CancelledError:
-            if not self._late or self._sending is None:
+            if not self._late.is_set() or self._sending is None:
                 raise
             self._sending.uncancel()
             raise OSError("the client takes nothing") from None
@@ -129,7 +131,7 @@ class _Patient:
     def _look(self) -> None:
         waited = self._loop.time() - self._since if self._sending is not None else 0.0
         if self._sending is not None and waited >= self._seconds:
-            self._late = True
+            self._late.set()
             self._sending.cancel()
         else:
             self._timer = self._loop.call_later(self._seconds - waited, self._look)

@@ -7,6 +7,7 @@ Knows schemas, tokenizers and grammars; knows nothing of HTTP, of the engine or 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import cached_property
@@ -34,6 +35,7 @@ from weft.speech.form import Tools, form
 from weft.speech.listener import Speech
 from weft.text import Tokenizer
 
+_HALVES = re.compile(rb"\\u[dD][89a-fA-F]")  # escapes of surrogates
 # Other protocols': `chat` says it in OpenAI's terms.
 Foreign: TypeAlias = MessagesRequest | OllamaChat | OllamaGenerate | ResponsesRequest | LlamaCompletion
 Vectorial: TypeAlias = EmbeddingRequest | ScoreRequest | RerankRequest | OllamaEmbed
@@ -55,18 +57,31 @@ BODIES: dict[str, type[Body]] = {
 def parsed(path: str, body: bytes) -> Body:
     """A body as its endpoint wants it. Raises `Refused`."""
     try:
-        given = json.loads(body)
+        given = json.loads(body.decode(), parse_constant=_no_constant)
     except RecursionError:
         raise Refused(400, "the body is nested too deeply to be read; send something flatter") from None
+    except UnicodeDecodeError:
+        raise Refused(400, "the body is not UTF-8; send JSON in UTF-8") from None
     except ValueError as error:
         said = "a number has too many digits" if "int_max_str_digits" in str(error) else error
         raise Refused(400, f"the body is not JSON: {said}") from None
     if not isinstance(given, dict):
         raise Refused(400, f"the body must be a JSON object, not {shown(given)}")
     try:
-        return BODIES[path].model_validate(given)
+        read = BODIES[path].model_validate(given)
     except ValidationError as error:
         raise misread(error.errors(include_url=False)) from None
+    if _HALVES.search(body):  # fields that are texts are looked at already, and say which they are
+        try:
+            json.dumps(given, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise Refused(400, "the body holds half of a surrogate pair, which is no character; "
+                               "send whole characters") from None  # fmt: skip
+    return read
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def rendered(path: str) -> bool:

@@ -300,6 +300,7 @@ class Service:
         if self._closing:
             raise Interrupted("interrupted while ranks were started")
         self._obey(wait=False)
+        self._hand_over()
         self._deliver(engine, engine.expire())
 
     def _obey(self, wait: bool) -> None:
@@ -344,7 +345,7 @@ class Service:
         now, tokens, out = time.monotonic(), 0, list[tuple[Ticket, Item]]()
         for sequence in grown:
             ticket = self._tickets.get(sequence.request)
-            if ticket is None:  # cancelled while workers were started again
+            if ticket is None or sequence.index in ticket.ended:  # cancelled, or told already
                 continue
             if sequence.request.error:
                 out.append((ticket, RequestFailed(sequence.request.error)))
@@ -353,8 +354,9 @@ class Service:
             tokens += self._count(ticket, sequence, now)
         if tokens:
             self.live.tokens.append((now, tokens))
-        finished = {sequence.request for sequence in grown if sequence.request.finished}
-        for request in finished & self._tickets.keys():
+        # Not by what has finished: of some that have, the last piece may still be to come.
+        over = {ticket.request for ticket, _ in out if ticket.request is not None and ticket.over}
+        for request in over & self._tickets.keys():
             ticket = self._tickets.pop(request)
             engine.requests.settle(request)
             self._finished.append(now)
@@ -377,7 +379,7 @@ class Service:
         if ticket.first is None and computed:
             ticket.first, ticket.reused = now - ticket.arrived, sequence.reused
             self.metrics.prompt(ticket.prompt_tokens)
-            if sequence.request.params.pooling is None:  # an embedding has no tokens
+            if sequence.produced:  # an embedding has no tokens, nor has a prompt that is only scored
                 self.live.first.append(ticket.first)
                 self.metrics.first_token(ticket.first)
         elif tokens and sequence.index == 0:

@@ -22,11 +22,12 @@ Event = bytes | str  # as it travels; a string is a comment, which clients leave
 
 
 class Watched(Response):
-    """Runs `work` while it looks whether the client is still there; cancels it when it is gone."""
+    """Runs `work` while it looks whether the client is still there; cancels it when it is gone. `close`: what is to be
+    done in the end, however far the work came."""
 
-    def __init__(self, work: Callable[[Send], Awaitable[None]]) -> None:
+    def __init__(self, work: Callable[[Send], Awaitable[None]], close: Callable[[], None]) -> None:
         super().__init__()
-        self.work = work
+        self.work, self.close = work, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -38,6 +39,7 @@ class Watched(Response):
             watching.cancel()
             if not working.done():
                 working.cancel()
+            self.close()
             with suppress(asyncio.CancelledError, OSError):  # OSError: the client went away meanwhile
                 await working
 
@@ -61,7 +63,9 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-def whole(make: Callable[[], Awaitable[bytes | Sequence[bytes]]], manner: Manner) -> Watched:
+def whole(
+    make: Callable[[], Awaitable[bytes | Sequence[bytes]]], manner: Manner, close: Callable[[], None] = lambda: None
+) -> Watched:  # fmt: skip
     """One JSON document, in one piece or in several."""
 
     async def work(send: Send) -> None:
@@ -80,10 +84,12 @@ def whole(make: Callable[[], Awaitable[bytes | Sequence[bytes]]], manner: Manner
             await asyncio.sleep(0)  # sending does not wait for anything while the client reads as fast
             await send({"type": "http.response.body", "body": piece, "more_body": number < len(pieces)})
 
-    return Watched(work)
+    return Watched(work, close)
 
 
-def events(make: Callable[[], AsyncGenerator[Event]], manner: Manner) -> Watched:
+def events(
+    make: Callable[[], AsyncGenerator[Event]], manner: Manner, close: Callable[[], None] = lambda: None
+) -> Watched:  # fmt: skip
     """A stream; an error after its beginning is an event of its own."""
 
     async def work(send: Send) -> None:
@@ -101,7 +107,7 @@ def events(make: Callable[[], AsyncGenerator[Event]], manner: Manner) -> Watched
                 raise
         await send({"type": "http.response.body", "body": manner.last, "more_body": False})
 
-    return Watched(work)
+    return Watched(work, close)
 
 
 async def _send(send: Send, status: int, headers: dict[str, str], body: bytes, more: bool = True) -> None:

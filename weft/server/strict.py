@@ -4,6 +4,7 @@ nothing. Knows JSON; knows nothing of what is asked for.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
@@ -64,3 +65,15 @@ def demand_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError("holds half of a surrogate pair, which is no character; send whole characters") from None
+
+
+def whole_characters(given: dict[str, Any]) -> dict[str, Any]:
+    """The same, with a mark for each half of a surrogate pair: models write such halves, as escapes, and clients send
+    back what they were given."""
+    text = json.dumps(given, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        made: dict[str, Any] = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return made
+    return given

@@ -76,6 +76,7 @@ class Ticket:
     reused: int = 0
     first: float | None = None  # seconds to the first token
     last: float = 0.0  # when its last token came
+    ended: set[int] = field(default_factory=set)  # completions whose last piece was made
     _came: float = 0.0  # the last piece, by the loop's clock
     _looking: asyncio.TimerHandle | None = None
     _queue: asyncio.Queue[Item | None] = field(default_factory=asyncio.Queue)
@@ -116,6 +117,8 @@ class Ticket:
 
     def grown(self, sequence: Sequence, completion: Completion) -> Piece:
         """What this completion has more than when it was asked last."""
+        if sequence.finish_reason is not None:
+            self.ended.add(sequence.index)
         begun = sequence.index in self._shown
         shown, first = self._shown.get(sequence.index, (0, 0))
         self._shown[sequence.index] = completion.settled, len(completion.offsets)
@@ -125,6 +128,11 @@ class Ticket:
             sequence.index, completion.text.text[shown : completion.settled], list(tokens), scores,
             sequence.finish_reason, completion.stop_reason, completion.embedding,
         )  # fmt: skip
+
+    @property
+    def over(self) -> bool:
+        """Nothing more is to come of it."""
+        return self.request is not None and (bool(self.request.error) or len(self.ended) == self.request.params.n)
 
     @property
     def tokens(self) -> int:

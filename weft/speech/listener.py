@@ -217,15 +217,16 @@ class _Marked:
         yield from ()
         rest = self._text.lstrip()
         skipped = next((each for each in self._skipped if rest.startswith(each)), None)
+        longer = (*self._skipped, self._syntax.before.strip()) if skipped is None else self._skipped
+        begun = not rest or any(each != rest and each.startswith(rest) for each in longer)
+        if begun and not (self._ended and not self._called):  # what closes calls may be cut short
+            return
         if skipped is None and rest[:1] in (*";,[]",) and self._syntax.is_object:
             skipped = rest[0]
         if skipped is not None:
-            begun = not self._called or skipped == self._syntax.mark
-            self._raw = self._raw + self._text[: len(self._text) - len(rest) + len(skipped)] if begun else ""
+            again = not self._called or skipped == self._syntax.mark
+            self._raw = self._raw + self._text[: len(self._text) - len(rest) + len(skipped)] if again else ""
             self._text = rest[len(skipped) :]
-            return
-        begun = not rest or any(each.startswith(rest) for each in (*self._skipped, self._syntax.before.strip()))
-        if begun and not (self._ended and not self._called):  # what closes calls may be cut short
             return
         parts = self._object(rest) if self._syntax.is_object else self._named(rest)
         if parts is None:
