@@ -12,6 +12,7 @@ import pytest
 
 from tests.server.running import Running, running
 from weft.server.answers import whole_object
+from weft.server.chat import Function
 from weft.server.guard import Guard, Message
 from weft.server.manner import OPENAI
 from weft.server.stream import Event, events, whole
@@ -156,3 +157,44 @@ def test_a_response_never_forgets_what_it_goes_on_from(server: Running) -> None:
     for content in (json.dumps(more).encode("utf-16"), b"\xef\xbb\xbf" + json.dumps(more).encode(),
                     json.dumps(more)[:-1].encode() + b', "metadata": {"a": NaN}}'):  # fmt: skip
         assert post(server, "/v1/responses", content)[0] == 400
+
+
+@pytest.mark.parametrize("field", [{"top_logprobs": 2}, {"truncation": "auto"},
+                                   {"include": ["message.output_text.logprobs"]}])  # fmt: skip
+def test_responses_refuse_what_they_have_not(server: Running, field: dict[str, Any]) -> None:
+    status, answer = post(server, "/v1/responses", {"input": "a", "max_output_tokens": 1} | field)
+    assert status == 400 and next(iter(field)) in answer["error"]["message"]
+
+
+def test_ollamas_command_line_finds_the_server(server: Running) -> None:
+    with server.client() as http:
+        assert http.head("/").status_code == 200
+
+
+NESTED: Any = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "object", "properties": {
+    "b": {"enum": [{"properties": 1}]}, "properties": {"type": "string"}}}}}, "required": ["a"]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [
+        (None, {"type": "object", "properties": {}, "additionalProperties": False}),
+        ({}, {"type": "object", "properties": {}, "additionalProperties": False}),
+        ({"type": "object"}, {"type": "object"}),
+        ({"properties": {"a": {}}, "additionalProperties": {"type": "integer"}},
+         {"type": "object", "properties": {"a": {}}, "additionalProperties": {"type": "integer"}}),
+        ({"properties": {"a": {}}, "anyOf": [{"required": ["a"]}]},
+         {"type": "object", "properties": {"a": {}}, "anyOf": [{"required": ["a"]}]}),
+        ({"properties": {"a": {}}, "allOf": [{"properties": {"b": {}}}]},
+         {"type": "object", "properties": {"a": {}}, "allOf": [{"properties": {"b": {}}}]}),
+    ],
+)  # fmt: skip
+def test_arguments_are_those_that_a_tool_names(given: Any, made: Any) -> None:
+    assert Function(name="f", parameters=given).schema_of_arguments() == made
+
+
+def test_and_so_are_objects_in_them() -> None:
+    made = Function(name="f", parameters=NESTED).schema_of_arguments()
+    inner = made["properties"]["a"]["items"]
+    assert made["additionalProperties"] is inner["additionalProperties"] is False
+    assert inner["properties"] == NESTED["properties"]["a"]["items"]["properties"]

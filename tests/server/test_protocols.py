@@ -115,6 +115,15 @@ def test_choices_stops_and_forms(claude: anthropic.Anthropic, says: Says) -> Non
     assert json.loads(held.content[-1].text) == {"a": 1, "b": 2}  # type: ignore[union-attr]
 
 
+def test_an_answer_that_is_begun_is_continued(claude: anthropic.Anthropic, says: Says) -> None:
+    says(" more.")
+    begun: Any = [*ASKED, {"role": "assistant", "content": "There is"}]
+    answer = claude.messages.create(model=NAME, max_tokens=9, messages=begun)
+    assert [block.text for block in answer.content if block.type == "text"] == [" more."]
+    count = claude.messages.count_tokens(model=NAME, messages=ASKED).input_tokens
+    assert prompt_of(answer) > count - 2
+
+
 def test_errors_as_anthropic_says_them(claude: anthropic.Anthropic, server: Running) -> None:
     with pytest.raises(anthropic.NotFoundError) as error:
         claude.messages.create(model="other", max_tokens=9, messages=ASKED)

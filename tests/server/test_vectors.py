@@ -136,7 +136,7 @@ def test_scores_and_rankings(server: Running, expected: Any) -> None:
 WRONG: list[tuple[str, Any, str]] = [
     ("/v1/embeddings", {"input": []}, "input: [] is no input"),
     ("/v1/embeddings", {"input": ""}, "the prompt is empty"),
-    ("/v1/embeddings", {"input": ["a", ""]}, "the prompt is empty"),
+    ("/v1/embeddings", {"input": ["a", ""]}, "text 1: the prompt is empty"),
     ("/v1/embeddings", {"input": ["a", 1]}, "is no input"),
     ("/v1/embeddings", {"input": [True]}, "is no input"),
     ("/v1/embeddings", {"input": [[1], [1 << 30]]}, "text 1: token id 1073741824 is not in the vocabulary"),

@@ -163,7 +163,7 @@ def serve_command(
     from weft.server.run import bound, serve
 
     host, out, name = host.strip("[]"), Console(stderr=True), served_model_name or _name(model)
-    keys, origins = _keys(api_key), _origins(allow_origin)
+    keys, origins = _keys(api_key, isolate_prefixes), _origins(allow_origin)
     _demand_guarded(host, bool(keys) or allow_anyone)
     with bound(host, port) as listening, bar(out) as showing:
         ranks = ranks_or_auto(tp)
@@ -246,11 +246,13 @@ def _welcome(out: Console, about: About, name: str, host: str, port: int) -> Non
     )
 
 
-def _keys(given: list[str] | None) -> list[str]:
-    """In the environment there is one; an empty one is a mistake."""
+def _keys(given: list[str] | None, isolate: bool) -> list[str]:
+    """In the environment there is one; an empty one is a mistake. `isolate`: something is to be kept within one."""
     keys = list(given or ())
     if any(not key.strip() for key in keys):
         raise InputError("an API key is empty; give at least one character, or leave --api-key and WEFT_API_KEY out")
+    if isolate and not keys:
+        raise InputError("--isolate-prefixes keeps prefixes within an API key, and there is none; give --api-key too")
     return keys
 
 

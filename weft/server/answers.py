@@ -232,7 +232,8 @@ class Hearing:
 
     def listener(self) -> Listener:
         """For one completion."""
-        return listener(self.dialect, frozenset(self.speech.tools), self.speech.thinking, self.hidden)
+        speech = self.speech
+        return listener(self.dialect, frozenset(speech.tools), speech.thinking, self.hidden, speech.goes_on)
 
 
 class Heard:

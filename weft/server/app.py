@@ -86,7 +86,8 @@ def application(service: Service, settings: Settings) -> FastAPI:
     # Kept in memory: reading a file takes turns on other threads, each of which waits for whatever computes.
     index, script = ((PAGE / name).read_bytes() for name in ("index.html", "app.js"))
 
-    @app.get("/", include_in_schema=False)
+    # Ollama's command line looks by HEAD whether a server is there.
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> Response:
         return Response(index, headers=PAGE_HEADERS, media_type="text/html")
 

@@ -17,6 +17,9 @@ from weft.server.wanted import schema_text
 
 MOST_TOOLS, MOST_CALLS, MOST_OPTIONS = 128, 256, 64
 MOST_TOOLS_CHARACTERS = 262144  # of all schemas of arguments together
+VALUES = {"const", "enum", "default", "examples", "properties", "required"}  # no schemas, or not directly
+OPENED = {"additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "anyOf", "oneOf", "if",
+          "not", "$ref", "dependentSchemas"}  # fmt: skip
 ROLES = {"developer": "system", "function": "tool"}  # newer and older names, which templates don't know
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
@@ -46,15 +49,31 @@ class Function(Strict):
     strict: bool | None = None  # arguments are held to their schema in any case
 
     def schema_of_arguments(self) -> dict[str, Any]:
-        """A JSON schema of an object. Raises `InputError`."""
+        """A JSON schema of an object that has nothing which is not named, unless it says so. Raises `InputError`."""
         schema = {"type": "object"} | (self.parameters or {"properties": {}})
         if schema["type"] != "object":
             raise InputError(f"tool {self.name}: its parameters are no object; give a JSON schema of type object")
         try:
-            schema_text(schema)
+            text = schema_text(schema)
         except InputError as error:
             raise InputError(f"tool {self.name}: {error}") from None
+        closed: dict[str, Any] = schema if '"allOf"' in text else _closed(schema)
+        return closed
+
+
+def _closed(schema: Any) -> Any:
+    """Objects have the properties that are named, and no others, unless something is said of those: functions take no
+    more arguments than they declare. Not where parts of an object are combined (allOf), each of which names some."""
+    if isinstance(schema, list):
+        return [_closed(each) for each in schema]
+    if not isinstance(schema, dict):
         return schema
+    made = {name: each if name in VALUES else _closed(each) for name, each in schema.items()}
+    if isinstance(schema.get("properties"), dict):
+        made["properties"] = {name: _closed(each) for name, each in schema["properties"].items()}
+        if not OPENED & schema.keys():
+            made["additionalProperties"] = False
+    return made
 
 
 class Tool(Strict):

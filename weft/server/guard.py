@@ -82,8 +82,10 @@ class Guard:
             return None
         if scope["path"] in OPEN:
             return None
+        wrong = bearer or headers.get(b"x-api-key")
+        why = "the API key that was sent is none of this server's" if wrong else "this server wants an API key"
         return response(
-            manner, 401, "this server wants an API key: send it as Authorization: Bearer KEY, or as x-api-key: KEY",
+            manner, 401, f"{why}: send it as Authorization: Bearer KEY, or as x-api-key: KEY",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )  # fmt: skip

@@ -202,7 +202,8 @@ class Reader:
         more |= {"prompt_logprobs": _prompt_logprobs(body, [tokens])}
         speech = None
         if tools is not None or dialect.thoughts is not None or dialect.channels is not None:
-            speech = Speech(list(tools.schemas) if tools is not None else [], thinking, body.skip_special_tokens)
+            names = list(tools.schemas) if tools is not None else []
+            speech = Speech(names, thinking, body.skip_special_tokens, body.continue_final_message)
             more["skip_special_tokens"] = False  # marks may be some
         params = body.params(self._proposed, body.max_completion_tokens or body.max_tokens, **more)
         self._demand([tokens], params)
@@ -252,15 +253,15 @@ class Reader:
         about, width = body.about(), self.facts.width
         if (about.get("dimensions") or 1) > width:
             raise InputError(f"dimensions {about['dimensions']} are more than this model has; give at most {width}")
-        prompts = [self._encode(given) for given in body.texts()]
-        if body.truncates:
-            prompts = [tokens[: self.facts.length] for tokens in prompts]
         params = SamplingParams(max_tokens=0, pooling=body.pooling or self.facts.pooling)
-        for number, tokens in enumerate(prompts):
+        texts, prompts = body.texts(), list[list[int]]()
+        for number, text in enumerate(texts):
             try:
+                tokens = self._encode(text)[: self.facts.length if body.truncates else None]
                 self._demand([tokens], params)
             except InputError as error:
-                raise InputError(f"text {number}: {error}" if len(prompts) > 1 else str(error)) from None
+                raise InputError(f"text {number}: {error}" if len(texts) > 1 else str(error)) from None
+            prompts.append(tokens)
         given = {field.name: getattr(params, field.name) for field in fields(params)}
         listed = [Prompt(packed(tokens)) for tokens in prompts]
         return Asked(

@@ -17,7 +17,7 @@ from pydantic import Field, StringConstraints
 from weft.server.answers import AnswerForm, Heard, Json, Usage
 from weft.server.chat import MOST_TOOLS, ChatRequest, Name
 from weft.server.manner import RESPONSES
-from weft.server.schema import MOST_LOGPROBS, Count
+from weft.server.schema import Count
 from weft.server.strict import Strict
 from weft.server.ticket import Piece, Prefill
 from weft.speech.listener import Called, Given, Part, Said, Thought
@@ -157,10 +157,10 @@ class ResponsesRequest(Strict):
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
     metadata: dict[str, Any] | None = None
-    truncation: Literal["disabled", "auto"] | None = None
-    include: list[str] | None = None
+    truncation: Literal["disabled"] | None = None
+    include: list[Literal["reasoning.encrypted_content"]] | None = None  # thoughts come as they are
     user: str | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Literal[0] | None = None
     service_tier: str | None = None
     background: Literal[False] | None = None
     safety_identifier: str | None = None

@@ -19,7 +19,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "documents": ([],), "return_tokens_as_token_ids": (False,), "return_token_ids": (False,),
     "add_special_tokens": (True,), "top_logprobs": (0,), "echo": (False,), "verbosity": ("medium",),
     "web_search_options": ({},), "vllm_xargs": ({},), "refusal": ("",), "audio": ({},),
-    "typical_p": (1,), "mirostat": (0,), "cache_prompt": (True,),
+    "typical_p": (1,), "mirostat": (0,), "cache_prompt": (True,), "n_probs": (0,), "dry_multiplier": (0,),
+    "xtc_probability": (0,), "dynatemp_range": (0,), "n_keep": (0,), "samplers": ([],), "tfs_z": (1,),
+    "penalize_newline": (True,), "low_vram": (False,), "min_keep": (0,), "post_sampling_probs": (False,),
 }  # fmt: skip
 
 

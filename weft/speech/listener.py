@@ -21,12 +21,13 @@ _BEGUN = re.compile(
 
 
 class Speech(NamedTuple):
-    """How an answer's text is to be taken apart: `tools` that may be called, whether it begins inside a thought, and
-    whether special tokens are left out of what is said."""
+    """How an answer's text is to be taken apart: `tools` that may be called, whether it begins inside a thought,
+    whether special tokens are left out of what is said, and whether it goes on with one that has begun."""
 
     tools: list[str]
     thinking: bool
     hides: bool
+    goes_on: bool = False
 
 
 class Said(NamedTuple):
@@ -68,12 +69,14 @@ class Listener(Protocol):
         ...
 
 
-def listener(dialect: Dialect, tools: Collection[str], thinking: bool, hidden: Collection[str] = ()) -> Listener:
+def listener(
+    dialect: Dialect, tools: Collection[str], thinking: bool, hidden: Collection[str] = (), goes_on: bool = False
+) -> Listener:  # fmt: skip
     """For an answer to a prompt with these tools. `thinking`: it begins inside a thought; `hidden`: texts of special
-    tokens, which are no text."""
+    tokens, which are no text; `goes_on`: it continues one that has begun, so that spaces before it count."""
     if dialect.channels is not None:
         return _Messages(dialect, tools)
-    return _Marked(dialect, tools, thinking, hidden)
+    return _Marked(dialect, tools, thinking, hidden, goes_on)
 
 
 class _Value:
@@ -139,7 +142,9 @@ def _marks(marks: frozenset[str]) -> _Marks:
 class _Marked:
     """Thoughts and calls between marks."""
 
-    def __init__(self, dialect: Dialect, tools: Collection[str], thinking: bool, hidden: Collection[str]) -> None:
+    def __init__(
+        self, dialect: Dialect, tools: Collection[str], thinking: bool, hidden: Collection[str], goes_on: bool
+    ) -> None:  # fmt: skip
         self._syntax, self._tools = dialect.calls, tools
         self._begin, self._end = dialect.thoughts or ("", "")
         self._hidden = {*hidden, *dialect.dropped} - {*dialect.marks}
@@ -148,9 +153,9 @@ class _Marked:
         self._text, self._raw = "", ""  # not yet known; since a mark, if it turns out to be none
         self._value = _Value()
         self._step = self._think if thinking else self._say
-        self._fresh = True  # nothing of the present part was told
+        self._fresh = not goes_on  # nothing of the present part was told
         self._spaces = ""  # at its end so far
-        self._said, self._called = False, False
+        self._said, self._called = goes_on, False
         skipped = (self._syntax.mark, self._syntax.again, self._syntax.closing, self._syntax.opening,
                    self._syntax.after.removeprefix("}"))  # fmt: skip
         self._skipped = sorted({each.strip() for each in skipped} - {""}, key=len, reverse=True)
