@@ -98,6 +98,7 @@ def test_mistakes_end_with_a_line_and_code_2(
                 "network device 'not.a.host.invalid' is known",
             ),
             (["--api-key", ""], "an API key is empty"),
+            (["--isolate-prefixes"], "keeps prefixes within an API key, and there is none"),
             ([str(tmp_path)], "config.json is missing"),
             (["--tp", "2", "--shares", "1"], "--shares gives 1 numbers for 2 ranks"),
             (["--tp", "2", "--join-address", "nowhere"], "not an address"),
