@@ -74,7 +74,7 @@ def test_tokens_are_taken_too_and_counted(client: openai.OpenAI, server: Running
     assert server.service.tokenizer is not None
     ids = [server.service.tokenizer.encode(text) for text in TEXTS]
     by_text, by_ids = (client.embeddings.create(model=NAME, input=given) for given in (TEXTS, ids))
-    assert [a.embedding for a in by_text.data] == [b.embedding for b in by_ids.data]
+    assert all(far(a.embedding, b.embedding) < 1e-6 for a, b in zip(by_text.data, by_ids.data, strict=True))
     assert by_text.usage.prompt_tokens == by_ids.usage.total_tokens == sum(map(len, ids))
     [one] = client.embeddings.create(model=NAME, input=ids[0]).data
     assert far(one.embedding, by_text.data[0].embedding) < 1e-6

@@ -167,7 +167,8 @@ class MessagesRequest(Strict):
                 }} for tool in self.tools or ()
             ],
         }  # fmt: skip
-        if messages[-1]["role"] == "assistant" and messages[-1]["content"] and "tool_calls" not in messages[-1]:
+        last = messages[-1] if messages else {"role": ""}
+        if last["role"] == "assistant" and last["content"] and "tool_calls" not in last:
             asked["continue_final_message"] = True  # an answer that is begun is continued
         if self.thinking is not None:
             on = self.thinking.type != "disabled"
