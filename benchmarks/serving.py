@@ -23,7 +23,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from itertools import accumulate
@@ -155,11 +155,8 @@ class Connection:
 
 async def ask(port: int, question: Question, answer: Answer | None = None) -> Answer:
     """One, on a connection of its own."""
-    connection = Connection(port)
-    try:
+    with closing(Connection(port)) as connection:
         return await connection.ask(question, answer or Answer())
-    finally:
-        connection.close()
 
 
 async def load(port: int, prompts: Sequence[Sequence[int]], tokens: int, clients: int) -> tuple[float, list[Answer]]:

@@ -84,10 +84,10 @@ def test_tensors(model: Path, reference: Any) -> None:
 
 
 def test_greedy_tokens(llm: LLM, reference: Any, words: Any) -> None:
-    outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True))
+    outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True))
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         assert output.prompt_token_ids == words(prompt)["input_ids"]
-        assert output.outputs[0].token_ids == greedy(reference, output.prompt_token_ids, 32), prompt
+        assert output.outputs[0].token_ids == greedy(reference, output.prompt_token_ids, 64), prompt
 
 
 def test_the_chat_template(llm: LLM, words: Any) -> None:

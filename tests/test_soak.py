@@ -16,7 +16,7 @@ SOAK = Path(__file__).parents[1] / "benchmarks" / "soak.py"
 def test_every_request_gets_what_it_gets_alone(tmp_path: Path) -> None:
     out = tmp_path / "soak.json"
     command = [
-        sys.executable, str(SOAK), "--requests", "100000", "--seconds", "50", "--kill-every", "14", "--cases", "40",
+        sys.executable, str(SOAK), "--requests", "100000", "--seconds", "75", "--kill-every", "21", "--cases", "40",
         "--json", str(out),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=230, check=False)

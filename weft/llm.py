@@ -280,7 +280,5 @@ class LLM:
         return CompletionOutput(index, completion.text.text, tokens, logprobs, total, reason, completion.stop_reason)
 
     def _logprobs(self, chosen: Any) -> dict[int, Logprob]:
-        entries = {token: (value, rank) for rank, (token, value) in enumerate(chosen.top, start=1)}
-        entries[chosen.token] = (chosen.logprob, chosen.rank)
         text_of = self.engine.tokenizer.spelling.text_of if self.engine.tokenizer else (lambda token: "")
-        return {token: Logprob(value, rank, text_of(token)) for token, (value, rank) in entries.items()}
+        return {token: Logprob(value, rank, text_of(token)) for token, (value, rank) in chosen.ranked().items()}

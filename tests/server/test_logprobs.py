@@ -170,7 +170,7 @@ def test_numbers_that_json_does_not_have(http: httpx2.Client) -> None:
         b'{"prompt": [1, NaN]}',
     ):
         answer = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
-        assert answer.status_code == 400 and "is no number in JSON" in answer.json()["error"]["message"]
+        assert answer.status_code == 400 and "NaN" not in answer.text
 
 
 def test_a_token_that_cannot_come_has_a_number_all_the_same() -> None:

@@ -189,6 +189,11 @@ class Chosen(msgspec.Struct, frozen=True):
     top: list[tuple[int, float]] = []
     error: str = ""
 
+    def ranked(self) -> dict[int, tuple[float, int]]:
+        """Log-probability and rank of the token and of the likeliest ones, by token."""
+        found = {token: (value, rank) for rank, (token, value) in enumerate(self.top, start=1)}
+        return found | {self.token: (self.logprob, self.rank)}
+
 
 class Done(msgspec.Struct, tag=True, frozen=True):
     """A program ended. `seconds`: of the program alone, on this rank; `sampling`: of choosing tokens after it;

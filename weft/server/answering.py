@@ -95,7 +95,6 @@ class Api:
 
     async def grammar(self, schema: str, request: Request) -> Grammar:
         """A schema's; tried beside first, within limits. Raises what it is refused for, and `Gone`."""
-
         if (kept := self.service.kept_grammar(schema)) is not None:
             return kept
 

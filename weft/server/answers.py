@@ -13,6 +13,7 @@ import msgspec
 
 from weft.execute.protocol import Chosen
 from weft.server.manner import OPENAI
+from weft.server.strict import no_constant
 from weft.server.ticket import Piece, Prefill, Ticket, Token
 from weft.speech.dialect import Dialect
 from weft.speech.listener import Called, Given, Listener, Part, Said, Speech, Thought, listener
@@ -117,19 +118,17 @@ class AnswerForm:
 
     def _choice(self, piece: Piece) -> Json:
         said = {"text": piece.text, "logprobs": self._logprobs(piece.tokens)}
-        return self._ended(piece) | said | self._prompt(piece)
+        return self._ended(piece) | said | self._prompt_logprobs(piece)
 
-    def _prompt(self, piece: Piece) -> Json:
+    def _prompt_logprobs(self, piece: Piece) -> Json:
         """How likely the prompt's tokens were, in vLLM's form: nothing of the first one."""
         if not self.scored:
             return {}
         listed: list[Json | None] = [None]
         for chosen in piece.scores:
-            found = {token: (value, rank) for rank, (token, value) in enumerate(chosen.top, start=1)}
-            found[chosen.token] = chosen.logprob, chosen.rank
             listed.append({
                 str(token): {"logprob": _number(value), "rank": rank, "decoded_token": self.text_of(token)}
-                for token, (value, rank) in found.items()
+                for token, (value, rank) in chosen.ranked().items()
             })  # fmt: skip
         return {"prompt_logprobs": listed}
 
@@ -189,7 +188,7 @@ class Chat(AnswerForm):
         return ended | {"message": message, "logprobs": self._logprobs(piece.tokens)}
 
     def _more(self, pieces: Sequence[Piece]) -> Json:
-        return self._prompt(pieces[0])
+        return self._prompt_logprobs(pieces[0])
 
     def _counted(self, usage: Usage) -> Json:
         if self.hearing is None:
@@ -308,14 +307,10 @@ class Heard:
 def whole_object(arguments: str) -> msgspec.Raw | None:
     """A call's arguments as an object, as they were written; None of those that were cut short."""
     try:
-        json.loads(arguments, parse_constant=_no_constant)
+        json.loads(arguments, parse_constant=no_constant)
     except (ValueError, RecursionError):
         return None
     return msgspec.Raw(arguments.encode())
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _number(logprob: float) -> float:

@@ -17,9 +17,11 @@ from weft.server.wanted import schema_text
 
 MOST_TOOLS, MOST_CALLS, MOST_OPTIONS = 128, 256, 64
 MOST_TOOLS_CHARACTERS = 262144  # of all schemas of arguments together
-VALUES = {"const", "enum", "default", "examples", "properties", "required"}  # no schemas, or not directly
-OPENED = {"additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "anyOf", "oneOf", "if",
-          "not", "$ref", "dependentSchemas"}  # fmt: skip
+NO_SCHEMAS = {"const", "enum", "default", "examples", "properties", "required"}  # no schemas, or not directly
+SAYS_OF_OTHERS = {
+    "additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "anyOf", "oneOf", "if",
+    "not", "$ref", "dependentSchemas",
+}  # fmt: skip
 ROLES = {"developer": "system", "function": "tool"}  # newer and older names, which templates don't know
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
@@ -68,10 +70,10 @@ def _closed(schema: Any) -> Any:
         return [_closed(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    made = {name: each if name in VALUES else _closed(each) for name, each in schema.items()}
+    made = {name: each if name in NO_SCHEMAS else _closed(each) for name, each in schema.items()}
     if isinstance(schema.get("properties"), dict):
         made["properties"] = {name: _closed(each) for name, each in schema["properties"].items()}
-        if not OPENED & schema.keys():
+        if not SAYS_OF_OTHERS & schema.keys():
             made["additionalProperties"] = False
     return made
 

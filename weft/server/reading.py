@@ -29,6 +29,7 @@ from weft.server.ollama import LATEST, OllamaChat, OllamaGenerate, OllamaShow
 from weft.server.refused import Refused, misread, unknown_model
 from weft.server.responses import CONTINUED, ContinuedRequest, ResponsesRequest
 from weft.server.schema import MOST_COMPLETIONS, MOST_SCORES, CompletionRequest, Sampling, StreamOptions
+from weft.server.strict import no_constant
 from weft.server.vectors import EmbeddingRequest, OllamaEmbed, RerankRequest, ScoreRequest, Vectors
 from weft.speech.dialect import Dialect, thinks_already
 from weft.speech.form import Tools, form
@@ -57,7 +58,7 @@ BODIES: dict[str, type[Body]] = {
 def parsed(path: str, body: bytes) -> Body:
     """A body as its endpoint wants it. Raises `Refused`."""
     try:
-        given = json.loads(body.decode(), parse_constant=_no_constant)
+        given = json.loads(body.decode(), parse_constant=no_constant)
     except RecursionError:
         raise Refused(400, "the body is nested too deeply to be read; send something flatter") from None
     except UnicodeDecodeError:
@@ -78,10 +79,6 @@ def parsed(path: str, body: bytes) -> Body:
             raise Refused(400, "the body holds half of a surrogate pair, which is no character; "
                                "send whole characters") from None  # fmt: skip
     return read
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number in JSON")
 
 
 def rendered(path: str) -> bool:

@@ -79,3 +79,8 @@ def whole_characters(given: dict[str, Any]) -> dict[str, Any]:
         made: dict[str, Any] = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         return made
     return given
+
+
+def no_constant(name: str) -> Any:
+    """For `json.loads`, which reads NaN and infinities though JSON has none."""
+    raise ValueError("a number in it is not finite")

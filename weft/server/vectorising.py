@@ -1,6 +1,6 @@
 """A request's prompts made vectors: so many at a time as run at once, because a request may have thousands.
 
-Knows the service; knows nothing of HTTP, or of what becomes of vectors.
+Knows the service, and why requests are refused; knows nothing of what becomes of vectors.
 """
 
 from __future__ import annotations
