@@ -29,7 +29,7 @@ from weft.execute.results import RunOptions
 from weft.model.blueprint import Blueprint
 from weft.model.description import model_config
 from weft.model.families import blueprint_of
-from weft.model.shares import shares_of
+from weft.model.shares import tensor_shares
 from weft.outlook.figures import shard_of
 from weft.plan.planner import Planner
 from weft.program.batch import Batch, Segment, one_prompt
@@ -49,7 +49,7 @@ def blueprint() -> Blueprint:
 
 def planning(layers: int) -> list[float]:
     """Milliseconds for each of many prompts of different lengths, at the start of which nothing is known of them."""
-    shards = [shard_of(blueprint(), share) for share in shares_of(blueprint(), (1.0, 1.0))]
+    shards = [shard_of(blueprint(), share) for share in tensor_shares(blueprint(), (1.0, 1.0))]
     costs = costs_of(parse_hardware("2x rtx4090"), shards, ("exact",))
     planner = Planner(blueprint().outline.of(layers), "auto", "exact", costs=costs)
     planner.plan(one_prompt(499))

@@ -40,7 +40,7 @@ from weft.model.families import blueprint_of
 from weft.model.forward import Extent, Forward
 from weft.model.opening import open_model
 from weft.model.rope import ropes_for
-from weft.model.shares import shares_of
+from weft.model.shares import tensor_shares
 from weft.model.weights import load
 from weft.parallel.allreduce import all_reduce, swap
 from weft.parallel.codec import codec_named
@@ -133,7 +133,7 @@ def rank(given: argparse.Namespace) -> None:
     model = random_model(given.model)
     config = model_config(model)
     blueprint = blueprint_of(config)
-    shares = shares_of(blueprint, (1.0, 1.0))
+    shares = tensor_shares(blueprint, (1.0, 1.0))
     weights = load(open_model(model, config), blueprint, shares[number])
     decoder = Decoder(blueprint, shares[number], weights, ropes_for(config, blueprint))
     mesh = Mesh(given.address, PORT)

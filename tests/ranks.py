@@ -16,8 +16,10 @@ import torch.distributed as dist
 
 from tests.execute.programs import lagging
 from weft.cache.slabs import Slabs
+from weft.execute.draws import Slice
 from weft.execute.executor import Executor, Result, Scope
 from weft.execute.lanes import ThreadLanes
+from weft.layout import Layout
 from weft.model.decoder import Decoder
 from weft.model.description import model_config
 from weft.model.families import blueprint_of
@@ -108,38 +110,43 @@ def grouped(world: int, way: str = "shm") -> Iterator[tuple[Threads, list[Group]
 
 class Ranks:
     """A model split over some ranks; with `times`, so many groups of such ranks, the last of which has the vocabulary:
-    what a program with steps for some ranks goes through."""
+    what a program with steps for some ranks goes through. `layers`: how many each of several sections has, whose ranks
+    are one each, or those of `shares`, a section's after the other's."""
 
     def __init__(
-        self, directory: Path, shares: Sequence[float], exact_rows: bool = False, slots: int = 4,
-        lags: Sequence[int] = (0, 0), times: int = 1,
+        self, directory: Path, shares: Sequence[float] | Sequence[Sequence[float]], exact_rows: bool = False,
+        slots: int = 4, lags: Sequence[int] = (0, 0), times: int = 1, layers: Sequence[int] = (),
     ) -> None:  # fmt: skip
         torch.set_num_threads(1)
         self.config = model_config(directory)
         self.blueprint = blueprint_of(self.config)
         self.outline = lagging(self.blueprint.outline, *lags) if any(lags) else self.blueprint.outline
-        self.shares = shares_of(self.blueprint, shares)
-        self.world = world = len(shares) * times
-        self.widths = [0] * (world - len(shares)) + [len(share.ranges["vocabulary"]) for share in self.shares]
+        self.layout = (
+            Layout(tuple(layers), tuple(map(tuple, shares))) if layers else Layout.tensor(self.config.layers, shares)
+        )
+        self.shares = shares_of(self.blueprint, self.layout)
+        self.world = world = self.layout.world * times
+        self.widths = [len(share.ranges["vocabulary"]) if share.ends else 0 for share in self.shares]
+        self.widths = [0] * (world - len(self.widths)) + self.widths
         self.threads = Threads(world)
         self.transports = [Direct(mesh) for mesh in meshes(self.threads)] if world > 1 else []
 
         def rank(r: int) -> tuple[Decoder, Executor, Slabs]:
-            share = self.shares[r % len(shares)]
+            share = self.shares[r % len(self.shares)]
             weights = load(open_model(directory, self.config), self.blueprint, share, kernels=Kernels(exact_rows))
             ropes = ropes_for(self.config, self.blueprint)
             decoder = Decoder(self.blueprint, share, weights, ropes, exact_rows)
             group = Group(self.transports[r] if world > 1 else None, range(world))
-            executor = Executor(decoder, self.outline, group, ThreadLanes(torch.no_grad), self.widths)
+            executor = Executor(decoder, self.outline, group, ThreadLanes(torch.no_grad), Slice.of(r, self.widths))
             heads = len(share.kv_heads)
-            slabs = Slabs(slots, self.config.layers, heads, self.config.max_length, self.config.head_dim)
+            slabs = Slabs(slots, len(share.layers), heads, self.config.max_length, self.config.head_dim)
             return decoder, executor, slabs
 
         self.parts = self.threads.each(rank)
 
     def plan(self, batch: Batch, strategy: str, granule: int = 1) -> Program:
         """The checked program of a strategy."""
-        program = build(Strategy.parse(strategy), self.outline, batch, granule)
+        program = build(Strategy.parse(strategy), self.outline, batch, granule, self.layout)
         check(program, self.outline, batch, self.world)
         return program
 
@@ -156,9 +163,13 @@ class Ranks:
             result = executor.run(chosen, forward, codec_named(wire), scope, checksums=True)
             if result.logits is None:
                 return result
-            return replace(result, logits=gather_columns(executor.group, result.logits, self.widths))
+            ends = self.layout.sections[-1].ranks if self.layout.several else ()
+            widths = [self.widths[each] for each in ends or range(self.world)]
+            return replace(result, logits=gather_columns(executor.group.on("whole", ends), result.logits, widths))
 
         results = self.threads.each(rank)
+        if self.layout.several:  # the rank that has all columns
+            results = [*results[self.layout.leader :], *results[: self.layout.leader]]
         seen: dict[int, int] = {}
         for result in results:
             for number, checksum in result.checksums.items():

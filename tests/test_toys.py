@@ -21,7 +21,7 @@ from weft.model.description import model_config
 from weft.model.families import FAMILIES
 from weft.model.family import Family, decoder
 from weft.model.forward import Extent
-from weft.model.shares import shard_bytes, shares_of
+from weft.model.shares import shard_bytes, tensor_shares
 from weft.model.weights import BranchWeights
 from weft.outlook.figures import shard_of
 from weft.program.batch import Batch, Rows, one_prompt
@@ -102,10 +102,10 @@ def test_memory_costs_and_programs_know_of_it(toys: Path) -> None:
     blueprint, plain = families.blueprint_of(config), decoder(config, FAMILIES["llama"])
     more = config.layers * 2 * config.hidden * config.intermediate
     for made_of, numbers in ((blueprint, plain.numbers + more), (plain, plain.numbers)):
-        [share] = shares_of(made_of, (1.0,))
+        [share] = tensor_shares(made_of, (1.0,))
         assert made_of.numbers == numbers and shard_bytes(made_of, share, "bfloat16") == 2 * numbers
-    half = shares_of(blueprint, (1.0, 1.0))[0]
-    other = shares_of(plain, (1.0, 1.0))[0]
+    half = tensor_shares(blueprint, (1.0, 1.0))[0]
+    other = tensor_shares(plain, (1.0, 1.0))[0]
     assert shard_bytes(blueprint, half, "float32") - shard_bytes(plain, other, "float32") == 4 * more // 2
     assert [part for part, _ in shard_of(blueprint, half).layer] == ["attention", "mlp", "toy"]
     program = build(Strategy.parse("iso:2"), blueprint.outline, one_prompt(50))

@@ -125,7 +125,7 @@ def weights_needed(model: ModelConfig, config: EngineConfig) -> list[int]:
     blueprint = blueprint_of(model)
     floats = config.weights.startswith("auto:") and model.fields.get("quantization_config")
     tables = config.dtype if floats else ""
-    return [shard_bytes(blueprint, share, config.weights, tables) for share in shares_of(blueprint, config.shares)]
+    return [shard_bytes(blueprint, share, config.weights, tables) for share in shares_of(blueprint, config.layout)]
 
 
 def _filled(

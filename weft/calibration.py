@@ -8,6 +8,7 @@ from random import Random
 
 from weft.config import EngineConfig, ModelConfig, processor_name
 from weft.execute.results import RunOptions, RunResult
+from weft.layout import Layout
 from weft.model.families import blueprint_of
 from weft.parallel.sizes import LIKELIEST_BYTES, ONE_SHOT_BYTES, algorithms, row_bytes
 from weft.plan.calibrate import MOST, calibrate
@@ -31,11 +32,18 @@ def key_of(model: ModelConfig, config: EngineConfig, link: str) -> dict[str, str
         "weft": f"{version('weft')}, costs {COSTS}",
         "model": f"{model.model_type} {'x'.join(map(str, shape))} {config.dtype}",
         "kept": f"weights {config.weights}, keys and values {config.kv}",
-        "ranks": ",".join(f"{share:g}" for share in config.shares), "wires": ",".join(needed(config.wire)),
+        "ranks": _said(config.layout), "wires": ",".join(needed(config.wire)),
         "link": f"{link}, {config.transport}, {config.link}" + (", plain" if config.plain_data else ""),
         "device": f"{processor_name()}, {threads}" + (", pinned" if config.cores else ""),
         "kernels": "reproducible" if config.reproducible else "fastest",
     }  # fmt: skip
+
+
+def _said(layout: Layout) -> str:
+    """As in `2,1`, or for several sections `20 of 1,1; 12 of 1`."""
+    shares = [",".join(f"{share:g}" for share in section.shares) for section in layout.sections]
+    pairs = zip(layout.layers, shares, strict=True)
+    return "; ".join(f"{layers} of {each}" for layers, each in pairs) if layout.several else shares[0]
 
 
 def granule_of(config: EngineConfig) -> int:

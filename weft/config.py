@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from weft.errors import InputError
+from weft.layout import Layout, even_layers
 from weft.links import NO_LINK, Link
 from weft.wires import allowed
 
@@ -66,8 +68,7 @@ class EngineConfig:
 
     Lengths are in tokens. `prefixes`: sequences that are over and kept for others that begin alike. `token_interval`:
     seconds between tokens that prompts should leave to whoever is answered meanwhile; None: throughput is all that
-    counts. `shares`: relative sizes of the ranks' parts, one number a rank. `cores`: those that the
-    ranks are pinned to, `threads` each in turn; None leaves it to the system. `transport`: of messages between ranks;
+    counts. `layout`: how the ranks share the model. `cores`: those that the ranks are pinned to, `threads` each in turn; None leaves it to the system. `transport`: of messages between ranks;
     auto is shared memory on one machine and TCP between machines, encrypted there but for `plain_data`; tls is TCP,
     encrypted anywhere. `link`: over which they seem to travel.
     `check_content`: other machines' weights are compared whole, not by their headers alone. `dtype`: what is computed
@@ -76,8 +77,7 @@ class EngineConfig:
     `kv`: what keys and values are kept in; auto: what is computed in.
     """
 
-    ranks: int = 1
-    shares: tuple[float, ...] = (1.0,)
+    layout: Layout
     overlap: str = "auto"
     wire: str = "exact"
     transport: str = "auto"
@@ -98,26 +98,28 @@ class EngineConfig:
     cores: tuple[int, ...] | None = None
 
     @property
+    def ranks(self) -> int:
+        """All of them."""
+        return self.layout.world
+
+    @property
     def slots(self) -> int:
         """Sequences that key/value memory has an address for."""
         return self.max_sequences + self.prefixes
 
     @classmethod
     def resolve(
-        cls, model: ModelConfig, *, ranks: int = 1, shares: tuple[float, ...] | None = None, overlap: str = "auto",
-        wire: str = "exact", transport: str = "auto", link: Link = NO_LINK, plain_data: bool = False,
+        cls, model: ModelConfig, *, ranks: int = 1, sections: int = 1, layers: tuple[int, ...] | None = None,
+        shares: tuple[float, ...] | None = None, overlap: str = "auto", wire: str = "exact", transport: str = "auto", link: Link = NO_LINK, plain_data: bool = False,
         check_content: bool = False, reproducible: bool = False, threads: int | None = None, device: str = "cpu",
         dtype: str = "float32", weights: str = "auto", kv: str = "auto", max_length: int | None = None,
         max_sequences: int = 16, max_batch_tokens: int = 8192,
         prefixes: int = 16, token_interval: float | None = None, cores: tuple[int, ...] | None = None,
     ) -> EngineConfig:  # fmt: skip
-        """Fills in what was left open; raises `InputError` for values that are not allowed."""
-        positive(ranks, "--tp")
-        shares = shares or (1.0,) * ranks
-        if len(shares) != ranks:
-            raise InputError(f"--shares gives {len(shares)} numbers for {ranks} ranks; give one a rank, as in 2,1")
-        if not all(0 < share < float("inf") for share in shares):
-            raise InputError(f"--shares {','.join(map(str, shares))}: every share must be a number above 0")
+        """Fills in what was left open; raises `InputError` for values that are not allowed. `ranks`: of each of the
+        `sections`; `shares`: one number for each of all ranks."""
+        layout = laid_out(model.layers, ranks, sections, layers, shares)
+        ranks = layout.world
         allowed(wire)
         demand_way(transport, link, plain_data)
         one_of(dtype, "--dtype", DTYPES)
@@ -135,10 +137,31 @@ class EngineConfig:
         if cores is not None and len(cores) < ranks * threads:
             raise InputError(f"{ranks} ranks of {threads} threads need {ranks * threads} cores, not {len(cores)}")
         return cls(
-            ranks, shares, overlap, wire, transport, link, plain_data, check_content, reproducible, threads, device,
+            layout, overlap, wire, transport, link, plain_data, check_content, reproducible, threads, device,
             dtype, weights, kv, max_length or model.max_length, max_sequences, max_batch_tokens, prefixes,
             token_interval, cores,
         )  # fmt: skip
+
+
+def laid_out(
+    model: int, ranks: int, sections: int, layers: Sequence[int] | None, shares: Sequence[float] | None
+) -> Layout:  # fmt: skip
+    """Of a model of so many layers, over so many ranks in each section. Raises `InputError`."""
+    positive(ranks, "--tp")
+    positive(sections, "--pp")
+    layers = tuple(layers) if layers is not None else even_layers(model, sections)
+    if len(layers) != sections or sum(layers) != model or min(layers) < 1:
+        raise InputError(
+            f"--layers {','.join(map(str, layers))} does not go with --pp {sections} and a model of {model} layers; give "
+            f"a number for each section, as in {','.join(map(str, even_layers(model, sections)))}"
+        )
+    world = ranks * sections
+    shares = shares or (1.0,) * world
+    if len(shares) != world:
+        raise InputError(f"--shares gives {len(shares)} numbers for {world} ranks; give one a rank, as in 2,1")
+    if not all(0 < share < float("inf") for share in shares):
+        raise InputError(f"--shares {','.join(map(str, shares))}: every share must be a number above 0")
+    return Layout(layers, tuple(tuple(shares[first : first + ranks]) for first in range(0, world, ranks)))
 
 
 def positive(value: int | None, name: str) -> None:

@@ -60,7 +60,7 @@ class Engine:
         self.path, self.model = path, model or model_config(path)
         blueprint = blueprint_of(self.model)
         granule = granule_of(config)
-        self.planner = Planner(blueprint.outline, config.overlap, config.wire, granule)
+        self.planner = Planner(blueprint.outline, config.overlap, config.wire, granule, layout=config.layout)
         tokenizer = reading_tokenizer(path)
         self.budget = Budget(self.planner)
         self.workers = Workers(path, config, self.model, launcher, ready=tokenizer)
@@ -173,6 +173,8 @@ class Engine:
 
     def _look_ahead(self, scheduled: Scheduled, timeline: bool) -> Flight | None:
         """Sends the next batch off too, where it can be foreseen: the workers then never wait for the engine."""
+        if self.config.layout.several:
+            return None
         following = self.batcher.ahead(scheduled)
         return self._submit(following, timeline, after=1) if following is not None else None
 

@@ -117,7 +117,7 @@ class LLM:
 
     def __init__(
         self, model: str | Path | None = None, *, tensor_parallel_size: int | Literal["auto"] = 1,
-        overlap: str = "auto", wire: str = "exact", transport: str = "auto", link: str = "none",
+        pipeline_parallel_size: int = 1, layers: Sequence[int] | Literal["auto"] | None = None, overlap: str = "auto", wire: str = "exact", transport: str = "auto", link: str = "none",
         shares: Sequence[float] | Literal["auto"] | None = None, reproducible: bool = False,
         num_threads: int | None = None, dtype: str = "float32", weights: str = "auto", kv_cache_dtype: str = "auto",
         max_model_len: int | None = None, max_num_seqs: int = 16, max_num_batched_tokens: int = 8192,
@@ -125,7 +125,7 @@ class LLM:
         launcher: Launcher | None = None, progress: Progress | None = None, recalibrate: bool = False,
     ) -> None:  # fmt: skip
         self.engine = open_engine(
-            model, ranks=tensor_parallel_size, overlap=overlap, wire=wire, shares=shares, reproducible=reproducible,
+            model, ranks=tensor_parallel_size, sections=pipeline_parallel_size, layers=layers, overlap=overlap, wire=wire, shares=shares, reproducible=reproducible,
             threads=num_threads, dtype=dtype, weights=weights, kv=kv_cache_dtype, max_length=max_model_len,
             max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens, cores=cores,
             prefixes=enable_prefix_caching, token_interval=token_interval, transport=transport, link=link,

@@ -28,7 +28,8 @@ from weft.yardstick import best_of, counts, judged
 
 
 def open_engine(
-    model: str | Path | None = None, *, ranks: int | Literal["auto"] = 1, overlap: str = AUTO, wire: str = "exact",
+    model: str | Path | None = None, *, ranks: int | Literal["auto"] = 1, sections: int = 1,
+    layers: Sequence[int] | Literal["auto"] | None = None, overlap: str = AUTO, wire: str = "exact",
     transport: str = "auto", link: str | Link = NO_LINK, shares: Sequence[float] | Literal["auto"] | None = None,
     reproducible: bool = False, threads: int | None = None, dtype: str = "float32", weights: str = "auto",
     kv: str = "auto", max_length: int | None = None,
@@ -72,7 +73,8 @@ def open_engine(
         config, line = best_of(path, model_config, configs, progress or (lambda what, share: None), recalibrate)
     else:
         given = tuple(shares) if shares and not isinstance(shares, str) else None
-        config = resolve(ranks=ranks, shares=given, threads=threads)
+        counted = tuple(layers) if layers is not None and not isinstance(layers, str) else None
+        config = resolve(ranks=ranks, sections=sections, layers=counted, shares=given, threads=threads)
     engine = Engine(path, config, model_config, launcher, progress, recalibrate, share_by_speed=shares == AUTO)
     engine.notices += [
         notice for notice in (line or judged(engine), _secured(launcher, plain_data), *left_out) if notice

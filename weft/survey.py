@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 from weft.admission import end_ids, settled, weights_needed
-from weft.config import EngineConfig, ModelConfig
+from weft.config import EngineConfig, ModelConfig, laid_out
 from weft.errors import InputError
 from weft.execute.process import free_memory
 from weft.finding import Finding
@@ -41,7 +41,7 @@ def survey(
     """
     config = model_config(path)
     blueprint = blueprint_of(config)
-    asked = EngineConfig(ranks=ranks, shares=(1.0,) * ranks, dtype=dtype, weights=weights, kv=kv)
+    asked = EngineConfig(laid_out(config.layers, ranks, 1, None, None), dtype=dtype, weights=weights, kv=kv)
     chosen = settled(path, config, asked)
     with closing(open_model(path, config)) as checkpoint:
         tensors = _tensors(checkpoint, blueprint)
@@ -103,7 +103,7 @@ def _tensors(checkpoint: Checkpoint, blueprint: Blueprint) -> Finding:
 
 def _memory(blueprint: Blueprint, model: ModelConfig, chosen: EngineConfig) -> Iterator[Finding]:
     """Of the largest rank, and of all on this machine."""
-    ranks, shares = chosen.ranks, shares_of(blueprint, chosen.shares)
+    ranks, shares = chosen.ranks, shares_of(blueprint, chosen.layout)
     weights = weights_needed(model, chosen)
     width = blueprint.axis("kv_heads").width
     tokens = [int(kept_bytes(chosen.kv, chosen.dtype, width) * remembered(blueprint, share)) for share in shares]

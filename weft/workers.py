@@ -22,6 +22,7 @@ from weft.execute.protocol import Choice, Hello
 from weft.execute.results import RunOptions, RunResult, Started
 from weft.launch.launcher import Launcher
 from weft.launch.local import LocalLauncher
+from weft.layout import Layout
 from weft.links import Link
 from weft.plan.calibrate import TooSlow
 from weft.plan.kept import keep, recall
@@ -78,7 +79,7 @@ class Workers:
         self._bring_up(_read(tell))
         notices = [*kept_lines(self.started.loaded), *self._make_link(planner, tell)]
         chooses = self.config.overlap == AUTO or chosen_by_cost(self.config.wire)
-        if not (self.config.ranks > 1 and (recalibrate or by_speed or chooses)):
+        if self.config.layout.several or not (self.config.ranks > 1 and (recalibrate or by_speed or chooses)):
             return notices
         notices += self._learn(planner, tell, recalibrate)
         return notices + (self._share(planner, tell, recalibrate) if by_speed else [])
@@ -153,12 +154,13 @@ class Workers:
         """Starts again with parts of the model that take the ranks equally long, if that is worth it."""
         if planner.costs is None:
             raise InputError("--shares auto needs to know what steps cost, and the link is too slow to measure it")
-        shares = planner.shares_by_speed(self.config.shares)
+        shares = planner.shares_by_speed(self.config.layout.shares[0])
         line = f"shares by speed: {','.join(f'{share:g}' for share in shares)}"
         if min(shares) >= ALIKE:
             return [line]
         self.controller.stop()
-        self.config = self.controller.config = replace(self.config, shares=shares)
+        layout = Layout(self.config.layout.layers, (shares,))
+        self.config = self.controller.config = replace(self.config, layout=layout)
         self._bring_up(_read(tell))
         return [line, *self._learn(planner, tell, recalibrate)]
 

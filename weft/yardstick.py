@@ -22,6 +22,7 @@ from weft.config import EngineConfig, ModelConfig, available_cores
 from weft.engine import Engine
 from weft.execute.results import RunOptions
 from weft.launch.local import LocalLauncher
+from weft.layout import Layout
 from weft.links import NO_LINK
 from weft.plan.planner import Planner
 from weft.program.batch import Batch, Segment, one_prompt
@@ -114,7 +115,7 @@ def _computing(planner: Planner, times: float) -> Planner:
 def judged(engine: Engine) -> str | None:
     """One line on the ranks that there are and on fewer; None where nothing is known."""
     config, planner, link = engine.config, engine.planner, engine.workers.controller.launcher.link_name
-    if config.ranks == 1 or planner.costs is None:
+    if config.ranks == 1 or config.layout.several or planner.costs is None:
         return None
     known = {ranks: recalled(engine.model, with_ranks(config, ranks), link) for ranks in range(1, config.ranks)}
     own, fewer = predicted(planner), {ranks: each for ranks, each in known.items() if each is not None}
@@ -166,7 +167,7 @@ def best_of(
 def with_ranks(config: EngineConfig, ranks: int) -> EngineConfig:
     """The same cores for another number of ranks."""
     threads = max(1, config.threads * config.ranks // ranks)
-    fewer = replace(config, ranks=ranks, shares=(1.0,) * ranks, threads=threads)
+    fewer = replace(config, layout=Layout.tensor(sum(config.layout.layers), (1.0,) * ranks), threads=threads)
     return fewer if ranks > 1 else replace(fewer, link=NO_LINK, transport="auto")  # one rank sends nothing
 
 

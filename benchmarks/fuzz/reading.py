@@ -21,7 +21,7 @@ from weft.errors import InputError
 from weft.model.description import generation_defaults, model_config
 from weft.model.families import blueprint_of
 from weft.model.opening import open_model
-from weft.model.shares import shares_of
+from weft.model.shares import tensor_shares
 from weft.model.weights import load
 from weft.text import tokenizer_of
 
@@ -35,7 +35,7 @@ def read(path: Path) -> None:
     blueprint = blueprint_of(config)
     generation_defaults(path)
     with closing(open_model(path, config)) as checkpoint:
-        for share in shares_of(blueprint, (1.0, 2.0)):
+        for share in tensor_shares(blueprint, (1.0, 2.0)):
             load(checkpoint, blueprint, share)
         if path.suffix == ".gguf":
             tokenizer_of(path)

@@ -18,7 +18,7 @@ from weft.model.families import blueprint_of
 from weft.model.kernels.choice import Kernels
 from weft.model.kernels.floats import PlainProduct
 from weft.model.kernels.linear import Linear, Stored
-from weft.model.shares import shares_of
+from weft.model.shares import tensor_shares
 from weft.model.weights import load
 
 MAPS = Path("/proc/self/maps")
@@ -41,7 +41,7 @@ def sharded(checkpoints: Checkpoints, tmp_path: Path) -> Path:
 
 def load_all(directory: Path) -> None:
     blueprint = blueprint_of(model_config(directory))
-    load(SafetensorsCheckpoint(directory), blueprint, shares_of(blueprint, (1.0,))[0])
+    load(SafetensorsCheckpoint(directory), blueprint, tensor_shares(blueprint, (1.0,))[0])
 
 
 def test_reads_rows_and_columns_of_single_and_sharded_files(checkpoints, copy: Path, sharded: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_norm_is_folded_before_anything_is_rounded(checkpoints: Checkpoints, n
     """bfloat16 weights are the float32 ones, rounded once: two roundings cost up to 0.6% an entry."""
     directory = checkpoints.directory(name)
     blueprint = blueprint_of(model_config(directory))
-    share = shares_of(blueprint, (1.0,))[0]
+    share = tensor_shares(blueprint, (1.0,))[0]
 
     class Plainly(Kernels):
         """Packs nothing."""
@@ -188,7 +188,7 @@ def test_what_is_loaded_keeps_no_file_mapped(checkpoints: Checkpoints, name: str
     """A mapped file's pages count as the process's memory, those of packed matrices a second time."""
     directory = checkpoints.directory(name)
     blueprint = blueprint_of(model_config(directory))
-    weights = load(SafetensorsCheckpoint(directory), blueprint, shares_of(blueprint, [1.0] * ranks)[0])
+    weights = load(SafetensorsCheckpoint(directory), blueprint, tensor_shares(blueprint, [1.0] * ranks)[0])
     assert weights.stages and str(directory) not in MAPS.read_text()
 
 
@@ -198,6 +198,6 @@ def test_matrices_begin_on_a_cache_line_wherever_they_do_in_the_file(checkpoints
         checkpoint = SafetensorsCheckpoint(checkpoints.directory(name))
         blueprint = blueprint_of(model_config(checkpoint.path))
         read = checkpoint.read(f"{blueprint.embedding.name}.weight").values
-        weights = load(SafetensorsCheckpoint(checkpoint.path), blueprint, shares_of(blueprint, [1.0])[0])
+        weights = load(SafetensorsCheckpoint(checkpoint.path), blueprint, tensor_shares(blueprint, [1.0])[0])
         assert torch.equal(weights.embedding.stored, read) and weights.embedding.stored.is_contiguous()
         assert weights.embedding.stored.data_ptr() % 64 == 0

@@ -15,7 +15,7 @@ from weft.model.families import blueprint_of
 from weft.model.forward import Extent, Forward
 from weft.model.opening import open_model
 from weft.model.rope import ropes_for
-from weft.model.shares import shares_of
+from weft.model.shares import tensor_shares
 from weft.model.weights import load
 from weft.program.batch import Batch, Rows, Segment
 
@@ -34,7 +34,7 @@ def decoder_of(checkpoints: Checkpoints, name: str, format_: str, rounded: bool)
         random_model(family, SMALL | sizes | WIDE).save_pretrained(directory)
     config = model_config(directory)
     blueprint = blueprint_of(config)
-    (share,) = shares_of(blueprint, [1.0])
+    (share,) = tensor_shares(blueprint, [1.0])
     weights = load(open_model(directory, config), blueprint, share, weights=format_)
     slabs = Slabs(SLOTS, config.layers, len(share.kv_heads), 256, config.head_dim, rounded=rounded)
     return Decoder(blueprint, share, weights, ropes_for(config, blueprint)), slabs

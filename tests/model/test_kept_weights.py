@@ -19,7 +19,7 @@ from weft.model.description import model_config
 from weft.model.families import blueprint_of
 from weft.model.kept_weights import KeptWeights
 from weft.model.opening import open_model
-from weft.model.shares import shares_of
+from weft.model.shares import tensor_shares
 from weft.model.weights import Weights, load
 
 
@@ -155,7 +155,7 @@ def test_a_second_load_is_the_first(packaged: Path, weights: str, monkeypatch: p
     def loaded() -> Weights:
         config = model_config(packaged)
         blueprint = blueprint_of(config)
-        share = shares_of(blueprint, [1.0, 1.0])[1]
+        share = tensor_shares(blueprint, [1.0, 1.0])[1]
         with closing(open_model(packaged, config)) as checkpoint:
             return load(checkpoint, blueprint, share, weights=weights, kept=KeptWeights([weights]))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from weft.config import ModelConfig
 from weft.model.families import blueprint_of
-from weft.model.shares import shares_of
+from weft.model.shares import tensor_shares
 
 CONFIG = ModelConfig("llama", "", 2, 64, 112, 8, 2, 8, 131, 1e-5, "silu", False, 100, {})
 
@@ -23,7 +23,7 @@ CONFIG = ModelConfig("llama", "", 2, 64, 112, 8, 2, 8, 131, 1e-5, "silu", False,
 )
 def test_all_is_held_once_and_in_proportion(shares: list[float], groups: int, group: int, width: int) -> None:
     config = replace(CONFIG, heads=groups * group, kv_heads=groups, intermediate=width)
-    parts = shares_of(blueprint_of(config), shares)
+    parts = tensor_shares(blueprint_of(config), shares)
     for name, total in (("heads", config.heads), ("width", width), ("vocabulary", 131)):
         ranges = [part.ranges[name] for part in parts]
         assert [i for r in ranges for i in r] == list(range(total))
@@ -45,13 +45,13 @@ def test_all_is_held_once_and_in_proportion(shares: list[float], groups: int, gr
     ],
 )
 def test_heads(heads: int, kv_heads: int, shares: tuple[float, ...], expected: list[int], kv: list[int]) -> None:
-    parts = shares_of(blueprint_of(replace(CONFIG, heads=heads, kv_heads=kv_heads)), shares)
+    parts = tensor_shares(blueprint_of(replace(CONFIG, heads=heads, kv_heads=kv_heads)), shares)
     assert [len(part.heads) for part in parts] == expected
     assert [len(part.kv_heads) for part in parts] == kv
 
 
 def test_runs_of_a_ragged_part() -> None:
-    middle = shares_of(blueprint_of(CONFIG), (1, 1, 1))[1]  # heads 3, 4, 5: one of the first group, two of the second
+    middle = tensor_shares(blueprint_of(CONFIG), (1, 1, 1))[1]  # heads 3, 4, 5: one of the first group, two of the second
     assert [(run.query, run.key, run.group) for run in middle.runs] == [
         (slice(0, 1), slice(0, 1), 1),
         (slice(1, 3), slice(1, 2), 2),

@@ -21,7 +21,7 @@ from weft.model.kernels.formats import Formats
 from weft.model.kernels.linear import NoKernel
 from weft.model.kernels.rotation import turned
 from weft.model.opening import open_model
-from weft.model.shares import Share, shard_bytes, shares_of
+from weft.model.shares import Share, shard_bytes, tensor_shares
 from weft.model.weights import Weights, load
 
 HIDDEN, MLP = 512, 2048
@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def share_of(path: Path, ranks: int) -> Share:
-    return shares_of(blueprint_of(model_config(path)), [1.0] * ranks)[0]
+    return tensor_shares(blueprint_of(model_config(path)), [1.0] * ranks)[0]
 
 
 def loaded(path: Path, weights: str, ranks: int = 1) -> Weights:

@@ -78,7 +78,8 @@ def test_a_pipeline_is_legal_and_reads_back() -> None:
         ("reduce   L40.mlp        a  for 2-3", "reduce   L40.mlp        a  for 2", "no part|on rank 3"),
         ("reduce   L40.mlp        a  for 2-3", "reduce   L40.mlp        a", "on rank 0: .*no single partial"),
         ("compute  L0.mlp        a  for 0-1", "compute  L0.mlp        a", "on rank 2: .*not after everything"),
-        ("gather   head   all  wanted", "gather   head   all  wanted  for 2-3", "all ranks are told"),
+        ("gather   head   all  wanted", "gather   head   all  wanted  for 2", "no part|its rows are those of"),
+        ("gather   head   all  wanted", "gather   head   all  wanted  for 0-1", "its rows are those of"),
         ("compute  embed  a  for 0-1", "compute  embed  a  for 0-1 to 2", "a send, and nothing else"),
         (SEND, "send     L39.mlp  a  for 0-1", "a send, and nothing else"),
         (SEND, "send     L39.mlp  a  for 0-1 to 1-3", "send to themselves"),
@@ -190,7 +191,16 @@ def test_scattered_rows_stay_with_the_ranks_that_have_them() -> None:
         check(parse(alone), decoder_outline(1), one_prompt(8), 4)
 
 
-def test_models_whose_stages_go_without_sums_send_nothing() -> None:
+def test_nothing_is_sent_that_the_next_stage_goes_without() -> None:
+    """Stages that read one input are on the same ranks; behind both of them rows may go on."""
     with pytest.raises(ProgramError, match="no stage reads all that came to these rows"):
         outline = lagging(decoder_outline(1), 0, 1)
         check(parse(TWO), outline, Batch((Segment(0, 0, 4), Segment(1, 0, 4))), 2)
+    check(parse(PIPELINE), lagging(decoder_outline(80), 0, 1), one_prompt(1024), 4)
+    with pytest.raises(ProgramError, match="no stage reads all that came to these rows"):
+        check(parse(PIPELINE), lagging(decoder_outline(80), 1, 0), one_prompt(1024), 4)
+
+
+def test_those_who_have_the_vocabulary_may_be_told_alone() -> None:
+    alone = PIPELINE.replace("gather   head   all  wanted", "gather   head   all  wanted  for 2-3")
+    check(parse(alone), decoder_outline(80), one_prompt(1024), 4)

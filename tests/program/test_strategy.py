@@ -108,5 +108,5 @@ def test_a_written_cut_off_the_granule_is_refused_with_the_nearest() -> None:
 
 
 def test_chunks() -> None:
-    assert chunks(10, (3, 7)) == (Rows(0, 3), Rows(3, 7), Rows(7, 10))
-    assert chunks(10, ()) == (Rows(0, 10),)
+    assert chunks(Rows(0, 10), (3, 7)) == (Rows(0, 3), Rows(3, 7), Rows(7, 10))
+    assert chunks(Rows(0, 10), ()) == (Rows(0, 10),)

@@ -14,7 +14,7 @@ import psutil
 
 from weft.config import ModelConfig, available_cores, processor_name
 from weft.model.families import blueprint_of
-from weft.model.shares import shares_of
+from weft.model.shares import tensor_shares
 from weft.timeline.timeline import median
 
 COPIED = 64 << 20  # bytes: more than caches hold
@@ -75,7 +75,7 @@ def prefill_flops(model: ModelConfig, tokens: int) -> float:
     Of the last layer only keys and values (with the queries beside them) are needed of all rows.
     """
     blueprint = blueprint_of(model)
-    [share] = shares_of(blueprint, (1.0,))
+    [share] = tensor_shares(blueprint, (1.0,))
     layer = sum(share.numbers(matrix) for parts in blueprint.layer for matrix in parts.matrices)
     stored = sum(share.numbers(matrix) for matrix in blueprint.stored)
     return 2.0 * tokens * max(0, (model.layers - 1) * layer + stored)

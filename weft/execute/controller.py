@@ -167,7 +167,7 @@ class Controller:
             self._send(
                 identity,
                 p.Load(
-                    held.path, model, list(config.shares), config.dtype, config.weights, config.kv, config.device,
+                    held.path, model, config.layout, config.dtype, config.weights, config.kv, config.device,
                     config.reproducible, config.max_length, config.slots, held.files,
                 ),
             )  # fmt: skip
@@ -240,12 +240,13 @@ class Controller:
         done = self._done[submitted.number]
         self._done = {number: each for number, each in self._done.items() if number > submitted.number}
         answers = [done[identity] for identity in self._ranks]
+        chosen = answers[self.config.layout.leader]
         return RunResult(
-            answers[0].chosen, max(a.seconds for a in answers), max(a.sampling for a in answers),
+            chosen.chosen, max(a.seconds for a in answers), max(a.sampling for a in answers),
             [a.processor for a in answers],
             max(a.lanes[0] for a in answers), min(a.lanes[1] for a in answers), [a.bytes_sent for a in answers],
             timeline_of(submitted.program, answers, self.launcher.one_clock) if submitted.options.timeline else None,
-            [a.checksums for a in answers], answers[0].logits, next((a.pooled for a in answers if a.pooled), []),
+            [a.checksums for a in answers], chosen.logits, next((a.pooled for a in answers if a.pooled), []),
         )  # fmt: skip
 
     def _message(

@@ -37,12 +37,17 @@ class Ask(NamedTuple):
 
 @dataclass(frozen=True)
 class Slice:
-    """What `rank` has of a vocabulary of `size` tokens: `width` of them, from token `first` on."""
+    """What `rank`, of those that talk, has of a vocabulary of `size` tokens: `width` of them, from token `first` on."""
 
     rank: int
     first: int
     width: int
     size: int
+
+    @classmethod
+    def of(cls, rank: int, widths: Sequence[int]) -> Slice:
+        """Where the ranks have so many tokens each, in order."""
+        return cls(rank, sum(widths[:rank]), widths[rank], sum(widths))
 
     def here(self, tokens: Sequence[int]) -> list[int]:
         """Places in the slice of those tokens that are in it."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -83,8 +83,8 @@ class _PreparedStep(NamedTuple):
 
 class _Prepared(NamedTuple):
     """A form as a rank's executor walks it: of each block how often its steps come, and all ranks' number of them.
-    `narrow_from`: the place of the stage that wanted rows leave alone. `alone`: a partial is the sum already, where one
-    rank has all; its steps are left out."""
+    `narrow_from`: the place of the stage that wanted rows leave alone. `alone`: a partial is the sum already, where no
+    other rank has a part of this one's stages; its steps are left out."""
 
     blocks: tuple[tuple[int, int, tuple[_PreparedStep, ...]], ...]
     narrow_from: int
@@ -95,7 +95,7 @@ class _Prepared(NamedTuple):
 def prepare(outline: Outline, form: Form, rank: int, world: int) -> _Prepared:
     """Reads a form for a model and a rank."""
     blocks, narrow = [], len(outline.stages)
-    alone = world == 1 and all(step.kind is not Kind.REDUCE_SCATTER for block in form.blocks for step in block.steps)
+    alone = _sums_alone(form, rank, world)
     for block, (between, last) in zip(form.blocks, form.urgent(rank), strict=True):
         grows = block.layers * len(outline.layer)
         steps = []
@@ -110,6 +110,12 @@ def prepare(outline: Outline, form: Form, rank: int, world: int) -> _Prepared:
     return _Prepared(tuple(blocks), narrow, alone)
 
 
+def _sums_alone(form: Form, rank: int, world: int) -> bool:
+    """None of this rank's sums is over others too."""
+    sums = [s for block in form.blocks for s in block.steps if s.kind in SUMS and s.concerns(rank)]
+    return all(step.kind is Kind.REDUCE and (len(step.ranks) or world) == 1 for step in sums)
+
+
 class _Now(NamedTuple):
     """The step that the walk has come to: its place in issue order, its stage's place in the model and functions."""
 
@@ -120,23 +126,28 @@ class _Now(NamedTuple):
     extent: Extent
 
 
-class Executor:
-    """Runs programs of one model with one group and the lanes of one rank. `vocabulary`: tokens of each rank."""
+class _Elsewhere:
+    """A stage that other ranks have."""
 
-    def __init__(self, decoder: Decoder, outline: Outline, group: Group, lanes: Lanes, vocabulary: list[int]) -> None:
-        self.decoder, self.outline, self.group, self.lanes = decoder, outline, group, lanes
-        self.stages = [decoder.stages[stage.part, stage.layer] for stage in outline.stages]
-        rank = group.rank
-        self.part = Slice(rank, sum(vocabulary[:rank]), vocabulary[rank], sum(vocabulary))
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError("a stage that this rank hasn't: the program is of another layout")
+
+
+ELSEWHERE = cast(StageFunctions, _Elsewhere())
+
+
+class Executor:
+    """Runs programs of one model with one group and the lanes of one rank. `part`: what it has of the vocabulary."""
+
+    def __init__(self, decoder: Decoder, outline: Outline, group: Group, lanes: Lanes, part: Slice) -> None:
+        self.decoder, self.outline, self.group, self.lanes, self.part = decoder, outline, group, lanes, part
+        self.stages = [decoder.stages.get((stage.part, stage.layer), ELSEWHERE) for stage in outline.stages]
 
     def groups(self, form: Form) -> dict[tuple[str, tuple[int, ...]], Group]:
         """For each lane that communicates, and the ranks that do it there: all (), or some. Ranks meet to make one, so
         each asks for all that it is in, in the same order, also where it has no step itself."""
-        if not form.ranks:
-            return {(lane, ()): self.group.on(lane) for lane in form.lanes if lane != COMPUTE}
-        steps = (step for block in form.blocks for step in block.steps if step.kind in COLLECTIVES)
-        meet = dict.fromkeys((step.lane, () if step.to else step.ranks) for step in steps)
-        return {(lane, some): self.group.on(lane, some) for lane, some in meet if not some or self.group.rank in some}
+        rank = self.group.rank
+        return {(lane, some): self.group.on(lane, some) for lane, some in form.meetings if not some or rank in some}
 
     def run(
         self, program: Program, forward: Forward, codec: Codec, scope: Scope = Scope.BOTH, checksums: bool = False
@@ -310,7 +321,7 @@ class _Pass:
         if world == 1:  # nothing travels: a partial is the sum already
             self._nothing_travels(number, step)
             if kind is Kind.GATHER:
-                self.told = [likeliest(tensor, 0)]
+                self.told = [likeliest(tensor, self.part.first)]
         elif self.scope is not Scope.COMPUTE:
             self._submit(now, tensor, urgent)
 
@@ -356,14 +367,15 @@ class _Pass:
     def _communicate(self, now: _Now, tensor: Tensor) -> None:
         """On its lane. What arrives replaces what is sent, in its own buffer."""
         begin, step = time.perf_counter(), now.step
-        group = self.groups[step.lane, () if step.to else step.ranks]
+        group = self.groups[step.lane, step.meeting]
         wire = "exact" if self.outline.stages[now.place].aside else step.wire
         codec = codec_named(wire) if wire else self.codec
         owes = self.owed is not None and step.kind in SUMS and now.stage.adds
         owed = self.owed.of(now.place, now.extent) if self.owed is not None and owes else None
         match step.kind:
             case Kind.SEND:
-                hand_over(group, codec, tensor, step.ranks, step.to)
+                senders, receivers = ([step.meeting.index(rank) for rank in some] for some in (step.ranks, step.to))
+                hand_over(group, codec, tensor, senders, receivers)
             case Kind.GATHER:
                 self.told = swap(group, likeliest(tensor, self.part.first))
             case Kind.REDUCE:

@@ -10,6 +10,7 @@ import msgspec
 
 from weft.config import ModelConfig
 from weft.formats.fingerprint import Wanted, WeightFile
+from weft.layout import Layout
 from weft.program.steps import Form
 
 
@@ -83,7 +84,7 @@ class Load(msgspec.Struct, tag=True, frozen=True):
 
     path: str
     config: ModelConfig
-    shares: list[float]
+    layout: Layout
     dtype: str
     weights: str
     kv: str

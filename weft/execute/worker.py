@@ -30,6 +30,7 @@ from weft.cache.slabs import Slabs
 from weft.config import DTYPES, available_cores
 from weft.errors import InputError, LinkLost
 from weft.execute import protocol as p
+from weft.execute.draws import Slice
 from weft.execute.executor import Executor, Scope
 from weft.execute.lanes import ThreadLanes
 from weft.execute.process import (
@@ -71,7 +72,7 @@ from weft.parallel.pace import Pace
 from weft.parallel.tls import Identity
 from weft.parallel.transport import Transport
 from weft.program.batch import Batch, Segment
-from weft.program.stages import COMPUTE
+from weft.program.stages import COMPUTE, NETWORK
 from weft.program.steps import Form, Program
 
 PRIMITIVES = 128
@@ -85,7 +86,8 @@ class _Model:
     slabs: Slabs
     executor: Executor
     forms: dict[int, Form]
-    vocabulary: list[int]  # tokens of each rank's slice
+    vocabulary: list[int]  # tokens of the slice of each rank that has one
+    told: Group | None  # these ranks, which choose tokens together, if this one is among them
 
 
 class Worker:
@@ -200,7 +202,7 @@ class Worker:
         assert self.group is not None
         self.model = None
         blueprint = blueprint_of(m.config)
-        shares = shares_of(blueprint, m.shares)
+        shares = shares_of(blueprint, m.layout)
         share, dtype = shares[self.rank], getattr(torch, m.dtype)
         give_back_freed_memory()
         with Peak() as peak, ExitStack() as stack:
@@ -212,11 +214,14 @@ class Worker:
                 progress=lambda done, total: self.say(p.Loading(done, total)),
             )  # fmt: skip
         kv_heads = len(share.kv_heads)
-        slabs = Slabs(m.slots, m.config.layers, kv_heads, m.length, m.config.head_dim, dtype, m.device, m.kv == "int8")
+        slabs = Slabs(m.slots, len(share.layers), kv_heads, m.length, m.config.head_dim, dtype, m.device, m.kv == "int8")
         decoder = Decoder(blueprint, share, weights, ropes_for(m.config, blueprint, m.device), m.exact_rows)
-        vocabulary = [len(each.ranges["vocabulary"]) for each in shares]
-        executor = Executor(decoder, blueprint.outline, self.group, self.lanes, vocabulary)
-        self.model = _Model(decoder, slabs, executor, {}, vocabulary)
+        ends = m.layout.sections[-1].ranks
+        vocabulary = [len(shares[rank].ranges["vocabulary"]) for rank in ends]
+        part = Slice.of(ends.index(self.rank), vocabulary) if share.ends else Slice(0, 0, 0, m.config.vocabulary)
+        executor = Executor(decoder, blueprint.outline, self.group, self.lanes, part)
+        told = self.group.on(NETWORK, ends if m.layout.several else ()) if share.ends else None
+        self.model = _Model(decoder, slabs, executor, {}, vocabulary, told)
         keep_freed_memory()
         gc.freeze()  # what is loaded stays: collections need not look at it again
         kept = weights.kinds, weights.finer
@@ -270,24 +275,24 @@ class Worker:
         result = model.executor.run(program, forward, codec, scope, m.checksums)
         seconds, processor = time.perf_counter() - begin, processor_time() - processor
         self.chosen, logits, begin = [], b"", time.perf_counter()
-        if result.logits is not None and m.choices:
-            exchange = partial(swap, self.group)
+        if model.told is not None and result.logits is not None and m.choices:
+            exchange = partial(swap, model.told)
             self.chosen = sample(result.logits, m.choices, model.executor.part, result.told, exchange)
         sampling = time.perf_counter() - begin
-        if result.logits is not None and m.logits:
-            logits = _whole_rows(self.group, result.logits, model.vocabulary)
+        if model.told is not None and result.logits is not None and m.logits:
+            logits = _whole_rows(model.told, result.logits, model.vocabulary)
         spans = result.spans if m.spans else []
         sent = self.group.bytes_sent - sent
         compute = result.busy[COMPUTE]
         lanes = compute, sum(result.busy.values()) - compute
-        chosen = self.chosen if self.rank == 0 else []  # all have the same
+        chosen = self.chosen if model.told is not None and model.told.rank == 0 else []  # all have the same
         checksums = [checksum for _, checksum in sorted(result.checksums.items())]
         pooled = [total.numpy().tobytes() for total in result.pooled]
         self.say(p.Done(m.number, seconds, sampling, processor, lanes, sent, chosen, spans, checksums, logits, pooled))
 
 
 def _whole_rows(group: Group, logits: Tensor, vocabulary: list[int]) -> bytes:
-    """Whole rows of logits, on rank 0."""
+    """Whole rows of logits, on the first rank."""
     whole = gather_columns(group, logits, vocabulary)
     return whole.numpy().tobytes() if whole is not None else b""
 

@@ -250,10 +250,14 @@ class Blueprint:
     def named(self) -> Iterator[tuple[str, Matrix]]:
         """Every matrix that is there once in a checkpoint, by the name of its tensor there without ".weight"; a head
         also where it may be the embedding's."""
-        for layer in range(self.layers):
+        return self.part(range(self.layers), True, True)
+
+    def part(self, layers: range, begins: bool, ends: bool) -> Iterator[tuple[str, Matrix]]:
+        """Those of some layers, with the embedding where they are the first ones and the head where the last ones."""
+        for layer in layers:
             prefix = self.prefix.format(layer)
             yield from ((prefix + matrix.name, matrix) for parts in self.layer for matrix in parts.matrices)
-        yield from ((matrix.name, matrix) for matrix in (self.embedding, self.head))
+        yield from ((matrix.name, matrix) for matrix, here in ((self.embedding, begins), (self.head, ends)) if here)
 
     @cached_property
     def tensors(self) -> dict[str, list[int]]:

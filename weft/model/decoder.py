@@ -76,25 +76,25 @@ class _InSteps:
 
 
 class Decoder:
-    """A rank's weights with all that is needed to apply them: `stages` by part and layer, as programs name them.
-    `logit_factor`: by which the output head's input is multiplied beyond what the last norm gives."""
+    """A rank's weights with all that is needed to apply them: `stages` by part and layer, as programs name them; those
+    that this rank has. `logit_factor`: by which the output head's input is multiplied beyond what the last norm gives."""
 
     def __init__(
         self, blueprint: Blueprint, share: Share, weights: Weights, ropes: Sequence[Rope], exact_rows: bool = False
     ) -> None:
         self.width, self.ropes, self.logit_factor = blueprint.hidden, ropes, blueprint.norm.factor
-        self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        self.device, self.dtype = weights.device, weights.dtype
         making = _StageMaker(blueprint, share, self.device, exact_rows)
-        outline = blueprint.outline
-        self.stages: dict[tuple[str, int | None], StageFunctions] = {
-            (outline.before[0].part, None): Embed(weights.embedding, self._rounded(blueprint.embedding_factor)),
-            (outline.after[-1].part, None): Head(
-                weights.head, making.norm(blueprint.norm), weights.gain, blueprint.softcap
-            ),
-        }
+        before, after = blueprint.outline.before[0], blueprint.outline.after[-1]
+        self.stages: dict[tuple[str, int | None], StageFunctions] = {}
+        if weights.embedding is not None:
+            self.stages[before.part, None] = Embed(weights.embedding, self._rounded(blueprint.embedding_factor))
         for (part, layer), held in weights.stages.items():
             parts = next(each for each in blueprint.layer if each.stage.part == part)
             self.stages[part, layer] = making.stage(parts, layer, held)
+        if weights.head is not None and weights.gain is not None:
+            norm = making.norm(blueprint.norm)
+            self.stages[after.part, None] = Head(weights.head, norm, weights.gain, blueprint.softcap)
 
     def _rounded(self, factor: float) -> float:
         """To what is computed in, as Gemma was trained."""

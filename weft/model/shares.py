@@ -1,4 +1,4 @@
-"""Which part of each layer a rank holds. No torch; knows sizes only.
+"""Which layers a rank holds, and which part of each. No torch; knows sizes only.
 
 A rank's part of the heads and of the MLP width is a number of its own: any count of ranks works, also one that
 doesn't divide the heads or exceeds them, and a fast machine may take more than a slow one.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
 
+from weft.layout import Layout
 from weft.model.blueprint import Axis, Blueprint, Matrix, size
 
 STORED_BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.0, "int4": 5.0}  # of a number, scales of groups included
@@ -28,11 +29,16 @@ class HeadRun:
 
 @dataclass(frozen=True)
 class Share:
-    """One rank's part: of each axis that is divided, by its name, a half-open range of the whole model's pieces."""
+    """One rank's part: of each axis that is divided, by its name, a half-open range of the whole model's pieces, in so
+    many layers. `rank`: among those that divide these layers. `begins`: what comes before all layers is with these,
+    the embedding; `ends`: what comes after them is, the output head."""
 
     rank: int
     ranges: dict[str, range]
     kv_group: int  # query heads that share one key/value head, in the whole model
+    layers: range
+    begins: bool
+    ends: bool
 
     def of(self, axis: Axis) -> range:
         """Pieces of an axis. One that follows another has those that the other's pieces use: a piece on a border is
@@ -71,8 +77,26 @@ class Share:
         return self.rank == 0
 
 
-def shares_of(blueprint: Blueprint, shares: Sequence[float]) -> tuple[Share, ...]:
-    """Every rank's part of a model, in proportion to `shares`."""
+def shares_of(blueprint: Blueprint, layout: Layout) -> tuple[Share, ...]:
+    """Every rank's part of a model."""
+    return tuple(
+        Share(
+            place, {name: ranges[place] for name, ranges in divided.items()}, _kv_group(blueprint),
+            range(section.first, section.stop), section.first == 0, section.stop == blueprint.layers,
+        )
+        for section in layout.sections
+        for divided in [_divided(blueprint, section.shares)]
+        for place in range(len(section.ranks))
+    )  # fmt: skip
+
+
+def tensor_shares(blueprint: Blueprint, shares: Sequence[float]) -> tuple[Share, ...]:
+    """The same where each rank has a part of all layers, in proportion to `shares`."""
+    return shares_of(blueprint, Layout.tensor(blueprint.layers, shares))
+
+
+def _divided(blueprint: Blueprint, shares: Sequence[float]) -> dict[str, list[range]]:
+    """Of each axis every rank's pieces."""
     divided: dict[str, list[range]] = {}
     for axis in blueprint.axes:
         if axis.of:
@@ -80,10 +104,11 @@ def shares_of(blueprint: Blueprint, shares: Sequence[float]) -> tuple[Share, ...
             divided[axis.name] = [_used(pieces, group) for pieces in divided[axis.of]]
         else:
             divided[axis.name] = _ranges(axis.count, shares, _unit(axis.count, shares, axis.unit))
-    group = blueprint.axis("heads").count // blueprint.axis("kv_heads").count
-    return tuple(
-        Share(rank, {name: ranges[rank] for name, ranges in divided.items()}, group) for rank in range(len(shares))
-    )
+    return divided
+
+
+def _kv_group(blueprint: Blueprint) -> int:
+    return blueprint.axis("heads").count // blueprint.axis("kv_heads").count
 
 
 def _used(pieces: range, group: int) -> range:
@@ -96,21 +121,18 @@ def shard_bytes(blueprint: Blueprint, share: Share, weights: str, tables: str = 
     is tied to the other is another copy then, packed, unless both are floats."""
     format_ = weights.removeprefix("auto:")
     kept = tables or (format_ if STORED_BITS[format_] > STORED_BITS["int8"] else "int8")
-    bits = sum(
-        times
-        * share.numbers(matrix)
-        * STORED_BITS[kept if matrix in (blueprint.embedding, blueprint.head) else format_]
-        for matrix, times in blueprint.held
-    )
-    if blueprint.tied and kept in FEW_BITS:
-        bits += share.numbers(blueprint.head) * STORED_BITS[kept]
-    return int(bits / 8)
+    layer = (matrix for parts in blueprint.layer for matrix in parts.matrices)
+    bits = STORED_BITS[format_] * len(share.layers) * sum(map(share.numbers, layer))
+    tables_here = [blueprint.embedding] if share.begins else []
+    if share.ends and not (share.begins and blueprint.tied and kept not in FEW_BITS):
+        tables_here.append(blueprint.head)
+    return int((bits + STORED_BITS[kept] * sum(map(share.numbers, tables_here))) / 8)
 
 
 def remembered(blueprint: Blueprint, share: Share) -> int:
-    """Numbers of keys and values that a token leaves on a rank, in all layers."""
+    """Numbers of keys and values that a token leaves on a rank, in all its layers."""
     axes = [parts.remembers for parts in blueprint.layer if parts.remembers]
-    return blueprint.layers * sum(2 * len(share.of(axis)) * axis.width for axis in axes)
+    return len(share.layers) * sum(2 * len(share.of(axis)) * axis.width for axis in axes)
 
 
 def kept_bytes(kv: str, dtype: str, width: int) -> float:

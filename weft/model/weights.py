@@ -5,6 +5,8 @@
     embedding                         whole on every rank; output head by rows (vocabulary)
     norms                             whole on every rank, folded into the projection behind (see kernels.UnitRows)
 
+A rank of a pipeline reads its own layers alone, and the embedding or the head where these begin or end.
+
 Matrices are read, fused, converted and packed one at a time, so that loading peaks at the shard and one matrix.
 Knows names and shares; knows nothing of how the weights are used.
 """
@@ -86,15 +88,18 @@ class StageWeights:
 
 @dataclass(frozen=True)
 class Weights:
-    """All that one rank holds: `stages` by part and layer. `gain`: of the last norm, which a tied head can't take in.
-    `kinds`: bytes in each format; `finer`: matrices that lose too much in the format that was asked for."""
+    """All that one rank holds: `stages` by part and layer; the embedding where all layers begin, the head where they
+    end. `gain`: of the last norm, which a tied head can't take in. `kinds`: bytes in each format; `finer`: matrices
+    that lose too much in the format that was asked for."""
 
-    embedding: LookedUp
+    embedding: LookedUp | None
     stages: dict[tuple[str, int], StageWeights]
-    gain: Gain
-    head: Linear
+    gain: Gain | None
+    head: Linear | None
     kinds: dict[str, int]
     finer: list[str]
+    device: torch.device
+    dtype: torch.dtype  # what is computed in
 
     @property
     def bytes(self) -> int:
@@ -122,19 +127,19 @@ def load(
         reader.demand_all()
         reader.choose_kernels()
         stages: dict[tuple[str, int], StageWeights] = {}
-        for layer in range(blueprint.layers):
+        for layer in share.layers:
             for parts in blueprint.layer:
                 stages[parts.stage.part, layer] = reader.stage(parts, blueprint.prefix.format(layer))
             checkpoint.forget()
-        embedding = reader.embedding()
-        head = reader.head(embedding)
-        gain = reader.gain("", blueprint.norm)
+        embedding = reader.embedding() if share.begins else None
+        head = reader.head(embedding) if share.ends else None
+        gain = reader.gain("", blueprint.norm) if share.ends else None
         checkpoint.forget()
         whole = True
     finally:
         if kept is not None:
             kept.close(whole)
-    return Weights(embedding, stages, gain, head, dict(reader.kinds), reader.finer)
+    return Weights(embedding, stages, gain, head, dict(reader.kinds), reader.finer, torch.device(device), dtype)
 
 
 class _HeadKept(NamedTuple):
@@ -180,10 +185,11 @@ class _ShardReader:
         if self.device != "cpu":
             return
         try:
-            for layer in range(self.blueprint.layers):
+            for layer in self.share.layers:
                 self._choose_for(self.blueprint.prefix.format(layer))
-            head = self._head_kept
-            self.kernels.choose_for(head.format, head.shape, head.shared)
+            if self.share.ends:
+                head = self._head_kept
+                self.kernels.choose_for(head.format, head.shape, head.shared)
         except NoKernel as error:
             raise InputError(f"{error}; give other --weights") from None
 
@@ -280,7 +286,7 @@ class _ShardReader:
         return suffice
 
     def embedding(self) -> LookedUp:
-        """Which every rank has, whole."""
+        """Which every rank has, whole, with which the layers begin."""
         matrix, name = self.blueprint.embedding, self.embedding_name
         shape = self.matrices.sides(matrix)
 
@@ -349,12 +355,12 @@ class _ShardReader:
         swapped = self.blueprint.tied and f"{head}.weight" in self.checkpoint and f"{own}.weight" not in self.checkpoint
         return head if swapped else own
 
-    def head(self, embedding: LookedUp) -> Linear:
+    def head(self, embedding: LookedUp | None) -> Linear:
         """A view of the embedding, if they are tied and the checkpoint doesn't say otherwise: as in transformers, a
         head of its own that differs counts for more than config.json."""
         matrix, mine = self.blueprint.head, self.matrices.mine(self.blueprint.head.outputs)
         kept = self._head_kept
-        if kept.shared and isinstance(embedding.stored, Tensor):
+        if kept.shared and embedding is not None and isinstance(embedding.stored, Tensor):
             return self.kernels.linear(embedding.stored[mine.start : mine.stop], shared=True)
 
         def fill(weight: Gathering) -> None:
@@ -371,7 +377,7 @@ class _ShardReader:
         alike = self.blueprint.tied and (not own or self._same(matrix, mine))
         name, shape = self.embedding_name if alike else matrix.name, (len(mine), self.blueprint.hidden)
         format_ = head_of(self.wanted([f"{name}.weight"], shape, True))
-        return _HeadKept(name, format_, shape, alike and format_ not in FEW_BITS)
+        return _HeadKept(name, format_, shape, alike and self.share.begins and format_ not in FEW_BITS)
 
     def _same(self, head: Matrix, mine: range) -> bool:
         """Whether a tied head that the checkpoint has nevertheless is the embedding."""

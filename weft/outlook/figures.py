@@ -13,7 +13,7 @@ from weft.config import ModelConfig, positive
 from weft.errors import InputError
 from weft.model.blueprint import Axis, Blueprint, StageParts, size
 from weft.model.families import blueprint_of
-from weft.model.shares import STORED_BITS, Share, kept_bytes, remembered, shard_bytes, shares_of
+from weft.model.shares import STORED_BITS, Share, kept_bytes, remembered, shard_bytes, tensor_shares
 from weft.plan.planner import Plan, Planner
 from weft.program.batch import Batch, Segment
 from weft.program.strategy import Strategy
@@ -104,7 +104,7 @@ class Outlook:
         if len(self.shares) != group.world:
             raise InputError(f"--shares gives {len(self.shares)} numbers for {group.world} devices; give one each")
         self.blueprint = blueprint_of(model)
-        self.parts = shares_of(self.blueprint, self.shares)
+        self.parts = tensor_shares(self.blueprint, self.shares)
         empty = [
             part.rank for part in self.parts if not any(part.numbers(m) for p in self.blueprint.layer for m in p.first)
         ]
@@ -279,7 +279,7 @@ def _would_fit(model: ModelConfig, group: Hardware, asked: Question, tokens: int
 def _fits(model: ModelConfig, group: Hardware, asked: Question, tokens: int, devices: tuple[Device, ...]) -> bool:
     other = replace(group, devices=devices)
     blueprint = blueprint_of(model)
-    memory = memory_of(blueprint, other, shares_of(blueprint, [1.0] * len(devices)), asked, tokens)
+    memory = memory_of(blueprint, other, tensor_shares(blueprint, [1.0] * len(devices)), asked, tokens)
     return memory.needed <= memory.usable
 
 

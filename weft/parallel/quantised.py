@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from weft.compiled.library import library
-from weft.parallel.sizes import GROUP_SET, GROUPS, Layout, layout_of
+from weft.parallel.sizes import GROUP_SET, GROUPS, RowLayout, layout_of
 
 TINY = 2.0**-118
 HUGE = 3.3e38
@@ -51,7 +51,7 @@ _STEPS = {"int8": _Steps(-127, 127, False), "int4": _Steps(-8, 7, True)}
 class _Views:
     """The parts of encoded rows: codes [T, bytes], scales [T, G], numbers apart [T, k] and their places [T, k]."""
 
-    def __init__(self, encoded: Tensor, layout: Layout) -> None:
+    def __init__(self, encoded: Tensor, layout: RowLayout) -> None:
         ends = list(accumulate((layout.codes, 2 * layout.groups, 2 * layout.apart, layout.apart)))
         self.codes = encoded[:, : ends[0]].view(torch.int8)
         self.scales = encoded[:, ends[0] : ends[1]].view(torch.bfloat16)

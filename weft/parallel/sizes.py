@@ -13,7 +13,7 @@ GROUPS = {"int8": 64, "int4": 32}  # numbers that share a scale, on wires of few
 GROUP_SET = 128  # neighbouring numbers, of which the largest is kept apart
 
 
-class Layout(NamedTuple):
+class RowLayout(NamedTuple):
     """A row on a wire of few bits: see parallel/quantised.py. `padded`: its numbers, made up to whole `groups`;
     `apart`: how many are kept so; `codes`, `row`: bytes of the codes and of all."""
 
@@ -25,13 +25,13 @@ class Layout(NamedTuple):
 
 
 @cache
-def layout_of(wire: str, width: int) -> Layout:
+def layout_of(wire: str, width: int) -> RowLayout:
     """Of a row of so many numbers. Raises KeyError for a wire that is not one of few bits."""
     groups = -(-width // GROUPS[wire])
     padded, apart = groups * GROUPS[wire], -(-width // GROUP_SET)
     codes = padded if wire == "int8" else padded // 2
     row = codes + 2 * groups + 3 * apart
-    return Layout(padded, groups, apart, codes, row + row % 2)  # rows begin where numbers of two bytes can
+    return RowLayout(padded, groups, apart, codes, row + row % 2)  # rows begin where numbers of two bytes can
 
 
 def row_bytes(wire: str, dtype: str, width: int) -> int:

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from weft.layout import Layout
 from weft.plan.drift import Drift, Factors
 from weft.plan.search import Estimate, Search
 from weft.plan.wiring import Wiring, reasons, sums_of, travels
@@ -92,20 +93,21 @@ class Plan:
 
 
 class Planner:
-    """Makes plans for one model. `granule`: see `strategy.place`. `costs`: without them `auto` is serial.
+    """Makes plans for one model. `granule`: see `strategy.place`. `costs`: without them `auto` is serial. `layout`: of
+    the model over the ranks; without it, all of them have all layers.
 
     `drift` corrects the costs by what batches were observed to take.
     """
 
     def __init__(
         self, outline: Outline, overlap: str, wire: str, granule: int = 1, costs: Costs | None = None,
-        drift: Drift | None = None,
+        drift: Drift | None = None, layout: Layout | None = None,
     ) -> None:  # fmt: skip
-        self.outline, self.wire, self.granule, self.costs = outline, wire, granule, costs
+        self.outline, self.wire, self.granule, self.costs, self.layout = outline, wire, granule, costs, layout
         self.wires = allowed(wire)
         self.overlap = canonical(overlap)
         if self.overlap != AUTO and Strategy.parse(self.overlap).scattered:
-            demand_scattering(outline)
+            demand_scattering(outline, layout)
         self.drift = drift or Drift()
         self.search = Search(outline, granule)
         self._known: OrderedDict[tuple[Batch, int], Plan] = OrderedDict()
@@ -122,7 +124,7 @@ class Planner:
 
     def like(self, overlap: str, wire: str) -> Planner:
         """A planner of the same model, granule and costs for another strategy and wire, as comparisons need them."""
-        return Planner(self.outline, overlap, wire, self.granule, self.costs, self.drift)
+        return Planner(self.outline, overlap, wire, self.granule, self.costs, self.drift, self.layout)
 
     def learn(self, costs: Costs | None) -> None:
         """Takes new costs, or none; plans made from earlier ones are forgotten."""
@@ -180,8 +182,8 @@ class Planner:
         strategy = Strategy() if self.overlap == AUTO else Strategy.parse(self.overlap)
         if not self.knows_costs:
             wiring = Wiring(self.wires[-1])
-            program = wiring.on(build(strategy, self.outline, batch, self.granule))
-            check(program, self.outline, batch)
+            program = wiring.on(build(strategy, self.outline, batch, self.granule, self.layout))
+            self._check(program, batch)
             return Plan(strategy, program, wiring.usual)
         costs = self._costs_for(batch)
         if self.overlap == AUTO:
@@ -190,11 +192,15 @@ class Planner:
             judged = self.search.judge(strategy, batch, costs, self.wires)
         factors, serial = self.drift.factors[self._small(batch)], judged.serial
         predicted = Prediction(judged.lanes, factors, serial.seconds, serial.compute, serial.network)
-        program, usual = build(judged.strategy, self.outline, batch, self.granule), judged.wiring.usual
+        program = build(judged.strategy, self.outline, batch, self.granule, self.layout)
+        usual = judged.wiring.usual
         program = self._by_cost(judged.wiring.on(program), batch, costs, usual)
-        check(program, self.outline, batch)
+        self._check(program, batch)
         why = reasons(judged.wiring, judged.exposed, self.wires, program)
         return Plan(judged.strategy, program, usual, predicted, why)
+
+    def _check(self, program: Program, batch: Batch) -> None:
+        check(program, self.outline, batch, self.layout.world if self.layout is not None else 1)
 
     @property
     def knows_costs(self) -> bool:

@@ -25,6 +25,7 @@ from weft.program.steps import Block, Form, Issued, Program, ProgramError
 from weft.wires import WIRES
 
 PROVEN = 256  # of which it is remembered
+REMEMBERED = 24  # unfinished stages, up to which rounds are compared
 
 
 def check(program: Program, outline: Outline, batch: Batch, world: int = 1) -> None:
@@ -145,6 +146,8 @@ class _Checker:
                 if step.concerns(self.rank):
                     self._step(Issued(self.index, step, layer, self._rows(step.chunk)))
                 self.index += 1
+            if len(self.progress) > REMEMBERED:  # pieces that flow leave all stages unfinished: no round is like another
+                continue
             if before == (now := self._state(block, number)):
                 taken = {lane: place - places[lane] for lane, place in self.places.items()}
                 self._skip(block, block.rounds - 1 - number, taken)
@@ -260,7 +263,7 @@ class _Checker:
 
     def _send(self, step: Issued, place: int, stage: Stage) -> None:
         """The rank that sends has all that came to these rows; to one that receives, it comes from all those stages."""
-        if self.outline.lags or stage.aside or place + 1 >= len(self.outline.stages):
+        if place + 1 >= len(self.outline.stages) or stage.aside or self.outline.input_until(place + 1) != place:
             raise ProgramError(f"{step.name!r}: no stage reads all that came to these rows up to here, and goes on")
         if any(rows.intersects(step.rows) for rows in self.spread):
             raise ProgramError(f"{step.name!r}: since a reduce_scatter, each rank has its part of these rows only")
@@ -316,20 +319,30 @@ class _Checker:
             self.spread.append(step.rows)
 
     def _sums_arrived(self, step: Issued, place: int) -> None:
-        for before in range(self.first, self.outline.input_until(place) + 1):
+        since = self.outline.input_until(place - 1) + 1 if self._begun(place - 1, step.rows) else 0
+        for before in range(max(since, self.first), self.outline.input_until(place) + 1):
             there = self._left_by(before)
             if covered(there, step.rows) < step.rows.length:
                 name = self.outline.stages[before].name
                 raise ProgramError(f"{step.name!r}: not after everything that {name} leaves in its rows")
 
+    def _begun(self, place: int, rows: Rows) -> bool:
+        """A stage was computed here of all these rows: what it had to wait for need not be looked at once more."""
+        progress = self.progress.get(place)
+        if progress is None or not progress.started:
+            return False
+        here = [started for started in progress.started if started not in progress.received]
+        return covered(here, rows) == rows.length
+
     def _read_by_those_before(self, step: Issued, place: int) -> None:
         """There is one residual stream: what a stage reads is changed by no later one, and from where wanted rows go on
         alone, the others are not needed any more."""
-        until = self.outline.input_until(place)
-        for before in range(self.first, place):
-            read = self._of(before).started
+        until, known = self.outline.input_until(place), self._begun(place - 1, step.rows)
+        for before in range(place - 1, self.first - 1, -1):
+            if known and self.outline.input_until(before) < self.outline.input_until(place - 1):
+                return  # the stage before has looked at these
             changes = self.outline.input_until(before) < until or before == self.narrow
-            if changes and covered(read, step.rows) < step.rows.length:
+            if changes and covered(self._of(before).started, step.rows) < step.rows.length:
                 name = self.outline.stages[before].name
                 raise ProgramError(
                     f"{step.name!r}: {name} has not read all of these rows yet, and this would change them"

@@ -37,8 +37,6 @@ def demand_ranks(form: Form, world: int) -> None:
             raise ProgramError(f"{name}: for ranks {_said(step)}, but there are only {world}, from 0 on")
         if any(list(ranks) != sorted(set(ranks)) for ranks in (step.ranks, step.to)):
             raise ProgramError(f"{name}: its ranks {_said(step)} don't rise")
-        if step.kind is Kind.GATHER and step.ranks:
-            raise ProgramError(f"{name}: all ranks are told the likeliest tokens")
         if (step.kind is Kind.SEND) != bool(step.to) or (step.to and not step.ranks):
             raise ProgramError(f"{name}: a send, and nothing else, names the ranks that it goes from and to")
         if set(step.ranks) & set(step.to):
@@ -62,7 +60,7 @@ def demand_whole(program: Program, outline: Outline, rows: Rows, world: int) -> 
             once([done for done, _ in computed[place]], each)
             _demand_share(each, ranks, computed[place])
             computed[place].append((each.rows, ranks))
-        elif each.kind in (Kind.TAIL, Kind.REDUCE, Kind.REDUCE_SCATTER):
+        elif each.kind in (Kind.TAIL, Kind.REDUCE, Kind.REDUCE_SCATTER) or (each.kind is Kind.GATHER and each.step.ranks):
             _demand_same(each, ranks, computed[place])
         if each.kind in (Kind.REDUCE_SCATTER, Kind.ENTER, Kind.ALL_GATHER):
             _demand_same(each, ranks, spread)

@@ -53,6 +53,11 @@ class Step(NamedTuple):
         """It is one of this rank's steps."""
         return not self.ranks or rank in self.ranks or rank in self.to
 
+    @property
+    def meeting(self) -> tuple[int, ...]:
+        """The ranks that a collective is between, rising; empty for all."""
+        return tuple(sorted((*self.ranks, *self.to)))
+
     def later(self, layers: int) -> Step:
         """The same, so many layers on."""
         return self if self.layer is None else self._replace(layer=self.layer + layers)
@@ -104,6 +109,12 @@ class Form:
         """Those that steps name; none where all steps are for all ranks."""
         steps = [step for block in self.blocks for step in block.steps]
         return frozenset(rank for step in steps for rank in (*step.ranks, *step.to))
+
+    @cached_property
+    def meetings(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Lanes that communicate with the ranks that do it there, each once, in the order in which they come first."""
+        steps = (step for block in self.blocks for step in block.steps if step.kind in COLLECTIVES)
+        return tuple(dict.fromkeys((step.lane, step.meeting) for step in steps))
 
     def urgent(self, rank: int) -> tuple[tuple[tuple[bool, ...], tuple[bool, ...]], ...]:
         """For each block, and each of its steps in a round that another one follows and in the last round: whether it

@@ -9,6 +9,8 @@
     rs                   each sum as a reduce-scatter and an all-gather, with the norm on 1/N of the rows between
                          them; alone, or of each chunk: iso:4+rs
     iso:3+ahead          earlier chunks go ahead: a chunk starts a stage when the one before it starts the next stage
+    pipe, pipe:8         pieces that go through all layers of a section one behind the other, so that each section of a
+    pipe@300,700         pipeline has one; alone, or each cut again: pipe:4+iso:2
 
 Knows text and offsets; the programs themselves are made in build.py.
 """
@@ -16,6 +18,7 @@ Knows text and offsets; the programs themselves are made in build.py.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -26,8 +29,8 @@ from weft.program.batch import Batch, Rows
 GRANULE = 128
 AUTO = "auto"
 SYNTAX = (
-    "auto, serial, iso[:N[/M]], iso@CUT,…[/CUT,…], requests[:N], tiles[:K], rs, "
-    "and iso or requests with +tiles, +rs or +ahead"
+    "auto, serial, iso[:N[/M]], iso@CUT,…[/CUT,…], requests[:N], tiles[:K], rs, pipe[:N], pipe@CUT,…, "
+    "iso or requests with +tiles, +rs or +ahead, and pipe with all of these but rs"
 )
 
 
@@ -37,7 +40,8 @@ class Strategy:
 
     `cuts` and `other_cuts` hold offsets (tokens) when they were written out, else the counts of chunks decide.
     `requests`: chunks are groups of whole sequences. `tiles`: of each chunk's last projection. `scattered`: sums
-    are reduce-scatter and all-gather. `ahead`: earlier chunks are a stage ahead of later ones.
+    are reduce-scatter and all-gather. `ahead`: earlier chunks are a stage ahead of later ones. `pieces`, `piece_cuts`:
+    what goes through a section's layers one behind the other; chunks then are those of each piece.
     """
 
     chunks: int = 1
@@ -48,13 +52,32 @@ class Strategy:
     requests: bool = False
     scattered: bool = False
     ahead: bool = False
+    pieces: int = 1
+    piece_cuts: tuple[int, ...] | None = None
 
     @classmethod
     def parse(cls, text: str) -> Strategy:
         """Reads the forms above. Raises `InputError` that lists them."""
-        if text.strip() == "serial":
+        first, plus, rest = text.strip().partition("+")
+        match = _PIECES.fullmatch(first)
+        if match is None:
+            return cls._parse(text, text.strip())
+        inside = cls._parse(text, rest) if plus else cls()
+        if inside.scattered:
+            raise InputError(f"--overlap {text!r}: pieces' sums can't be scattered; leave out rs, or pipe")
+        try:
+            if match[1] == "@":
+                return replace(inside, piece_cuts=_offsets(match[2]))
+            return replace(inside, pieces=_count(match[2], 4))
+        except ValueError:
+            raise _unknown(text) from None
+
+    @classmethod
+    def _parse(cls, text: str, inside: str) -> Strategy:
+        """What is cut inside a piece, or the batch. `text`: all that was given."""
+        if inside == "serial":
             return cls()
-        cutting, plus, added = text.strip().partition("+")
+        cutting, plus, added = inside.partition("+")
         if not plus and not cutting.startswith(("iso", "requests")):
             cutting, added = "", cutting
         try:
@@ -62,7 +85,7 @@ class Strategy:
             if plus or not cutting:
                 strategy = _added(strategy, added)
         except ValueError:
-            raise InputError(f"--overlap {text!r} is not a strategy; allowed: {SYNTAX} (counts from 1 to 64)") from None
+            raise _unknown(text) from None
         alike = (strategy.chunks, strategy.cuts) == (strategy.other_chunks, strategy.other_cuts)
         if (strategy.scattered or strategy.ahead) and not alike:
             raise InputError(
@@ -72,7 +95,13 @@ class Strategy:
 
     def __str__(self) -> str:
         added = ("rs" if self.scattered else "", "ahead" if self.ahead else "")
-        return "+".join(part for part in (self._cutting(), self._tiling(), *added) if part) or "serial"
+        parts = (self._piping(), self._cutting(), self._tiling(), *added)
+        return "+".join(part for part in parts if part) or "serial"
+
+    def _piping(self) -> str:
+        if self.piece_cuts is not None:
+            return f"pipe@{','.join(map(str, self.piece_cuts))}"
+        return f"pipe:{self.pieces}" if self.pieces > 1 else ""
 
     def _cutting(self) -> str:
         if self.cuts is not None and self.other_cuts is not None:
@@ -88,8 +117,13 @@ class Strategy:
         return f"tiles:{self.tiles}" if self.tiles > 1 else ""
 
 
+_PIECES = re.compile(r"pipe(?:([:@])([\d,]+))?")
 _CUT = re.compile(r"(iso|requests)(?:([:@])([\d,]+)(?:/([\d,]+))?)?")
 _ADDED = re.compile(r"rs|ahead|tiles(?::(\d+))?")
+
+
+def _unknown(text: str) -> InputError:
+    return InputError(f"--overlap {text!r} is not a strategy; allowed: {SYNTAX} (counts from 1 to 64)")
 
 
 def _cut(text: str) -> Strategy:
@@ -148,6 +182,7 @@ class Cuts:
     """Where the flattened batch is cut: offsets for ordered stages (attention) and for the others, tiles of a tail.
 
     `scattered`: sums are reduce-scatter and all-gather. `ahead`: earlier chunks are a stage ahead of later ones.
+    `pieces`: those of the offsets between which what lies goes through a section's layers by itself.
     """
 
     ordered: tuple[int, ...] = ()
@@ -155,6 +190,7 @@ class Cuts:
     tiles: int = 1
     scattered: bool = False
     ahead: bool = False
+    pieces: tuple[int, ...] = ()
 
 
 def place(strategy: Strategy, batch: Batch, granule: int = 1) -> Cuts:
@@ -164,23 +200,41 @@ def place(strategy: Strategy, batch: Batch, granule: int = 1) -> Cuts:
     cuts are moved there; raises `InputError` for a written cut that is elsewhere. Written cuts beyond the end of
     the batch do not apply to it.
     """
-    attention, others = _offsets_of(strategy, batch, granule)
-    return Cuts(attention, others, strategy.tiles, strategy.scattered, strategy.ahead and len(attention) > 0)
+    pieces = _pieces_of(strategy, batch, granule)
+    attention, others = (
+        tuple(sorted({*pieces, *cuts})) for cuts in _offsets_of(strategy, batch, granule, (0, *pieces, batch.tokens))
+    )
+    ahead = strategy.ahead and len(attention) > len(pieces)
+    return Cuts(attention, others, strategy.tiles, strategy.scattered, ahead, pieces)
 
 
-def _offsets_of(strategy: Strategy, batch: Batch, granule: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """For attention and for the other stages."""
+def _pieces_of(strategy: Strategy, batch: Batch, granule: int) -> tuple[int, ...]:
+    if strategy.piece_cuts is not None:
+        return _written(batch, strategy.piece_cuts, granule)
+    return _even(batch, Rows(0, batch.tokens), strategy.pieces, granule)
+
+
+def _offsets_of(
+    strategy: Strategy, batch: Batch, granule: int, edges: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:  # fmt: skip
+    """For attention and for the other stages. `edges`: of the pieces; written cuts are the batch's."""
     if strategy.cuts is not None and strategy.other_cuts is not None:
         return _written(batch, strategy.cuts, granule), _written(batch, strategy.other_cuts, granule)
     if strategy.requests:
         between = _between_sequences(batch, strategy.chunks)
         return between, between
-    return _even(batch, strategy.chunks, granule), _even(batch, strategy.other_chunks, granule)
+    pieces = [Rows(*pair) for pair in pairwise(edges)]
+    attention, others = (
+        tuple(offset for rows in pieces for offset in _even(batch, rows, chunks, granule))
+        for chunks in (strategy.chunks, strategy.other_chunks)
+    )
+    return attention, others
 
 
-def _even(batch: Batch, chunks: int, granule: int) -> tuple[int, ...]:
-    wanted = {on_granule(batch, round(batch.tokens * i / chunks), granule) for i in range(1, chunks)}
-    return tuple(sorted(wanted - {0, batch.tokens}))
+def _even(batch: Batch, rows: Rows, chunks: int, granule: int) -> tuple[int, ...]:
+    each = rows.length / chunks
+    wanted = {on_granule(batch, round(rows.start + each * i), granule) for i in range(1, chunks)}
+    return tuple(offset for offset in sorted(wanted) if rows.start < offset < rows.stop)
 
 
 def on_granule(batch: Batch, offset: int, granule: int) -> int:
@@ -213,7 +267,7 @@ def _between_sequences(batch: Batch, groups: int) -> tuple[int, ...]:
     return tuple(sorted({min(boundaries, key=lambda b, w=w: abs(b - w)) for w in wanted}))  # type: ignore[misc]
 
 
-def chunks(tokens: int, cuts: tuple[int, ...]) -> tuple[Rows, ...]:
-    """The rows between the cuts."""
-    edges = (0, *cuts, tokens)
+def chunks(rows: Rows, cuts: Sequence[int]) -> tuple[Rows, ...]:
+    """Rows between the cuts that lie in them."""
+    edges = (rows.start, *(cut for cut in cuts if rows.start < cut < rows.stop), rows.stop)
     return tuple(Rows(a, b) for a, b in pairwise(edges))
