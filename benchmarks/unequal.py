@@ -64,7 +64,7 @@ def measure(llms: dict[str, LLM], tokens: int, rounds: int) -> None:
             if number:
                 seconds[key].append(result.seconds)
     for (name, overlap), taken in seconds.items():
-        shares = ",".join(f"{share:g}" for share in llms[name].engine.config.shares)
+        shares = ",".join(f"{share:g}" for share in llms[name].engine.config.layout.shares[0])
         gain = median(a / b for a, b in zip(seconds["equal", overlap], taken, strict=True))
         known = plans[name, overlap].predicted
         print(

@@ -64,7 +64,7 @@ def test_recalibrated_and_shared_by_speed(packaged: Path) -> None:
     with LLM(packaged, tensor_parallel_size=2, num_threads=1, shares="auto", recalibrate=True) as llm:
         [notice] = told_of(llm)
         assert notice.startswith("shares by speed: ")
-        shares = llm.engine.config.shares
+        [shares] = llm.engine.config.layout.shares
         assert max(shares) == 1.0 and min(shares) > 0.3
         assert llm.generate("import os", GREEDY)[0].outputs[0].token_ids
         assert file_of(llm).is_file()

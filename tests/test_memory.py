@@ -22,6 +22,7 @@ from weft.execute.process import GROUPS, free_memory, machine_name
 from weft.execute.protocol import Hello, Loaded
 from weft.launch.keys import key_of
 from weft.launch.launcher import VERSION
+from weft.layout import Layout
 from weft.model.description import model_config
 from weft.model.families import blueprint_of
 from weft.model.shares import shard_bytes, shares_of
@@ -98,7 +99,7 @@ def hello(place: int, machine: str, free: int) -> Hello:
 def test_floats_of_a_quantised_checkpoint_count_as_floats(packaged: Path) -> None:
     """Whoever quantises with AWQ, GPTQ and their like leaves the embedding and the head as they were."""
     model = model_config(packaged)
-    config = EngineConfig(ranks=2, shares=(1.0, 1.0), weights="auto:int4")
+    config = EngineConfig(Layout.tensor(model.layers, (1.0, 1.0)), weights="auto:int4")
     rounded = weights_needed(model, config)
     quantised = replace(model, fields={**model.fields, "quantization_config": {"quant_method": "awq"}})
     table = model.fields["vocab_size"] * model.fields["hidden_size"]  # whole on each rank, and tied
@@ -109,9 +110,9 @@ def test_floats_of_a_quantised_checkpoint_count_as_floats(packaged: Path) -> Non
 
 def test_each_machine_is_asked_for_its_own_ranks_only(packaged: Path) -> None:
     model = model_config(packaged)
-    config = EngineConfig(ranks=3, shares=(1.0, 1.0, 2.0))
+    config = EngineConfig(Layout.tensor(model.layers, (1.0, 1.0, 2.0)))
     parts = [
-        shard_bytes(blueprint_of(model), share, "float32") for share in shares_of(blueprint_of(model), config.shares)
+        shard_bytes(blueprint_of(model), share, "float32") for share in shares_of(blueprint_of(model), config.layout)
     ]
     ranks = [hello(0, "a", parts[0] + parts[1]), hello(1, "a", parts[0] + parts[1]), hello(2, "b", parts[2])]
     demand_memory(model, config, ranks)

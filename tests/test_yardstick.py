@@ -76,7 +76,7 @@ def test_alone_is_a_range_and_no_link_is_of_one_rank(packaged: Path) -> None:
 
 def test_the_same_cores_for_fewer_ranks(packaged: Path) -> None:
     config = EngineConfig.resolve(model_config(packaged), ranks=4, threads=2, shares=(1, 2, 3, 4))
-    assert [(c.ranks, c.threads, c.shares) for c in (with_ranks(config, 1), with_ranks(config, 2))] == [
+    assert [(c.ranks, c.threads, c.layout.shares[0]) for c in (with_ranks(config, 1), with_ranks(config, 2))] == [
         (1, 8, (1.0,)), (2, 4, (1.0, 1.0)),
     ]  # fmt: skip
 

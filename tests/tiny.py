@@ -79,6 +79,16 @@ MODELS |= {
 }
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}  # that aren't named after their model
 FAMILIES = tuple(reversed(FIRST.values()))  # one of each
+DEPTH = 5  # layers of those that several sections share
+
+
+def _deeper(changes: dict[str, Any]) -> dict[str, Any]:
+    """What is said layer by layer is said over again."""
+    lists = {name: (value * DEPTH)[:DEPTH] for name, value in changes.items() if name.startswith("layer_")}
+    return changes | lists | {"num_hidden_layers": DEPTH}
+
+
+DEEP = {f"{name}-deep": (MODELS[name][0], _deeper(MODELS[name][1])) for name in MODELS if not name.endswith("-odd")}
 
 
 def random_model(family: str, sizes: dict[str, Any]) -> Any:
@@ -110,7 +120,7 @@ class Checkpoints:
     @cache  # noqa: B019 (one for the whole session)
     def model(self, name: str) -> Any:
         """transformers' own model."""
-        family, changes = MODELS[name]
+        family, changes = (MODELS | DEEP)[name]
         return random_model(family, SMALL | changes)
 
     def model_anew(self, name: str) -> Any:

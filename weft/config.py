@@ -68,9 +68,10 @@ class EngineConfig:
 
     Lengths are in tokens. `prefixes`: sequences that are over and kept for others that begin alike. `token_interval`:
     seconds between tokens that prompts should leave to whoever is answered meanwhile; None: throughput is all that
-    counts. `layout`: how the ranks share the model. `cores`: those that the ranks are pinned to, `threads` each in turn; None leaves it to the system. `transport`: of messages between ranks;
-    auto is shared memory on one machine and TCP between machines, encrypted there but for `plain_data`; tls is TCP,
-    encrypted anywhere. `link`: over which they seem to travel.
+    counts. `layout`: how the ranks share the model. `cores`: those that the ranks are pinned to, `threads` each in
+    turn; None leaves it to the system. `transport`: of messages between ranks; auto is shared memory on one machine and
+    TCP between machines, encrypted there but for `plain_data`; tls is TCP, encrypted anywhere. `link`: over which they
+    seem to travel.
     `check_content`: other machines' weights are compared whole, not by their headers alone. `dtype`: what is computed
     in; `weights`: what weights are kept in. auto comes to auto:int8 or auto:int4 once it is known what room there is on
     the ranks' machines: what the checkpoint has in few bits is kept so, in no fewer, the rest in `dtype`.
@@ -110,10 +111,10 @@ class EngineConfig:
     @classmethod
     def resolve(
         cls, model: ModelConfig, *, ranks: int = 1, sections: int = 1, layers: tuple[int, ...] | None = None,
-        shares: tuple[float, ...] | None = None, overlap: str = "auto", wire: str = "exact", transport: str = "auto", link: Link = NO_LINK, plain_data: bool = False,
-        check_content: bool = False, reproducible: bool = False, threads: int | None = None, device: str = "cpu",
-        dtype: str = "float32", weights: str = "auto", kv: str = "auto", max_length: int | None = None,
-        max_sequences: int = 16, max_batch_tokens: int = 8192,
+        shares: tuple[float, ...] | None = None, overlap: str = "auto", wire: str = "exact", transport: str = "auto",
+        link: Link = NO_LINK, plain_data: bool = False, check_content: bool = False, reproducible: bool = False,
+        threads: int | None = None, device: str = "cpu", dtype: str = "float32", weights: str = "auto",
+        kv: str = "auto", max_length: int | None = None, max_sequences: int = 16, max_batch_tokens: int = 8192,
         prefixes: int = 16, token_interval: float | None = None, cores: tuple[int, ...] | None = None,
     ) -> EngineConfig:  # fmt: skip
         """Fills in what was left open; raises `InputError` for values that are not allowed. `ranks`: of each of the
@@ -152,8 +153,8 @@ def laid_out(
     layers = tuple(layers) if layers is not None else even_layers(model, sections)
     if len(layers) != sections or sum(layers) != model or min(layers) < 1:
         raise InputError(
-            f"--layers {','.join(map(str, layers))} does not go with --pp {sections} and a model of {model} layers; give "
-            f"a number for each section, as in {','.join(map(str, even_layers(model, sections)))}"
+            f"--layers {','.join(map(str, layers))} does not go with --pp {sections} and a model of {model} layers; "
+            f"give a number for each section, as in {','.join(map(str, even_layers(model, sections)))}"
         )
     world = ranks * sections
     shares = shares or (1.0,) * world

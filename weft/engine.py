@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as ReadOnly
 from contextlib import suppress
@@ -28,7 +29,6 @@ from weft.launch.launcher import Launcher
 from weft.model.description import model_config
 from weft.model.families import blueprint_of
 from weft.plan.budget import Budget
-from weft.plan.calibrate import TooSlow
 from weft.plan.planner import Plan, Planner
 from weft.program.batch import Batch, Segment
 from weft.requests import Requests, blame
@@ -37,7 +37,6 @@ from weft.turn import Flight, Turn
 from weft.workers import Progress, Workers
 
 SCORED_BYTES = 128 << 20  # of logits that a batch's scored rows may take
-
 
 _log = logging.getLogger("weft")
 
@@ -58,9 +57,8 @@ class Engine:
         share_by_speed: bool = False,
     ) -> None:  # fmt: skip
         self.path, self.model = path, model or model_config(path)
-        blueprint = blueprint_of(self.model)
-        granule = granule_of(config)
-        self.planner = Planner(blueprint.outline, config.overlap, config.wire, granule, layout=config.layout)
+        granule, outline = granule_of(config), blueprint_of(self.model).outline
+        self.planner = Planner(outline, config.overlap, config.wire, granule, layout=config.layout)
         tokenizer = reading_tokenizer(path)
         self.budget = Budget(self.planner)
         self.workers = Workers(path, config, self.model, launcher, ready=tokenizer)
@@ -70,7 +68,7 @@ class Engine:
         scored = SCORED_BYTES // (4 * self.model.vocabulary)
         self.batcher = Batcher(
             config.max_sequences, self.workers.memory, config.prefixes, granule, self.model.stretches_beyond, scored,
-            self.model.turns_anew,
+            self.model.turns_anew, len(config.layout.sections),
         )  # fmt: skip
         try:
             self.requests = Requests(
@@ -81,7 +79,8 @@ class Engine:
             raise
         self.notices += self.requests.notices
         self.last_turn: Turn | None = None
-        self.ahead: Flight | None = None  # the batch after the one that is waited for, if it is on its way
+        self.flights: deque[Flight] = deque()  # batches under way, in the order in which ranks run them
+        self._made: Scheduled | None = None  # the next one, until it is under way
         self._untold: list[Sequence] = []  # that were refused while workers are started again
 
     @property
@@ -90,12 +89,8 @@ class Engine:
         return self.requests.tokenizer
 
     def calibrate(self, wires: tuple[str, ...], watch: Callable[[float], None] = lambda share: None) -> None:
-        """Measures what steps cost on these ranks, between requests, in some 5 s; plans follow from it then on. Over a
-        link that is too slow for that nothing is known of them."""
-        try:
-            self.planner.learn(self.workers.calibrate(self.probe, wires, watch))
-        except TooSlow:
-            self.planner.learn(None)
+        """Measures what steps cost on these ranks, between requests, in some 5 s; plans follow from it then on."""
+        self.workers.teach(self.planner, self.probe, wires, watch)
 
     def add(
         self, prompt: ReadOnly[int], params: SamplingParams, priority: int = 0, owner: str = "",
@@ -113,27 +108,25 @@ class Engine:
         self._demand_group()
         if expired := self.expire():
             return expired
-        scheduled: Scheduled | None = None
-        flight: Flight | None = None
         try:
-            scheduled = self.ahead.scheduled if self.ahead else self.batcher.next(self._budget(), time.monotonic())
-            flight = self.ahead or self._submit(scheduled, timeline)
-            self.ahead = self._look_ahead(scheduled, timeline)
+            self._send_off(timeline)
+            flight = self.flights[0]
             meanwhile()
             result = self.workers.controller.collect(flight.submitted)
-            self.planner.observe(flight.plan, scheduled.batch, result.compute, result.network)
-            self.budget.observe(scheduled.batch, result.seconds, result.sampling)
-        except Exception as error:  # whatever it is: nobody got a token yet, so the batch can be tried again
-            if flight is None and isinstance(error, WorkerLost):  # no worker has seen the batch
+            self.planner.observe(flight.plan, flight.scheduled.batch, result.compute, result.network)
+            self.budget.observe(flight.scheduled.batch, result.seconds, result.sampling)
+        except Exception as error:  # whatever it is: nobody got a token yet, so the batches can be tried again
+            if not self.flights and isinstance(error, WorkerLost):  # no worker has seen one
                 self.restart(error)
                 return []
-            return self._recover(scheduled, error)
+            return self._recover(error)
         except BaseException:  # Ctrl-C: who knows what the workers have been told
             self.workers.up = False
             raise
+        self.flights.popleft()
         self.workers.restarts.worked()
-        alive = self._commit(scheduled, result)
-        self.last_turn = Turn(scheduled, flight.plan, time.perf_counter() - begin, result)
+        alive = self._commit(flight.scheduled, result)
+        self.last_turn = Turn(flight.scheduled, flight.plan, time.perf_counter() - begin, result)
         return alive
 
     def look(self) -> None:
@@ -160,31 +153,36 @@ class Engine:
 
     def _budget(self) -> int:
         """Tokens of the next batch."""
-        decoding = [Segment(0, sequence.computed, 1) for sequence in self.batcher.running if sequence.left == 1]
+        decoding = [Segment(0, sequence.sent, 1) for sequence in self.batcher.running if sequence.unsent == 1]
         return self.budget.tokens(self.config.token_interval, decoding, self.config.max_batch_tokens)
 
-    def _submit(self, scheduled: Scheduled, timeline: bool, after: int = 0) -> Flight:
-        """Sends a batch off. `after`: tokens that its sequences will have got by then, beyond those they have."""
+    def _send_off(self, timeline: bool) -> None:
+        """Has a batch under way, and more where they can be foreseen: workers then never wait for the engine, and each
+        section has one."""
+        if not self.flights:
+            self._fly(self.batcher.next(self._budget(), time.monotonic()), timeline)
+        while more := self.batcher.further([f.scheduled for f in self.flights], self._budget, time.monotonic()):
+            self._fly(more, timeline)
+
+    def _fly(self, scheduled: Scheduled, timeline: bool) -> None:
+        self._made = scheduled
         plan = self.planner.plan(scheduled.batch)
+        after = 1 if scheduled.follows else 0  # tokens that its sequences will have got by then, beyond those they have
         choices = [choice for part in scheduled.parts for choice in self.requests.choices(*part[:2], after)]
         self.workers.move(self.batcher.moves())
         given = scheduled.batch, scheduled.tokens, choices, plan.program, plan.wire, RunOptions(timeline=timeline)
-        return Flight(scheduled, plan, self.workers.controller.submit(*given, scheduled.follows))
+        self.flights.append(Flight(scheduled, plan, self.workers.controller.submit(*given, scheduled.follows)))
+        self._made = None
 
-    def _look_ahead(self, scheduled: Scheduled, timeline: bool) -> Flight | None:
-        """Sends the next batch off too, where it can be foreseen: the workers then never wait for the engine."""
-        if self.config.layout.several:
-            return None
-        following = self.batcher.ahead(scheduled)
-        return self._submit(following, timeline, after=1) if following is not None else None
-
-    def _recover(self, scheduled: Scheduled | None, error: Exception) -> list[Sequence]:
-        """After a batch that failed: its requests are tried again, each by itself, or refused if they were.
+    def _recover(self, error: Exception) -> list[Sequence]:
+        """After a batch that failed: requests of those under way are tried again, each by itself, or refused if they
+        were.
 
         Returns the sequences that ended. Raises `GivenUp` where starting the workers again doesn't help.
         """
-        there = (*self.batcher.running, *self.batcher.waiting) if scheduled is None else scheduled.sequences
-        suspects = [sequence for sequence in there if sequence.finish_reason is None]
+        made = [*(flight.scheduled for flight in self.flights), *filter(None, [self._made])]
+        there = [s for each in made for s in each.sequences] or [*self.batcher.running, *self.batcher.waiting]
+        suspects = list(dict.fromkeys(sequence for sequence in there if sequence.finish_reason is None))
         if not isinstance(error, WorkerLost | WorkerFailed | InputError):
             _log.error("a batch failed; its requests are tried again, each by itself", exc_info=error)
         if blame(suspects, error):
@@ -205,7 +203,8 @@ class Engine:
 
     def restart(self, error: Exception, blamed: bool = False) -> None:
         """A new group of workers, for which everything is computed again; see `Workers.restart`."""
-        self.ahead = None
+        self.flights.clear()
+        self._made = None
         self.batcher.rewind()
         self.workers.restart(error, blamed)
 
@@ -220,7 +219,7 @@ class Engine:
             total = next(pooled) if segment.pooled and segment.wanted else None
             if not sequence.alive:
                 continue
-            sequence.computed = segment.end
+            sequence.land(segment.end)
             try:
                 self.requests.take(sequence, segment, grows, answers, total)
             except Exception as error:  # whatever it is, it is this request's
@@ -234,8 +233,8 @@ class Engine:
     def forget(self, sequences: list[Sequence]) -> None:
         """Takes sequences out; what they have so far stays with the caller."""
         self.batcher.leave(sequences)
-        if self.ahead is not None and not any(s.alive for s in self.ahead.scheduled.sequences):
-            self.ahead = None  # nobody waits for it; its result is dropped when the next one is collected
+        while self.flights and not any(s.alive for s in self.flights[-1].scheduled.sequences):
+            self.flights.pop()  # nobody waits for it; its result is dropped when a later one is collected
         with suppress(WorkerLost, WorkerFailed):  # a lost rank has no memory to free, and the next run notices
             self.workers.move(self.batcher.moves())
 

@@ -66,6 +66,12 @@ class Layout:
         """The rank that says which tokens were chosen: the first one of the last section."""
         return self.sections[-1].ranks[0]
 
+    @property
+    def parts(self) -> list[float]:
+        """Of all layers, what each rank has."""
+        each = [layers / sum(self.layers) for layers in self.layers]
+        return [part * share / sum(shares) for part, shares in zip(each, self.shares, strict=True) for share in shares]
+
     def section_of(self, rank: int) -> Section:
         """The one that a rank is in."""
         return next(section for section in self.sections if rank in section.ranks)

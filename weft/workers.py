@@ -164,6 +164,13 @@ class Workers:
         self._bring_up(_read(tell))
         return [line, *self._learn(planner, tell, recalibrate)]
 
+    def teach(self, planner: Planner, probe: Probe, wires: tuple[str, ...], watch: Callable[[float], None]) -> None:
+        """Measures anew what the planner goes by. Over a link that is too slow for that nothing is known."""
+        try:
+            planner.learn(self.calibrate(probe, wires, watch))
+        except TooSlow:
+            planner.learn(None)
+
     def calibrate(self, probe: Probe, wires: tuple[str, ...], watch: Callable[[float], None]) -> Costs:
         """Measures what steps cost on these ranks, for these wires, in some 5 s. Raises `TooSlow`."""
         try:

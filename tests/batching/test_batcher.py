@@ -20,7 +20,7 @@ def request(length: int, limit: int = 4, n: int = 1, first: int = 0, **more: obj
 
 def commit(batcher: Batcher, scheduled: Scheduled, token: int = 7) -> None:
     for sequence, segment, grows in scheduled.parts:
-        sequence.computed = segment.end
+        sequence.land(segment.end)
         if grows:
             sequence.tokens.append(token)
     batcher.check_integrity()
@@ -291,9 +291,9 @@ Kept = tuple[int, bool, int]
 def bits(batcher: Batcher, sequence: Sequence, position: int) -> Kept:
     """What a position's keys and values are, if each sequence were alone."""
     length = len(sequence.request.prompt)
-    stretch = max(batcher.trained, length, position + 1) if batcher.trained is not None else 0
-    if batcher.trained is not None and batcher.anew:
-        stretch = int(len(sequence.tokens) > batcher.trained)
+    stretch = max(batcher.stretching.trained, length, position + 1) if batcher.stretching.trained is not None else 0
+    if batcher.stretching.trained is not None and batcher.stretching.anew:
+        stretch = int(len(sequence.tokens) > batcher.stretching.trained)
     return sequence.tokens[position], batcher.granule > 1 and position >= length, stretch
 
 
@@ -316,15 +316,15 @@ def run(batcher: Batcher, scheduled: Scheduled, slots: list[list[Kept]]) -> None
         tokens = list(scheduled.tokens[offset : offset + segment.length])
         assert tokens == sequence.tokens[segment.start : segment.end]
         length = len(sequence.request.prompt)
-        if batcher.trained is not None and batcher.anew:
-            assert (segment.prompt > batcher.trained) == (len(sequence.tokens) > batcher.trained)
+        if batcher.stretching.trained is not None and batcher.stretching.anew:
+            assert (segment.prompt > batcher.stretching.trained) == (len(sequence.tokens) > batcher.stretching.trained)
         if batcher.granule > 1:
             assert segment.end <= length or segment.length == 1 or segment.start == 0 == length - segment.end
         if sequence.scored:
             assert segment.wanted == segment.length and sequence.reused == 0
         slots[segment.sequence] = memory[: segment.start] + own[segment.start :]
         offset += segment.length
-        sequence.computed = segment.end
+        sequence.land(segment.end)
         if grows:
             sequence.tokens.append(9)
             sequence.alone = False

@@ -20,10 +20,10 @@ def split(checkpoints: Checkpoints) -> Iterator[object]:
     kept: dict[object, Ranks] = {}
 
     def get(name: str, shares: tuple[float, ...], exact_rows: bool = False, lags: tuple[int, ...] = (0, 0),
-            times: int = 1) -> Ranks:  # fmt: skip
-        key = (name, shares, exact_rows, lags, times)
+            times: int = 1, layers: tuple[int, ...] = ()) -> Ranks:  # fmt: skip
+        key = (name, shares, exact_rows, lags, times, layers)
         if key not in kept:
-            kept[key] = Ranks(checkpoints.directory(name), shares, exact_rows, lags=lags, times=times)
+            kept[key] = Ranks(checkpoints.directory(name), shares, exact_rows, lags=lags, times=times, layers=layers)
         return kept[key]
 
     yield get

@@ -157,7 +157,7 @@ def test_a_second_load_is_the_first(packaged: Path, weights: str, monkeypatch: p
         blueprint = blueprint_of(config)
         share = tensor_shares(blueprint, [1.0, 1.0])[1]
         with closing(open_model(packaged, config)) as checkpoint:
-            return load(checkpoint, blueprint, share, weights=weights, kept=KeptWeights([weights]))
+            return load(checkpoint, blueprint, share, weights=weights, kept=lambda part: KeptWeights([weights, part]))
 
     first = loaded()
     monkeypatch.setattr("weft.model.matrices.MatrixReader._put", lambda *_: pytest.fail("read again"))

@@ -51,7 +51,9 @@ def test_heads(heads: int, kv_heads: int, shares: tuple[float, ...], expected: l
 
 
 def test_runs_of_a_ragged_part() -> None:
-    middle = tensor_shares(blueprint_of(CONFIG), (1, 1, 1))[1]  # heads 3, 4, 5: one of the first group, two of the second
+    middle = tensor_shares(blueprint_of(CONFIG), (1, 1, 1))[
+        1
+    ]  # heads 3, 4, 5: one of the first group, two of the second
     assert [(run.query, run.key, run.group) for run in middle.runs] == [
         (slice(0, 1), slice(0, 1), 1),
         (slice(1, 3), slice(1, 2), 2),

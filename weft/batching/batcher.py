@@ -7,11 +7,13 @@ kept prefixes go first; then the least urgent running sequence waits again, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as ReadOnly
 from itertools import accumulate
 
 from weft.batching.request import Request, Sequence
 from weft.batching.scheduled import CopyPrefix, Counts, Drop, Move, Scheduled
+from weft.batching.stretching import Stretching
 from weft.cache.prefixes import Prefix, Prefixes, packed, shared
 from weft.program.batch import Batch, Segment
 
@@ -29,17 +31,16 @@ class Batcher:
     sequences: how many run at once. memory: what key/value memory holds in all. prefixes: how many sequences that are
     over may be kept for those that begin alike; 0 reuses nothing. granule: positions on whose multiples alone a
     sequence may be cut; above 1 answers are computed token by token also where they are known already, as after a
-    loss, so that the bits of keys and values don't tell. trained: where rotary angles stretch with a prompt that is
-    longer than this many tokens; anew: they have two forms, for shorter and for longer sequences, and one that grows
-    beyond is computed anew. scored: rows of prompts that a batch may score at most.
+    loss, so that the bits of keys and values don't tell. trained, anew: see `Stretching`. scored: rows of prompts that
+    a batch may score at most. flights: batches that may be under way at a time, over which answers are divided.
     """
 
     def __init__(
         self, sequences: int, memory: int, prefixes: int = 0, granule: int = 1, trained: int | None = None,
-        scored: int = 1 << 20, anew: bool = False,
+        scored: int = 1 << 20, anew: bool = False, flights: int = 1,
     ) -> None:  # fmt: skip
-        self.sequences, self.memory, self.granule, self.trained = sequences, memory, granule, trained
-        self.anew = anew
+        self.sequences, self.memory, self.granule, self.flights = sequences, memory, granule, flights
+        self.stretching = Stretching(trained, anew)
         self.most_scored = max(scored, 2 * granule, FEW)
         self.slots = sequences + prefixes
         self.waiting: list[Sequence] = []
@@ -85,21 +86,38 @@ class Batcher:
 
     def next(self, budget: int, now: float = 0.0) -> Scheduled:
         """The next batch, of about `budget` tokens at most; there must be something to do."""
-        for sequence in self.running:
-            if self._outgrown(sequence, len(sequence.tokens)):
-                self._begin(sequence, 0)
+        self._renew()
         self._alone_last = not self._alone_last
         turns = [self._together, self._one_alone][:: -1 if self._alone_last else 1]
         chosen = turns[0](budget, now) or turns[1](budget, now)
         assert chosen, "nothing runs though something waits"
         return self._counted(self._scheduled(chosen))
 
+    def further(self, under_way: ReadOnly[Scheduled], budget: Callable[[], int], now: float) -> Scheduled | None:
+        """One more batch beside those under way: one that is foreseen or, of several flights, of what is known."""
+        if self.flights == 1:
+            return self.ahead(under_way[0]) if len(under_way) == 1 else None
+        if len(under_way) >= self.flights or any(sequence.alone for sequence in under_way[-1].sequences):
+            return None
+        self._renew()
+        chosen = self._together(budget(), now)
+        return self._counted(self._scheduled(chosen)) if chosen else None
+
+    def _renew(self) -> None:
+        """Those that have outgrown their form start over."""
+        for sequence in self.running:
+            if not sequence.flying and self.stretching.outgrown(sequence, len(sequence.tokens)):
+                self._begin(sequence, 0)
+
     def _together(self, budget: int, now: float) -> dict[Sequence, int]:
         """How many tokens of each go into one batch."""
         chosen: dict[Sequence, int] = {}
-        self.running.sort(key=lambda s: (s.left > 1, self.urgency(s, now)))
+        answers = -(-sum(sequence.left == 1 for sequence in self.running) // self.flights)
+        self.running.sort(key=lambda s: (s.unsent > 1, self.urgency(s, now)))
         for sequence in list(self.running):
-            if budget > 0 and sequence.slot is not None and not sequence.alone:  # no slot: preempted for one before it
+            answers -= sequence.unsent == 1
+            later = sequence.unsent == 1 and answers < 0  # in another flight
+            if budget > 0 and sequence.slot is not None and not sequence.alone and not later:  # preempted: no slot
                 budget -= self._extend(sequence, budget, chosen, now)
         for sequence in self._starting(now):
             if budget <= 0:
@@ -124,7 +142,7 @@ class Batcher:
         """Sees to it that a sequence runs, at the cost of a less urgent one if need be; True if it does."""
         if sequence.slot is None and not self._may_start():
             own = self.urgency(sequence, now)
-            others = [s for s in self.running if self.urgency(s, now) > own]
+            others = [s for s in self.running if not s.flying and self.urgency(s, now) > own]
             if others:
                 self._preempt(max(others, key=lambda s: self.urgency(s, now)))
         if sequence.slot is None and self._may_start():
@@ -143,7 +161,7 @@ class Batcher:
             return None
         if any(not s.foreseeable or s.alone or s.produced + 1 >= s.request.limit for s in scheduled.sequences):
             return None
-        if any(self._outgrown(s, len(s.tokens) + 1) for s in scheduled.sequences):
+        if any(self.stretching.outgrown(s, len(s.tokens) + 1) for s in scheduled.sequences):
             return None
         segments = tuple(Segment(old.sequence, old.end, 1, prompt=old.prompt) for old in scheduled.batch.segments)
         for segment in segments:
@@ -155,17 +173,20 @@ class Batcher:
         """Puts the batch on its owners' accounts; a token of an answer counts twice, as it takes a pass of its own."""
         for sequence, segment, grows in scheduled.parts:
             self._served[sequence.request.owner] += segment.length + grows
+            sequence.flying += segment.length
         return scheduled
 
     def _scheduled(self, chosen: dict[Sequence, int]) -> Scheduled:
         segments, tokens, growing = [], [], []
         for sequence, count in chosen.items():
             assert sequence.slot is not None
-            whole = count == sequence.left
+            whole = count == sequence.unsent
             wanted, pooled = count if sequence.heeded else int(whole), sequence.request.params.pooling is not None
-            segments.append(Segment(sequence.slot, sequence.computed, count, wanted, self._prompt(sequence), pooled))
+            segments.append(
+                Segment(sequence.slot, sequence.sent, count, wanted, self.stretching.prompt(sequence), pooled)
+            )
             growing.append(whole and sequence.request.limit > 0)
-            tokens += sequence.tokens[sequence.computed : sequence.computed + count]
+            tokens += sequence.tokens[sequence.sent : sequence.sent + count]
         return Scheduled(Batch(tuple(segments)), tuple(chosen), tuple(tokens), tuple(growing))
 
     def _may_start(self) -> bool:
@@ -176,7 +197,7 @@ class Batcher:
         if sequence.scored:
             most = min(most, self.most_scored - sum(count for other, count in chosen.items() if other.scored))
         count = self._piece(sequence, most, alone=not chosen) if most > 0 else 0
-        slot, end = sequence.slot, sequence.computed + count
+        slot, end = sequence.slot, sequence.sent + count
         assert slot is not None
         if not count or not self._make_room(end - self._filled[slot], sequence, chosen, now):
             return 0
@@ -189,21 +210,21 @@ class Batcher:
 
         Never all but one where the granule matters: one token by itself is computed by another kernel.
         """
-        length = len(sequence.tokens)
+        length, sent = len(sequence.tokens), sequence.sent
         if self.granule > 1 and sequence.produced:  # what was an answer has the bits of tokens one by one
             length = len(sequence.request.prompt)
-            if sequence.computed >= length:
-                return 1
-        stop = _cut(sequence.computed + most, length, self.granule)
-        if stop <= sequence.computed and alone:
-            stop = _cut(min(length, sequence.computed + 2 * self.granule), length, self.granule)
-        return max(0, stop - sequence.computed)
+            if sent >= length:
+                return min(1, sequence.unsent)
+        stop = _cut(sent + most, length, self.granule)
+        if stop <= sent and alone:
+            stop = _cut(min(length, sent + 2 * self.granule), length, self.granule)
+        return max(0, stop - sent)
 
     def _make_room(self, tokens: int, sequence: Sequence, chosen: Iterable[Sequence], now: float) -> bool:
         """Sees to it that so many more tokens of a sequence fit, at the cost of prefixes and of less urgent ones."""
         own = self.urgency(sequence, now)
         while self.used + tokens > self.memory:
-            others = [s for s in self.running if s not in chosen and self.urgency(s, now) > own]
+            others = [s for s in self.running if not s.flying and s not in chosen and self.urgency(s, now) > own]
             if (slot := self.prefixes.oldest()) is not None:
                 self.prefixes.take(slot)
                 self._drop(slot)
@@ -247,7 +268,7 @@ class Batcher:
         if not self.prefixes.limit or sequence.heeded:
             return None
         tokens = sequence.request.packed if not sequence.produced else packed(sequence.tokens)
-        kept = self.prefixes.longest(tokens, (self._stretch(sequence), sequence.request.salt))
+        kept = self.prefixes.longest(tokens, (self.stretching.of(sequence), sequence.request.salt))
         prefixes = [kept] if kept is not None else []
         for other in self.running:
             assert other.slot is not None
@@ -278,36 +299,16 @@ class Batcher:
 
     def _shares(self, other: Sequence, sequence: Sequence) -> bool:
         """Whether what a running one computes is what another one would."""
-        return other.request.salt == sequence.request.salt and other.stretch == self._stretch(sequence)
-
-    def _stretch(self, sequence: Sequence) -> int:
-        """What the angles of a prompt's positions depend on beside the position; alike for all but with `trained`."""
-        if self.trained is None:
-            return 0
-        if self.anew:
-            return int(len(sequence.tokens) > self.trained)
-        return max(self.trained, len(sequence.request.prompt))
-
-    def _outgrown(self, sequence: Sequence, length: int) -> bool:
-        """With so many tokens, what is computed of it is of the form for shorter sequences."""
-        return self.anew and self.trained is not None and not sequence.stretch and length > self.trained
-
-    def _prompt(self, sequence: Sequence) -> int:
-        """Tokens by which its angles are stretched, if they are: of the prompt, or what is longer than a short one."""
-        if self.trained is None:
-            return 0
-        return max(len(sequence.request.prompt), self.trained + 1 if self.anew and sequence.stretch else 0)
+        return other.request.salt == sequence.request.salt and other.stretch == self.stretching.of(sequence)
 
     def _begin(self, sequence: Sequence, computed: int) -> None:
         """It is computed from there on, in the form that its tokens call for."""
-        sequence.computed, sequence.stretch = computed, self._stretch(sequence)
+        sequence.computed, sequence.flying, sequence.stretch = computed, 0, self.stretching.of(sequence)
 
     def _lasting(self, sequence: Sequence) -> int:
-        """How many of its computed positions are what they would be in another sequence that begins alike."""
-        most = sequence.stretch if self.trained is not None and not self.anew else sequence.computed
-        if self.granule > 1:
-            most = min(most, len(sequence.request.prompt))
-        return min(most, sequence.computed)
+        """How many of its computed positions others can have."""
+        length = len(sequence.request.prompt) if self.granule > 1 else sequence.computed
+        return min(self.stretching.lasting(sequence), length)
 
     def _start(self, sequence: Sequence, prefix: Prefix | None) -> None:
         """Gives a waiting sequence a slot, with what is known of its beginning in it."""
@@ -385,7 +386,7 @@ class Batcher:
         assert len(used) == len(self.running), "a running sequence has no slot"
         assert sorted([*used, *kept, *self._free]) == list(range(self.slots)), "a slot has two uses, or none"
         assert all(s.slot is None and s.computed == 0 for s in self.waiting), "a waiting sequence has memory"
-        assert all(self._filled[s.slot] >= s.computed for s in self.running if s.slot is not None), "more than there is"
+        assert all(self._filled[s.slot] >= s.sent for s in self.running if s.slot is not None), "more than there is"
         assert all(self._filled[slot] >= self.prefixes.length(slot) for slot in kept), "a prefix is not in memory"
         assert not any(self._filled[slot] for slot in self._free), "a free slot has memory"
         assert self.used <= self.memory or len(self.running) == 1, "more memory is used than there is"

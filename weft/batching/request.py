@@ -53,7 +53,8 @@ class Request:
 class Sequence:
     """One completion under way.
 
-    `computed`: how many of its tokens have their keys and values in memory; `reused`: how many of them were not
+    `computed`: how many of its tokens have their keys and values in memory; `flying`: how many more will, once the
+    batches under way have come; `reused`: how many of them were not
     computed for it; `stretch`: what their angles depend on beside the position, see `Batcher`. `finish_reason`: "stop",
     "length", "timeout" or "error". `alone`: it is computed in batches by itself, because one that failed had it;
     `failures`: how many of those failed too, one upon the other.
@@ -64,6 +65,7 @@ class Sequence:
     tokens: list[int]
     slot: int | None = None
     computed: int = 0
+    flying: int = 0
     reused: int = 0
     stretch: int = 0
     finish_reason: str | None = None
@@ -84,6 +86,21 @@ class Sequence:
     def left(self) -> int:
         """Tokens that have no keys and values yet; 1 while decoding."""
         return len(self.tokens) - self.computed
+
+    @property
+    def sent(self) -> int:
+        """Tokens that are in memory, or in batches under way."""
+        return self.computed + self.flying
+
+    @property
+    def unsent(self) -> int:
+        """Those that are in neither."""
+        return len(self.tokens) - self.sent
+
+    def land(self, end: int) -> None:
+        """A batch has come, which holds its tokens up to a position."""
+        self.flying -= end - self.computed
+        self.computed = end
 
     @property
     def scored(self) -> bool:

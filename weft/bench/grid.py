@@ -223,8 +223,7 @@ class Bench:
         finally:
             if comparing.rounds:
                 measured = comparing.result()
-                shares = engine.config.shares
-                flops = prefill_flops(self.model, batch.tokens) * max(shares) / sum(shares)  # the largest rank's
+                flops = prefill_flops(self.model, batch.tokens) * max(engine.config.layout.parts)  # the largest rank's
                 gflops = flops / measured[0].compute_alone / 1e9
                 self.points.append(Point(batch.tokens, ranks, grid.prompts, text, link.times, gflops, measured))
                 self.kept(self.points)

@@ -19,14 +19,17 @@ from rich.console import Console
 from weft.cli.options import (
     DTYPE,
     KV,
+    LAYERS,
     MODEL,
     OVERLAP,
+    PP,
     SHARES,
     STORED,
     THREADS,
     TP,
     TRANSPORT,
     WIRE,
+    layers_or_auto,
     ranks_or_auto,
     shares_or_auto,
 )
@@ -194,6 +197,8 @@ def chat(
     ] = None,
     system: Annotated[str | None, typer.Option(help="Who the model is to be.")] = None,
     tp: TP = "1",
+    pp: PP = 1,
+    layers: LAYERS = None,
     overlap: OVERLAP = "auto",
     wire: WIRE = "exact",
     transport: TRANSPORT = "auto",
@@ -220,7 +225,8 @@ def chat(
             partner = Remote(stack.enter_context(_client(url, api_key)), wishes)
         else:
             llm = loaded(
-                console, model, tensor_parallel_size=ranks_or_auto(tp), overlap=overlap, wire=wire, transport=transport,
+                console, model, tensor_parallel_size=ranks_or_auto(tp), pipeline_parallel_size=pp,
+                layers=layers_or_auto(layers), overlap=overlap, wire=wire, transport=transport,
                 shares=shares_or_auto(shares),
                 num_threads=threads, dtype=dtype, weights=weights, kv_cache_dtype=kv,
             )  # fmt: skip

@@ -16,9 +16,11 @@ from rich.table import Table
 from weft.cli.options import (
     DTYPE,
     KV,
+    LAYERS,
     LINK,
     MODEL,
     OVERLAP,
+    PP,
     RECALIBRATE,
     REPRODUCIBLE,
     SHARES,
@@ -27,6 +29,7 @@ from weft.cli.options import (
     TP,
     TRANSPORT,
     WIRE,
+    layers_or_auto,
     ranks_or_auto,
     shares_or_auto,
 )
@@ -54,6 +57,8 @@ Examples:
   weft generate Qwen/Qwen3-0.6B "Once upon a time" --tp 2 --max-tokens 64
 
   weft generate ./SmolLM2-135M-Instruct.Q4_1.gguf "The capital of France is" --tp 2
+
+  weft generate ./llama "Once" --tp 2 --pp 2 --layers 20,12             # a pipeline of two sections, two ranks each
 
   weft generate ./llama --tp 3 --shares 2,1,1 --temperature 0 --json < prompt.txt
 
@@ -89,6 +94,8 @@ def generate(
     model: MODEL = None,
     prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", show_default=False)] = None,
     tp: TP = "1",
+    pp: PP = 1,
+    layers: LAYERS = None,
     overlap: OVERLAP = "auto",
     wire: WIRE = "exact",
     transport: TRANSPORT = "auto",
@@ -125,9 +132,10 @@ def generate(
     errors = Console(stderr=True)
     given = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)
     with loaded(
-        errors, model, tensor_parallel_size=ranks_or_auto(tp), overlap=overlap, wire=wire, transport=transport,
-        link=link, shares=shares_or_auto(shares), reproducible=reproducible, num_threads=threads, dtype=dtype,
-        weights=weights, kv_cache_dtype=kv, recalibrate=recalibrate,
+        errors, model, tensor_parallel_size=ranks_or_auto(tp), pipeline_parallel_size=pp,
+        layers=layers_or_auto(layers), overlap=overlap, wire=wire, transport=transport, link=link,
+        shares=shares_or_auto(shares), reproducible=reproducible, num_threads=threads, dtype=dtype, weights=weights,
+        kv_cache_dtype=kv, recalibrate=recalibrate,
     ) as llm:  # fmt: skip
         params = llm.get_default_sampling_params(
             **{name: value for name, value in given.items() if value is not None},

@@ -19,6 +19,15 @@ TP = Annotated[
     ),
 ]  # fmt: skip
 
+PP = Annotated[
+    int,
+    typer.Option(
+        "--pp", "--pipeline-parallel-size", metavar="N",
+        help="Sections of layers that ranks of their own have, --tp ranks each: a pipeline.",
+    ),
+]  # fmt: skip
+LAYERS = Annotated[str | None, typer.Option(help="Layers of each section, as in 20,12; auto: by speed and memory.")]
+
 
 def _known(option: str, values: tuple[str, ...]) -> Callable[[str], str]:
     """Refuses others before anything is looked at."""
@@ -77,8 +86,7 @@ MODEL = Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=Fal
 ELSEWHERE = {
     "--model": "give MODEL without an option",
     "--gpu-memory-utilization": "weft takes of each machine what is free there; leave it out",
-    "--pipeline-parallel-size": "weft splits by --tp only; leave it out",
-    "--data-parallel-size": "weft splits by --tp only; leave it out",
+    "--data-parallel-size": "weft splits by --tp and --pp; leave it out",
     "--enable-prefix-caching": "that is on unless --no-prefix-caching; leave it out",
     "--no-enable-prefix-caching": "give --no-prefix-caching",
     "--enable-chunked-prefill": "prompts are always computed in pieces; leave it out",
@@ -162,6 +170,18 @@ def ranks_or_auto(text: str) -> int | Literal["auto"]:
     if not (text.isascii() and text.removeprefix("-").isdigit()) or len(text) > 9:
         raise InputError(f"--tp {text!r} is not a number of ranks; give a whole number from 1, or auto")
     return int(text)
+
+
+def layers_or_auto(text: str | None) -> tuple[int, ...] | Literal["auto"] | None:
+    """Layers of each section, or "auto". Raises `InputError`."""
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts):
+        raise InputError(f"--layers {text!r} is not a list of whole numbers; give one a section, as in 20,12, or auto")
+    return tuple(map(int, parts))
 
 
 def relative_shares(text: str | None) -> tuple[float, ...] | None:

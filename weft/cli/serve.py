@@ -18,9 +18,11 @@ from weft.about import About
 from weft.cli.options import (
     DTYPE,
     KV,
+    LAYERS,
     LINK,
     MODEL,
     OVERLAP,
+    PP,
     RECALIBRATE,
     REPRODUCIBLE,
     SHARES,
@@ -29,6 +31,7 @@ from weft.cli.options import (
     TP,
     TRANSPORT,
     WIRE,
+    layers_or_auto,
     ranks_or_auto,
     shares_or_auto,
 )
@@ -133,7 +136,7 @@ FOR_OTHERS = "--rank-ports, --local-ranks, --check-content and --plain-data"
 
 def serve_command(
     model: MODEL = None,
-    tp: TP = "1",
+    tp: TP = "1", pp: PP = 1, layers: LAYERS = None,
     host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback wants --api-key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 8000,
     api_key: KEYS = None,
@@ -167,18 +170,20 @@ def serve_command(
     _demand_guarded(host, bool(keys) or allow_anyone)
     with bound(host, port) as listening, bar(out) as showing:
         ranks = ranks_or_auto(tp)
-        launcher = _launcher(join_address, ranks, local_ranks, rank_ports, check_content or plain_data)
-        warn_of_shared_cores(out, ranks if launcher is None else local_ranks)
+        world = ranks if ranks == "auto" else ranks * pp
+        launcher = _launcher(join_address, world, local_ranks, rank_ports, check_content or plain_data)
+        warn_of_shared_cores(out, world if launcher is None else local_ranks)
 
         def make(tell: Progress) -> Engine:
             if launcher is not None:
-                _invite(out, launcher, model, int(ranks) - local_ranks)
+                _invite(out, launcher, model, int(world) - local_ranks)
             return open_engine(
-                model, ranks=ranks, overlap=overlap, wire=wire, transport=transport, link=link, kv=kv, weights=weights,
-                shares=shares_or_auto(shares), reproducible=reproducible, threads=threads, recalibrate=recalibrate,
-                max_length=max_model_len, max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens,
-                launcher=launcher, dtype=dtype, prefixes=prefix_caching, token_interval=token_interval,
-                check_content=check_content, plain_data=plain_data, progress=_both(tell, showing),
+                model, ranks=ranks, sections=pp, layers=layers_or_auto(layers), overlap=overlap, wire=wire,
+                transport=transport, link=link, kv=kv, weights=weights, shares=shares_or_auto(shares),
+                reproducible=reproducible, threads=threads, recalibrate=recalibrate, max_length=max_model_len,
+                max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens, launcher=launcher, dtype=dtype,
+                prefixes=prefix_caching, token_interval=token_interval, check_content=check_content,
+                plain_data=plain_data, progress=_both(tell, showing),
             )  # fmt: skip
 
         def ready() -> None:
@@ -284,7 +289,7 @@ def _launcher(
     if ranks == "auto":
         raise InputError("--tp auto is for one machine; with --join-address give the number of ranks, as in --tp 2")
     if not 0 <= local < ranks:
-        raise InputError(f"--local-ranks {local} of --tp {ranks} leaves no rank for another machine; give --tp more")
+        raise InputError(f"--local-ranks {local} of {ranks} leaves no rank for another machine; give --tp or --pp more")
     return JoinedLauncher(join_address, local, os.environ.get(TOKEN_VARIABLE), lambda line: None, ports)
 
 

@@ -26,6 +26,7 @@ def warn_of_shared_cores(console: Console, ranks: int | Literal["auto"]) -> None
 def loaded(console: Console, model: str | None, **options: Any) -> LLM:
     """The model, loaded under a progress bar."""
     ranks = options["tensor_parallel_size"]
+    ranks = ranks if ranks == "auto" else ranks * options.get("pipeline_parallel_size", 1)
     warn_of_shared_cores(console, ranks)
     with bar(console) as progress:
         task = progress.add_task(f"starting {ranks} rank{'' if ranks == 1 else 's'}", total=1.0)

@@ -163,14 +163,12 @@ class Controller:
         config = self.config
         self._forms.clear()
         self._done.clear()
+        load = p.Load(
+            held.path, model, config.layout, config.dtype, config.weights, config.kv, config.device,
+            config.reproducible, config.max_length, config.slots, held.files,
+        )  # fmt: skip
         for identity in self._ranks:
-            self._send(
-                identity,
-                p.Load(
-                    held.path, model, config.layout, config.dtype, config.weights, config.kv, config.device,
-                    config.reproducible, config.max_length, config.slots, held.files,
-                ),
-            )  # fmt: skip
+            self._send(identity, load)
         read = dict.fromkeys(self._ranks, p.Loading(0, 0))
         ready: dict[bytes, p.Loaded] = {}
         sending: dict[bytes, Sending] = {}
@@ -240,7 +238,7 @@ class Controller:
         done = self._done[submitted.number]
         self._done = {number: each for number, each in self._done.items() if number > submitted.number}
         answers = [done[identity] for identity in self._ranks]
-        chosen = answers[self.config.layout.leader]
+        chosen = next((each for each in answers if each.chosen or each.logits), answers[0])
         return RunResult(
             chosen.chosen, max(a.seconds for a in answers), max(a.sampling for a in answers),
             [a.processor for a in answers],

@@ -111,9 +111,10 @@ def prepare(outline: Outline, form: Form, rank: int, world: int) -> _Prepared:
 
 
 def _sums_alone(form: Form, rank: int, world: int) -> bool:
-    """None of this rank's sums is over others too."""
-    sums = [s for block in form.blocks for s in block.steps if s.kind in SUMS and s.concerns(rank)]
-    return all(step.kind is Kind.REDUCE and (len(step.ranks) or world) == 1 for step in sums)
+    """None of this rank's sums is over others too, nor on a lane with a send: who waits for a sum waits for that."""
+    mine = [step for block in form.blocks for step in block.steps if step.concerns(rank)]
+    sums, sending = [step for step in mine if step.kind in SUMS], {step.lane for step in mine if step.to}
+    return all(s.kind is Kind.REDUCE and (len(s.ranks) or world) == 1 and s.lane not in sending for s in sums)
 
 
 class _Now(NamedTuple):

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -209,12 +209,14 @@ class Worker:
             checkpoint, here = self._checkpoint(m, stack)
             weights = load(
                 checkpoint, blueprint, share, device=m.device, dtype=dtype, kernels=Kernels(m.exact_rows),
-                kept=self._kept(m, here, [repr(blueprint), repr(share)]),
+                kept=self._kept(m, here, repr(blueprint)),
                 weights=m.weights,
                 progress=lambda done, total: self.say(p.Loading(done, total)),
             )  # fmt: skip
         kv_heads = len(share.kv_heads)
-        slabs = Slabs(m.slots, len(share.layers), kv_heads, m.length, m.config.head_dim, dtype, m.device, m.kv == "int8")
+        slabs = Slabs(
+            m.slots, len(share.layers), kv_heads, m.length, m.config.head_dim, dtype, m.device, m.kv == "int8"
+        )
         decoder = Decoder(blueprint, share, weights, ropes_for(m.config, blueprint, m.device), m.exact_rows)
         ends = m.layout.sections[-1].ranks
         vocabulary = [len(shares[rank].ranges["vocabulary"]) for rank in ends]
@@ -227,14 +229,14 @@ class Worker:
         kept = weights.kinds, weights.finer
         self.say(p.Loaded(weights.bytes, peak.taken, slabs.bytes_per_token, free_memory(), *kept))
 
-    def _kept(self, m: p.Load, path: Path | None, part: list[str]) -> KeptWeights | None:
-        """What an earlier start has left of this part of the model, where weights may be rounded. `path`: of the
-        checkpoint, if it is on this machine: what others hold, it doesn't know to the last byte."""
+    def _kept(self, m: p.Load, path: Path | None, model: str) -> Callable[[str], KeptWeights] | None:
+        """What earlier starts have left of parts of the model, where weights may be rounded. `path`: of the checkpoint,
+        if it is on this machine: what others hold, it doesn't know to the last byte."""
         if path is None or m.weights in DTYPES:
             return None
         content = content_of(path, lambda done, total: self.say(p.Loading(done, total)))
         how = version("weft"), repr(scheme_of(m.config.fields)), m.weights, m.dtype
-        return KeptWeights([content, *how, *part], lambda: content_of(path) == content)
+        return lambda part: KeptWeights([content, *how, model, part], lambda: content_of(path) == content)
 
     def _checkpoint(self, m: p.Load, stack: ExitStack) -> tuple[Checkpoint, Path | None]:
         """The model's on this machine, which need not be the engine's, and where it is; where it has none, the engine's

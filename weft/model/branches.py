@@ -96,8 +96,8 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """One layer's attention, for this rank's heads. `layer`: of this rank's, from 0. `turn`: which of the model's ropes; `rotary`: how many numbers of a
-    head it turns. `unit`: of norms of heads."""
+    """One layer's attention, for this rank's heads. `layer`: of this rank's, from 0. `turn`: which of the model's
+    ropes; `rotary`: how many numbers of a head it turns. `unit`: of norms of heads."""
 
     layer: int
     weights: BranchWeights
@@ -248,7 +248,9 @@ def _attention(making: Making, branch: Branch, layer: int, weights: BranchWeight
         Scoring(window, branch.softcap, None if sinks is None else sinks[run.query, None]) for run in shape.runs
     )
     turn, rotary = blueprint.turned[layer], 2 * -(-blueprint.rotary // 2)
-    return Attention(layer - making.share.layers.start, weights, shape, scorings, turn, rotary, making.unit, making.exact_rows)
+    return Attention(
+        layer - making.share.layers.start, weights, shape, scorings, turn, rotary, making.unit, making.exact_rows
+    )
 
 
 def _mlp(making: Making, branch: Branch, layer: int, weights: BranchWeights) -> BranchFunctions:

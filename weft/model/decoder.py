@@ -76,8 +76,9 @@ class _InSteps:
 
 
 class Decoder:
-    """A rank's weights with all that is needed to apply them: `stages` by part and layer, as programs name them; those
-    that this rank has. `logit_factor`: by which the output head's input is multiplied beyond what the last norm gives."""
+    """A rank's weights with all that is needed to apply them: `stages`, those that it has, by part and layer, as
+    programs name them. `logit_factor`: by which the output head's input is multiplied beyond what the last norm gives.
+    """
 
     def __init__(
         self, blueprint: Blueprint, share: Share, weights: Weights, ropes: Sequence[Rope], exact_rows: bool = False

@@ -67,7 +67,9 @@ class MatrixReader:
     ) -> None:  # fmt: skip
         self.checkpoint, self.blueprint, self.share = checkpoint, blueprint, share
         self._progress, self._done = progress, 0
-        self._total = sum(self._bytes(name, matrix) for name, matrix in blueprint.part(share.layers, share.begins, share.ends))
+        self._total = sum(
+            self._bytes(name, matrix) for name, matrix in blueprint.part(share.layers, share.begins, share.ends)
+        )
 
     def sides(self, matrix: Matrix) -> tuple[int, int]:
         outputs, inputs = (size(side, lambda axis: axis.count) for side in (matrix.outputs, matrix.inputs))

@@ -35,16 +35,14 @@ from weft.model.blueprint import (
     ProjectionBranch,
     StageParts,
 )
+from weft.model.filling import Filling
 from weft.model.kept_weights import KeptWeights
 from weft.model.kernels.choice import Kernels, format_of
 from weft.model.kernels.formats import (
     FEW_BITS,
-    LOST,
     Formats,
     Gathering,
     bytes_of,
-    finer,
-    gathering,
     head_of,
     table_of,
 )
@@ -110,57 +108,61 @@ class Weights:
 def load(
     checkpoint: Checkpoint, blueprint: Blueprint, share: Share, *, device: str = "cpu",
     dtype: torch.dtype = torch.float32, kernels: Kernels | None = None, weights: str | None = None,
-    kept: KeptWeights | None = None, progress: Callable[[int, int], None] = lambda done, total: None,
+    kept: Callable[[str], KeptWeights] | None = None, progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Weights:  # fmt: skip
     """Reads a rank's shard. `weights`: what matrices are kept in, see `formats.Formats`; if not given, the `dtype` that
-    is computed in. `kept`: what an earlier start has left, or where this one leaves it; it is closed. `progress(done,
-    total)` is called in bytes of the checkpoint's files.
+    is computed in. `kept`: what an earlier start has left of a part, or where this one leaves it; it is closed.
+    `progress(done, total)` is called in bytes of the checkpoint's files.
 
     Raises `InputError` for missing, unreadable or misshapen tensors, and for some that would change what is computed.
     """
     kernels = kernels or Kernels()
     computed_in = str(dtype).removeprefix("torch.")
     wanted = Formats(weights or computed_in, computed_in, partial(bits_of, checkpoint), kernels.faster, kernels.works)
-    reader = _ShardReader(checkpoint, blueprint, share, device, dtype, kernels, wanted, kept, progress)
-    whole = False
-    try:
-        reader.demand_all()
-        reader.choose_kernels()
-        stages: dict[tuple[str, int], StageWeights] = {}
-        for layer in share.layers:
+    filling = Filling(wanted, computed_in, kept)
+    reader = _ShardReader(checkpoint, blueprint, share, device, dtype, kernels, filling, progress)
+    reader.demand_all()
+    reader.choose_kernels()
+    stages: dict[tuple[str, int], StageWeights] = {}
+    divided = repr(sorted(share.ranges.items()))
+    for layer in share.layers:
+        with filling.part(f"layer {layer} {divided}"):
             for parts in blueprint.layer:
                 stages[parts.stage.part, layer] = reader.stage(parts, blueprint.prefix.format(layer))
-            checkpoint.forget()
-        embedding = reader.embedding() if share.begins else None
-        head = reader.head(embedding) if share.ends else None
-        gain = reader.gain("", blueprint.norm) if share.ends else None
         checkpoint.forget()
-        whole = True
-    finally:
-        if kept is not None:
-            kept.close(whole)
-    return Weights(embedding, stages, gain, head, dict(reader.kinds), reader.finer, torch.device(device), dtype)
+    embedding = head = gain = None
+    if share.begins:
+        with filling.part("embedding"):
+            embedding = reader.embedding()
+    if share.ends:
+        with filling.part(f"head {share.ranges['vocabulary']}"):
+            head = reader.head(embedding)
+        gain = reader.gain("", blueprint.norm)
+    checkpoint.forget()
+    return Weights(embedding, stages, gain, head, dict(reader.kinds), filling.finer, torch.device(device), dtype)
 
 
 class _HeadKept(NamedTuple):
-    """The head: its tensor's name, its format and shape, and whether it is the embedding in memory too."""
+    """The head: its tensor's name, its format and shape, and whether it is the embedding in memory too, or is at least
+    multiplied with as if it were: where all ranks' bits are to be those of one."""
 
     name: str
     format: str
     shape: tuple[int, int]
     shared: bool
+    as_shared: bool
 
 
 class _ShardReader:
     def __init__(
         self, checkpoint: Checkpoint, blueprint: Blueprint, share: Share, device: str, dtype: torch.dtype,
-        kernels: Kernels, wanted: Formats, kept: KeptWeights | None,
-        progress: Callable[[int, int], None],
+        kernels: Kernels, filling: Filling, progress: Callable[[int, int], None],
     ) -> None:  # fmt: skip
         self.checkpoint, self.blueprint, self.share = checkpoint, blueprint, share
-        self.device, self.dtype, self.kernels, self.wanted, self.kept = device, dtype, kernels, wanted, kept
+        self.device, self.dtype, self.kernels = device, dtype, kernels
+        self.filling, self.wanted = filling, filling.wanted
         self.matrices = MatrixReader(checkpoint, blueprint, share, progress)
-        self.finer, self.kinds = list[str](), Counter[str]()
+        self.kinds = Counter[str]()
         matrices = (matrix for parts in blueprint.layer for matrix in parts.matrices)
         self.halves = max((matrix.halves for matrix in matrices), default=0)
 
@@ -189,7 +191,7 @@ class _ShardReader:
                 self._choose_for(self.blueprint.prefix.format(layer))
             if self.share.ends:
                 head = self._head_kept
-                self.kernels.choose_for(head.format, head.shape, head.shared)
+                self.kernels.choose_for(head.format, head.shape, head.as_shared)
         except NoKernel as error:
             raise InputError(f"{error}; give other --weights") from None
 
@@ -243,7 +245,7 @@ class _ShardReader:
                 self.matrices.rows(prefix, matrix, Into(weight, start, *folded, here))
                 start += count
 
-        weight = self._gathered(f"{prefix}{branch.first[0].name}", format_, shape, fill)
+        weight = self.filling(f"{prefix}{branch.first[0].name}", format_, shape, fill)
         for matrix in branch.first:
             self.matrices.count(prefix + matrix.name, matrix)
         folds = not isinstance(weight.stored, Codes)
@@ -253,38 +255,6 @@ class _ShardReader:
             return linear
         return self.kernels.gained(linear, self._there(scale), None if shift is None else self._there(shift))
 
-    def _gathered(
-        self, name: str, format_: str, shape: tuple[int, int], fill: Callable[[Gathering], None],
-        make: Callable[[str, tuple[int, int]], Gathering] = gathering,
-    ) -> Gathering:  # fmt: skip
-        """A matrix in a format: of few bits as an earlier start has left it, else filled now, and left for later ones.
-        One that loses too much is kept in more bits."""
-        weight = make(format_, shape)
-        if not isinstance(weight.stored, Codes):
-            fill(weight)
-        elif not self._few_suffice(weight, f"{name} {format_}", fill):
-            if not self.wanted.auto:
-                self.finer.append(name)
-            more = finer(format_of(weight.stored), str(self.dtype).removeprefix("torch."))
-            return self._gathered(name, more, shape, fill, make)
-        return weight
-
-    def _few_suffice(self, weight: Gathering, place: str, fill: Callable[[Gathering], None]) -> bool:
-        """Gathers a matrix of few bits; False if that loses too much. `place`: its name in what is kept."""
-        if self.kept is not None:
-            if self.kept.too_few(place):
-                return False
-            if isinstance(weight.stored, Codes) and (found := self.kept.get(place, weight.stored)) is not None:
-                weight.recall(found)
-                return True
-        fill(weight)
-        format_ = format_of(weight.stored)
-        # What the checkpoint has in few bits isn't rounded to as few once more unless that is asked for.
-        suffice = weight.lost <= LOST[format_] and not (self.wanted.auto and format_ == "int4" and weight.again)
-        if self.kept is not None and isinstance(weight.stored, Codes):
-            self.kept.put(place, weight.stored if suffice else None)
-        return suffice
-
     def embedding(self) -> LookedUp:
         """Which every rank has, whole, with which the layers begin."""
         matrix, name = self.blueprint.embedding, self.embedding_name
@@ -293,7 +263,7 @@ class _ShardReader:
         def fill(weight: Gathering) -> None:
             self.matrices.plain(name, range(shape[0]), Into(weight))
 
-        weight = self._gathered("embedding", self.wanted([f"{name}.weight"], shape, True), shape, fill, table_of)
+        weight = self.filling("embedding", self.wanted([f"{name}.weight"], shape, True), shape, fill, table_of)
         self.matrices.count(name, matrix)
         self.kinds[format_of(weight.stored)] += bytes_of(weight.stored)
         stored = weight.stored.clone() if isinstance(weight.stored, Codes) else weight.stored  # not what lies in a file
@@ -322,7 +292,7 @@ class _ShardReader:
         def fill(weight: Gathering) -> None:
             self.matrices.columns(prefix, matrix, Into(weight))
 
-        weight = self._gathered(name, format_, shape, fill)
+        weight = self.filling(name, format_, shape, fill)
         self.matrices.count(name, matrix)
         bias = None
         if matrix.biased and self.share.leads:  # the sum over ranks would count a bias once a rank: one rank adds it
@@ -366,9 +336,9 @@ class _ShardReader:
         def fill(weight: Gathering) -> None:
             self.matrices.plain(kept.name, mine, Into(weight))
 
-        weight = self._gathered("head", kept.format, kept.shape, fill)
+        weight = self.filling("head", kept.format, kept.shape, fill)
         self.matrices.count(matrix.name, matrix)
-        return self._linear(weight, None)
+        return self._linear(weight, None, kept.as_shared)
 
     @cached_property
     def _head_kept(self) -> _HeadKept:
@@ -377,7 +347,9 @@ class _ShardReader:
         alike = self.blueprint.tied and (not own or self._same(matrix, mine))
         name, shape = self.embedding_name if alike else matrix.name, (len(mine), self.blueprint.hidden)
         format_ = head_of(self.wanted([f"{name}.weight"], shape, True))
-        return _HeadKept(name, format_, shape, alike and self.share.begins and format_ not in FEW_BITS)
+        alike &= format_ not in FEW_BITS
+        here = alike and self.share.begins
+        return _HeadKept(name, format_, shape, here, here or (alike and self.kernels.exact_rows))
 
     def _same(self, head: Matrix, mine: range) -> bool:
         """Whether a tied head that the checkpoint has nevertheless is the embedding."""
@@ -391,9 +363,9 @@ class _ShardReader:
                 return False
         return True
 
-    def _linear(self, weight: Gathering, bias: Tensor | None) -> Linear:
+    def _linear(self, weight: Gathering, bias: Tensor | None, shared: bool = False) -> Linear:
         self.kinds[format_of(weight.stored)] += bytes_of(weight.stored)
-        return self.kernels.linear(self._moved(weight.stored), None if bias is None else self._there(bias))
+        return self.kernels.linear(self._moved(weight.stored), None if bias is None else self._there(bias), shared)
 
     def _moved(self, stored: Stored) -> Stored:
         return stored.to(self.device) if isinstance(stored, Tensor) else stored

@@ -19,7 +19,7 @@ from weft.errors import InputError
 from weft.layout import Layout
 from weft.program.batch import Batch, Rows
 from weft.program.fold import Issue, folded
-from weft.program.pipe import Part, piped
+from weft.program.pipe import SomeLayers, piped
 from weft.program.stages import Kind, Outline, Stage
 from weft.program.steps import Form, Program
 from weft.program.strategy import Cuts, Strategy, chunks, place
@@ -83,7 +83,9 @@ class Pattern(NamedTuple):
             return tuple([each - rows.start for each in offsets if rows.start < each < rows.stop])
 
         tiles = tuple(
-            tuple(edge - rows.start for edge in edges) for edges in self.tiles if rows.contains(Rows(edges[0], edges[-1]))
+            tuple(edge - rows.start for edge in edges)
+            for edges in self.tiles
+            if rows.contains(Rows(edges[0], edges[-1]))
         )
         return Pattern(here(self.ordered), here(self.others), rows.length, tiles, self.scattered, self.ahead)
 
@@ -115,7 +117,7 @@ def form_of(outline: Outline, pattern: Pattern, layout: Layout | None = None) ->
 
 
 @lru_cache(maxsize=FORMS)
-def part_of(outline: Outline, pattern: Pattern, part: Part) -> Form:
+def part_of(outline: Outline, pattern: Pattern, part: SomeLayers) -> Form:
     """Some layers' part of a form, for one piece's rows. Its first steps stand for the sends that bring them."""
 
     def issue(short: Outline) -> list[Issue]:
@@ -156,8 +158,8 @@ def _weave(weaver: _Weaver, pattern: Pattern) -> _Weaver:
 
 
 class _Weaver:
-    """Issues steps and remembers which collectives a later stage has to wait for. `narrows`: rows that nobody wants stop
-    here; `arriving`: rows that are sent here, by steps that are issued elsewhere and stand first."""
+    """Issues steps and remembers which collectives a later stage has to wait for. `narrows`: rows that nobody wants
+    stop here; `arriving`: rows that are sent here, by steps that are issued elsewhere and stand first."""
 
     def __init__(
         self, outline: Outline, tiles: Sequence[Sequence[int]], narrows: bool = True, arriving: Sequence[Rows] = ()

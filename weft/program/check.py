@@ -146,7 +146,7 @@ class _Checker:
                 if step.concerns(self.rank):
                     self._step(Issued(self.index, step, layer, self._rows(step.chunk)))
                 self.index += 1
-            if len(self.progress) > REMEMBERED:  # pieces that flow leave all stages unfinished: no round is like another
+            if len(self.progress) > REMEMBERED:  # of pieces that flow, no round is like another
                 continue
             if before == (now := self._state(block, number)):
                 taken = {lane: place - places[lane] for lane, place in self.places.items()}

@@ -15,6 +15,7 @@ from weft.program.stages import Kind, Outline
 from weft.program.steps import Form, Issued, Program, ProgramError, Step
 
 _Done = tuple[Rows, tuple[int, ...]]  # rows, and the ranks that have done something with them
+_PARTIALS = (Kind.TAIL, Kind.REDUCE, Kind.REDUCE_SCATTER)
 _Part = tuple[bool, bool, bool]  # of a rank in a step: concerned, sends, receives
 
 
@@ -60,7 +61,7 @@ def demand_whole(program: Program, outline: Outline, rows: Rows, world: int) -> 
             once([done for done, _ in computed[place]], each)
             _demand_share(each, ranks, computed[place])
             computed[place].append((each.rows, ranks))
-        elif each.kind in (Kind.TAIL, Kind.REDUCE, Kind.REDUCE_SCATTER) or (each.kind is Kind.GATHER and each.step.ranks):
+        elif each.kind in _PARTIALS or (each.kind is Kind.GATHER and each.step.ranks):
             _demand_same(each, ranks, computed[place])
         if each.kind in (Kind.REDUCE_SCATTER, Kind.ENTER, Kind.ALL_GATHER):
             _demand_same(each, ranks, spread)

@@ -22,7 +22,7 @@ from weft.program.stages import Kind, Outline
 from weft.program.steps import Block, Form, Step
 
 
-class Part(NamedTuple):
+class SomeLayers(NamedTuple):
     """Some layers of a model: how many; whether what comes before all of them is with them, and what comes after them.
     `narrows`: rows that nobody wants stop in these layers."""
 
@@ -37,7 +37,9 @@ def lane_of(section: int) -> str:
     return f"pipe{section}"
 
 
-def piped(outline: Outline, pieces: Sequence[Rows], layout: Layout | None, part_of: Callable[[Rows, Part], Form]) -> Form:
+def piped(
+    outline: Outline, pieces: Sequence[Rows], layout: Layout | None, part_of: Callable[[Rows, SomeLayers], Form]
+) -> Form:  # fmt: skip
     """The form in which `pieces` (in numbers of offsets) flow through a layout's sections; without one, through the
     layers of all ranks. `part_of`: the form of a part, whose rows are counted from the piece's first one."""
     sections = layout.sections if layout is not None else (Section(0, outline.layers, (), ()),)
@@ -55,7 +57,7 @@ class _Pipe:
     issue order; `ended`: places of what the last section left."""
 
     def __init__(
-        self, outline: Outline, sections: Sequence[Section], part_of: Callable[[Rows, Part], Form]
+        self, outline: Outline, sections: Sequence[Section], part_of: Callable[[Rows, SomeLayers], Form]
     ) -> None:  # fmt: skip
         self.outline, self.sections, self.part_of = outline, sections, part_of
         self.blocks: list[Block] = []
@@ -67,7 +69,7 @@ class _Pipe:
     def part(self, number: int, piece: Rows) -> None:
         """A section's layers, for one piece."""
         section, last = self.sections[number], number + 1 == len(self.sections)
-        form = self.part_of(piece, Part(section.layers, number == 0, last, last and self.outline.narrows))
+        form = self.part_of(piece, SomeLayers(section.layers, number == 0, last, last and self.outline.narrows))
         chunks = [self._chunk(Rows(piece.start + first, piece.start + stop)) for first, stop in form.chunks]
         arriving = sum(step.kind is Kind.SEND and not step.part for step in form.blocks[0].steps)
         sent, self.sent[number] = self.sent[number][:arriving], self.sent[number][arriving:]

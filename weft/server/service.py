@@ -252,7 +252,7 @@ class Service:
         if self.state is State.RESTARTING:
             self.state, self.reason = State.READY, ""
             self._told("the ranks are there again")
-        if engine.ahead is not None or engine.batcher.idle:
+        if engine.flights or engine.batcher.idle:
             self._hand_over()
 
     def _step(self, engine: Engine) -> None:
