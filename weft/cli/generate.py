@@ -93,13 +93,9 @@ class _Timing:
 def generate(
     model: MODEL = None,
     prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", show_default=False)] = None,
-    tp: TP = "1",
-    pp: PP = 1,
-    layers: LAYERS = None,
-    overlap: OVERLAP = "auto",
-    wire: WIRE = "exact",
-    transport: TRANSPORT = "auto",
-    link: LINK = "none",
+    tp: TP = "1", pp: PP = 1, layers: LAYERS = None,
+    overlap: OVERLAP = "auto", wire: WIRE = "exact",
+    transport: TRANSPORT = "auto", link: LINK = "none",
     dtype: DTYPE = "float32",
     weights: STORED = "auto",
     kv: KV = "auto",
@@ -122,7 +118,7 @@ def generate(
     timeline: Annotated[
         Path | None, typer.Option(help="--compare, and write the timelines to this .json, .svg or .html file.")
     ] = None,
-) -> None:
+) -> None:  # fmt: skip
     """See HELP."""
     leave_torch_out()
     model, text = _model_and_prompt(model, prompt)
