@@ -32,7 +32,7 @@ from weft.program.stages import Kind, Outline, Stage
 from weft.program.steps import Program
 from weft.program.strategy import Strategy
 from weft.program.text import parse, write
-from weft.simulate.run import simulate
+from weft.simulate.predicted import simulate
 from weft.timeline.svg import svg
 
 # A family: a Llama with one more stage in each layer, relu(x @ up) @ down, divided like the MLP.

@@ -18,7 +18,7 @@ from weft.program.batch import Batch, Rows, Segment, one_prompt
 from weft.program.stages import COMPUTE, NETWORK, Kind, Outline, Stage
 from weft.program.steps import Program
 from weft.simulate.cost import ComputeCosts, Contention, Costs, Table
-from weft.simulate.run import simulate
+from weft.simulate.predicted import simulate
 from weft.timeline.timeline import Timeline
 
 OUTLINE = decoder_outline(6)

@@ -17,7 +17,8 @@ from weft.program.build import build
 from weft.program.stages import COMPUTE
 from weft.program.strategy import Strategy, place
 from weft.simulate.cost import Contention, Costs, Table
-from weft.simulate.run import Structure, simulate
+from weft.simulate.predicted import simulate
+from weft.simulate.run import Structure
 
 OUTLINE = decoder_outline(24)
 MIXED = Batch((Segment(0, 0, 300), Segment(1, 0, 900), Segment(2, 0, 100)))

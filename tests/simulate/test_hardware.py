@@ -14,7 +14,7 @@ from weft.program.build import build
 from weft.program.stages import COMPUTE, Kind
 from weft.program.strategy import Strategy
 from weft.simulate.hardware import Hardware, Products, Shard, catalogue, costs_of, parse_hardware
-from weft.simulate.run import simulate
+from weft.simulate.predicted import simulate
 from weft.timeline.timeline import Timeline
 
 TABLE = Path(__file__).parent / "data" / "figure_11a_llama70b_tp8.csv"

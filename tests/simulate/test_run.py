@@ -21,11 +21,15 @@ from weft.program.steps import Program
 from weft.program.strategy import Strategy
 from weft.program.text import write
 from weft.simulate.cost import Contention, Costs
-from weft.simulate.run import coupling, lay_out, simulate, structure_of
-from weft.simulate.run import times as steps_take
+from weft.simulate.predicted import simulate
+from weft.simulate.run import coupling, lay_out, structure_of, taken
 from weft.timeline.timeline import Timeline
 
 OUTLINE = decoder_outline(4)
+
+
+def steps_take(structure, program, batch, costs, wire, rank):
+    return [taken(work, program.rows[chunk], batch, costs, wire, rank) for work, chunk in structure.works]
 
 
 def run(strategy: str, tokens: int = 512, known: Costs | None = None, layers: int = 4) -> Timeline:

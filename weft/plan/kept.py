@@ -73,7 +73,7 @@ def read(path: Path) -> Calibration:
 def demand_sound(costs: Costs) -> None:
     """Raises ValueError for costs that no measurement gives."""
     tables = [table for rank in costs.ranks for group in (rank.body, rank.tail) for table in group.values()]
-    tables += [table for wire in costs.wires.values() for table in (*wire.sums.values(), wire.hop)]
+    tables += [table for wire in costs.wires.values() for table in (*wire.sums.values(), wire.hop, wire.send)]
     for table in tables:
         if not table.sizes or len(table.sizes) != len(table.seconds) or list(table.sizes) != sorted(set(table.sizes)):
             raise ValueError("a table whose sizes don't rise")

@@ -21,7 +21,7 @@ from weft.program.stages import Kind, Outline
 from weft.program.steps import Program, Step
 from weft.program.strategy import AUTO, Strategy, canonical
 from weft.simulate.cost import Costs
-from weft.simulate.run import simulate
+from weft.simulate.predicted import simulate
 from weft.timeline.timeline import Timeline, bound
 from weft.wires import allowed, needed
 
@@ -109,7 +109,7 @@ class Planner:
         if self.overlap != AUTO and Strategy.parse(self.overlap).scattered:
             demand_scattering(outline, layout)
         self.drift = drift or Drift()
-        self.search = Search(outline, granule)
+        self.search = Search(outline, granule, layout if layout is not None and layout.several else None)
         self._known: OrderedDict[tuple[Batch, int], Plan] = OrderedDict()
 
     def plan(self, batch: Batch) -> Plan:

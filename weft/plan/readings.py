@@ -13,7 +13,7 @@ from statistics import fmean
 from weft.plan.samples import Sample, Samples, Trial, by_name
 from weft.program.stages import COMPUTE, NETWORK, Kind
 from weft.simulate.cost import NOTHING, ComputeCosts, Contention, Costs, Table, WireCosts, squared, window_shares
-from weft.simulate.run import simulate
+from weft.simulate.predicted import simulate
 from weft.timeline.timeline import Timeline, median
 
 KERNEL = 1.2  # interrupts of the network's are on no process's account: measured, docs/log.md

@@ -14,14 +14,17 @@ from itertools import accumulate, pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from weft.layout import Layout
 from weft.parallel.sizes import GROUPS
 from weft.plan.wiring import Sum, Wiring, sums_of
 from weft.program.batch import Batch, Rows
 from weft.program.build import weave
 from weft.program.stages import Kind, Outline
+from weft.program.steps import Program
 from weft.program.strategy import Cuts, Strategy, on_granule, place
 from weft.simulate.cost import Costs
-from weft.simulate.run import LaidOut, Taken, Work, coupling, lay_out, structure_of, taken
+from weft.simulate.predicted import LaidSection, TooLongError, lay_out_sections
+from weft.simulate.run import Taken, Work, taken
 
 ROUNDS = 3  # that are laid out at most: two nearly always suffice
 TRIALS = 12  # candidates that are judged at most: keeps a plan under 2 ms
@@ -33,7 +36,7 @@ MARGIN = 0.08  # by which a link may be slower than it was, and what was to hide
 
 INFINITE = float("inf")
 
-_Known = dict[tuple[Work, Rows], Taken]  # what steps take
+_Known = dict[tuple[Work, Rows, tuple[int, ...]], Taken]  # what steps take, on some ranks
 
 
 class Estimate(NamedTuple):
@@ -60,23 +63,24 @@ class _LaidPass(NamedTuple):
     """A pass that was laid out; its first step follows `begin` seconds after it begins."""
 
     begin: float
-    laid: LaidOut
+    sections: list[LaidSection]
 
     @property
     def seconds(self) -> float:
-        return self.begin + self.laid.seconds
+        return self.begin + max(each.laid.seconds for each in self.sections)
 
     @property
     def estimate(self) -> Estimate:
-        compute, *network = self.laid.busy
-        return Estimate(self.seconds, self.begin + compute, sum(network))
+        """Lanes are those of the section where they are busiest."""
+        busy = [each.laid.busy for each in self.sections]
+        return Estimate(self.seconds, self.begin + max(each[0] for each in busy), max(sum(each[1:]) for each in busy))
 
 
 class Search:
-    """Judges and finds cuts for one model. `granule`: see `strategy.place`."""
+    """Judges and finds cuts for one model. `granule`: see `strategy.place`. `layout`: of several sections, if it is."""
 
-    def __init__(self, outline: Outline, granule: int = 1) -> None:
-        self.outline, self.granule = outline, granule
+    def __init__(self, outline: Outline, granule: int = 1, layout: Layout | None = None) -> None:
+        self.outline, self.granule, self.layout = outline, granule, layout
 
     def estimate(self, batch: Batch, cuts: Cuts, costs: Costs, wiring: Wiring) -> Estimate:
         """What a pass with these cuts takes. Raises KeyError for a wire without costs."""
@@ -96,22 +100,22 @@ class Search:
     def laid_out(
         self, batch: Batch, cuts: Cuts, costs: Costs, wiring: Wiring, earlier: _Known, limit: float = INFINITE
     ) -> _LaidPass:  # fmt: skip
-        """The pass; `earlier`: what steps take that were in earlier candidates. Raises `_TooLong` where its lanes alone
-        take longer than `limit`."""
-        program, wire = wiring.on(weave(self.outline, batch.tokens, cuts)), wiring.usual
-        way, pace = costs.wires[wire], costs.pace
-        structure = structure_of(program.form, way.fused)
-        each: list[Taken] = []
-        for work, chunk in structure.works:
-            key = work, program.rows[chunk]
+        """The pass; `earlier`: what steps take that were in earlier candidates. Raises `TooLongError` where its lanes
+        alone take longer than `limit`."""
+        program, wire = wiring.on(self.weave(batch, cuts)), wiring.usual
+
+        def price(work: Work, chunk: int, ranks: tuple[int, ...]) -> Taken:
+            key = work, program.rows[chunk], ranks
             if key not in earlier:
-                earlier[key] = taken(work, key[1], batch, costs, wire, pace)
-            each.append(earlier[key])
-        between = coupling(costs, way, program.form.lanes)
-        if structure.bound(each, between.credit) > limit:
-            raise _TooLongError
-        laid = lay_out(structure, each, between, ROUNDS)
-        return _LaidPass(pace.begin.at(batch.tokens), laid)
+                earlier[key] = taken(work, key[1], batch, costs, wire, costs.pace_of(ranks))
+            return earlier[key]
+
+        laid = list(lay_out_sections(program.form, costs, wire, price, ROUNDS, limit))
+        return _LaidPass(costs.pace.begin.at(batch.tokens), laid)
+
+    def weave(self, batch: Batch, cuts: Cuts) -> Program:
+        """The program of these cuts."""
+        return weave(self.outline, batch.tokens, cuts, self.layout)
 
     def best(self, batch: Batch, costs: Costs, wires: Sequence[str]) -> Judged:
         """The strategy that is predicted to be fastest, on the most exact of these wires on which it is; serial where
@@ -141,9 +145,7 @@ class Search:
                 base = wire
                 break
         others = dict[Sum, str]()
-        sums = [
-            each for each in sums_of(weave(self.outline, batch.tokens, cuts).form) if each[0] not in self.outline.aside
-        ]
+        sums = [each for each in sums_of(self.weave(batch, cuts).form) if each[0] not in self.outline.aside]
         for each in sums:
             for wire in wires[: wires.index(base)]:
                 if seconds(Wiring(base, {**others, each: wire})) <= limit:
@@ -157,10 +159,6 @@ class Search:
                 up = Wiring.by_sum({**chosen, each: wires[wires.index(wire) - 1]})
                 exposed[each] = self.estimate(batch, cuts, costs, up).seconds - lanes.seconds
         return Judged(least.strategy, lanes, least.serial, wiring, exposed)
-
-
-class _TooLongError(Exception):
-    """A candidate that can't be the best one."""
 
 
 class _Tried(NamedTuple):
@@ -212,7 +210,7 @@ class _Searching:
                 return INFINITE
             try:
                 self._judge(strategy, cuts)
-            except _TooLongError:
+            except TooLongError:
                 return INFINITE
         return self.tried[cuts].seconds
 

@@ -161,7 +161,8 @@ class WireCosts:
     """Collectives on one wire, in seconds against encoded bytes of the whole partial.
 
     `sums`: by algorithm, see parallel/allreduce.py; up to `limit` bytes one counts as small. `hop`: one message from
-    each rank to each other, as reduce-scatter, all-gather and the logits' gather need it. `element`: bytes of one
+    each rank to each other, as reduce-scatter, all-gather and the logits' gather need it. `send`: one from a section's
+    rank to the next section's. `element`: bytes of one
     number on the wire. `fused`: the sum takes the norm that follows it along, so that the next body goes without.
     `codec`: of the compute lane's processor, that a collective takes beyond what its bytes do (see `Contention`).
     """
@@ -172,11 +173,12 @@ class WireCosts:
     element: float
     fused: bool = False
     codec: Table = NOTHING
+    send: Table = NOTHING
 
     def table(self, kind: Kind, size: float, algorithm: str = "") -> Table:
         """The one that holds for a collective on `size` bytes, by an algorithm or by the cheapest one."""
         if kind is not Kind.REDUCE:
-            return self.hop
+            return self.send if kind is Kind.SEND else self.hop
         return self.sums.get(algorithm) or self.sums[self.cheapest(size)]
 
     def cheapest(self, size: float) -> str:
@@ -198,7 +200,7 @@ class WireCosts:
     def scaled(self, factor: float) -> WireCosts:
         """The same wire, slower by this factor."""
         sums = {algorithm: table.scaled(factor) for algorithm, table in self.sums.items()}
-        return replace(self, sums=sums, hop=self.hop.scaled(factor))
+        return replace(self, sums=sums, hop=self.hop.scaled(factor), send=self.send.scaled(factor))
 
 
 @dataclass(frozen=True)
@@ -258,6 +260,18 @@ class Costs:
     def pace(self) -> ComputeCosts:
         """The group's pace: a collective starts when the last rank is ready."""
         return ComputeCosts.slowest(self.ranks)
+
+    def pace_of(self, ranks: tuple[int, ...]) -> ComputeCosts:
+        """That of some of the ranks; of all, where these are ()."""
+        if not ranks or len(self.ranks) == 1:
+            return self.pace
+        if ranks not in self._paces:
+            self._paces[ranks] = ComputeCosts.slowest([self.ranks[rank] for rank in ranks])
+        return self._paces[ranks]
+
+    @cached_property
+    def _paces(self) -> dict[tuple[int, ...], ComputeCosts]:
+        return {}
 
     def compute_seconds(
         self, rank: ComputeCosts, kind: Kind, part: str, rows: Rows, batch: Batch, entered: bool = False,

@@ -7,19 +7,21 @@ their own. Knows programs and costs; knows nothing of models or machines.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from types import MappingProxyType
 from typing import NamedTuple
 
 from weft.program.batch import Batch, Rows
 from weft.program.stages import COLLECTIVES, COMPUTE, Kind
-from weft.program.steps import Block, Form, Program, ProgramError, Step
+from weft.program.steps import Block, Form, Step
 from weft.simulate.cost import ComputeCosts, Costs, WireCosts
-from weft.timeline.timeline import Event, Timeline
+from weft.simulate.divided import Spot
 
 INFINITE = float("inf")
 LEAST = 0.1  # of its speed that a lane keeps, whatever happens beside it
+NEVER: Mapping[Spot, float] = MappingProxyType({})
 REPEATS = 1e-12  # seconds: smaller differences between two rounds are those of floating point
 
 
@@ -95,10 +97,7 @@ class Structure:
 
 @lru_cache(maxsize=512)
 def structure_of(form: Form, fused: bool = False) -> Structure:
-    """Reads a form. `fused`: its sums take the norms that follow them along. Raises `ProgramError` for steps that are
-    for some ranks only: each rank would be a clock of its own."""
-    if form.ranks:
-        raise ProgramError("programs with steps for some ranks only can be checked and run, but not predicted yet")
+    """Reads a form of one section. `fused`: its sums take the norms that follow them along."""
     numbers: dict[tuple[Work, int], int] = {}
     lanes = {lane: number for number, lane in enumerate(form.lanes)}
     blocks: list[tuple[_Step, ...]] = []
@@ -167,6 +166,11 @@ class LaidOut:
         """From the first step to the end of the last one."""
         return max(self.stops)
 
+    def ended(self, spot: Spot) -> float:
+        """When a step of a block that is issued once stops."""
+        pairs = zip(self.structure.blocks[: spot[0]], self.laid, strict=False)
+        return self.stops[sum(len(steps) * laid for steps, laid in pairs) + spot[1]]
+
     @cached_property
     def busy(self) -> list[float]:
         """Seconds that each lane works."""
@@ -204,25 +208,40 @@ class _Clock:
         self.several = lanes > 2
         self.stolen, self.saved, self.saved_at = [0.0] * lanes, [0.0] * lanes, [0.0] * lanes
 
-    def issue(self, lane: int, after: tuple[int, ...], cost: Taken) -> None:
+    def issue(self, lane: int, after: tuple[int, ...], cost: Taken, earliest: float = 0.0) -> None:
         """The next step in issue order: the walk goes on once the computation before it has ended, and waits for what
-        a computation waits for."""
+        the step waits for, and until `earliest`, when what it needs comes from elsewhere."""
         stops = self.stops
         while self.under_way[0] >= 0:
             self._advance()
         number = len(stops)
+        for distance in after:
+            while stops[number - distance] < 0:
+                self.waiting = True
+                self._advance()
+        self.waiting = False
+        if earliest > self.now:
+            self._pass(earliest)
         if lane:
             self.queues[lane].append((number, cost))
             self.queued += 1
         else:
-            for distance in after:
-                while stops[number - distance] < 0:
-                    self.waiting = True
-                    self._advance()
-            self.waiting = False
             self.under_way[0], self.left[0] = number, cost[0]
         self.starts.append(self.now)
         stops.append(-1.0)
+
+    def _pass(self, until: float) -> None:
+        """Nothing is computed until then, and a little longer."""
+        while self.sending or self.queued:
+            self._start()
+            if min(self.now + self.left[lane] / self.speed[lane] for lane in self.sending) > until:
+                break
+            self._advance()
+        for lane in self.sending:
+            self.left[lane] -= (until - self.now) * self.speed[lane]
+        self.now = until + self.wake
+        for lane in self.sending:
+            self.left[lane] = max(0.0, self.left[lane] - self.wake * self.speed[lane])
 
     def finish(self) -> None:
         """Until all has ended."""
@@ -233,9 +252,7 @@ class _Clock:
         """To the next end of a step; lanes on which something waits start with it first."""
         under_way, left, speed = self.under_way, self.left, self.speed
         if self.queued:
-            for lane, queue in enumerate(self.queues):
-                if queue and under_way[lane] < 0:
-                    self._send(lane, *queue.popleft())
+            self._start()
         seconds, ended = (left[0] / speed[0], 0) if under_way[0] >= 0 else (INFINITE, -1)
         for lane in self.sending:
             until = left[lane] / speed[lane]
@@ -253,6 +270,12 @@ class _Clock:
             self._share()
             if self.waiting:
                 self.now += self.wake
+
+    def _start(self) -> None:
+        """What waits for a lane that is free."""
+        for lane, queue in enumerate(self.queues):
+            if queue and self.under_way[lane] < 0:
+                self._send(lane, *queue.popleft())
 
     def _send(self, lane: int, number: int, cost: Taken) -> None:
         """A collective starts."""
@@ -311,8 +334,12 @@ class _Clock:
         self.saved_at = [at + seconds for at in self.saved_at]
 
 
-def lay_out(structure: Structure, costs: Sequence[Taken], between: Coupling, most: int | None = None) -> LaidOut:
-    """When each step starts and stops, where `costs` has what each of the structure's works takes.
+def lay_out(
+    structure: Structure, costs: Sequence[Taken], between: Coupling, most: int | None = None,
+    come: Mapping[Spot, float] = NEVER,
+) -> LaidOut:  # fmt: skip
+    """When each step starts and stops, where `costs` has what each of the structure's works takes. `come`: of steps
+    that wait for others' rows, when these come.
 
     With `most`, rounds are laid out only until one leaves all lanes as the one before it did, which is exact, and at
     most so many: then each further one takes as long as the last one did, but, where queues grow, no less than its
@@ -320,8 +347,12 @@ def lay_out(structure: Structure, costs: Sequence[Taken], between: Coupling, mos
     """
     clock = _Clock(len(structure.form.lanes), between)
     laid: list[int] = []
-    for block, steps in zip(structure.form.blocks, structure.blocks, strict=True):
+    for place, (block, steps) in enumerate(zip(structure.form.blocks, structure.blocks, strict=True)):
         begin, before, number = 0.0, None, 0
+        if block.rounds == 1:
+            for at, (work, lane, after) in enumerate(steps):
+                clock.issue(lane, _nearer(after, len(clock.stops)), costs[work], come.get((place, at), 0.0))
+            number = 1
         while number < block.rounds:
             if most is not None and number:
                 period, state = clock.now - begin, clock.state()
@@ -338,46 +369,6 @@ def lay_out(structure: Structure, costs: Sequence[Taken], between: Coupling, mos
     return LaidOut(structure, clock.starts, clock.stops, tuple(laid))
 
 
-def simulate(program: Program, batch: Batch, costs: Costs, wire: str, title: str = "") -> Timeline:
-    """What executing the program would give, predicted. Raises KeyError for a wire without costs."""
-    way = costs.wires[wire]
-    structure = structure_of(program.form, way.fused)
-    pace = times(structure, program, batch, costs, wire, costs.pace)
-    laid = lay_out(structure, pace, coupling(costs, way, program.form.lanes))
-    events: list[Event] = []
-    for number, rank in enumerate(costs.ranks):
-        spans = list(zip(laid.starts, laid.stops, strict=True))
-        if len(costs.ranks) > 1:
-            spans = _at_its_own_pace(structure, spans, pace, times(structure, program, batch, costs, wire, rank))
-        events += [
-            Event(each, step.lane, step.kind, step.stage, step.rows, start, stop)
-            for each in (range(costs.world) if len(costs.ranks) == 1 else [number])
-            for step, (work, _, _), (start, stop) in zip(program, structure.steps, spans, strict=True)
-            if pace[work].seconds or batch.wanted(step.rows).length  # else nothing is done
-        ]
-    return Timeline(tuple(events), "predicted", title)
-
-
-def times(
-    structure: Structure, program: Program, batch: Batch, costs: Costs, wire: str, rank: ComputeCosts
-) -> list[Taken]:  # fmt: skip
-    """What each of the structure's works takes, with the rows of this program."""
-    return [taken(work, program.rows[chunk], batch, costs, wire, rank) for work, chunk in structure.works]
-
-
-def _at_its_own_pace(
-    structure: Structure, spans: list[tuple[float, float]], pace: Sequence[Taken], own: Sequence[Taken]
-) -> list[tuple[float, float]]:  # fmt: skip
-    """The steps of a rank that computes faster than the group: the same collectives, and more waiting for them."""
-    shifted, free, index = list(spans), 0.0, -1
-    for work, lane, after in structure.steps:
-        index += 1
-        if lane:
-            continue
-        start, stop = spans[index]
-        begin = max([free, *(spans[index - distance][1] for distance in after)])
-        begin = max(begin, 0.0 if free else start)
-        stretched = (stop - start) / pace[work].seconds if pace[work].seconds > 0 else 1.0
-        free = begin + own[work].seconds * stretched
-        shifted[index] = (begin, free)
-    return shifted
+def _nearer(after: tuple[int, ...], issued: int) -> tuple[int, ...]:
+    """Edges that lead back over rounds that were not laid out: those there have ended, or the first step has."""
+    return tuple([min(distance, issued) for distance in after])
