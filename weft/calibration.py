@@ -61,6 +61,7 @@ def subject_of(
         length=config.max_length, slots=config.max_sequences, limit=ONE_SHOT_BYTES, algorithms=algorithms(machines),
         elements={wire: row_bytes(wire, config.dtype, model.hidden) / model.hidden for wire in wires},
         windows=blueprint.windows, granule=granule_of(config), kept=blueprint.kept,
+        layout=config.layout if config.layout.several else None,
     )  # fmt: skip
 
 

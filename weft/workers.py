@@ -79,7 +79,7 @@ class Workers:
         self._bring_up(_read(tell))
         notices = [*kept_lines(self.started.loaded), *self._make_link(planner, tell)]
         chooses = self.config.overlap == AUTO or chosen_by_cost(self.config.wire)
-        if self.config.layout.several or not (self.config.ranks > 1 and (recalibrate or by_speed or chooses)):
+        if not (self.config.ranks > 1 and (recalibrate or by_speed or chooses)):
             return notices
         notices += self._learn(planner, tell, recalibrate)
         return notices + (self._share(planner, tell, recalibrate) if by_speed else [])

@@ -10,8 +10,9 @@ import pytest
 from tests.outlines import decoder_outline
 from tests.simulate.costs import costs
 from weft.errors import InputError
+from weft.plan.candidates import SIMPLER
 from weft.plan.planner import Plan, Planner
-from weft.plan.search import MARGIN, SIMPLER
+from weft.plan.search import MARGIN
 from weft.plan.wiring import Wiring, travels
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.text import parse, write

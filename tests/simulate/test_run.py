@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.execute.programs import SEGMENTS, legal_programs
 from tests.outlines import changed, decoder_outline
 from tests.simulate.costs import RANK, costs
-from weft.plan.search import ROUNDS
+from weft.plan.candidates import ROUNDS
 from weft.program.batch import Batch, one_prompt
 from weft.program.build import build
 from weft.program.check import check

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tests.outlines import decoder_outline
 from tests.simulate.costs import NOTHING, RANK, costs
 from weft.layout import Layout, even_layers
-from weft.plan.search import ROUNDS, Search
+from weft.plan.candidates import ROUNDS
+from weft.plan.search import Search
 from weft.plan.wiring import Wiring
 from weft.program.batch import one_prompt
 from weft.program.build import build

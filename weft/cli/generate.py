@@ -37,7 +37,7 @@ from weft.cli.terminal import bar, loaded
 from weft.compare import Measured, compare
 from weft.errors import InputError, RequestFailed
 from weft.llm import LLM, RequestOutput
-from weft.plan.search import WORTH
+from weft.plan.candidates import WORTH
 from weft.program.batch import one_prompt
 from weft.program.strategy import AUTO
 from weft.text import leave_torch_out

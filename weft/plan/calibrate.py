@@ -1,7 +1,8 @@
 """Measures what steps cost on two or more live ranks, in a few seconds, through a callback that runs a program.
 
 Short programs of a few layers, serial, cut, tiled and scattered, run in rounds until the time is used up; readings.py
-makes costs of what they took. Knows programs and seconds; knows nothing of processes. No torch.
+makes costs of what they took. A pipeline's sections are measured all at once (spread.py), and what goes between them.
+Knows programs and seconds; knows nothing of processes. No torch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import replace
 from itertools import pairwise
 
 from weft.plan.readings import read
-from weft.plan.samples import Sample, Samples, Subject, Trial, by_name
+from weft.plan.samples import Sample, Samples, Subject, Trial, by_name, sent_to
+from weft.plan.spread import round_trips, spread
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.build import build
 from weft.program.steps import Program
@@ -70,7 +72,7 @@ def _extent(probe: Probe, subject: Subject) -> tuple[int, int]:
         sample = probe(run.batch, run.program, run.wire, run.scope)
         if sample.seconds > SLOWEST:
             raise TooSlow(f"{few} row{'s' if few > 1 else ''} of two layers took {sample.seconds:.1f} s")
-    a_row = sample.seconds / rows / min(2, subject.outline.layers)
+    a_row = sample.seconds / rows / min(2, subject.layers)
     affordable = [
         (most, deep)
         for extents, seconds in ((EXTENTS, BUDGET / SEVERAL), (STOPGAPS, 0.8 * BUDGET))
@@ -86,7 +88,8 @@ def _runs(subject: Subject, most: int, deep: int) -> Iterator[Trial]:
     sizes = sorted({n for n in (1, 16, 64, 128, most // 2, most) if n <= most})
     for n in sizes:
         yield _run(subject, "serial", n, deep if n <= 16 else 2 if n <= 128 else 1)
-    yield from _sums(subject, most, sizes)
+    yield from _sums(subject, most, sizes) if len(subject.summing) > 1 else ()
+    yield from _sends(subject, most)
     parts = min(subject.slots, 16)
     if parts >= 4:
         edges = [most * i // parts for i in range(parts + 1)]
@@ -98,8 +101,8 @@ def _runs(subject: Subject, most: int, deep: int) -> Iterator[Trial]:
         yield _run(subject, "past", 1, deep, batch=Batch((Segment(0, earlier, 1),)))
     for n in sorted({n for n in (2, 32, 128, most) if 1 < n <= most}):
         yield _run(subject, "tiles", n, 1, "tiles:2")
-    for n in sorted({max(2, most // 4), most}):
-        if subject.outline.scatters:
+    for n in sorted({max(2, most // 4), most}) if len(subject.summing) > 1 else ():
+        if subject.outline.scatters and subject.layout is None:
             yield _run(subject, "scattered", n, 1, "rs")
         if n >= 2 * subject.granule:
             yield _run(subject, "cut", n, 2, "iso:2")
@@ -119,15 +122,27 @@ def _sums(subject: Subject, most: int, sizes: list[int]) -> Iterator[Trial]:
             yield _run(subject, "network", n, layers, wire=wire, scope="beside")
 
 
+def _sends(subject: Subject, most: int) -> Iterator[Trial]:
+    """Nothing but messages between sections."""
+    sections = len(subject.layout.sections) if subject.layout is not None else 1
+    for number in range(1, sections):
+        assert subject.layout is not None
+        for n in sorted({n for n in (1, 64, most) if n <= most}):
+            program = round_trips(subject.outline, subject.layout, number, n)
+            for wire in subject.elements:
+                yield Trial(sent_to(number), n, one_prompt(n), program, wire, "beside")
+
+
 def _run(
     subject: Subject, name: str, rows: int, layers: int, strategy: str = "serial", *, batch: Batch | None = None,
     wire: str | None = None, scope: str = "both", algorithm: str = "",
 ) -> Trial:  # fmt: skip
     """A program of a model that ends after its first layers."""
     batch = batch or one_prompt(rows)
-    outline = replace(
-        subject.outline.of(min(subject.outline.layers, layers)), narrows=False
-    )  # layers are to take alike
+    outline = replace(subject.outline.of(min(subject.layers, layers)), narrows=False)  # layers are to take alike
     program = build(Strategy.parse(strategy), outline, batch, subject.granule)
     program = program.summed_by(lambda _: algorithm) if algorithm else program
+    if subject.layout is not None:
+        scope = "compute" if scope == "both" and len(subject.summing) == 1 else scope
+        program = spread(program, subject.outline, subject.layout, scope in ("both", "compute"))
     return Trial(name, rows, batch, program, wire or subject.first_wire, scope)

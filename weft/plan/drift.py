@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
-from weft.plan.search import Estimate
+from weft.plan.candidates import Estimate
 from weft.simulate.cost import Costs
 from weft.timeline.timeline import median
 

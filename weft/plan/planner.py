@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from weft.layout import Layout
+from weft.plan.candidates import Estimate
 from weft.plan.drift import Drift, Factors
-from weft.plan.search import Estimate, Search
+from weft.plan.search import Search
 from weft.plan.wiring import Wiring, reasons, sums_of, travels
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.build import build, demand_scattering

@@ -6,17 +6,17 @@ medians for differences. Knows what calibrate.py runs; runs nothing itself. No t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from statistics import fmean
 
 from weft.plan.samples import Sample, Samples, Trial, by_name
+from weft.plan.sends import KERNEL, Sends
 from weft.program.stages import COMPUTE, NETWORK, Kind
 from weft.simulate.cost import NOTHING, ComputeCosts, Contention, Costs, Table, WireCosts, squared, window_shares
 from weft.simulate.predicted import simulate
 from weft.timeline.timeline import Timeline, median
 
-KERNEL = 1.2  # interrupts of the network's are on no process's account: measured, docs/log.md
 LEAST_LOST = 0.25  # of a collective's processor seconds: what is lost at least, whatever noise says
 SMALLEST_BURST = 64e3  # bytes: less is noise
 LARGEST_BURST = 1e6  # bytes: more than token buckets and buffers take
@@ -26,12 +26,20 @@ FEW = 16  # rows: their sums are hardly more than what every sum takes
 
 def read(samples: Samples) -> Costs:
     """The costs that explain what was measured."""
-    subject, network = samples.subject, _Network(samples)
+    subject = samples.subject
+    network = _Network(samples) if len(subject.summing) > 1 else None
+    sends = Sends(samples) if subject.layout is not None else None
     ranks = tuple(_Rank(samples, rank).costs() for rank in range(subject.world))
-    costs = Costs(
-        ranks, network.wires(), Contention(), subject.width, subject.logits, subject.world, aside=subject.outline.aside
-    )
-    return network.beside_computation(costs)
+    wires = network.wires() if network is not None else {
+        wire: WireCosts({"exchange": NOTHING}, subject.limit, NOTHING, element)
+        for wire, element in subject.elements.items()
+    }  # fmt: skip
+    if sends is not None:
+        wires = {wire: replace(way, send=sends.table(wire)) for wire, way in wires.items()}
+    costs = Costs(ranks, wires, Contention(), subject.width, subject.logits, subject.world, aside=subject.outline.aside)
+    if network is not None:
+        return network.beside_computation(costs)
+    return replace(costs, contention=sends.contention()) if sends is not None else costs
 
 
 class _Rank:
@@ -45,7 +53,8 @@ class _Rank:
         past, one = self._past()
         present = self._present(past)
         subject = self.samples.subject
-        body = {stage.part: self._serial(stage.part) for stage in subject.outline.before} | {subject.head: self._head()}
+        ends = {stage.part: self._serial for stage in subject.outline.before} | {subject.head: lambda _: self._head()}
+        body = {part: table(part) if self._has(part) else NOTHING for part, table in ends.items()}
         tail = dict.fromkeys(body, NOTHING)
         for part in (stage.part for stage in subject.outline.layer):
             whole = self._serial(part)
@@ -57,6 +66,11 @@ class _Rank:
         begin = self._begin()
         windows = window_shares(subject.windows)
         return ComputeCosts(body, tail, self._enter(), present, past, one, begin, windows, subject.scored, subject.kept)
+
+    def _has(self, part: str) -> bool:
+        """It computes this part: of a pipeline, the first ranks embed, and the last ones have the head."""
+        first = self.samples.of("serial", self.most)[0].timeline
+        return any(e.rank == self.rank and e.stage.rpartition(".")[2] == part for e in first.lane(self.rank, COMPUTE))
 
     def _seconds(self, name: str, rows: int, part: str, kind: Kind = Kind.COMPUTE) -> float:
         """A step of this part, in the mean over layers and rounds: a rank that shares its core computes in turns."""
@@ -166,7 +180,7 @@ class _Network:
 
     def _taken(self, timeline: Timeline) -> list[float]:
         """Seconds of each sum of whole rows."""
-        return _collectives(timeline, self.subject.outline.aside)
+        return _collectives(timeline, self.subject.outline.aside, self.subject.summing)
 
     def _longer(self, wire: str, fixed: float) -> float:
         """Seconds that a sum takes longer on this wire than on the first, beside its bytes. `fixed`: on that one."""
@@ -235,7 +249,7 @@ class _Network:
     def _slope(self, wire: str) -> float:
         """Seconds of one byte more on this wire."""
         less, more = self.samples.sizes[-2:]
-        several = self.subject.world > 2  # then small sums go another way, which is shorter
+        several = len(self.subject.summing) > 2  # then small sums go another way, which is shorter
         few = next((n for n in self.samples.sizes if not several or n * self.row > self.subject.limit), more)
         element = self.subject.width * self.subject.elements[wire]
         shortest, short, long = (fmean(self._sums("network", n, wire)) for n in (few, less, more))
@@ -262,7 +276,7 @@ class _Network:
             # What an idle link takes at once is there again for the next row, and for more rows once in a pass.
             passes = len(self.samples.of("serial", n))
             at_once = self.burst * passes / len(sums) if seconds else self.burst
-            on_the_wire = self.slope * max(0.0, n * self.row * (self.subject.world - 1) - at_once)
+            on_the_wire = self.slope * max(0.0, n * self.row * (len(self.subject.summing) - 1) - at_once)
             if not seconds or on_the_wire < 0.3 * fmean(sums):
                 seconds += [max(s - on_the_wire, 0.1 * s) for s in sums]
         return fmean(seconds)
@@ -296,14 +310,14 @@ class _Network:
     def _wake(self) -> float:
         """Seconds from a collective's end to the start of what waited for it."""
         samples = (sample for n in self.samples.sizes for sample in self.samples.of("serial", n))
-        gaps = [gap for sample in samples for rank in sample.timeline.ranks for gap in _gaps(sample.timeline, rank)]
+        gaps = [gap for sample in samples for rank in self.subject.summing for gap in _gaps(sample.timeline, rank)]
         return median(gaps) if gaps else 0.0
 
 
 def _gaps(timeline: Timeline, rank: int) -> Iterator[float]:
-    """Of a serial pass: every step but the first two follows a collective."""
-    ends = (event.stop for event in timeline.lane(rank, NETWORK))
-    starts = (event.start for event in timeline.lane(rank, COMPUTE)[2:])
+    """Of a serial pass: every step of a layer but the first one follows a collective."""
+    ends = [event.stop for event in timeline.lane(rank, NETWORK)]
+    starts = (event.start for event in timeline.lane(rank, COMPUTE) if ends and event.start >= ends[0])
     yield from (start - end for start, end in zip(starts, ends, strict=False) if start > end)
 
 
@@ -312,11 +326,12 @@ def _computing(sample: Sample) -> float:
     return max(sample.timeline.busy(rank, COMPUTE) for rank in sample.timeline.ranks)
 
 
-def _collectives(timeline: Timeline, aside: Collection[str]) -> list[float]:
-    """Seconds of each sum, but for those of parts `aside`, from when the last rank came until the last one has it."""
+def _collectives(timeline: Timeline, aside: Collection[str], ranks: Sequence[int]) -> list[float]:
+    """Seconds of each sum of these ranks, but for those of parts `aside`, from when the last rank came until the last
+    one has it."""
     lanes = [
         [e for e in timeline.lane(rank, NETWORK) if e.kind is Kind.REDUCE and e.stage.rpartition(".")[2] not in aside]
-        for rank in timeline.ranks
+        for rank in ranks
     ]
     return [max(e.stop for e in same) - max(e.start for e in same) for same in zip(*lanes, strict=True)]
 

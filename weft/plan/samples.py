@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+from weft.layout import Layout
 from weft.program.batch import Batch
 from weft.program.stages import Kind, Outline
 from weft.program.steps import Program
@@ -36,7 +37,8 @@ class Subject:
     """What is calibrated. `length`: positions of a sequence; `slots`: sequences at a time. `limit`: bytes up to which
     a sum is small. `algorithms`: of sums. `elements`: bytes of a number, by wire. `logits`: bytes that a rank tells the
     others of a wanted row. `windows`: positions that a token sees at most, layer by layer, if there are any. `kept`:
-    see `ComputeCosts`. `granule`: of cuts, see `strategy.place`."""
+    see `ComputeCosts`. `granule`: of cuts, see `strategy.place`. `layout`: of the model over the ranks, where it has
+    several sections."""
 
     outline: Outline
     width: int
@@ -50,6 +52,19 @@ class Subject:
     windows: tuple[int | None, ...] = ()
     granule: int = 1
     kept: float = 1.0
+    layout: Layout | None = None
+
+    @property
+    def summing(self) -> tuple[int, ...]:
+        """The ranks whose sums are measured: of a pipeline the section with most."""
+        if self.layout is None:
+            return tuple(range(self.world))
+        return max((section.ranks for section in self.layout.sections), key=len)
+
+    @property
+    def layers(self) -> int:
+        """That every rank has, at least."""
+        return self.outline.layers if self.layout is None else min(self.layout.layers)
 
     @property
     def sums(self) -> int:
@@ -103,3 +118,8 @@ class Samples:
 def by_name(algorithm: str) -> str:
     """The runs that do nothing but sum, by this algorithm."""
     return f"network by {algorithm}"
+
+
+def sent_to(section: int) -> str:
+    """The runs that do nothing but send rows to a section and back."""
+    return f"sent to {section}"
