@@ -18,7 +18,7 @@ from weft.execute.protocol import Hello, Loaded
 from weft.formats.fingerprint import weight_files
 from weft.model.description import generation_defaults
 from weft.model.families import blueprint_of
-from weft.model.shares import FEW_BITS, shard_bytes, shares_of
+from weft.model.shares import FEW_BITS, Share, shard_bytes, shares_of
 from weft.text import Tokenizer
 
 FEW = 12  # bits of a number, up to which a checkpoint is one of few bits
@@ -121,11 +121,15 @@ def settled(path: Path, model: ModelConfig, config: EngineConfig, hellos: Sequen
 
 
 def weights_needed(model: ModelConfig, config: EngineConfig) -> list[int]:
-    """Bytes of each rank's weights. Checkpoints that quantise matrices leave the embedding and the head floats."""
+    """Bytes of each rank's weights."""
     blueprint = blueprint_of(model)
+    return [_weights_of(model, config, share) for share in shares_of(blueprint, config.layout)]
+
+
+def _weights_of(model: ModelConfig, config: EngineConfig, share: Share) -> int:
+    """Checkpoints that quantise matrices leave the embedding and the head floats."""
     floats = config.weights.startswith("auto:") and model.fields.get("quantization_config")
-    tables = config.dtype if floats else ""
-    return [shard_bytes(blueprint, share, config.weights, tables) for share in shares_of(blueprint, config.layout)]
+    return shard_bytes(blueprint_of(model), share, config.weights, config.dtype if floats else "")
 
 
 def _filled(
@@ -149,6 +153,19 @@ def demand_memory(model: ModelConfig, config: EngineConfig, hellos: Sequence[Hel
                 "bits (--weights int8 or int4), other --shares, or more machines or memory",
                 ranks[0],
             )
+
+
+def room_for_layers(model: ModelConfig, config: EngineConfig, hellos: Sequence[Hello]) -> list[int]:
+    """Of each section, the layers whose weights fit on each of its machines beside what comes before and after them;
+    ranks of one machine have equal parts of what is free there. One at least."""
+    shares, machines = shares_of(blueprint_of(model), config.layout), _by_machine(hellos)
+
+    def fit(rank: int) -> int:
+        ends, one = (_weights_of(model, config, replace(shares[rank], layers=range(count))) for count in (0, 1))
+        return int((hellos[rank].free / len(machines[hellos[rank].machine]) - ends) / max(1, one - ends))
+
+    rooms = (min(map(fit, section.ranks)) for section in config.layout.sections)
+    return [max(1, min(room, model.layers)) if config.device == "cpu" else model.layers for room in rooms]
 
 
 def _by_machine(hellos: Sequence[Hello]) -> dict[str, list[int]]:

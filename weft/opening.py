@@ -75,7 +75,9 @@ def open_engine(
         given = tuple(shares) if shares and not isinstance(shares, str) else None
         counted = tuple(layers) if layers is not None and not isinstance(layers, str) else None
         config = resolve(ranks=ranks, sections=sections, layers=counted, shares=given, threads=threads)
-    engine = Engine(path, config, model_config, launcher, progress, recalibrate, share_by_speed=shares == AUTO)
+    engine = Engine(
+        path, config, model_config, launcher, progress, recalibrate, share_by_speed=AUTO in (shares, layers)
+    )
     engine.notices += [
         notice for notice in (line or judged(engine), _secured(launcher, plain_data), *left_out) if notice
     ]

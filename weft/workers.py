@@ -11,7 +11,7 @@ from collections.abc import Sequence as ReadOnly
 from dataclasses import replace
 from pathlib import Path
 
-from weft.admission import demand_memory, kept_lines, memory_tokens, settled
+from weft.admission import demand_memory, kept_lines, memory_tokens, room_for_layers, settled
 from weft.balance import balance
 from weft.batching.scheduled import CopyPrefix, Move
 from weft.calibration import key_of, measured
@@ -153,16 +153,26 @@ class Workers:
     def _share(self, planner: Planner, tell: Progress, recalibrate: bool) -> list[str]:
         """Starts again with parts of the model that take the ranks equally long, if that is worth it."""
         if planner.costs is None:
-            raise InputError("--shares auto needs to know what steps cost, and the link is too slow to measure it")
-        shares = planner.shares_by_speed(self.config.layout.shares[0])
-        line = f"shares by speed: {','.join(f'{share:g}' for share in shares)}"
-        if min(shares) >= ALIKE:
+            option = "--layers" if self.config.layout.several else "--shares"
+            raise InputError(f"{option} auto needs to know what steps cost, and the link is too slow to measure it")
+        layout, line = self._by_speed(planner)
+        if layout == self.config.layout:
             return [line]
         self.controller.stop()
-        layout = Layout(self.config.layout.layers, (shares,))
         self.config = self.controller.config = replace(self.config, layout=layout)
+        planner.lay(layout)
         self._bring_up(_read(tell))
         return [line, *self._learn(planner, tell, recalibrate)]
+
+    def _by_speed(self, planner: Planner) -> tuple[Layout, str]:
+        """The layout that is worth it, or the one that there is, and a line on it."""
+        layout = self.config.layout
+        if layout.several:
+            found = planner.layers_by_speed(room_for_layers(self.model, self.config, self.started.hellos))
+            return replace(layout, layers=found.layers), found.describe()
+        shares = planner.shares_by_speed(layout.shares[0])
+        line = f"shares by speed: {','.join(f'{share:g}' for share in shares)}"
+        return (layout if min(shares) >= ALIKE else replace(layout, shares=(shares,))), line
 
     def teach(self, planner: Planner, probe: Probe, wires: tuple[str, ...], watch: Callable[[float], None]) -> None:
         """Measures anew what the planner goes by. Over a link that is too slow for that nothing is known."""

@@ -13,15 +13,16 @@ from dataclasses import dataclass, replace
 from weft.layout import Layout
 from weft.plan.candidates import Estimate
 from weft.plan.drift import Drift, Factors
+from weft.plan.partition import Partition, partition
 from weft.plan.search import Search
 from weft.plan.wiring import Wiring, reasons, sums_of, travels
-from weft.program.batch import Batch, Segment, one_prompt
+from weft.program.batch import Batch, Rows, Segment, one_prompt
 from weft.program.build import build, demand_scattering
 from weft.program.check import check
 from weft.program.stages import Kind, Outline
 from weft.program.steps import Program, Step
 from weft.program.strategy import AUTO, Strategy, canonical
-from weft.simulate.cost import Costs
+from weft.simulate.cost import ComputeCosts, Costs
 from weft.simulate.predicted import simulate
 from weft.timeline.timeline import Timeline, bound
 from weft.wires import allowed, needed
@@ -104,14 +105,14 @@ class Planner:
         self, outline: Outline, overlap: str, wire: str, granule: int = 1, costs: Costs | None = None,
         drift: Drift | None = None, layout: Layout | None = None,
     ) -> None:  # fmt: skip
-        self.outline, self.wire, self.granule, self.costs, self.layout = outline, wire, granule, costs, layout
+        self.outline, self.wire, self.granule, self.costs = outline, wire, granule, costs
         self.wires = allowed(wire)
         self.overlap = canonical(overlap)
         if self.overlap != AUTO and Strategy.parse(self.overlap).scattered:
             demand_scattering(outline, layout)
         self.drift = drift or Drift()
-        self.search = Search(outline, granule, layout if layout is not None and layout.several else None)
         self._known: OrderedDict[tuple[Batch, int], Plan] = OrderedDict()
+        self.lay(layout)
 
     def plan(self, batch: Batch) -> Plan:
         """The plan for a batch. Raises `InputError` if the strategy's cuts don't fit it."""
@@ -122,6 +123,12 @@ class Planner:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
         return self._known[key]
+
+    def lay(self, layout: Layout | None) -> None:
+        """Plans from now on are for another layout; what was planned is forgotten."""
+        self.layout = layout
+        self.search = Search(self.outline, self.granule, layout if layout is not None and layout.several else None)
+        self._known.clear()
 
     def like(self, overlap: str, wire: str) -> Planner:
         """A planner of the same model, granule and costs for another strategy and wire, as comparisons need them."""
@@ -139,6 +146,8 @@ class Planner:
         if plan.predicted is None or self.costs is None or batch.pools:  # these rows see no output head
             return False
         predicted = plan.predicted
+        if self.layout is not None and self.layout.several:  # what ranks wait for each other counts as communication
+            network = 0.0
         return self.drift.observe(self._small(batch), predicted.lanes, predicted.factors, compute, network)
 
     def predict(self, plan: Plan, batch: Batch, title: str = "") -> Timeline:
@@ -152,10 +161,23 @@ class Planner:
         The largest is 1. There must be costs, of every rank its own.
         """
         assert self.costs is not None, "shares follow from costs"
-        parts = [stage.part for stage in self.outline.layer]
-        seconds = [sum(rank.whole[part].at(rows) for part in parts) for rank in self.costs.ranks]
+        seconds = [self._a_layer(rank, rows) for rank in self.costs.ranks]
         speeds = [share / taken for share, taken in zip(shares, seconds, strict=True)]
         return tuple(round(speed / max(speeds), 2) for speed in speeds)
+
+    def layers_by_speed(self, most: Sequence[int], rows: int = 512) -> Partition:
+        """Layers with which all sections take about equally long for `rows` rows of a prompt. `most`: layers that each
+        has room for. There must be costs, of every rank its own."""
+        assert self.costs is not None and self.layout is not None, "layers follow from costs"
+        paces = [self.costs.pace_of(section.ranks) for section in self.layout.sections]
+        ends = [0.0] * len(paces)
+        ends[0] += sum(paces[0].whole[stage.part].at(rows) for stage in self.outline.before)
+        ends[-1] += sum(paces[-1].whole[stage.part].at(1) for stage in self.outline.after)
+        return partition(self.outline.layers, [self._a_layer(pace, rows) for pace in paces], ends, most)
+
+    def _a_layer(self, rank: ComputeCosts, rows: int) -> float:
+        scores = rank.scores(one_prompt(rows), Rows(0, rows))
+        return scores + sum(rank.whole[stage.part].at(rows) for stage in self.outline.layer)
 
     def _shape(self, batch: Batch) -> Batch:
         """What a plan depends on. Where sequences start changes with every token; an eighth more or less does not

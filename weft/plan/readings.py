@@ -316,8 +316,9 @@ class _Network:
 
 def _gaps(timeline: Timeline, rank: int) -> Iterator[float]:
     """Of a serial pass: every step of a layer but the first one follows a collective."""
-    ends = [event.stop for event in timeline.lane(rank, NETWORK)]
-    starts = (event.start for event in timeline.lane(rank, COMPUTE) if ends and event.start >= ends[0])
+    network = timeline.lane(rank, NETWORK)
+    ends = (event.stop for event in network)
+    starts = (event.start for event in timeline.lane(rank, COMPUTE) if network and event.start > network[0].start)
     yield from (start - end for start, end in zip(starts, ends, strict=False) if start > end)
 
 
