@@ -61,7 +61,7 @@ def _numbers(form: Form) -> dict[Spot, int]:
 
 
 def _section(form: Form, ranks: tuple[int, ...], numbers: dict[Spot, int]) -> SectionForm:
-    places = _Places(form, ranks)
+    places = _StepNumbers(form, ranks)
     blocks: list[Block] = []
     brings: dict[Spot, tuple[int, ...]] = {}
     sends: dict[Spot, int] = {}
@@ -88,7 +88,7 @@ def keeps(ranks: tuple[int, ...], step: Step) -> bool:
     return step.ranks == ranks and not alone
 
 
-class _Places:
+class _StepNumbers:
     """Where a section's steps are, among all and among its own."""
 
     def __init__(self, form: Form, ranks: tuple[int, ...]) -> None:
