@@ -155,12 +155,12 @@ def words(text: str, name: str) -> tuple[str, ...]:
 
 
 def numbers(text: str, name: str) -> tuple[int, ...]:
-    """Whole numbers separated by commas. Raises `InputError`."""
+    """Whole numbers separated by commas; 8k is 8192. Raises `InputError`."""
     listed = words(text, name)
     try:
-        return tuple(int(word) for word in listed)
+        return tuple(int(word[:-1]) * 1024 if word[-1] in "kK" else int(word) for word in listed)
     except ValueError:
-        raise InputError(f"{name} {text!r} is not a list of whole numbers; write it like 512,2048") from None
+        raise InputError(f"{name} {text!r} is not a list of whole numbers; write it like 512,2048 or 8k") from None
 
 
 def ranks_or_auto(text: str) -> int | Literal["auto"]:

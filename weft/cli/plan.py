@@ -17,12 +17,15 @@ from weft.errors import InputError
 from weft.hub import locate_config
 from weft.model.description import model_config
 from weft.outlook.figures import Offer, Outlook, Question, offers
+from weft.outlook.layouts import Compared, compared, conclusion
 from weft.outlook.report import (
     ASSUMING,
     COLUMNS,
+    COMPARED,
     OFFERED,
     TEXT,
     as_json,
+    beside,
     cells,
     heading,
     listing,
@@ -30,11 +33,14 @@ from weft.outlook.report import (
     page,
     remarks,
 )  # fmt: skip
-from weft.simulate.hardware import catalogue, parse_hardware
+from weft.simulate.hardware import Hardware, catalogue, parse_hardware
 from weft.text import leave_torch_out
 from weft.timeline.files import demand_writable, write
 
-HELP = """Predict prefill and decode times, memory and the best plan for MODEL on hardware from the catalogue.
+HELP = """Predict what MODEL does on hardware from the catalogue: every way to share it, beside a single device.
+
+The table has the time to the first token with overlap (and what no schedule goes below), the time of one more token,
+requests a second where many run at a time, and memory. --details shows every strategy and wire, group by group.
 
 MODEL is a configuration file, a directory with a config.json, a .gguf file, or a hub id; weights are not needed. A
 link is a name from the catalogue or a speed such as 10gbit; without --link it is the first device's usual one. Own
@@ -46,7 +52,7 @@ Examples:
 
   weft plan ./llama-70b/config.json --hardware "8x rtx4090" --tokens 1024,8192 --wire exact,int8 --html plan.html
 
-  weft plan ./llama-70b --hardware "2x rtx3090" --weights int4 --tokens 4096
+  weft plan ./llama-70b --hardware "1x rtx3090" --hardware "2x rtx3090" --weights int4 --tokens 8k
 
   weft plan Qwen/Qwen3-8B --hardware "1x ryzen-7950x + 1x i5-8500" --link 2.5gbit --overlap serial,iso:2,auto
 
@@ -74,6 +80,7 @@ def plan(
     ttft: Annotated[float | None, typer.Option(help="Seconds that the first token may take.")] = None,
     own: Annotated[Path | None, typer.Option("--catalogue", help="Your own devices and links, in TOML.")] = None,
     show: Annotated[bool, typer.Option("--list", help="Show the catalogue with its sources.")] = False,
+    details: Annotated[bool, typer.Option("--details", help="Also every strategy and wire, group by group.")] = False,
     json_wanted: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots and timelines to this file.")] = None,
 ) -> None:
@@ -100,14 +107,33 @@ def plan(
         weights,
         kv,
     )
-    outlooks = [Outlook(config, parse_hardware(name, link, own), question) for name in hardware]
+    question.demand(config)
+    groups = [parse_hardware(name, link, own) for name in hardware]
+    rows = [row for group in groups for row in compared(config, group, question)]
+    outlooks, failed = _outlooks(config, groups, question)
+    if not any(row.rating for row in rows):
+        raise failed[0]
     ranked = offers(outlooks, prices, ttft) if prices else []
+    concluded = conclusion(rows, question)
     if html is not None:
-        write(html, page(config, outlooks, ranked))
+        write(html, page(config, outlooks, ranked, rows, concluded))
     if json_wanted:
-        print(as_json(config, outlooks, ranked))
+        print(as_json(config, outlooks, ranked, rows, concluded))
     else:
-        _show(outlooks, ranked, ttft)
+        _show(rows, concluded, outlooks if details else [], ranked, ttft)
+
+
+def _outlooks(
+    config: ModelConfig, groups: Sequence[Hardware], question: Question
+) -> tuple[list[Outlook], list[InputError]]:  # fmt: skip
+    """Of the groups that hold the model divided over all of them, and what is wrong with the others."""
+    found, failed = list[Outlook](), list[InputError]()
+    for group in groups:
+        try:
+            found.append(Outlook(config, group, question))
+        except InputError as error:
+            failed.append(error)
+    return found, failed
 
 
 def _usual(config: ModelConfig) -> tuple[int, ...]:
@@ -128,16 +154,22 @@ def _prices(text: str | None) -> dict[str, float]:
     return prices
 
 
-def _show(outlooks: Sequence[Outlook], ranked: Sequence[Offer], ttft: float | None) -> None:
+def _show(
+    rows: Sequence[Compared], concluded: str, outlooks: Sequence[Outlook], ranked: Sequence[Offer], ttft: float | None
+) -> None:  # fmt: skip
     console = Console(width=max(Console().width, 112))
+    console.print(_table("layouts beside each other", COMPARED, list(map(beside, rows))))
+    console.print(concluded)
     for outlook in outlooks:
         console.print(_table(heading(outlook), COLUMNS, [cells(forecast) for forecast in outlook.forecasts]))
         for remark in remarks(outlook):
             console.print(remark)
     if ranked:
         limit = f", first token within {ttft:g} s" if ttft is not None else ""
-        console.print(_table(f"cheapest for a token of the prompt{limit}", OFFERED, list(map(offered, ranked))))
-        if not ranked[0].in_time:
+        columns = OFFERED if ttft is not None else OFFERED[:-1]
+        told = [offered(offer)[: len(columns)] for offer in ranked]
+        console.print(_table(f"cheapest for a token of the prompt{limit}", columns, told))
+        if ranked[0].in_time is False:
             console.print(f"none reaches its first token within {ttft:g} s; the fastest: "
                           f"{min(ranked, key=lambda offer: offer.first_token).hardware}")  # fmt: skip
     console.print(ASSUMING, style="dim")
@@ -146,7 +178,7 @@ def _show(outlooks: Sequence[Outlook], ranked: Sequence[Offer], ttft: float | No
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, justify="left" if column in TEXT else "right")
+        table.add_column(column, justify="left" if column in TEXT else "right", no_wrap=column not in ("plan", "hardware"))
     for row in rows:
         table.add_row(*row)
     return table

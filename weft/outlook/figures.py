@@ -11,9 +11,10 @@ from functools import cached_property
 
 from weft.config import ModelConfig, positive
 from weft.errors import InputError
+from weft.layout import Layout
 from weft.model.blueprint import Axis, Blueprint, StageParts, size
 from weft.model.families import blueprint_of
-from weft.model.shares import STORED_BITS, Share, kept_bytes, remembered, shard_bytes, tensor_shares
+from weft.model.shares import STORED_BITS, Share, kept_bytes, remembered, shard_bytes, shares_of, tensor_shares
 from weft.plan.planner import Plan, Planner
 from weft.program.batch import Batch, Segment
 from weft.program.strategy import Strategy
@@ -95,16 +96,21 @@ class Memory:
 
 
 class Outlook:
-    """One model on one group. Raises `InputError` if it doesn't fit, saying what is missing and what would do."""
+    """One model on one group, all layers over all ranks unless another `layout` is given. Raises `InputError` if it
+    doesn't fit, saying what is missing and what would do, but where that is not to be looked at (`fitting`)."""
 
-    def __init__(self, model: ModelConfig, group: Hardware, question: Question) -> None:
+    def __init__(
+        self, model: ModelConfig, group: Hardware, question: Question, layout: Layout | None = None,
+        fitting: bool = True,
+    ) -> None:  # fmt: skip
         question.demand(model)
         self.model, self.group, self.question = model, group, question
         self.shares = question.shares or planned_shares(group)
         if len(self.shares) != group.world:
             raise InputError(f"--shares gives {len(self.shares)} numbers for {group.world} devices; give one each")
         self.blueprint = blueprint_of(model)
-        self.parts = tensor_shares(self.blueprint, self.shares)
+        self.layout = layout or Layout.tensor(model.layers, self.shares)
+        self.parts = shares_of(self.blueprint, self.layout)
         empty = [
             part.rank for part in self.parts if not any(part.numbers(m) for p in self.blueprint.layer for m in p.first)
         ]
@@ -117,8 +123,8 @@ class Outlook:
             tokens: memory_of(self.blueprint, group, self.parts, question, tokens) for tokens in question.tokens
         }
         for tokens, memory in self.memory.items():
-            if memory.needed > memory.usable:
-                raise InputError(_missing(model, group, question, tokens, memory))
+            if fitting and memory.needed > memory.usable:
+                raise _missing(model, group, question, tokens, memory)
 
     @cached_property
     def costs(self) -> Costs:
@@ -127,7 +133,8 @@ class Outlook:
 
     def _costs(self, group: Hardware) -> Costs:
         shards = [shard_of(self.blueprint, part) for part in self.parts]
-        return costs_of(group, shards, self._wires, keeping_of(self.blueprint, group.devices[0], self.question))
+        kept, tp = keeping_of(self.blueprint, group.devices[0], self.question), max(map(len, self.layout.shares))
+        return costs_of(group, shards, self._wires, kept, tp)
 
     @property
     def _wires(self) -> list[str]:
@@ -135,7 +142,7 @@ class Outlook:
 
     def planner(self, overlap: str, wire: str, costs: Costs | None = None) -> Planner:
         """A planner on these costs."""
-        return Planner(self.blueprint.outline, overlap, wire, costs=costs or self.costs)
+        return Planner(self.blueprint.outline, overlap, wire, costs=costs or self.costs, layout=self.layout)
 
     def batch(self, tokens: int) -> Batch:
         """The prompts of one pass."""
@@ -145,9 +152,11 @@ class Outlook:
     def forecasts(self) -> list[Forecast]:
         """Every length, wire and strategy."""
         asked = self.question
+        overlaps = dict.fromkeys(("serial", *(asked.overlaps if self.group.world > 1 else ())))
+        wires = asked.wires if self.group.world > 1 else asked.wires[:1]
         return [
             self._forecast(tokens, overlap, wire)
-            for tokens in asked.tokens for wire in asked.wires for overlap in dict.fromkeys(("serial", *asked.overlaps))
+            for tokens in asked.tokens for wire in wires for overlap in overlaps
         ]  # fmt: skip
 
     def plan(self, tokens: int, overlap: str, wire: str) -> Plan:
@@ -251,13 +260,23 @@ def memory_of(blueprint: Blueprint, group: Hardware, parts: Sequence[Share], ask
     return min(of_ranks, key=lambda memory: memory.usable - memory.needed)
 
 
-def _missing(model: ModelConfig, group: Hardware, asked: Question, tokens: int, memory: Memory) -> str:
+class NoMemory(InputError):
+    """A model doesn't fit. `short`: what is missing, and what would do."""
+
+    def __init__(self, text: str, short: str) -> None:
+        super().__init__(text)
+        self.short = short
+
+
+def _missing(model: ModelConfig, group: Hardware, asked: Question, tokens: int, memory: Memory) -> NoMemory:
+    missing = f"{(memory.needed - memory.usable) / GIB:.1f} GiB"
+    fits = "; ".join(_would_fit(model, group, asked, tokens)) or "nothing in the catalogue; use fewer tokens"
     text = (
         f"{group.text} doesn't hold this model with {tokens} tokens: the fullest device needs "
         f"{memory.needed / GIB:.1f} GiB and {memory.usable / GIB:.1f} are usable, so "
-        f"{(memory.needed - memory.usable) / GIB:.1f} GiB are missing; what would fit: "
+        f"{missing} are missing; what would fit: {fits}"
     )
-    return text + ("; ".join(_would_fit(model, group, asked, tokens)) or "nothing in the catalogue; use fewer tokens")
+    return NoMemory(text, f"{missing.removesuffix(' GiB')} missing")
 
 
 def _would_fit(model: ModelConfig, group: Hardware, asked: Question, tokens: int) -> list[str]:
@@ -293,7 +312,7 @@ class Offer:
     price: float
     per_million_prompt: float
     per_million_generated: float
-    in_time: bool
+    in_time: bool | None  # where there is a time
 
 
 def offers(outlooks: Sequence[Outlook], prices: dict[str, float], first_token: float | None) -> list[Offer]:
@@ -312,7 +331,7 @@ def offers(outlooks: Sequence[Outlook], prices: dict[str, float], first_token: f
             Offer(
                 group.text, best.seconds, f"{best.overlap}, wire {best.wire}", price,
                 each * best.seconds / (best.tokens * asked.prompts), each * best.decode / asked.decoding,
-                first_token is None or best.seconds <= first_token,
+                None if first_token is None else best.seconds <= first_token,
             )
         )  # fmt: skip
-    return sorted(choices, key=lambda offer: (not offer.in_time, offer.per_million_prompt))
+    return sorted(choices, key=lambda offer: (offer.in_time is False, offer.per_million_prompt))

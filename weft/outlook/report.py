@@ -10,6 +10,7 @@ from typing import Any
 
 from weft.config import ModelConfig
 from weft.outlook.figures import GIB, Forecast, Memory, Offer, Outlook
+from weft.outlook.layouts import Compared
 from weft.simulate.hardware import Catalogue
 from weft.timeline.figure import INK, figure, name
 from weft.timeline.page import ZOOM, document, legend_line, panels
@@ -17,8 +18,9 @@ from weft.timeline.timeline import Timeline
 from weft.wires import chosen_by_cost
 
 COLUMNS = ("tokens", "wire", "overlap", "predicted ms", "saved", "possible", "bound ms", "decode ms", "plan")
+COMPARED = ("hardware", "layout", "first token ms", "bound ms", "hidden", "a token ms", "requests/s", "memory, GiB")
 OFFERED = ("hardware", "first token s", "an hour", "per 1M prompt tokens", "per 1M generated", "by", "in time")
-TEXT = frozenset({"wire", "overlap", "plan", "hardware", "by", "in time"})  # columns that read from the left
+TEXT = frozenset({"wire", "overlap", "plan", "hardware", "layout", "by", "in time"})  # columns that read from the left
 FACTORS = tuple(2.0**step for step in range(-6, 9))
 ASSUMING = (
     "Predicted from makers' figures and the catalogue's assumptions, not measured; docs/predictions.md has the errors."
@@ -34,11 +36,23 @@ def cells(forecast: Forecast) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def beside(row: Compared) -> tuple[str, ...]:
+    """One layout, in the order of COMPARED. `hidden`: what overlap takes off serial's time."""
+    if row.rating is None or row.memory is None:
+        return (row.hardware, row.layout, *["-"] * (len(COMPARED) - 3), row.why)
+    r, memory = row.rating, row.memory
+    return (
+        row.hardware, row.layout, f"{r.first_token * 1e3:.1f}", f"{r.bound * 1e3:.1f}", f"{row.saved:.0%}",
+        f"{r.token * 1e3:.2f}", f"{r.requests:.3g}", f"{memory.needed / GIB:.1f} of {memory.usable / GIB:.1f}",
+    )  # fmt: skip
+
+
 def offered(offer: Offer) -> tuple[str, ...]:
     """One offer, in the order of OFFERED."""
     return (
         offer.hardware, f"{offer.first_token:.2f}", f"{offer.price:.2f}", f"{offer.per_million_prompt:.3f}",
-        f"{offer.per_million_generated:.2f}", offer.plan, "yes" if offer.in_time else "no",
+        f"{offer.per_million_generated:.2f}", offer.plan,
+        {True: "yes", False: "no", None: ""}[offer.in_time],
     )  # fmt: skip
 
 
@@ -81,10 +95,14 @@ def room(memory: Memory) -> str:
     )
 
 
-def as_json(model: ModelConfig, outlooks: Sequence[Outlook], ranked: Sequence[Offer]) -> str:
+def as_json(
+    model: ModelConfig, outlooks: Sequence[Outlook], ranked: Sequence[Offer], rows: Sequence[Compared] = (),
+    concluded: str = "",
+) -> str:  # fmt: skip
     """Everything, times in seconds, memory in bytes, rates in bytes a second."""
     return json.dumps(
-        {"predicted": True, "model": about(model), "groups": [_group(outlook) for outlook in outlooks],
+        {"predicted": True, "model": about(model), "layouts": [asdict(row) for row in rows],
+         "conclusion": concluded, "groups": [_group(outlook) for outlook in outlooks],
          "offers": [asdict(offer) for offer in ranked]},
         indent=1,
     )  # fmt: skip
@@ -123,10 +141,15 @@ def listing(entries: Catalogue) -> list[tuple[str, str, str, str]]:
     return found
 
 
-def page(model: ModelConfig, outlooks: Sequence[Outlook], ranked: Sequence[Offer]) -> str:
+def page(
+    model: ModelConfig, outlooks: Sequence[Outlook], ranked: Sequence[Offer], rows: Sequence[Compared] = (),
+    concluded: str = "",
+) -> str:  # fmt: skip
     """One page with tables, plots and predicted timelines."""
     facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in about(model).items())
     body = [f"<h1>weft plan</h1><p>{escape(facts)}</p><p>{escape(ASSUMING)}</p>"]
+    if rows:
+        body.append(f"<h2>Layouts</h2>{_table(COMPARED, list(map(beside, rows)))}<p>{escape(concluded)}</p>")
     if ranked:
         body.append("<h2>Cheapest for a token of the prompt</h2>" + _table(OFFERED, list(map(offered, ranked))))
     drawn = [_timelines(outlook) for outlook in outlooks]

@@ -331,7 +331,9 @@ class _Checker:
         progress = self.progress.get(place)
         if progress is None or not progress.started:
             return False
-        here = [started for started in progress.started if started not in progress.received]
+        here = progress.started
+        if progress.received:
+            here = [started for started in here if started not in progress.received]
         return covered(here, rows) == rows.length
 
     def _read_by_those_before(self, step: Issued, place: int) -> None:
@@ -362,10 +364,12 @@ class _Checker:
             raise ProgramError(f"{step.name!r}: not after an all_gather of everything in its rows")
 
     def _keeps_order(self, step: Issued, progress: Progress) -> None:
-        started = [rows for rows in progress.started if rows not in progress.received]  # what others store is not here
+        started = progress.started
+        if progress.received:  # what others store is not here
+            started = [rows for rows in started if rows not in progress.received]
         for _, span, rows in self.batch.within(step.rows):
             earlier = Rows(span.start, rows.start)
-            if covered(started, earlier) < earlier.length:
+            if earlier.length and covered(started, earlier) < earlier.length:
                 raise ProgramError(f"{step.name!r}: earlier rows of the same sequence ({earlier}) come later")
 
     def _complete(self, place: int) -> bool:

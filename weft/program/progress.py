@@ -44,10 +44,18 @@ class Progress:
 
 def once(done: list[Rows], step: Issued) -> None:
     """Raises `ProgramError` if some of a step's rows are among those that are done."""
-    if any(rows.intersects(step.rows) for rows in done):
+    start, stop = step.rows
+    if done and any([first < stop and start < last for first, last in done]):
         raise ProgramError(f"{step.name!r}: some of these rows were done before")
 
 
 def covered(pieces: list[Rows], rows: Rows) -> int:
     """How many of `rows` are in one of the (disjoint) pieces."""
-    return sum(piece.clip(rows).length for piece in pieces)
+    if rows in pieces:
+        return rows.length
+    start, stop = rows
+    total = 0
+    for first, last in pieces:
+        if first < stop and start < last:
+            total += (last if last < stop else stop) - (first if first > start else start)
+    return total

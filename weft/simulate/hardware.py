@@ -29,13 +29,14 @@ _DTYPES = {size: dtype for dtype, size in NUMBER_BYTES.items()}
 
 class Assumed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What no maker states: parts of the stated rates that are reached, seconds of each stage beside its work, and
-    the part of its speed that computation loses beside a collective; how many times as fast large products are with
-    weights of few bits."""
+    the part of its speed that computation loses beside a collective; seconds until a computation that waited for one
+    goes on; how many times as fast large products are with weights of few bits."""
 
     efficiency: float
     memory_efficiency: float
     step: float
     share: float
+    wake: float = 0.0
     int8: float = 1.0
     int4: float = 1.0
 
@@ -241,18 +242,21 @@ class Keeping:
 
 
 def costs_of(
-    group: Hardware, shards: Sequence[Shard], wires: Sequence[str], keeping: Keeping | None = None
+    group: Hardware, shards: Sequence[Shard], wires: Sequence[str], keeping: Keeping | None = None, tp: int = 0
 ) -> Costs:  # fmt: skip
-    """What steps cost on this hardware. `keeping`: where that isn't what the devices compute in. Raises KeyError for a
-    wire that is not known."""
+    """What steps cost on this hardware. `keeping`: where that isn't what the devices compute in; `tp`: ranks that a sum
+    is over, where it isn't over all. Raises KeyError for a wire that is not known."""
     dtype, hidden = _DTYPES[group.devices[0].itemsize], shards[0].hidden
     ranks = tuple(_rank(group, device, shard, keeping) for device, shard in zip(group.devices, shards, strict=True))
     same = len({(d, s) for d, s in zip(group.devices, shards, strict=True)}) == 1
     device = group.devices[0]
     part = group.source.assumption(device, "share") / max(1, device.cores)
+    elements = {name: row_bytes(name, dtype, hidden) / hidden for name in wires}
+    ways = {name: _wire(group.link, tp or group.world, element) for name, element in elements.items()}
+    contention = Contention(part=part, wake=group.source.assumption(device, "wake"))
+    aside = dict(shards[0].aside)
     return Costs(
-        ranks[:1] if same else ranks, {name: _wire(group, row_bytes(name, dtype, hidden) / hidden) for name in wires},
-        Contention(part=part), hidden, LIKELIEST_BYTES, group.world, aside=dict(shards[0].aside),
+        ranks[:1] if same else ranks, ways, contention, hidden, LIKELIEST_BYTES, group.world, aside=aside
     )  # fmt: skip
 
 
@@ -314,17 +318,20 @@ class _Roof:
         return Table.line(self.step * part, numbers * self.itemsize / self.bandwidth)
 
 
-def _wire(group: Hardware, element: float) -> WireCosts:
-    link, world = group.link, group.world
+def _wire(link: Interconnect, world: int, element: float) -> WireCosts:
+    """`world`: ranks that a sum is over; rows go on to the next section in one message."""
+    send = Table.line(link.hop, 1 / link.reached)
+    if world == 1:
+        return WireCosts({"exchange": Table.line(0.0, 0.0)}, SMALL_SUM, Table.line(0.0, 0.0), element, send=send)
     if link.bytes:
         a_sum, a_hop = (
             Table(tuple(link.bytes), tuple(us * 1e-6 for us in column)) for column in (link.sum_us, link.hop_us)
         )
-        return WireCosts({"two-shot": a_sum}, 0.0, a_hop, element, link.fused)
+        return WireCosts({"two-shot": a_sum}, 0.0, a_hop, element, link.fused, send=send)
     a_byte = 1 / link.reached
     each = (world - 1) / world  # of the partial, in each of two hops; two ranks swap all of it in one
     sums = {"exchange": Table.line(link.hop, a_byte)} if world <= 2 else {
         "one-shot": Table.line(link.hop, (world - 1) * a_byte),
         "two-shot": Table.line(2 * link.hop, 2 * each * a_byte),
     }  # fmt: skip
-    return WireCosts(sums, SMALL_SUM, Table.line(link.hop, each * a_byte), element, link.fused)
+    return WireCosts(sums, SMALL_SUM, Table.line(link.hop, each * a_byte), element, link.fused, send=send)

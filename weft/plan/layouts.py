@@ -1,0 +1,99 @@
+"""Which layouts so many ranks may have, what each is predicted to give, and which one is best for what is wanted.
+
+Knows planners and seconds; knows nothing of memory, or of how costs were found. No torch.
+
+One prompt alone shows the time to the first token. Under a load of many requests, prompts and tokens of answers share
+the ranks: a request takes its prompt's time and, for each token, its part of a batch of as many sequences as run. In a
+pipeline that is the time of the busiest section, as batches follow each other; a token's round through all sections,
+with the way back, is shared by as many batches as there are sections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from weft.layout import Layout, even_layers
+from weft.plan.planner import Plan, Planner
+from weft.program.batch import Batch, Segment, one_prompt
+
+LATENCY, THROUGHPUT = "latency", "throughput"
+AIMS = (LATENCY, THROUGHPUT)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a layout is judged by: tokens of a prompt and of its answer, and requests that run at a time."""
+
+    prompt: int = 1024
+    answer: int = 128
+    requests: int = 8
+
+
+@dataclass(frozen=True)
+class Rating:
+    """Seconds to the first token of a lone prompt (`bound`: what no schedule goes below) and between the tokens of a
+    lone answer, and requests a second under a load, of all replicas."""
+
+    first_token: float
+    bound: float
+    token: float
+    requests: float
+
+    def request(self, load: Load) -> float:
+        """Seconds of a lone request."""
+        return self.first_token + (load.answer - 1) * self.token
+
+    def cost(self, aim: str, load: Load) -> float:
+        """The lower, the better for this aim."""
+        return self.request(load) if aim == LATENCY else 1 / self.requests
+
+
+def divisions(world: int, layers: int, heads: int) -> Iterator[tuple[int, int, int]]:
+    """Ranks of a section, sections, and replicas that use all of so many ranks; or, where sections are ranks of
+    different machines, leave none idle."""
+    for tp in range(1, min(world, heads) + 1):
+        for pp in range(1, min(world // tp, layers) + 1):
+            if world % (tp * pp) == 0:
+                yield tp, pp, world // (tp * pp)
+
+
+def even_layout(layers: int, tp: int, pp: int, shares: Sequence[float] = ()) -> Layout:
+    """Sections of as many layers each, of so many ranks. `shares`: of all ranks; equal ones without."""
+    given = tuple(shares) or (1.0,) * (tp * pp)
+    return Layout(even_layers(layers, pp), tuple(given[first : first + tp] for first in range(0, tp * pp, tp)))
+
+
+def rate(planner: Planner, load: Load, replicas: int = 1) -> Rating:
+    """What a planner's layout is predicted to give. There must be costs."""
+    prompt = planner.plan(one_prompt(load.prompt))
+    assert prompt.predicted is not None, "a layout is judged by costs"
+    alone = round_of(planner, load, 1)
+    several = max(1, load.requests // replicas)
+    a_token = round_of(planner, load, several) / several
+    busy = prompt.predicted.lanes.compute if _several(planner) else prompt.predicted.seconds
+    each = busy + load.answer * a_token
+    return Rating(prompt.predicted.seconds, prompt.predicted.bound, alone, replicas / each)
+
+
+def round_of(planner: Planner, load: Load, sequences: int) -> float:
+    """Seconds in which all of so many sequences get a token."""
+    layout = planner.layout
+    sections = len(layout.sections) if layout is not None else 1
+    flights = min(sections, sequences)
+    plan = decoding(planner, load, -(-sequences // flights))
+    assert plan.predicted is not None
+    if sections == 1:
+        return plan.predicted.seconds
+    way_back = planner.costs.wires[plan.wire].send.at(0.0) if planner.costs is not None else 0.0
+    return max(plan.predicted.seconds + way_back, flights * plan.predicted.lanes.compute)
+
+
+def decoding(planner: Planner, load: Load, sequences: int) -> Plan:
+    """The plan of a batch of so many sequences, half of whose answers are there."""
+    start = load.prompt + load.answer // 2
+    return planner.plan(Batch(tuple(Segment(slot, start, 1) for slot in range(sequences))))
+
+
+def _several(planner: Planner) -> bool:
+    return planner.layout is not None and planner.layout.several
