@@ -56,12 +56,13 @@ def ask(server: Running) -> str:
         return str(http.post("/v1/completions", json=asked).json()["choices"][0]["text"])
 
 
-def test_a_rank_that_joined_is_started_again_and_machines_may_change(packaged: Path) -> None:
+@pytest.mark.parametrize("split", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=["tp", "pp"])
+def test_a_rank_that_joined_is_started_again_and_machines_may_change(packaged: Path, split: dict[str, int]) -> None:
     port = free_port()
     launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, SECRET, lambda line: None)
     with (
         joining(port) as first, joining(port) as other,
-        running(packaged, tensor_parallel_size=2, launcher=launcher) as server,
+        running(packaged, **split, launcher=launcher) as server,
     ):  # fmt: skip
         expected = ask(server)
         used, spare = (first, other) if "starting rank 1" in first.said else (other, first)

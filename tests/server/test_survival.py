@@ -72,9 +72,9 @@ def launcher() -> NamespaceLauncher | LocalLauncher:
     return NamespaceLauncher()
 
 
-@pytest.fixture(scope="module")
-def server(packaged: Path, launcher: LocalLauncher) -> Iterator[Running]:
-    with running(packaged, tensor_parallel_size=2, max_num_seqs=4, launcher=launcher) as there:
+@pytest.fixture(scope="module", params=[{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=["tp", "pp"])
+def server(request: pytest.FixtureRequest, packaged: Path, launcher: LocalLauncher) -> Iterator[Running]:
+    with running(packaged, **request.param, max_num_seqs=4, launcher=launcher) as there:
         yield there
         there.service.check_integrity()
         assert there.service.running == there.service.waiting == 0
