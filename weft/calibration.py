@@ -20,7 +20,7 @@ from weft.program.strategy import GRANULE, Strategy
 from weft.simulate.cost import Costs
 from weft.wires import needed
 
-COSTS = 7  # counts what of them was given another meaning
+COSTS = 8  # counts what of them was given another meaning
 
 
 def key_of(model: ModelConfig, config: EngineConfig, link: str) -> dict[str, str]:

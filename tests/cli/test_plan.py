@@ -22,7 +22,8 @@ def test_text_and_page(config: Path, tmp_path: Path) -> None:
     page = tmp_path / "plan.html"
     done = weft("plan", str(config), "--hardware", "4x rtx4090", "--hardware", "2x h100", "--price",
                 "rtx4090=0.35,h100=2.5", "--ttft", "1", "--html", str(page), "--details")  # fmt: skip
-    for part in ("layouts beside each other", "2 replicas of tp 2", "one alone", "Best (4096 tokens", "4x rtx4090, link pcie4-x16", "iso:2", "auto", "overlap pays on links up to", "GiB (weights",
+    for part in ("layouts beside each other", "2 replicas of tp 2", "one alone", "Best (4096 tokens",
+                 "4x rtx4090, link pcie4-x16", "iso:2", "auto", "overlap pays on links up to", "GiB (weights",
                  "cheapest for a token of the prompt", "not measured"):  # fmt: skip
         assert part in done.stdout
     assert done.returncode == 0 and page.read_text().startswith("<!doctype html>")

@@ -32,6 +32,7 @@ class Heard:
 def controller(monkeypatch: pytest.MonkeyPatch) -> Iterator[Controller]:
     made = Controller.__new__(Controller)
     made._ranks, made._done = [b"0", b"1"], {}
+    made._due = {}
     yield made
 
 

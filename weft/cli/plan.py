@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -158,7 +158,9 @@ def _show(
     rows: Sequence[Compared], concluded: str, outlooks: Sequence[Outlook], ranked: Sequence[Offer], ttft: float | None
 ) -> None:  # fmt: skip
     console = Console(width=max(Console().width, 112))
-    console.print(_table("layouts beside each other", COMPARED, list(map(beside, rows))))
+    cells_ = [beside(row) for row in rows]
+    once = [("" if n and rows[n - 1].hardware == each[0] else each[0], *each[1:]) for n, each in enumerate(cells_)]
+    console.print(_table("layouts beside each other", COMPARED, once))
     console.print(concluded)
     for outlook in outlooks:
         console.print(_table(heading(outlook), COLUMNS, [cells(forecast) for forecast in outlook.forecasts]))
@@ -178,7 +180,8 @@ def _show(
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, justify="left" if column in TEXT else "right", no_wrap=column not in ("plan", "hardware"))
+        justify: Literal["left", "right"] = "left" if column in TEXT else "right"
+        table.add_column(column, justify=justify, no_wrap=column not in ("plan", "hardware"))
     for row in rows:
         table.add_row(*row)
     return table

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +57,7 @@ class Controller:
         self.machines: list[int] = []  # of each rank a number, equal for ranks of one machine
         self._number = 0
         self._done: dict[int, dict[bytes, p.Done]] = {}  # what ranks said, by the number of the run
+        self._due: dict[int, float] = {}  # when what was chosen may be had, of runs of which another rank says it
         self._looked = 0.0  # when the processes were looked at
         self._loaded = self._complete = False  # the model, now, and ever
         self._fingerprints = Fingerprints()
@@ -85,8 +87,8 @@ class Controller:
         self._socket.ipv6 = "[" in control
         bind(self._socket, control)
         address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)  # with the port, where it was left open
-        self.launcher.meanwhile = self._meanwhile
-        self.launcher.start(self.config.threads, address, [key.token_of(place) for place in range(world)])
+        self.launcher.meanwhile, tokens = self._meanwhile, [key.token_of(place) for place in range(world)]
+        self.launcher.start(self.config.threads, address, tokens)
         deadline = time.monotonic() + START_SECONDS
         hellos = self._hellos(world, key, deadline)
         came = [hellos[place] for place in range(world)]
@@ -161,8 +163,8 @@ class Controller:
 
     def _load(self, held: Held, model: ModelConfig, progress: Reading) -> list[p.Loaded]:
         config = self.config
-        self._forms.clear()
-        self._done.clear()
+        for kept in (self._forms, self._done, self._due):
+            kept.clear()
         load = p.Load(
             held.path, model, config.layout, config.dtype, config.weights, config.kv, config.device,
             config.reproducible, config.max_length, config.slots, held.files,
@@ -189,9 +191,7 @@ class Controller:
             self.set_link(self.link)
         return [ready[identity] for identity in self._ranks]
 
-    def _bring(
-        self, identity: bytes, wanted: Wanted, held: Held, sending: dict[bytes, Sending], share: float
-    ) -> None:  # fmt: skip
+    def _bring(self, identity: bytes, wanted: Wanted, held: Held, sending: dict[bytes, Sending], share: float) -> None:
         """To a rank on a machine that has not got the model, what it asks for of it."""
         rank = self._ranks.index(identity)
         other = self.launcher.elsewhere(rank)
@@ -235,6 +235,9 @@ class Controller:
         while len(self._done.get(submitted.number, ())) < len(self._ranks):
             identity, answer = self._receive(p.Done)
             self._done.setdefault(answer.number, {})[identity] = answer  # one rank may be a batch ahead of another
+            if answer.chosen and identity != self._ranks[0]:  # it is as on another machine, where a link seems longer
+                self._due[answer.number] = time.monotonic() + self.link.delay
+        time.sleep(max(0.0, self._due.pop(submitted.number, 0.0) - time.monotonic()))
         done = self._done[submitted.number]
         self._done = {number: each for number, each in self._done.items() if number > submitted.number}
         answers = [done[identity] for identity in self._ranks]
@@ -284,10 +287,8 @@ class Controller:
     def stop(self) -> None:
         """Ends the workers; the controller can be started again."""
         for identity in self._ranks:
-            try:
+            with suppress(WorkerLost, WorkerFailed):
                 self._send(identity, p.Shutdown())
-            except (WorkerLost, WorkerFailed):
-                continue
         deadline = time.monotonic() + (1.0 if self._ranks else 0.0)
         while self._ranks and time.monotonic() < deadline and len(self.launcher.dead()) < len(self._ranks):
             time.sleep(0.01)

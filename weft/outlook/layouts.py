@@ -22,7 +22,8 @@ ALONE = "one alone"
 
 @dataclass(frozen=True)
 class Compared:
-    """One layout of one group: what it is predicted to give, and the memory of its fullest device; or why it can't be."""
+    """One layout of one group: what it is predicted to give, with the memory of its fullest device; or why it can't be.
+    """
 
     hardware: str
     layout: str

@@ -97,7 +97,8 @@ def _runs(subject: Subject, most: int, deep: int) -> Iterator[Trial]:
         yield _run(subject, "parted", most, 1, batch=short)
     earlier = min(1024, subject.length - most) // subject.granule * subject.granule
     if earlier >= most:
-        yield _run(subject, "past", most, 1, batch=Batch((Segment(0, earlier, most),)))
+        for n in sorted({min(128, most), most}):
+            yield _run(subject, "past", n, 1, batch=Batch((Segment(0, earlier, n),)))
         yield _run(subject, "past", 1, deep, batch=Batch((Segment(0, earlier, 1),)))
     for n in sorted({n for n in (2, 32, 128, most) if 1 < n <= most}):
         yield _run(subject, "tiles", n, 1, "tiles:2")

@@ -236,11 +236,14 @@ class Piping(Searching):
         return True
 
     def _risk(self, cuts: Cuts) -> float:
-        """Messages that a plan has more than serial, on the way through all sections."""
-        way, layout = self.costs.wires[self.wiring.usual], self.search.layout
+        """What a plan has more than serial: messages on the way, and the steps of each piece beside their rows."""
+        way, layout, pace = self.costs.wires[self.wiring.usual], self.search.layout, self.costs.pace
         assert layout is not None, "a pipeline has sections"
-        sends = len(cuts.pieces) * way.send.at(0.0)
-        return UNSURE * sends + (super()._risk(cuts) if max(map(len, layout.shares)) > 1 else 0.0)
+        parts = [pace.whole[stage.part] for stage in self.search.outline.layer]
+        beside = sum(max(0.0, 2 * table.at(LEAST_ROWS) - table.at(2 * LEAST_ROWS)) for table in parts)
+        each = way.send.at(0.0) + max(layout.layers) * beside
+        more = super()._risk(cuts) if max(map(len, layout.shares)) > 1 else 0.0
+        return UNSURE * len(cuts.pieces) * each + more
 
     def _propose(self) -> Iterator[Strategy]:
         """As many even pieces as pay, pieces of equal time, and these cut in two."""

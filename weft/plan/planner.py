@@ -173,7 +173,13 @@ class Planner:
         ends = [0.0] * len(paces)
         ends[0] += sum(paces[0].whole[stage.part].at(rows) for stage in self.outline.before)
         ends[-1] += sum(paces[-1].whole[stage.part].at(1) for stage in self.outline.after)
+        ends[-1] -= self._spared(paces[-1], rows) if self.outline.narrows else 0.0
         return partition(self.outline.layers, [self._a_layer(pace, rows) for pace in paces], ends, most)
+
+    def _spared(self, rank: ComputeCosts, rows: int) -> float:
+        """Of the last layer's seconds, what rows that nobody wants do without: all but what they leave behind."""
+        [stored] = [stage.part for stage in self.outline.layer if stage.part == rank.scored]
+        return self._a_layer(rank, rows) - rank.kept * rank.body[stored].at(rows)
 
     def _a_layer(self, rank: ComputeCosts, rows: int) -> float:
         scores = rank.scores(one_prompt(rows), Rows(0, rows))

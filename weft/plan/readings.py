@@ -50,7 +50,7 @@ class _Rank:
         self.most = samples.sizes[-1]
 
     def costs(self) -> ComputeCosts:
-        past, one = self._past()
+        past, one, keyed = self._past()
         present = self._present(past)
         subject = self.samples.subject
         ends = {stage.part: self._serial for stage in subject.outline.before} | {subject.head: lambda _: self._head()}
@@ -65,7 +65,9 @@ class _Rank:
             body[part] = _less(_straight(whole), map(tail[part].at, whole.sizes))
         begin = self._begin()
         windows = window_shares(subject.windows)
-        return ComputeCosts(body, tail, self._enter(), present, past, one, begin, windows, subject.scored, subject.kept)
+        return ComputeCosts(
+            body, tail, self._enter(), present, past, one, begin, windows, subject.scored, subject.kept, keyed
+        )  # fmt: skip
 
     def _has(self, part: str) -> bool:
         """It computes this part: of a pipeline, the first ranks embed, and the last ones have the head."""
@@ -94,17 +96,21 @@ class _Rank:
         more = self._seconds("parted", several[0].rows, self.samples.subject.head)
         return Table((1.0, float(len(several[0].batch.segments))), (one, max(one, more)))
 
-    def _past(self) -> tuple[float, float]:
-        """Seconds for a pair of one of several new tokens and an earlier one, and for a key that a lone token sees."""
+    def _past(self) -> tuple[float, float, float]:
+        """Seconds for a pair of one of several new tokens and an earlier one, for a key that a lone token sees, and for
+        an earlier position beside its pairs."""
         if not self.samples.of("past", 1):
-            return 0.0, 0.0
+            return 0.0, 0.0, 0.0
         scored = self.samples.subject.scored
         extra = {
             run.rows: max(0.0, self._seconds("past", run.rows, scored) - self._seconds("serial", run.rows, scored))
             / self._seen(run)
             for run in self.samples.named("past")
         }
-        return extra[self.most] / self.most, extra[1]
+        few, most = sorted(extra)[1], self.most
+        pair = (extra[most] - extra[few]) / (most - few) if most > few else extra[most] / most
+        pair = min(max(pair, 0.5 * extra[most] / most), extra[most] / most)  # whatever noise says
+        return pair, extra[1], max(0.0, extra[most] - pair * most)
 
     def _seen(self, run: Trial) -> float:
         """Earlier positions that a token sees, in the mean over the layers of a run."""

@@ -85,7 +85,8 @@ class ComputeCosts:
     `body`, `tail`: of a stage, by its part, against rows; that of `scored`, which looks at earlier rows, without its
     scores. `enter`: the norm, against rows, where a step of its own takes it. Scores of n new tokens of one sequence
     over p earlier ones: `present` against n, divided by n² or what `squared` makes of it (how much of that it skips is
-    the kernel's business), and `past` for each of the n * p pairs. `one`: for each key that a single new token sees.
+    the kernel's business), `past` for each of the n * p pairs, and `keyed` for each of the p positions beside them.
+    `one`: for each key that a single new token sees.
     `windows`: positions that a token sees at most, or None, each with the share of the layers where that is so; none
     where it sees all. `kept`: the part of the body of `scored` that all rows go through where only wanted ones leave;
     the rest is for these. `begin`: before the first step, against rows.
@@ -101,6 +102,7 @@ class ComputeCosts:
     windows: tuple[tuple[int | None, float], ...] = ()
     scored: str = ""
     kept: float = 1.0
+    keyed: float = 0.0
 
     def seen(self, earlier: float) -> float:
         """Of so many earlier positions, in the mean over layers."""
@@ -129,7 +131,7 @@ class ComputeCosts:
             return self.one * (seen + 1)
         each = self.windows or ((None, 1.0),)
         square = sum(share * squared(count, window) for window, share in each)
-        return self.present.at(count) * square + self.past * count * seen
+        return self.present.at(count) * square + (self.past * count + self.keyed) * seen
 
     def scaled(self, factor: float) -> ComputeCosts:
         """The same rank, slower by this factor."""
@@ -137,7 +139,7 @@ class ComputeCosts:
             self, body={part: table.scaled(factor) for part, table in self.body.items()},
             tail={part: table.scaled(factor) for part, table in self.tail.items()}, enter=self.enter.scaled(factor),
             present=self.present.scaled(factor), past=self.past * factor, one=self.one * factor,
-            begin=self.begin.scaled(factor),
+            begin=self.begin.scaled(factor), keyed=self.keyed * factor,
         )  # fmt: skip
 
     @classmethod
@@ -152,7 +154,7 @@ class ComputeCosts:
             Table.slowest([rank.enter for rank in ranks]), Table.slowest([rank.present for rank in ranks]),
             max(rank.past for rank in ranks), max(rank.one for rank in ranks),
             Table.slowest([rank.begin for rank in ranks]), first.windows, first.scored,
-            first.kept,
+            first.kept, max(rank.keyed for rank in ranks),
         )  # fmt: skip
 
 
