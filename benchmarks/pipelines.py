@@ -113,9 +113,7 @@ def throttled(given: argparse.Namespace) -> dict[str, Any]:
             batch, runs, bounds = one_prompt(given.tokens), dict[str, Callable[[], float]](), list[str]()
             for name, layers in (("even", None), ("planned", "auto")):
                 launcher = Throttled()
-                llm = opened(
-                    given, stack, pipeline_parallel_size=2, layers=layers, recalibrate=True, launcher=launcher
-                )
+                llm = opened(given, stack, pipeline_parallel_size=2, layers=layers, recalibrate=True, launcher=launcher)
                 planner = llm.engine.planner
                 plan = planner.plan(batch) if layers else planner.like("pipe:8", "exact").plan(batch)
                 label = f"{name}, layers {llm.engine.config.layout.layers}, {str(plan.strategy)[:40]}"

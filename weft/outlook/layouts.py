@@ -22,8 +22,7 @@ ALONE = "one alone"
 
 @dataclass(frozen=True)
 class Compared:
-    """One layout of one group: what it is predicted to give, with the memory of its fullest device; or why it can't be.
-    """
+    """One layout of one group: what it is predicted to give, with its fullest device's memory; or why it can't be."""
 
     hardware: str
     layout: str

@@ -21,6 +21,7 @@ LEAST_LOST = 0.25  # of a collective's processor seconds: what is lost at least,
 SMALLEST_BURST = 64e3  # bytes: less is noise
 LARGEST_BURST = 1e6  # bytes: more than token buckets and buffers take
 STRAIGHT = 64  # rows from which on a stage's time is a straight line: noise must not be what cuts are chosen by
+MOSTLY = 0.9  # of what many rows' scores over earlier ones take, their pairs do at least, whatever noise says
 FEW = 16  # rows: their sums are hardly more than what every sum takes
 
 
@@ -109,7 +110,7 @@ class _Rank:
         }
         few, most = sorted(extra)[1], self.most
         pair = (extra[most] - extra[few]) / (most - few) if most > few else extra[most] / most
-        pair = min(max(pair, 0.5 * extra[most] / most), extra[most] / most)  # whatever noise says
+        pair = min(max(pair, MOSTLY * extra[most] / most), extra[most] / most)
         return pair, extra[1], max(0.0, extra[most] - pair * most)
 
     def _seen(self, run: Trial) -> float:
