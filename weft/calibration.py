@@ -11,15 +11,17 @@ from weft.execute.results import RunOptions, RunResult
 from weft.layout import Layout
 from weft.model.families import blueprint_of
 from weft.parallel.sizes import LIKELIEST_BYTES, ONE_SHOT_BYTES, algorithms, row_bytes
-from weft.plan.calibrate import MOST, calibrate
+from weft.plan.calibrate import MOST, Probe, calibrate, measure_sums
+from weft.plan.layouts import divisions
 from weft.plan.planner import Plan
 from weft.plan.samples import Sample, Subject
 from weft.program.batch import Batch
 from weft.program.steps import Program
 from weft.program.strategy import GRANULE, Strategy
-from weft.simulate.cost import Costs
+from weft.simulate.cost import Costs, Table
 from weft.wires import needed
 
+Run = Callable[[Batch, list[int], Plan, RunOptions], RunResult]
 COSTS = 8  # counts what of them was given another meaning
 
 
@@ -66,11 +68,21 @@ def subject_of(
 
 
 def measured(
-    run: Callable[[Batch, list[int], Plan, RunOptions], RunResult], model: ModelConfig, config: EngineConfig,
+    run: Run, model: ModelConfig, config: EngineConfig,
     wires: tuple[str, ...], machines: Sequence[int], watch: Callable[[float], None],
 ) -> Costs:  # fmt: skip
     """What steps cost on these ranks, for these wires. `run`: runs a batch of random tokens by a plan; `machines`: of
     each rank, a number."""
+    return calibrate(_probe(run, model), subject_of(model, config, wires, machines), watch)
+
+
+def sums_measured(run: Run, model: ModelConfig, config: EngineConfig, machines: Sequence[int]) -> dict[int, Table]:
+    """What sums of 2, 3, … of these ranks cost, as far as a layout may have so many in each section."""
+    counts = sorted({tp for tp, pp, _ in divisions(config.ranks, model.layers, model.heads) if tp > 1})
+    return measure_sums(_probe(run, model), subject_of(model, config, ("exact",), machines), counts)
+
+
+def _probe(run: Run, model: ModelConfig) -> Probe:
     random = Random(0)
     tokens = [random.randrange(model.vocabulary) for _ in range(MOST)]
 
@@ -80,4 +92,4 @@ def measured(
         assert result.timeline is not None
         return Sample(result.seconds, result.processor, result.timeline)
 
-    return calibrate(probe, subject_of(model, config, wires, machines), watch)
+    return probe

@@ -29,6 +29,7 @@ from weft.launch.launcher import Launcher
 from weft.model.description import model_config
 from weft.model.families import blueprint_of
 from weft.plan.budget import Budget
+from weft.plan.layouts import Aim
 from weft.plan.planner import Plan, Planner
 from weft.program.batch import Batch, Segment
 from weft.requests import Requests, blame
@@ -46,7 +47,7 @@ class Engine:
 
     With several ranks and `auto`, what steps cost is measured first, unless it was on an earlier start; `recalibrate`
     measures in any case. `share_by_speed`: what each rank takes of the model follows from how fast it was with the
-    configuration's shares. `notices`: what a user should be told, one line each.
+    configuration's shares; `aim`: its layout, from what is best for that. `notices`: lines that a user should be told.
 
     Raises `InputError` where the model, the options and this machine don't go together; nothing is left running.
     """
@@ -54,21 +55,20 @@ class Engine:
     def __init__(
         self, path: Path, config: EngineConfig, model: ModelConfig | None = None,
         launcher: Launcher | None = None, progress: Progress | None = None, recalibrate: bool = False,
-        share_by_speed: bool = False,
+        share_by_speed: bool = False, aim: Aim | None = None,
     ) -> None:  # fmt: skip
         self.path, self.model = path, model or model_config(path)
         granule, outline = granule_of(config), blueprint_of(self.model).outline
         self.planner = Planner(outline, config.overlap, config.wire, granule, layout=config.layout)
         tokenizer = reading_tokenizer(path)
-        self.budget = Budget(self.planner)
+        self.budget, tell = Budget(self.planner), progress or (lambda what, share: None)
         self.workers = Workers(path, config, self.model, launcher, ready=tokenizer)
-        tell = progress or (lambda what, share: None)
-        self.notices = self.workers.start(self.planner, tell, recalibrate, share_by_speed)
+        self.notices = self.workers.start(self.planner, tell, recalibrate, share_by_speed, aim)
         self.config, started = self.workers.config, self.workers.started
         scored = SCORED_BYTES // (4 * self.model.vocabulary)
         self.batcher = Batcher(
             config.max_sequences, self.workers.memory, config.prefixes, granule, self.model.stretches_beyond, scored,
-            self.model.turns_anew, len(config.layout.sections),
+            self.model.turns_anew, len(self.config.layout.sections),
         )  # fmt: skip
         try:
             self.requests = Requests(

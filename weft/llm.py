@@ -102,7 +102,9 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 class LLM:
     """A model, split over `tensor_parallel_size` ranks, or so many in each of `pipeline_parallel_size` sections, which
-    have `layers` each, as many as each other, or as given. Also a context manager; `close()` ends the workers.
+    have `layers` each, as many as each other, as given, or "auto": by their speed. layout: "auto" shares the model over
+    as many ranks in whatever way is predicted to be best for what is to be `optimise`d, "latency" or "throughput", and
+    says what the others would give. Also a context manager; `close()` ends the workers.
 
     model: directory, .gguf file, hub id (owner/repo:Q4_K_M), or None for the model in the package. dtype: what is
     computed in; weights, kv_cache_dtype: what weights, and keys and values, are kept in. overlap, wire, transport,
@@ -118,8 +120,9 @@ class LLM:
 
     def __init__(
         self, model: str | Path | None = None, *, tensor_parallel_size: int | Literal["auto"] = 1,
-        pipeline_parallel_size: int = 1, layers: Sequence[int] | Literal["auto"] | None = None, overlap: str = "auto",
-        wire: str = "exact", transport: str = "auto", link: str = "none",
+        pipeline_parallel_size: int = 1, layers: Sequence[int] | Literal["auto"] | None = None, layout: str = "given",
+        optimise: str = "latency", overlap: str = "auto", wire: str = "exact", transport: str = "auto",
+        link: str = "none",
         shares: Sequence[float] | Literal["auto"] | None = None, reproducible: bool = False,
         num_threads: int | None = None, dtype: str = "float32", weights: str = "auto", kv_cache_dtype: str = "auto",
         max_model_len: int | None = None, max_num_seqs: int = 16, max_num_batched_tokens: int = 8192,
@@ -127,7 +130,8 @@ class LLM:
         launcher: Launcher | None = None, progress: Progress | None = None, recalibrate: bool = False,
     ) -> None:  # fmt: skip
         self.engine = open_engine(
-            model, ranks=tensor_parallel_size, sections=pipeline_parallel_size, layers=layers, overlap=overlap,
+            model, ranks=tensor_parallel_size, sections=pipeline_parallel_size, layers=layers, layout=layout,
+            optimise=optimise, overlap=overlap,
             wire=wire, shares=shares, reproducible=reproducible, threads=num_threads, dtype=dtype, weights=weights,
             kv=kv_cache_dtype, max_length=max_model_len, max_sequences=max_num_seqs,
             max_batch_tokens=max_num_batched_tokens, cores=cores, prefixes=enable_prefix_caching,

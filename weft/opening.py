@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from weft.admission import settled
 from weft.batching.params import SamplingParams
-from weft.config import EngineConfig
+from weft.config import EngineConfig, one_of
 from weft.engine import Engine
 from weft.errors import InputError
 from weft.hub import locate
@@ -21,15 +21,19 @@ from weft.launch.namespaces import NamespaceLauncher
 from weft.links import NO_LINK, Link
 from weft.model.description import generation_defaults
 from weft.model.description import model_config as described
+from weft.plan.layouts import LATENCY, Aim
 from weft.program.strategy import AUTO
 from weft.quality import within_limits
 from weft.workers import Progress
 from weft.yardstick import best_of, counts, judged
 
+GIVEN = "given"  # the layout that --tp and --pp say
+
 
 def open_engine(
     model: str | Path | None = None, *, ranks: int | Literal["auto"] = 1, sections: int = 1,
-    layers: Sequence[int] | Literal["auto"] | None = None, overlap: str = AUTO, wire: str = "exact",
+    layers: Sequence[int] | Literal["auto"] | None = None, layout: str = GIVEN, optimise: str = LATENCY,
+    overlap: str = AUTO, wire: str = "exact",
     transport: str = "auto", link: str | Link = NO_LINK, shares: Sequence[float] | Literal["auto"] | None = None,
     reproducible: bool = False, threads: int | None = None, dtype: str = "float32", weights: str = "auto",
     kv: str = "auto", max_length: int | None = None,
@@ -41,9 +45,13 @@ def open_engine(
 
     Raises `InputError` for whatever the caller can change.
     """
+    one_of(layout, "--layout", (GIVEN, AUTO))
+    aim = Aim.parse(optimise)
     link = Link.parse(link) if isinstance(link, str) else link
     if not link.free and launcher is not None and not launcher.one_clock:
         raise InputError(f"--link {link} is for ranks of this machine; leave it out where other machines join")
+    if ranks == "auto" and layout == AUTO:
+        raise InputError("--layout auto is for so many ranks as --tp says; give a number, or leave out --layout")
     if ranks == "auto" and (link.shaped or launcher is not None or shares is not None or threads is not None):
         raise InputError(
             "--tp auto takes this machine's cores as they are: no shaped link, shares, threads or machines"
@@ -74,10 +82,15 @@ def open_engine(
     else:
         given = tuple(shares) if shares and not isinstance(shares, str) else None
         counted = tuple(layers) if layers is not None and not isinstance(layers, str) else None
+        if layout == AUTO and (layers is not None or shares is not None):
+            raise InputError("--layout auto finds layers and shares itself; leave out --layers and --shares")
+        if layout == AUTO and sections == 1 and 1 < ranks <= model_config.layers:  # whole layers tell of parts of them
+            ranks, sections = 1, ranks
         config = resolve(ranks=ranks, sections=sections, layers=counted, shares=given, threads=threads)
     engine = Engine(
-        path, config, model_config, launcher, progress, recalibrate, share_by_speed=AUTO in (shares, layers)
-    )
+        path, config, model_config, launcher, progress, recalibrate, share_by_speed=AUTO in (shares, layers),
+        aim=aim if layout == AUTO else None,
+    )  # fmt: skip
     engine.notices += [
         notice for notice in (line or judged(engine), _secured(launcher, plain_data), *left_out) if notice
     ]

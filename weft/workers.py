@@ -14,7 +14,8 @@ from pathlib import Path
 from weft.admission import demand_memory, kept_lines, memory_tokens, room_for_layers, settled
 from weft.balance import balance
 from weft.batching.scheduled import CopyPrefix, Move
-from weft.calibration import key_of, measured
+from weft.calibration import key_of, measured, sums_measured
+from weft.choosing import chosen
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import GivenUp, InputError, Interrupted, WorkerFailed, WorkerLost, told
 from weft.execute.controller import Controller
@@ -26,6 +27,7 @@ from weft.layout import Layout
 from weft.links import Link
 from weft.plan.calibrate import TooSlow
 from weft.plan.kept import keep, recall
+from weft.plan.layouts import Aim
 from weft.plan.planner import Plan, Planner
 from weft.program.batch import Batch, one_prompt
 from weft.program.strategy import AUTO
@@ -56,9 +58,12 @@ class Workers:
         self.controller = Controller(launcher or LocalLauncher(), config, self._waiting, self._admit)
         self.started: Started
 
-    def start(self, planner: Planner, tell: Progress, recalibrate: bool, by_speed: bool) -> list[str]:
+    def start(
+        self, planner: Planner, tell: Progress, recalibrate: bool, by_speed: bool, aim: Aim | None = None
+    ) -> list[str]:  # fmt: skip
         """The first time: brings the group up and, where they are needed, has the planner learn its costs; `by_speed`:
-        and once more, with parts of the model that follow from them. Lines for whoever should know.
+        and once more, with parts of the model that follow from them; `aim`: in the layout that is best for that. Lines
+        for whoever should know.
 
         Other machines that are lost meanwhile are waited for, or others in their place. Raises `InputError` and
         `WorkerFailed`; nothing is left running then.
@@ -68,20 +73,24 @@ class Workers:
                 self._ready()  # no other machine is waited for in vain
             while True:
                 try:
-                    return self._started(planner, tell, recalibrate, by_speed)
+                    return self._started(planner, tell, recalibrate, by_speed, aim)
                 except (WorkerLost, WorkerFailed) as error:
                     self._try_again(error)
         except BaseException:
             self.controller.close()
             raise
 
-    def _started(self, planner: Planner, tell: Progress, recalibrate: bool, by_speed: bool) -> list[str]:
+    def _started(
+        self, planner: Planner, tell: Progress, recalibrate: bool, by_speed: bool, aim: Aim | None
+    ) -> list[str]:  # fmt: skip
         self._bring_up(_read(tell))
         notices = [*kept_lines(self.started.loaded), *self._make_link(planner, tell)]
         chooses = self.config.overlap == AUTO or chosen_by_cost(self.config.wire)
-        if not (self.config.ranks > 1 and (recalibrate or by_speed or chooses)):
+        if not (self.config.ranks > 1 and (recalibrate or by_speed or chooses or aim is not None)):
             return notices
         notices += self._learn(planner, tell, recalibrate)
+        if aim is not None:
+            return notices + self._choose(planner, tell, recalibrate, aim)
         return notices + (self._share(planner, tell, recalibrate) if by_speed else [])
 
     def _try_again(self, error: WorkerLost | WorkerFailed) -> None:
@@ -156,13 +165,26 @@ class Workers:
             option = "--layers" if self.config.layout.several else "--shares"
             raise InputError(f"{option} auto needs to know what steps cost, and the link is too slow to measure it")
         layout, line = self._by_speed(planner)
+        return [line, *self._lay(layout, planner, tell, recalibrate)]
+
+    def _choose(self, planner: Planner, tell: Progress, recalibrate: bool, aim: Aim) -> list[str]:
+        """Starts again in the layout that is best, if it isn't this one."""
+        if planner.costs is None:
+            return [f"layout {self.config.layout}: the link is too slow to measure what others would give"]
+        tell("measuring sums", 1.0)
+        sums = sums_measured(self.probe, self.model, self.config, self.controller.machines)
+        layout, line = chosen(planner, self.model, self.config, self.started.hellos, sums, aim)
+        return [line, *self._lay(layout, planner, tell, recalibrate)]
+
+    def _lay(self, layout: Layout, planner: Planner, tell: Progress, recalibrate: bool) -> list[str]:
+        """Another layout, loaded and measured."""
         if layout == self.config.layout:
-            return [line]
+            return []
         self.controller.stop()
         self.config = self.controller.config = replace(self.config, layout=layout)
         planner.lay(layout)
         self._bring_up(_read(tell))
-        return [line, *self._learn(planner, tell, recalibrate)]
+        return self._learn(planner, tell, recalibrate)
 
     def _by_speed(self, planner: Planner) -> tuple[Layout, str]:
         """The layout that is worth it, or the one that there is, and a line on it."""

@@ -17,8 +17,10 @@ from weft.cli.options import (
     DTYPE,
     KV,
     LAYERS,
+    LAYOUT,
     LINK,
     MODEL,
+    OPTIMISE,
     OVERLAP,
     PP,
     RECALIBRATE,
@@ -37,6 +39,7 @@ from weft.cli.terminal import bar, loaded
 from weft.compare import Measured, compare
 from weft.errors import InputError, RequestFailed
 from weft.llm import LLM, RequestOutput
+from weft.opening import GIVEN
 from weft.plan.candidates import WORTH
 from weft.program.batch import one_prompt
 from weft.program.strategy import AUTO
@@ -93,7 +96,7 @@ class _Timing:
 def generate(
     model: MODEL = None,
     prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", show_default=False)] = None,
-    tp: TP = "1", pp: PP = 1, layers: LAYERS = None,
+    tp: TP = "1", pp: PP = 1, layers: LAYERS = None, layout: LAYOUT = None, optimise: OPTIMISE = "latency",
     overlap: OVERLAP = "auto", wire: WIRE = "exact",
     transport: TRANSPORT = "auto", link: LINK = "none",
     dtype: DTYPE = "float32",
@@ -129,9 +132,9 @@ def generate(
     given = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)
     with loaded(
         errors, model, tensor_parallel_size=ranks_or_auto(tp), pipeline_parallel_size=pp,
-        layers=layers_or_auto(layers), overlap=overlap, wire=wire, transport=transport, link=link,
-        shares=shares_or_auto(shares), reproducible=reproducible, num_threads=threads, dtype=dtype, weights=weights,
-        kv_cache_dtype=kv, recalibrate=recalibrate,
+        layers=layers_or_auto(layers), layout=layout or GIVEN, optimise=optimise, overlap=overlap, wire=wire,
+        transport=transport, link=link, shares=shares_or_auto(shares), reproducible=reproducible,
+        num_threads=threads, dtype=dtype, weights=weights, kv_cache_dtype=kv, recalibrate=recalibrate,
     ) as llm:  # fmt: skip
         params = llm.get_default_sampling_params(
             **{name: value for name, value in given.items() if value is not None},

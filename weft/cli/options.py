@@ -28,6 +28,17 @@ PP = Annotated[
 ]  # fmt: skip
 LAYERS = Annotated[str | None, typer.Option(help="Layers of each section, as in 20,12; auto: by speed and memory.")]
 
+LAYOUT = Annotated[
+    str | None,
+    typer.Option(
+        help="auto: the best way to share the model over as many ranks as --tp x --pp; given: that one; default: auto "
+        "where other machines join, else given.", show_default=False,
+    ),
+]  # fmt: skip
+OPTIMISE = Annotated[
+    str, typer.Option(help="What --layout auto is for: latency or throughput; of what: latency:2048,64.")
+]
+
 
 def _known(option: str, values: tuple[str, ...]) -> Callable[[str], str]:
     """Refuses others before anything is looked at."""

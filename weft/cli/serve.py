@@ -19,8 +19,10 @@ from weft.cli.options import (
     DTYPE,
     KV,
     LAYERS,
+    LAYOUT,
     LINK,
     MODEL,
+    OPTIMISE,
     OVERLAP,
     PP,
     RECALIBRATE,
@@ -44,7 +46,8 @@ from weft.launch.joined import JoinedLauncher
 from weft.launch.launcher import TOKEN_VARIABLE
 from weft.model.description import model_config
 from weft.model.families import blueprint_of
-from weft.opening import open_engine
+from weft.opening import GIVEN, open_engine
+from weft.program.strategy import AUTO
 from weft.text import leave_torch_out
 from weft.workers import Progress
 
@@ -136,7 +139,7 @@ FOR_OTHERS = "--rank-ports, --local-ranks, --check-content and --plain-data"
 
 def serve_command(
     model: MODEL = None,
-    tp: TP = "1", pp: PP = 1, layers: LAYERS = None,
+    tp: TP = "1", pp: PP = 1, layers: LAYERS = None, layout: LAYOUT = None, optimise: OPTIMISE = "latency",
     host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback wants --api-key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 8000,
     api_key: KEYS = None,
@@ -168,6 +171,7 @@ def serve_command(
     _demand_guarded(host, bool(keys) or allow_anyone)
     with bound(host, port) as listening, bar(out) as showing:
         ranks = ranks_or_auto(tp)
+        usual = AUTO if join_address and ranks != 1 and pp == 1 and not (layers or shares) else GIVEN
         world = ranks if ranks == "auto" else ranks * pp
         launcher = _launcher(join_address, world, local_ranks, rank_ports, check_content or plain_data)
         warn_of_shared_cores(out, world if launcher is None else local_ranks)
@@ -176,12 +180,12 @@ def serve_command(
             if launcher is not None:
                 _invite(out, launcher, model, int(world) - local_ranks)
             return open_engine(
-                model, ranks=ranks, sections=pp, layers=layers_or_auto(layers), overlap=overlap, wire=wire,
-                transport=transport, link=link, kv=kv, weights=weights, shares=shares_or_auto(shares),
-                reproducible=reproducible, threads=threads, recalibrate=recalibrate, max_length=max_model_len,
-                max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens, launcher=launcher, dtype=dtype,
-                prefixes=prefix_caching, token_interval=token_interval, check_content=check_content,
-                plain_data=plain_data, progress=_both(tell, showing),
+                model, ranks=ranks, sections=pp, layers=layers_or_auto(layers), layout=layout or usual,
+                optimise=optimise, overlap=overlap, wire=wire, transport=transport, link=link, kv=kv, weights=weights,
+                shares=shares_or_auto(shares), reproducible=reproducible, threads=threads, recalibrate=recalibrate,
+                max_length=max_model_len, max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens,
+                launcher=launcher, dtype=dtype, prefixes=prefix_caching, token_interval=token_interval,
+                check_content=check_content, plain_data=plain_data, progress=_both(tell, showing),
             )  # fmt: skip
 
         def ready() -> None:

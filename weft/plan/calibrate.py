@@ -8,18 +8,20 @@ Knows programs and seconds; knows nothing of processes. No torch.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 from weft.plan.readings import read
 from weft.plan.samples import Sample, Samples, Subject, Trial, by_name, sent_to
-from weft.plan.spread import round_trips, spread
+from weft.plan.spread import round_trips, spread, sums_of_some
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.build import build
+from weft.program.stages import NETWORK
 from weft.program.steps import Program
 from weft.program.strategy import Strategy
-from weft.simulate.cost import Costs
+from weft.simulate.cost import Costs, Table
+from weft.timeline.timeline import median
 
 BUDGET = 4.0  # seconds of measuring; the whole takes at most 5
 ROUNDS, SEVERAL = 9, 6  # rounds at most, and those for which runs are made small enough
@@ -29,6 +31,7 @@ MOST = 2048  # rows that suffice
 EXTENTS = ((2048, 8), (1024, 8), (512, 8), (256, 8), (256, 2))
 SLOWEST = 2.0  # seconds of a run of a few rows: a round has some thirty runs, and most of more rows
 SOME_BYTES = 256 << 10  # of a sum, by which algorithms are told apart
+SENT_BYTES = 512 << 10  # of the largest message between sections
 OFTEN = 4  # times in a round, of messages of a row: they are short, and wires differ by little there
 STOPGAPS = ((256, 2), (128, 2), (64, 1))
 
@@ -62,6 +65,22 @@ def calibrate(probe: Probe, subject: Subject, watch: Callable[[float], None] = l
             watch(min(1.0, max(until(time.monotonic()), (number + index / len(runs)) / ROUNDS)))
         number += 1
     return read(samples)
+
+
+def measure_sums(probe: Probe, subject: Subject, counts: Sequence[int]) -> dict[int, Table]:
+    """Seconds of sums of so many ranks against bytes, whatever layout is loaded."""
+    row, found = subject.width * subject.elements[subject.first_wire], dict[int, Table]()
+    for count in counts:
+        ranks, points = tuple(range(count)), dict[float, float]()
+        for rows in sorted({1, 32, max(64, int(SOME_BYTES / row))}):
+            program, seconds = sums_of_some(subject.outline, ranks, rows), list[float]()
+            for _ in range(4):
+                timeline = probe(one_prompt(rows), program, subject.first_wire, "network").timeline
+                lanes = [timeline.lane(rank, NETWORK)[1:] for rank in ranks]
+                seconds += [max(e.stop for e in s) - max(e.start for e in s) for s in zip(*lanes, strict=True)][1:]
+            points[rows * row] = max([median(seconds), *list(points.values())[-1:]])
+        found[count] = Table(tuple(points), tuple(points.values()))
+    return found
 
 
 def _extent(probe: Probe, subject: Subject) -> tuple[int, int]:
@@ -128,7 +147,8 @@ def _sends(subject: Subject, most: int) -> Iterator[Trial]:
     sections = len(subject.layout.sections) if subject.layout is not None else 1
     for number in range(1, sections):
         assert subject.layout is not None
-        for n in sorted({n for n in (1, 64, most) if n <= most}):
+        row = subject.width * subject.elements[subject.first_wire]
+        for n in sorted({min(n, most) for n in (1, 64, max(128, int(SENT_BYTES / row)))}):
             program = round_trips(subject.outline, subject.layout, number, n)
             for wire in subject.elements:
                 yield Trial(sent_to(number), n, one_prompt(n), program, wire, "beside")

@@ -10,9 +10,11 @@ with the way back, is shared by as many batches as there are sections.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from weft.errors import InputError
 from weft.layout import Layout, even_layers
 from weft.plan.planner import Plan, Planner
 from weft.program.batch import Batch, Segment, one_prompt
@@ -28,6 +30,38 @@ class Load:
     prompt: int = 1024
     answer: int = 128
     requests: int = 8
+
+    def within(self, length: int) -> Load:
+        """As far as a context of so many tokens goes."""
+        prompt = min(self.prompt, max(1, length - 2))
+        return replace(self, prompt=prompt, answer=max(1, min(self.answer, length - prompt - 1)))
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a layout is chosen for: the shortest request, or most of them."""
+
+    what: str = LATENCY
+    load: Load = Load()
+
+    @classmethod
+    def parse(cls, text: str) -> Aim:
+        """Reads `latency`, `throughput`, and the tokens of a prompt and an answer behind a colon, as in
+        latency:2048,64. Raises `InputError`."""
+        what, colon, tokens = text.strip().partition(":")
+        match = re.fullmatch(r"(\d{1,7}),(\d{1,7})", tokens)
+        if what not in AIMS or (colon and match is None) or (match and "0" in match.groups()):
+            raise InputError(
+                f"--optimise {text!r} is not known; give {' or '.join(AIMS)}, with the tokens of a prompt and of its "
+                "answer if you like, as in latency:2048,64"
+            )
+        return cls(what, Load(int(match[1]), int(match[2])) if match else Load())
+
+    def describe(self, rating: Rating) -> str:
+        """What counts of a rating."""
+        if self.what == LATENCY:
+            return f"{rating.request(self.load):.3g} s"
+        return f"{rating.requests:.3g} requests/s"
 
 
 @dataclass(frozen=True)
@@ -74,6 +108,12 @@ def rate(planner: Planner, load: Load, replicas: int = 1) -> Rating:
     busy = prompt.predicted.lanes.compute if _several(planner) else prompt.predicted.seconds
     each = busy + load.answer * a_token
     return Rating(prompt.predicted.seconds, prompt.predicted.bound, alone, replicas / each)
+
+
+def layouts_of(world: int, layers: int, heads: int) -> list[Layout]:
+    """All in which so many ranks share one model, each with equal parts."""
+    splits = ((tp, pp) for tp, pp, replicas in divisions(world, layers, heads) if replicas == 1)
+    return [even_layout(layers, tp, pp) for tp, pp in splits]
 
 
 def round_of(planner: Planner, load: Load, sequences: int) -> float:

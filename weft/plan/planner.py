@@ -28,6 +28,7 @@ from weft.timeline.timeline import Timeline, bound
 from weft.wires import allowed, needed
 
 KEPT = 256  # plans
+NAMED = 6  # chunks of a part that are named one by one
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class Plan:
         """The first layer's chunks, and the tiles of its tails if there are any."""
         form, rows = self.program.form, self.program.rows
         steps = [step for block in form.blocks for step in block.steps if (step.part, step.layer) == (part, 0)]
-        chunks = " ".join(str(rows[s.chunk]) for s in steps if s.kind in (Kind.COMPUTE, Kind.BODY))
+        each = [str(rows[s.chunk]) for s in steps if s.kind in (Kind.COMPUTE, Kind.BODY)]
+        chunks = " ".join(each) if len(each) <= NAMED else f"{' '.join(each[: NAMED - 1])} … ({len(each)})"
         tiles = sum(step.kind is Kind.TAIL for step in steps)
         return f"{chunks} in {tiles} tiles" if tiles else chunks
 

@@ -1,4 +1,5 @@
-"""Programs that measure a pipeline's sections: all of them at once, each its own layers; and messages between two.
+"""Programs that measure a pipeline's sections: all of them at once, each its own layers; messages between two; and sums
+of any of the ranks.
 
 They compute nothing of use. Every section goes through its first layers with the same rows, which is what they do while
 pieces flow: ranks of one machine then share its memory as they will. Knows programs; knows no costs.
@@ -13,6 +14,7 @@ from weft.program.pipe import lane_of
 from weft.program.stages import COLLECTIVES, Kind, Outline
 from weft.program.steps import Program
 
+SUMS = 5  # one upon the other: the first one finds the link idle
 ROUND_TRIPS = 4  # of a message: the first one finds the link idle
 
 
@@ -57,3 +59,11 @@ def round_trips(outline: Outline, layout: Layout, number: int, rows: int) -> Pro
                 to=other.ranks,
             ))  # fmt: skip
     return plain(issues)
+
+
+def sums_of_some(outline: Outline, ranks: tuple[int, ...], rows: int) -> Program:
+    """Sums of these ranks, one after the other, of which nothing is computed."""
+    stage, whole = outline.layer[-1], Rows(0, rows)
+    return plain(
+        [Issue(Kind.REDUCE, stage.part, layer, whole, ranks=ranks) for layer in range(min(SUMS, outline.layers))]
+    )

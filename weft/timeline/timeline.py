@@ -51,8 +51,10 @@ class Timeline:
 
     @cached_property
     def lanes(self) -> tuple[str, ...]:
-        """Computation first, then the lanes that communicate."""
-        return tuple(dict.fromkeys((COMPUTE, NETWORK, *sorted({event.lane for event in self.events}))))
+        """Computation first, then the lanes that communicate: the usual one, unless others do all of it."""
+        used = {event.lane for event in self.events}
+        usual = (NETWORK,) if NETWORK in used or len(used) < 2 else ()
+        return tuple(dict.fromkeys((COMPUTE, *usual, *sorted(used))))
 
     @cached_property
     def parts(self) -> dict[str, bool]:
