@@ -29,8 +29,7 @@ from weft.execute.results import RunOptions
 from weft.launch.local import LocalLauncher
 from weft.plan.planner import Plan
 from weft.program.batch import Batch, one_prompt
-from weft.program.stages import COMPUTE
-from weft.timeline.timeline import Timeline, median
+from weft.timeline.timeline import median
 
 EVEN = (2, 4, 8, 16)
 
@@ -43,11 +42,6 @@ def opened(given: argparse.Namespace, stack: ExitStack, **options: Any) -> LLM:
     }  # fmt: skip
     model = smollm2() if given.model == "smollm2" else random_model(given.model)
     return stack.enter_context(LLM(model, **(defaults | options)))
-
-
-def bubble(timeline: Timeline) -> float:
-    """The part of the time in which a rank doesn't compute, in the mean over ranks."""
-    return sum(1 - timeline.busy(rank, COMPUTE) / timeline.seconds for rank in timeline.ranks) / len(timeline.ranks)
 
 
 def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -89,7 +83,7 @@ def prompt(given: argparse.Namespace) -> dict[str, Any]:
             best = median(a / b for a, b in zip(seconds[even], seconds[name], strict=True))
             print(f"{name:8} {str(plan.strategy)[:60]:60} {median(seconds[name]):.3f} s, predicted "
                   f"{plan.predicted.seconds:.3f}, bound {plan.predicted.bound:.3f}; {against:.2f} times as fast as at "
-                  f"once, {best:.2f} as {even}; bubble {bubble(timeline):.1%}{beside}")  # fmt: skip
+                  f"once, {best:.2f} as {even}; bubble {timeline.bubble or 0:.1%}{beside}")  # fmt: skip
     return {"seconds": seconds}
 
 

@@ -19,6 +19,7 @@ from tests.ranks import Ranks
 from tests.tiny import FIRST, MODELS, SMALL, Checkpoints, prompt_of
 from weft import LLM, SamplingParams
 from weft.errors import InputError
+from weft.model import kept_fields
 from weft.model.configuration import complete_fields, configured, huggingface_fields
 from weft.model.description import model_config
 from weft.model.families import FAMILIES, blueprint_of
@@ -373,3 +374,21 @@ def test_computed_in_bfloat16(name: str, checkpoints: Checkpoints) -> None:
     expected, theirs = scores(exact), scores(copy.deepcopy(exact).to(torch.bfloat16))
     ours, noise = (sum(abs(a - b) for a, b in zip(each, expected, strict=True)) for each in (found, theirs))
     assert len(found) == len(expected) and 0 < ours <= 1.6 * noise
+
+
+def test_what_transformers_completes_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A second look at the same file doesn't import it; what is kept of another one, or broken, is not believed."""
+    monkeypatch.setattr(kept_fields, "user_cache_path", lambda name: tmp_path / name)
+    raw = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(raw))
+    first = model_config(path)
+    [kept] = kept_fields.folder().glob("*.json")
+    monkeypatch.setattr("weft.model.configuration.huggingface_fields", lambda raw: pytest.fail("asked again"))
+    again = model_config(path)
+    assert again == first and again.fields == first.fields
+    monkeypatch.undo()
+    monkeypatch.setattr(kept_fields, "user_cache_path", lambda name: tmp_path / name)
+    for broken in ("", "[]", '{"raw": {}, "fields": {"hidden_size": 1}}'):
+        kept.write_text(broken)
+        assert model_config(path) == first

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from weft.execute import protocol as p
 from weft.program.stages import COLLECTIVES
-from weft.program.steps import Program
+from weft.program.steps import Issued, Program
 from weft.timeline.timeline import Event, Timeline
+
+INFINITE = float("inf")
 
 
 @dataclass(frozen=True)
@@ -68,20 +70,40 @@ def timeline_of(program: Program, answers: Sequence[p.Done], one_clock: bool) ->
     """All ranks' spans on one clock, from the first beginning on.
 
     Ranks of one machine share its clock. On several machines a collective ends for all ranks at about the same time:
-    the first one sets the others' clocks.
+    the first one sets the others' clocks; in a pipeline rows come no sooner than they were sent. A rank that waits for
+    rows that nobody has sent yet receives nothing meanwhile.
     """
-    collectives = (step.number for step in program if step.kind in COLLECTIVES)
-    first = next((number for number in collectives if all(answer.spans[number][1] > 0 for answer in answers)), None)
-    clocks = [0.0 if one_clock or first is None else answer.spans[first][1] for answer in answers]
-    zeros = [
-        min((start - clock for start, stop in answer.spans if stop > 0), default=0.0)
-        for answer, clock in zip(answers, clocks, strict=True)
-    ]
-    begin = min(zeros, default=0.0)
+    sends = [step for step in program if step.step.to]
+    clocks = [0.0] * len(answers) if one_clock else _clocks(program, sends, answers)
+    begun = {s.number: min(answers[r].spans[s.number][0] + clocks[r] for r in s.step.ranks) for s in sends}
     events = [
-        Event(rank, step.lane, step.kind, step.stage, step.rows, start - clock - begin, stop - clock - begin)
+        Event(
+            rank, step.lane, step.kind, step.stage, step.rows,
+            max(start + clock, begun.get(step.number, -INFINITE) if rank in step.step.to else -INFINITE), stop + clock,
+        )
         for rank, (answer, clock) in enumerate(zip(answers, clocks, strict=True))
         for step, (start, stop) in zip(program, answer.spans, strict=True)
         if stop > 0
-    ]
-    return Timeline(tuple(events), "measured")
+    ]  # fmt: skip
+    begin = min((event.start for event in events), default=0.0)
+    shifted = (replace(event, start=event.start - begin, stop=event.stop - begin) for event in events)
+    return Timeline(tuple(shifted), "measured")
+
+
+def _clocks(program: Program, sends: Sequence[Issued], answers: Sequence[p.Done]) -> list[float]:
+    """What to add to each rank's seconds."""
+    collectives = (step.number for step in program if step.kind in COLLECTIVES)
+    first = next((number for number in collectives if all(answer.spans[number][1] > 0 for answer in answers)), None)
+    if not sends:
+        return [-answer.spans[first][1] if first is not None else 0.0 for answer in answers]
+    clocks = [0.0, *[-INFINITE] * (len(answers) - 1)]
+    for step in program:
+        spans = [answer.spans[step.number] for answer in answers]
+        if step.step.to:
+            sent = max(spans[rank][1] + clocks[rank] for rank in step.step.ranks if clocks[rank] > -INFINITE)
+            for rank in step.step.to:
+                clocks[rank] = max(clocks[rank], sent - spans[rank][1])
+        elif step.kind in COLLECTIVES and step.step.ranks[:1] == (0,):  # the first section has one clock by its sums
+            for rank in step.step.ranks:
+                clocks[rank] = clocks[0] + spans[0][1] - spans[rank][1] if clocks[rank] == -INFINITE else clocks[rank]
+    return [clock if clock > -INFINITE else 0.0 for clock in clocks]

@@ -12,6 +12,7 @@ from weft.config import ModelConfig
 from weft.errors import InputError
 from weft.model.families import FAMILIES, WRAPPED
 from weft.model.family import KINDS, SCALED_QUERIES, Family, by_kind
+from weft.model.kept_fields import kept_fields
 
 WHOLE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size",
          "vocab_size", "max_position_embeddings")  # fmt: skip
@@ -30,13 +31,16 @@ LISTS = ("factors", "short_factor", "long_factor")  # of one number for each two
 WORDS = ("type", "rope_type", "truncate")
 
 
-def configured(raw: dict[str, Any]) -> ModelConfig:
-    """From a parsed config.json, or what says the same. Raises `InputError` for one that is inconsistent.
+def configured(raw: dict[str, Any], keeps: bool = False) -> ModelConfig:
+    """From a parsed config.json, or what says the same. Raises `InputError` for one that is inconsistent. `keeps`: what
+    transformers makes of it, for the next time.
 
     Of a family that transformers doesn't know either, only the type is read: `blueprint_of` gives the error.
     """
     raw = text_part(raw)
-    fields = complete_fields(raw) or huggingface_fields(raw)
+    fields = complete_fields(raw)
+    if fields is None:
+        fields = kept_fields(raw, huggingface_fields) if keeps else huggingface_fields(raw)
     if fields is None:
         return ModelConfig(str(raw["model_type"]), _architecture(raw), 0, 0, 0, 0, 0, 0, 0, 0.0, "", False, 0, raw)
     for name in WHOLE:  # no layers at all is odd, and legal

@@ -43,7 +43,7 @@ def model_config(path: Path) -> ModelConfig:
 
 def _checked(path: Path, raw: dict[str, Any]) -> ModelConfig:
     try:
-        config = configured(raw)
+        config = configured(raw, keeps=True)
         scheme_of(config.fields)
         family_of(config, lambda: tensor_names(path.parent))
     except InputError as error:

@@ -135,6 +135,14 @@ class Timeline:
         """Seconds in which a rank communicates and doesn't compute."""
         return self.communicating(rank) - self.overlapped(rank)
 
+    @property
+    def bubble(self) -> float | None:
+        """Where rows go on from ranks to others, the part of the time in which a rank computes nothing, in the mean."""
+        if not any(event.kind is Kind.SEND for event in self.events) or self.seconds <= 0:
+            return None
+        idle = [1 - self.busy(rank, COMPUTE) / self.seconds for rank in self.ranks]
+        return sum(idle) / len(idle)
+
     def verdict(self) -> str:
         """Is it really overlapping, and what is exposed? One line, for the rank that waits most."""
         communicating = [rank for rank in self.ranks if self.communicating(rank) > 0]
@@ -142,9 +150,10 @@ class Timeline:
             return f"{self.seconds * 1e3:.1f} ms, nothing is communicated"
         rank = max(communicating, key=self.exposed)
         hidden = self.overlapped(rank) / self.communicating(rank)
+        bubble = f"; bubbles {self.bubble:.0%}" if self.bubble is not None else ""
         return (
             f"{hidden:.0%} of the communication is hidden; {self.exposed(rank) * 1e3:.1f} of "
-            f"{self.seconds * 1e3:.1f} ms wait for it"
+            f"{self.seconds * 1e3:.1f} ms wait for it{bubble}"
         )
 
     def to_json(self) -> str:
