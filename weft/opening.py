@@ -46,22 +46,17 @@ def open_engine(
     Raises `InputError` for whatever the caller can change.
     """
     one_of(layout, "--layout", (GIVEN, AUTO))
-    aim = Aim.parse(optimise)
+    aim = Aim.parse(optimise) if layout == AUTO else None
     link = Link.parse(link) if isinstance(link, str) else link
-    if not link.free and launcher is not None and not launcher.one_clock:
-        raise InputError(f"--link {link} is for ranks of this machine; leave it out where other machines join")
-    if ranks == "auto" and layout == AUTO:
-        raise InputError("--layout auto is for so many ranks as --tp says; give a number, or leave out --layout")
+    _demand_launcher(launcher, link, transport, plain_data)
+    if ranks == "auto" and (sections != 1 or layers is not None or aim is not None):
+        raise InputError("--tp auto finds a number of ranks for all layers; give one with --pp, --layers and --layout")
     if ranks == "auto" and (link.shaped or launcher is not None or shares is not None or threads is not None):
         raise InputError(
             "--tp auto takes this machine's cores as they are: no shaped link, shares, threads or machines"
         )
-    if not link.free and launcher is not None and link.shaped != isinstance(launcher, NamespaceLauncher):
-        raise InputError(f"--link {link} is not for this launcher, which has its own; leave it out")
-    if transport == "gloo" and launcher is not None and launcher.leaves_machine and not plain_data:
-        raise InputError(
-            "--transport gloo can't encrypt what leaves this machine; leave it out, or give --plain-data too"
-        )
+    if aim is not None and (layers is not None or shares is not None):
+        raise InputError("--layout auto finds layers and shares itself; leave out --layers and --shares")
     if link.shaped and launcher is None:
         launcher = NamespaceLauncher()
     path = locate(model)
@@ -82,20 +77,30 @@ def open_engine(
     else:
         given = tuple(shares) if shares and not isinstance(shares, str) else None
         counted = tuple(layers) if layers is not None and not isinstance(layers, str) else None
-        if layout == AUTO and (layers is not None or shares is not None):
-            raise InputError("--layout auto finds layers and shares itself; leave out --layers and --shares")
-        if layout == AUTO and sections == 1 and 1 < ranks <= model_config.layers:  # whole layers tell of parts of them
+        if aim is not None and sections == 1 and 1 < ranks <= model_config.layers:  # whole layers tell of parts of them
             ranks, sections = 1, ranks
         config = resolve(ranks=ranks, sections=sections, layers=counted, shares=given, threads=threads)
-    engine = Engine(
-        path, config, model_config, launcher, progress, recalibrate, share_by_speed=AUTO in (shares, layers),
-        aim=aim if layout == AUTO else None,
-    )  # fmt: skip
+    by_speed = AUTO in (shares, layers)
+    engine = Engine(path, config, model_config, launcher, progress, recalibrate, by_speed, aim)
     engine.notices += [
         notice for notice in (line or judged(engine), _secured(launcher, plain_data), *left_out) if notice
     ]
     engine.notices += _proposed(path)[1]
     return engine
+
+
+def _demand_launcher(launcher: Launcher | None, link: Link, transport: str, plain_data: bool) -> None:
+    """Raises `InputError` for what doesn't go with where ranks are started."""
+    if launcher is None:
+        return
+    if not link.free and not launcher.one_clock:
+        raise InputError(f"--link {link} is for ranks of this machine; leave it out where other machines join")
+    if not link.free and link.shaped != isinstance(launcher, NamespaceLauncher):
+        raise InputError(f"--link {link} is not for this launcher, which has its own; leave it out")
+    if transport == "gloo" and launcher.leaves_machine and not plain_data:
+        raise InputError(
+            "--transport gloo can't encrypt what leaves this machine; leave it out, or give --plain-data too"
+        )
 
 
 def _secured(launcher: Launcher | None, plain_data: bool) -> str | None:

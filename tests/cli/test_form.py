@@ -8,7 +8,7 @@ from weft.cli.main import app
 
 FORM = {
     "bench": [
-        "--html", "--json", "--link", "--mixed", "--overlap", "--plot", "--prompts", "--rounds", "--shares",
+        "--html", "--json", "--link", "--mixed", "--overlap", "--plot", "--pp", "--prompts", "--rounds", "--shares",
         "--threads", "--timeline", "--tokens", "--tp", "--transport", "--weights", "--wire", "model",
     ],
     "bench quality": ["--json", "--kv", "--text", "--threads", "--tokens", "--tp", "--weights", "--wire", "model"],
@@ -23,23 +23,24 @@ FORM = {
         "--weights", "model",
     ],
     "generate": [
-        "--compare", "--dtype", "--json", "--kv", "--kv-cache-dtype", "--layers", "--link", "--max-tokens", "--min-p",
-        "--overlap", "--pipeline-parallel-size", "--pp", "--recalibrate",
+        "--compare", "--dtype", "--json", "--kv", "--kv-cache-dtype", "--layers", "--layout", "--link", "--max-tokens",
+        "--min-p", "--optimise", "--overlap", "--pipeline-parallel-size", "--pp", "--recalibrate",
         "--repetition-penalty", "--reproducible", "--seed", "--shares", "--stop", "--temperature",
         "--tensor-parallel-size", "--threads", "--timeline", "--top-k", "--top-p", "--tp", "--transport",
         "--weights", "--wire", "model", "prompt",
     ],
     "plan": [
-        "--catalogue", "--decoding", "--hardware", "--html", "--json", "--kv", "--kv-cache-dtype", "--link",
+        "--catalogue", "--decoding", "--details", "--hardware", "--html", "--json", "--kv", "--kv-cache-dtype",
+        "--link",
         "--list", "--overlap", "--price",
         "--prompts", "--shares", "--tokens", "--ttft", "--weights", "--wire", "model",
     ],
     "serve": [
         "--allow-anyone", "--allow-origin", "--api-key", "--check-content", "--client-timeout", "--drain", "--dtype",
-        "--host", "--isolate-prefixes", "--join-address", "--kv", "--kv-cache-dtype", "--layers", "--link",
+        "--host", "--isolate-prefixes", "--join-address", "--kv", "--kv-cache-dtype", "--layers", "--layout", "--link",
         "--local-ranks", "--log-requests", "--log-text",
         "--max-body-bytes", "--max-model-len", "--max-num-batched-tokens", "--max-num-seqs", "--max-waiting",
-        "--overlap", "--pipeline-parallel-size", "--plain-data", "--port", "--pp", "--prefix-caching",
+        "--optimise", "--overlap", "--pipeline-parallel-size", "--plain-data", "--port", "--pp", "--prefix-caching",
         "--rank-ports", "--recalibrate", "--reproducible",
         "--request-timeout", "--served-model-name", "--shares", "--tensor-parallel-size", "--threads",
         "--token-interval", "--tp", "--transport", "--weights", "--wire", "model",

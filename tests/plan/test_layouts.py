@@ -11,12 +11,12 @@ from tests.simulate.costs import NOTHING, RANK, costs
 from weft.errors import InputError
 from weft.layout import Layout
 from weft.plan.derived import FIXED, derived
-from weft.plan.layouts import Aim, Load, divisions, even_layout, layouts_of, rate
+from weft.plan.layouts import Aim, Workload, divisions, even_layout, layouts_of, rate
 from weft.plan.planner import Planner
 from weft.simulate.cost import Contention, Costs, Table
 
 OUTLINE = decoder_outline(12)
-LOAD = Load(prompt=512, answer=64, requests=8)
+LOAD = Workload(prompt=512, answer=64, requests=8)
 
 
 def known(delay: float = 0.0, rate: float = 1e9, world: int = 2) -> Costs:
@@ -85,9 +85,9 @@ def test_a_pipeline_is_rated_by_its_busiest_section_and_its_round() -> None:
 
 
 @pytest.mark.parametrize(("text", "what", "load"), [
-    ("latency", "latency", Load()), ("throughput", "throughput", Load()), ("latency:2048,1", "latency", Load(2048, 1)),
+    ("latency", "latency", Workload()), ("throughput", "throughput", Workload()), ("latency:2048,1", "latency", Workload(2048, 1)),
 ])  # fmt: skip
-def test_aims(text: str, what: str, load: Load) -> None:
+def test_aims(text: str, what: str, load: Workload) -> None:
     assert Aim.parse(text) == Aim(what, load)
 
 
@@ -98,5 +98,7 @@ def test_aims_that_say_nothing(text: str) -> None:
 
 
 def test_loads_within_a_context() -> None:
-    assert Load(1024, 128).within(512) == Load(510, 1, 8) and Load(1024, 128).within(1100) == Load(1024, 75, 8)
-    assert Load(1024, 128).within(9000) == Load(1024, 128)
+    assert Workload(1024, 128).within(512) == Workload(510, 1, 8) and Workload(1024, 128).within(1100) == Workload(
+        1024, 75, 8
+    )
+    assert Workload(1024, 128).within(9000) == Workload(1024, 128)

@@ -33,7 +33,7 @@ FEW_SLOTS = 16  # sequences that calibration likes to have
 @dataclass(frozen=True)
 class Grid:
     """What to measure: every combination. `prompts`: that a batch's tokens are divided over, `mixed`: at random.
-    `weights`: what weights are kept in."""
+    `weights`: what weights are kept in. `ranks`: of each of the `sections` of a pipeline."""
 
     tokens: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -47,6 +47,7 @@ class Grid:
     shares: tuple[float, ...] | None = None
     transport: str = "auto"
     weights: str = "auto"
+    sections: int = 1
 
     def demand(self, model: ModelConfig) -> None:
         """Raises `InputError` for what can't be measured with this model on this machine, before anything starts."""
@@ -61,7 +62,9 @@ class Grid:
                 )
             if tokens < self.prompts:
                 raise InputError(f"--tokens {tokens} can't be divided over {self.prompts} prompts")
+        positive(self.sections, "--pp")
         for ranks in self.ranks:
+            positive(ranks, "--tp")
             self._demand_cores(ranks)
         for link in self.links:
             demand_way(self.transport, link)
@@ -72,17 +75,20 @@ class Grid:
                 raise InputError(f"--overlap {overlap} cuts between prompts, and there is one; give --prompts 2")
 
     def _demand_cores(self, ranks: int) -> None:
-        positive(ranks, "--tp")
-        threads = self.threads_of(ranks)
-        if ranks * threads > available_cores():
+        world = ranks * self.sections
+        threads, asked = (
+            self.threads_of(world),
+            f"--tp {ranks}" + (f" --pp {self.sections}" if self.sections > 1 else ""),
+        )
+        if world * threads > available_cores():
             raise InputError(
-                f"--tp {ranks} with {threads} thread{'s' if threads > 1 else ''} a rank needs {ranks * threads} "
+                f"{asked} with {threads} thread{'s' if threads > 1 else ''} a rank needs {world * threads} "
                 f"cores, and {available_cores()} are there: ranks that share cores measure each other"
             )
 
-    def threads_of(self, ranks: int) -> int:
-        """Of each rank."""
-        return self.threads or max(1, available_cores() // ranks)
+    def threads_of(self, world: int) -> int:
+        """Of each of so many ranks."""
+        return self.threads or max(1, available_cores() // world)
 
     @property
     def variants(self) -> list[Variant]:
@@ -165,18 +171,19 @@ class Bench:
                         self._point(engine, launcher, batch, ids, link, rate)
 
     def _links(self, ranks: int) -> Sequence[Link]:
-        return self.grid.links if ranks > 1 else (NO_LINK,)
+        return self.grid.links if ranks * self.grid.sections > 1 else (NO_LINK,)
 
     @contextmanager
     def _started(self, ranks: int) -> Iterator[tuple[Engine, NamespaceLauncher | None]]:
         grid = self.grid
-        threads = grid.threads_of(ranks)
-        self.watch(self._done, self._all, f"starting {ranks} rank{'s' if ranks > 1 else ''}")
-        launcher = NamespaceLauncher() if grid.shaped and ranks > 1 else None
+        world = ranks * grid.sections
+        threads = grid.threads_of(world)
+        self.watch(self._done, self._all, f"starting {world} rank{'s' if world > 1 else ''}")
+        launcher = NamespaceLauncher() if grid.shaped and world > 1 else None
         length = min(self.model.max_length, max(grid.tokens) + MOST)
         engine = open_engine(
-            self.path, ranks=ranks, threads=threads, launcher=launcher, shares=grid.shares,
-            cores=cores_of(ranks, threads) if grid.emulated and ranks > 1 else None,
+            self.path, ranks=ranks, sections=grid.sections, threads=threads, launcher=launcher, shares=grid.shares,
+            cores=cores_of(world, threads) if grid.emulated and world > 1 else None,
             transport="tcp" if grid.emulated and grid.transport == "auto" else grid.transport, max_length=length,
             overlap="serial", max_sequences=max(grid.prompts, FEW_SLOTS), prefixes=False, weights=grid.weights,
         )  # fmt: skip

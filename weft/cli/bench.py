@@ -59,6 +59,8 @@ Examples:
 
   weft bench ./llama --tokens 512,2048 --link 0.5x,1x,2x --overlap iso:2,iso:2/4,tiles:4,rs --html report.html
 
+  weft bench --tp 1 --pp 2 --link 100mbit --tokens 2048 --overlap pipe:4,pipe:8,auto
+
   weft bench --link 0.4x --wire exact,int8,auto:int8
 
   weft bench quality                                what wires do to answers; see its --help
@@ -70,7 +72,8 @@ Examples:
 def bench(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
     tokens: Annotated[str, typer.Option(help="Lengths of the batch.")] = "512",
-    tp: Annotated[str, typer.Option("--tp", help="Numbers of ranks.")] = "2",
+    tp: Annotated[str, typer.Option("--tp", help="Numbers of ranks; of each section, where there are several.")] = "2",
+    pp: Annotated[int, typer.Option("--pp", help="Sections of layers: a pipeline.")] = 1,
     link: Annotated[
         str, typer.Option(help="none, speeds such as 500mbit or 200mbit,5ms, multiples of balance such as 1x.")
     ] = "none",
@@ -99,7 +102,7 @@ def bench(
         tokens=numbers(tokens, "--tokens"), ranks=numbers(tp, "--tp"),
         links=links_of(link), overlaps=words(overlap, "--overlap"),
         wires=words(wire, "--wire"), prompts=prompts, mixed=mixed, rounds=rounds, threads=threads,
-        shares=relative_shares(shares), transport=transport, weights=weights,
+        shares=relative_shares(shares), transport=transport, weights=weights, sections=pp,
     )  # fmt: skip
     for name in grid.wires:
         allowed(name)
@@ -112,7 +115,7 @@ def bench(
     grid.demand(config)
     if grid.shaped:
         demand_namespaces()
-    machine = describe(config, grid.threads_of(max(grid.ranks)))
+    machine = describe(config, grid.threads_of(max(grid.ranks) * grid.sections))
     files = _Files(json_file, html, plot, timeline, machine, _about(path, config) | {"weights": weights})
     _measure_and_tell(path, config, grid, files)
 

@@ -17,7 +17,7 @@ from weft.errors import InputError
 from weft.hub import locate_config
 from weft.model.description import model_config
 from weft.outlook.figures import Offer, Outlook, Question, offers
-from weft.outlook.layouts import Compared, compared, conclusion
+from weft.outlook.layouts import ComparedLayout, compared, conclusion
 from weft.outlook.report import (
     ASSUMING,
     COLUMNS,
@@ -155,7 +155,7 @@ def _prices(text: str | None) -> dict[str, float]:
 
 
 def _show(
-    rows: Sequence[Compared], concluded: str, outlooks: Sequence[Outlook], ranked: Sequence[Offer], ttft: float | None
+    rows: Sequence[ComparedLayout], concluded: str, outlooks: Sequence[Outlook], ranked: Sequence[Offer], ttft: float | None
 ) -> None:  # fmt: skip
     console = Console(width=max(Console().width, 112))
     cells_ = [beside(row) for row in rows]

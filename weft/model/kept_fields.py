@@ -34,8 +34,11 @@ def kept_fields(raw: Fields, complete: Callable[[Fields], Fields | None]) -> Fie
     path = folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     if (kept := _kept(path, raw)) is not None:
         return kept
-    if (fields := complete(raw)) is not None:
-        _keep(path, raw, fields)
+    fields = complete(raw)
+    with suppress(TypeError, ValueError):
+        fields = json.loads(json.dumps(fields))  # what is kept and what is new are to be alike
+        if fields is not None:
+            _keep(path, {"raw": raw, "fields": fields})
     return fields
 
 
@@ -48,14 +51,11 @@ def _kept(path: Path, raw: Fields) -> Fields | None:
     return None
 
 
-def _keep(path: Path, raw: Fields, fields: Fields) -> None:
-    """Only what reads back as it is."""
-    with suppress(TypeError, ValueError, OSError):
-        text = json.dumps({"raw": raw, "fields": fields})
-        if json.loads(text)["fields"] == fields:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_suffix(".new")
-            fresh.write_text(text, "utf-8")
-            fresh.replace(path)
-            for old in sorted(path.parent.glob("*.json"), key=lambda each: each.stat().st_mtime)[:-MOST]:
-                old.unlink(missing_ok=True)
+def _keep(path: Path, kept: Fields) -> None:
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(".new")
+        fresh.write_text(json.dumps(kept), "utf-8")
+        fresh.replace(path)
+        for old in sorted(path.parent.glob("*.json"), key=lambda each: each.stat().st_mtime)[:-MOST]:
+            old.unlink(missing_ok=True)

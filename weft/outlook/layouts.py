@@ -14,14 +14,14 @@ from weft.layout import Layout
 from weft.model.families import blueprint_of
 from weft.model.shares import shares_of
 from weft.outlook.figures import Memory, NoMemory, Outlook, Question, memory_of, planned_shares
-from weft.plan.layouts import LATENCY, THROUGHPUT, Load, Rating, divisions, even_layout, rate
+from weft.plan.layouts import LATENCY, THROUGHPUT, Rating, Workload, divisions, even_layout, rate
 from weft.simulate.hardware import Device, Hardware
 
 ALONE = "one alone"
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedLayout:
     """One layout of one group: what it is predicted to give, with its fullest device's memory; or why it can't be."""
 
     hardware: str
@@ -33,14 +33,14 @@ class Compared:
     why: str = ""
 
 
-def load_of(asked: Question) -> Load:
+def load_of(asked: Question) -> Workload:
     """The longest prompts, and as many at a time as decode together, but several."""
-    return Load(prompt=max(asked.tokens), requests=asked.decoding if asked.decoding > 1 else Load.requests)
+    return Workload(prompt=max(asked.tokens), requests=asked.decoding if asked.decoding > 1 else Workload.requests)
 
 
-def compared(model: ModelConfig, group: Hardware, asked: Question) -> list[Compared]:
+def compared(model: ModelConfig, group: Hardware, asked: Question) -> list[ComparedLayout]:
     """A single device, its fastest one, and all ways to use all of them."""
-    asked, found = replace(asked, tokens=(max(asked.tokens),)), list[Compared]()
+    asked, found = replace(asked, tokens=(max(asked.tokens),)), list[ComparedLayout]()
     for name, devices, layout, replicas in _ways(model, group, asked):
         part = replace(group, devices=devices)
         try:
@@ -50,11 +50,13 @@ def compared(model: ModelConfig, group: Hardware, asked: Question) -> list[Compa
             predicted = outlook.plan(asked.tokens[0], "auto", asked.wires[0]).predicted
             assert predicted is not None, "the catalogue has costs for every wire"
             saved = 1 - predicted.seconds / predicted.serial
-            row = Compared(group.text, name, len(devices) * replicas, rating, outlook.memory[asked.tokens[0]], saved)
+            row = ComparedLayout(
+                group.text, name, len(devices) * replicas, rating, outlook.memory[asked.tokens[0]], saved
+            )
         except NoMemory as error:
-            row = Compared(group.text, name, len(devices) * replicas, why=error.short)
+            row = ComparedLayout(group.text, name, len(devices) * replicas, why=error.short)
         except InputError as error:
-            row = Compared(group.text, name, len(devices) * replicas, why=str(error))
+            row = ComparedLayout(group.text, name, len(devices) * replicas, why=str(error))
         found.append(row)
     return found
 
@@ -105,7 +107,7 @@ def _room(model: ModelConfig, group: Hardware, asked: Question, layout: Layout) 
     return rooms
 
 
-def conclusion(rows: Sequence[Compared], asked: Question) -> str:
+def conclusion(rows: Sequence[ComparedLayout], asked: Question) -> str:
     """One sentence on what is best, and what more devices are worth beside a single one."""
     load = load_of(asked)
     fitting = [(row, row.rating) for row in rows if row.rating is not None]

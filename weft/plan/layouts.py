@@ -24,14 +24,14 @@ AIMS = (LATENCY, THROUGHPUT)
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What a layout is judged by: tokens of a prompt and of its answer, and requests that run at a time."""
 
     prompt: int = 1024
     answer: int = 128
     requests: int = 8
 
-    def within(self, length: int) -> Load:
+    def within(self, length: int) -> Workload:
         """As far as a context of so many tokens goes."""
         prompt = min(self.prompt, max(1, length - 2))
         return replace(self, prompt=prompt, answer=max(1, min(self.answer, length - prompt - 1)))
@@ -42,7 +42,7 @@ class Aim:
     """What a layout is chosen for: the shortest request, or most of them."""
 
     what: str = LATENCY
-    load: Load = Load()
+    load: Workload = Workload()
 
     @classmethod
     def parse(cls, text: str) -> Aim:
@@ -55,7 +55,7 @@ class Aim:
                 f"--optimise {text!r} is not known; give {' or '.join(AIMS)}, with the tokens of a prompt and of its "
                 "answer if you like, as in latency:2048,64"
             )
-        return cls(what, Load(int(match[1]), int(match[2])) if match else Load())
+        return cls(what, Workload(int(match[1]), int(match[2])) if match else Workload())
 
     def describe(self, rating: Rating) -> str:
         """What counts of a rating."""
@@ -74,11 +74,11 @@ class Rating:
     token: float
     requests: float
 
-    def request(self, load: Load) -> float:
+    def request(self, load: Workload) -> float:
         """Seconds of a lone request."""
         return self.first_token + (load.answer - 1) * self.token
 
-    def cost(self, aim: str, load: Load) -> float:
+    def cost(self, aim: str, load: Workload) -> float:
         """The lower, the better for this aim."""
         return self.request(load) if aim == LATENCY else 1 / self.requests
 
@@ -98,7 +98,7 @@ def even_layout(layers: int, tp: int, pp: int, shares: Sequence[float] = ()) -> 
     return Layout(even_layers(layers, pp), tuple(given[first : first + tp] for first in range(0, tp * pp, tp)))
 
 
-def rate(planner: Planner, load: Load, replicas: int = 1) -> Rating:
+def rate(planner: Planner, load: Workload, replicas: int = 1) -> Rating:
     """What a planner's layout is predicted to give. There must be costs."""
     prompt = planner.plan(one_prompt(load.prompt))
     assert prompt.predicted is not None, "a layout is judged by costs"
@@ -116,7 +116,7 @@ def layouts_of(world: int, layers: int, heads: int) -> list[Layout]:
     return [even_layout(layers, tp, pp) for tp, pp in splits]
 
 
-def round_of(planner: Planner, load: Load, sequences: int) -> float:
+def round_of(planner: Planner, load: Workload, sequences: int) -> float:
     """Seconds in which all of so many sequences get a token."""
     layout = planner.layout
     sections = len(layout.sections) if layout is not None else 1
@@ -129,7 +129,7 @@ def round_of(planner: Planner, load: Load, sequences: int) -> float:
     return max(plan.predicted.seconds + way_back, flights * plan.predicted.lanes.compute)
 
 
-def decoding(planner: Planner, load: Load, sequences: int) -> Plan:
+def decoding(planner: Planner, load: Workload, sequences: int) -> Plan:
     """The plan of a batch of so many sequences, half of whose answers are there."""
     start = load.prompt + load.answer // 2
     return planner.plan(Batch(tuple(Segment(slot, start, 1) for slot in range(sequences))))
