@@ -85,7 +85,8 @@ def test_a_pipeline_is_rated_by_its_busiest_section_and_its_round() -> None:
 
 
 @pytest.mark.parametrize(("text", "what", "load"), [
-    ("latency", "latency", Workload()), ("throughput", "throughput", Workload()), ("latency:2048,1", "latency", Workload(2048, 1)),
+    ("latency", "latency", Workload()), ("throughput", "throughput", Workload()),
+    ("latency:2048,1", "latency", Workload(2048, 1)),
 ])  # fmt: skip
 def test_aims(text: str, what: str, load: Workload) -> None:
     assert Aim.parse(text) == Aim(what, load)

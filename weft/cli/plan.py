@@ -17,7 +17,7 @@ from weft.errors import InputError
 from weft.hub import locate_config
 from weft.model.description import model_config
 from weft.outlook.figures import Offer, Outlook, Question, offers
-from weft.outlook.layouts import ComparedLayout, compared, conclusion
+from weft.outlook.layouts import Row, compared, conclusion
 from weft.outlook.report import (
     ASSUMING,
     COLUMNS,
@@ -97,16 +97,8 @@ def plan(
     prices = _prices(price)
     config = model_config(locate_config(model))
     lengths = numbers(tokens, "--tokens") if tokens is not None else _usual(config)
-    question = Question(
-        lengths,
-        words(overlap, "--overlap"),
-        words(wire, "--wire"),
-        prompts,
-        decoding,
-        relative_shares(shares),
-        weights,
-        kv,
-    )
+    strategies, wires, parts = words(overlap, "--overlap"), words(wire, "--wire"), relative_shares(shares)
+    question = Question(lengths, strategies, wires, prompts, decoding, parts, weights, kv)
     question.demand(config)
     groups = [parse_hardware(name, link, own) for name in hardware]
     rows = [row for group in groups for row in compared(config, group, question)]
@@ -155,7 +147,7 @@ def _prices(text: str | None) -> dict[str, float]:
 
 
 def _show(
-    rows: Sequence[ComparedLayout], concluded: str, outlooks: Sequence[Outlook], ranked: Sequence[Offer], ttft: float | None
+    rows: Sequence[Row], concluded: str, outlooks: Sequence[Outlook], ranked: Sequence[Offer], ttft: float | None
 ) -> None:  # fmt: skip
     console = Console(width=max(Console().width, 112))
     cells_ = [beside(row) for row in rows]

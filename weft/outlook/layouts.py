@@ -21,7 +21,7 @@ ALONE = "one alone"
 
 
 @dataclass(frozen=True)
-class ComparedLayout:
+class Row:
     """One layout of one group: what it is predicted to give, with its fullest device's memory; or why it can't be."""
 
     hardware: str
@@ -38,9 +38,9 @@ def load_of(asked: Question) -> Workload:
     return Workload(prompt=max(asked.tokens), requests=asked.decoding if asked.decoding > 1 else Workload.requests)
 
 
-def compared(model: ModelConfig, group: Hardware, asked: Question) -> list[ComparedLayout]:
+def compared(model: ModelConfig, group: Hardware, asked: Question) -> list[Row]:
     """A single device, its fastest one, and all ways to use all of them."""
-    asked, found = replace(asked, tokens=(max(asked.tokens),)), list[ComparedLayout]()
+    asked, found = replace(asked, tokens=(max(asked.tokens),)), list[Row]()
     for name, devices, layout, replicas in _ways(model, group, asked):
         part = replace(group, devices=devices)
         try:
@@ -50,13 +50,11 @@ def compared(model: ModelConfig, group: Hardware, asked: Question) -> list[Compa
             predicted = outlook.plan(asked.tokens[0], "auto", asked.wires[0]).predicted
             assert predicted is not None, "the catalogue has costs for every wire"
             saved = 1 - predicted.seconds / predicted.serial
-            row = ComparedLayout(
-                group.text, name, len(devices) * replicas, rating, outlook.memory[asked.tokens[0]], saved
-            )
+            row = Row(group.text, name, len(devices) * replicas, rating, outlook.memory[asked.tokens[0]], saved)
         except NoMemory as error:
-            row = ComparedLayout(group.text, name, len(devices) * replicas, why=error.short)
+            row = Row(group.text, name, len(devices) * replicas, why=error.short)
         except InputError as error:
-            row = ComparedLayout(group.text, name, len(devices) * replicas, why=str(error))
+            row = Row(group.text, name, len(devices) * replicas, why=str(error))
         found.append(row)
     return found
 
@@ -107,7 +105,7 @@ def _room(model: ModelConfig, group: Hardware, asked: Question, layout: Layout) 
     return rooms
 
 
-def conclusion(rows: Sequence[ComparedLayout], asked: Question) -> str:
+def conclusion(rows: Sequence[Row], asked: Question) -> str:
     """One sentence on what is best, and what more devices are worth beside a single one."""
     load = load_of(asked)
     fitting = [(row, row.rating) for row in rows if row.rating is not None]

@@ -10,7 +10,7 @@ from typing import Any
 
 from weft.config import ModelConfig
 from weft.outlook.figures import GIB, Forecast, Memory, Offer, Outlook
-from weft.outlook.layouts import ComparedLayout
+from weft.outlook.layouts import Row
 from weft.simulate.hardware import Catalogue
 from weft.timeline.figure import INK, figure, name
 from weft.timeline.page import ZOOM, document, legend_line, panels
@@ -36,7 +36,7 @@ def cells(forecast: Forecast) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def beside(row: ComparedLayout) -> tuple[str, ...]:
+def beside(row: Row) -> tuple[str, ...]:
     """One layout, in the order of COMPARED. `hidden`: what overlap takes off serial's time."""
     if row.rating is None or row.memory is None:
         return (row.hardware, row.layout, *["-"] * (len(COMPARED) - 3), row.why)
@@ -96,7 +96,7 @@ def room(memory: Memory) -> str:
 
 
 def as_json(
-    model: ModelConfig, outlooks: Sequence[Outlook], ranked: Sequence[Offer], rows: Sequence[ComparedLayout] = (),
+    model: ModelConfig, outlooks: Sequence[Outlook], ranked: Sequence[Offer], rows: Sequence[Row] = (),
     concluded: str = "",
 ) -> str:  # fmt: skip
     """Everything, times in seconds, memory in bytes, rates in bytes a second."""
@@ -142,7 +142,7 @@ def listing(entries: Catalogue) -> list[tuple[str, str, str, str]]:
 
 
 def page(
-    model: ModelConfig, outlooks: Sequence[Outlook], ranked: Sequence[Offer], rows: Sequence[ComparedLayout] = (),
+    model: ModelConfig, outlooks: Sequence[Outlook], ranked: Sequence[Offer], rows: Sequence[Row] = (),
     concluded: str = "",
 ) -> str:  # fmt: skip
     """One page with tables, plots and predicted timelines."""
