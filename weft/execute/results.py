@@ -92,9 +92,9 @@ def timeline_of(program: Program, answers: Sequence[p.Done], one_clock: bool) ->
 
 def _clocks(program: Program, sends: Sequence[Issued], answers: Sequence[p.Done]) -> list[float]:
     """What to add to each rank's seconds."""
-    collectives = (step.number for step in program if step.kind in COLLECTIVES)
-    first = next((number for number in collectives if all(answer.spans[number][1] > 0 for answer in answers)), None)
     if not sends:
+        collectives = (step.number for step in program if step.kind in COLLECTIVES)
+        first = next((number for number in collectives if any(answer.spans[number][1] > 0 for answer in answers)), None)
         return [-answer.spans[first][1] if first is not None else 0.0 for answer in answers]
     clocks = [0.0, *[-INFINITE] * (len(answers) - 1)]
     for step in program:
