@@ -24,8 +24,8 @@ def spans(program: Program, world: int, off: list[float]) -> list[Done]:
     for step in program:
         for rank in range(world):
             if step.step.concerns(rank):
-                waited = rank in step.step.to
-                found[rank][step.number] = off[rank] + (1.0 if waited else step.number + 1.0), off[rank] + step.number + 2.0
+                begin = 1.0 if rank in step.step.to else step.number + 1.0
+                found[rank][step.number] = off[rank] + begin, off[rank] + step.number + 2.0
     return [Done(1, 1.0, 0.0, 0.0, (1.0, 1.0), 0, spans=each) for each in found]
 
 
