@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from weft import LLM, SamplingParams
 from weft.calibration import key_of
 from weft.compare import Comparing, Variant
+from weft.errors import InputError
 from weft.plan import kept
 from weft.plan.calibrate import BUDGET
 from weft.program.batch import one_prompt
@@ -98,3 +100,39 @@ def test_reproducible_too(packaged: Path) -> None:
         with LLM(packaged, num_threads=1, reproducible=True, **options) as llm:  # type: ignore[arg-type]
             outputs.append(llm.generate(prompt, GREEDY)[0].outputs[0].token_ids)  # type: ignore[arg-type]
     assert outputs[0] == outputs[1]
+
+
+def test_the_layout_is_chosen_by_cost(packaged: Path) -> None:
+    """Over a long link one message a pass beats two sums a layer; the line says what the other one would give."""
+    with LLM(packaged, num_threads=1) as llm:
+        expected = llm.generate("import os", GREEDY)[0].outputs[0].token_ids
+    with LLM(packaged, tensor_parallel_size=2, num_threads=1, layout="auto", link="none,5ms") as llm:
+        [said] = [line for line in llm.engine.notices if line.startswith("layout")]
+        assert "layout tp 1 x pp 2 by cost (latency of " in said and "; tp 2: " in said
+        assert llm.engine.config.layout.several and llm.engine.planner.costs is not None
+        assert llm.generate("import os", GREEDY)[0].outputs[0].token_ids == expected
+        plan = llm.engine.planner.plan(one_prompt(300))
+        assert plan.predicted is not None and plan.strategy.piece_cuts or plan.strategy.pieces > 1
+
+
+def test_layers_by_speed(packaged: Path) -> None:
+    with LLM(packaged, pipeline_parallel_size=2, num_threads=1, layers="auto") as llm:
+        [said] = [line for line in llm.engine.notices if line.startswith("layers by speed: ")]
+        assert "of the least possible" in said and sum(llm.engine.config.layout.layers) == llm.engine.model.layers
+        assert llm.generate("import os", GREEDY)[0].outputs[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layout": "auto", "layers": (2, 2)}, "leave out --layers and --shares"),
+        ({"layout": "auto", "shares": (1, 1)}, "leave out --layers and --shares"),
+        ({"layout": "best"}, "--layout 'best' is not known; allowed: given, auto"),
+        ({"layout": "auto", "optimise": "speed"}, "--optimise 'speed' is not known"),
+        ({"tensor_parallel_size": "auto", "layout": "auto"}, "--tp auto finds a number of ranks for all layers"),
+        ({"tensor_parallel_size": "auto", "pipeline_parallel_size": 2}, "--tp auto finds a number of ranks"),
+    ],
+)
+def test_what_auto_does_not_go_with(packaged: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        LLM(packaged, num_threads=1, **({"tensor_parallel_size": 2} | options))
