@@ -112,7 +112,7 @@ def test_the_layout_is_chosen_by_cost(packaged: Path) -> None:
         assert llm.engine.config.layout.several and llm.engine.planner.costs is not None
         assert llm.generate("import os", GREEDY)[0].outputs[0].token_ids == expected
         plan = llm.engine.planner.plan(one_prompt(300))
-        assert plan.predicted is not None and plan.strategy.piece_cuts or plan.strategy.pieces > 1
+        assert (plan.predicted is not None and plan.strategy.piece_cuts) or plan.strategy.pieces > 1
 
 
 def test_layers_by_speed(packaged: Path) -> None:
