@@ -11,7 +11,7 @@ from weft.execute.results import RunOptions, RunResult
 from weft.layout import Layout
 from weft.model.families import blueprint_of
 from weft.parallel.sizes import LIKELIEST_BYTES, ONE_SHOT_BYTES, algorithms, row_bytes
-from weft.plan.calibrate import MOST, Probe, calibrate, measure_sums
+from weft.plan.calibrate import MOST, Probe, calibrate, measure_message, measure_sums
 from weft.plan.layouts import divisions
 from weft.plan.planner import Plan
 from weft.plan.samples import Sample, Subject
@@ -57,10 +57,11 @@ def subject_of(
     model: ModelConfig, config: EngineConfig, wires: tuple[str, ...], machines: Sequence[int]
 ) -> Subject:  # fmt: skip
     """What is measured for these wires."""
-    blueprint = blueprint_of(model)
+    blueprint, summing = blueprint_of(model), max((s.ranks for s in config.layout.sections), key=len)
     return Subject(
         outline=blueprint.outline, width=model.hidden, logits=LIKELIEST_BYTES, world=config.ranks,
-        length=config.max_length, slots=config.max_sequences, limit=ONE_SHOT_BYTES, algorithms=algorithms(machines),
+        length=config.max_length, slots=config.max_sequences, limit=ONE_SHOT_BYTES,
+        algorithms=algorithms([machines[rank] for rank in summing]),
         elements={wire: row_bytes(wire, config.dtype, model.hidden) / model.hidden for wire in wires},
         windows=blueprint.windows, granule=granule_of(config), kept=blueprint.kept,
         layout=config.layout if config.layout.several else None,
@@ -76,10 +77,14 @@ def measured(
     return calibrate(_probe(run, model), subject_of(model, config, wires, machines), watch)
 
 
-def sums_measured(run: Run, model: ModelConfig, config: EngineConfig, machines: Sequence[int]) -> dict[int, Table]:
-    """What sums of 2, 3, … of these ranks cost, as far as a layout may have so many in each section."""
+def messages_measured(
+    run: Run, model: ModelConfig, config: EngineConfig, machines: Sequence[int]
+) -> dict[int, Table]:  # fmt: skip
+    """What sums of 2, 3, … of these ranks cost, as far as a layout may have so many in each section; and under 1 what a
+    message costs, where the layout that is there has none."""
     counts = sorted({tp for tp, pp, _ in divisions(config.ranks, model.layers, model.heads) if tp > 1})
-    return measure_sums(_probe(run, model), subject_of(model, config, ("exact",), machines), counts)
+    probe, subject = _probe(run, model), subject_of(model, config, ("exact",), machines)
+    return measure_sums(probe, subject, counts) | ({} if config.layout.several else measure_message(probe, subject))
 
 
 def _probe(run: Run, model: ModelConfig) -> Probe:

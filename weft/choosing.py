@@ -36,6 +36,8 @@ def chosen(
         except (NoRoom, InputError):
             continue
         rated.append((layout, rate(_planner(planner, layout, config, sums), aim.load)))
+    if not rated:
+        return config.layout, f"layout {config.layout}: no other one fits, or divides so many ranks"
     best, rating = min(rated, key=lambda each: each[1].cost(aim.what, aim.load))
     others = "; ".join(f"{layout}: {aim.describe(each)}" for layout, each in rated if layout != best)
     what = f"{aim.what} of {aim.load.prompt} tokens and {aim.load.answer} of answer"

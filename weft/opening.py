@@ -22,7 +22,7 @@ from weft.links import NO_LINK, Link
 from weft.model.description import generation_defaults
 from weft.model.description import model_config as described
 from weft.plan.layouts import LATENCY, Aim
-from weft.program.strategy import AUTO
+from weft.program.strategy import AUTO, Strategy, canonical
 from weft.quality import within_limits
 from weft.workers import Progress
 from weft.yardstick import best_of, counts, judged
@@ -57,6 +57,8 @@ def open_engine(
         )
     if aim is not None and (layers is not None or shares is not None):
         raise InputError("--layout auto finds layers and shares itself; leave out --layers and --shares")
+    if aim is not None and canonical(overlap) != AUTO and Strategy.parse(overlap).scattered:
+        raise InputError("--layout auto may be a pipeline, where sums can't be scattered; leave out --overlap rs")
     if link.shaped and launcher is None:
         launcher = NamespaceLauncher()
     path = locate(model)

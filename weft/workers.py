@@ -14,7 +14,7 @@ from pathlib import Path
 from weft.admission import demand_memory, kept_lines, memory_tokens, room_for_layers, settled
 from weft.balance import balance
 from weft.batching.scheduled import CopyPrefix, Move
-from weft.calibration import key_of, measured, sums_measured
+from weft.calibration import key_of, measured, messages_measured
 from weft.choosing import chosen
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import GivenUp, InputError, Interrupted, WorkerFailed, WorkerLost, told
@@ -153,6 +153,7 @@ class Workers:
         try:
             costs = self.calibrate(self.probe, needed(self.config.wire), lambda share: tell("measuring costs", share))
         except TooSlow as error:
+            planner.learn(None)
             chosen = chosen_by_cost(self.config.wire)
             travel = f", and all sums travel as {allowed(self.config.wire)[-1]}" if chosen else ""
             return [f"the ranks' link is too slow to measure what steps cost ({error}): auto is serial{travel}"]
@@ -172,7 +173,7 @@ class Workers:
         if planner.costs is None:
             return [f"layout {self.config.layout}: the link is too slow to measure what others would give"]
         tell("measuring sums", 1.0)
-        sums = sums_measured(self.probe, self.model, self.config, self.controller.machines)
+        sums = messages_measured(self.probe, self.model, self.config, self.controller.machines)
         layout, line = chosen(planner, self.model, self.config, self.started.hellos, sums, aim)
         return [line, *self._lay(layout, planner, tell, recalibrate)]
 

@@ -97,8 +97,8 @@ class Batcher:
         """One more batch beside those under way: one that is foreseen or, of several flights, of what is known."""
         if self.flights == 1:
             return self.ahead(under_way[0]) if len(under_way) == 1 else None
-        if len(under_way) >= self.flights or any(sequence.alone for sequence in under_way[-1].sequences):
-            return None
+        if len(under_way) >= self.flights or any(sequence.alone for sequence in (*self.running, *self.waiting)):
+            return None  # whoever is by itself gets its turns when nothing is under way
         self._renew()
         chosen = self._together(budget(), now)
         return self._counted(self._scheduled(chosen)) if chosen else None
@@ -112,10 +112,10 @@ class Batcher:
     def _together(self, budget: int, now: float) -> dict[Sequence, int]:
         """How many tokens of each go into one batch."""
         chosen: dict[Sequence, int] = {}
-        answers = -(-sum(sequence.left == 1 for sequence in self.running) // self.flights)
+        answers = -(-sum(sequence.left == 1 and not sequence.alone for sequence in self.running) // self.flights)
         self.running.sort(key=lambda s: (s.unsent > 1, self.urgency(s, now)))
         for sequence in list(self.running):
-            answers -= sequence.unsent == 1
+            answers -= sequence.unsent == 1 and not sequence.alone
             later = sequence.unsent == 1 and answers < 0  # in another flight
             if budget > 0 and sequence.slot is not None and not sequence.alone and not later:  # preempted: no slot
                 budget -= self._extend(sequence, budget, chosen, now)

@@ -166,11 +166,11 @@ def serve_command(
     from weft.server.run import bound, serve
 
     host, out, name = host.strip("[]"), Console(stderr=True), served_model_name or _name(model)
-    keys, origins = _keys(api_key, isolate_prefixes), _origins(allow_origin)
+    keys, origins, ranks = _keys(api_key, isolate_prefixes), _origins(allow_origin), ranks_or_auto(tp)
     _demand_guarded(host, bool(keys) or allow_anyone)
     with bound(host, port) as listening, bar(out) as showing:
-        ranks = ranks_or_auto(tp)
-        usual = AUTO if join_address and ranks != 1 and pp == 1 and not (layers or shares) else GIVEN
+        thought_of = pp != 1 or layers or shares or overlap != AUTO  # a layout, by whoever wrote these
+        usual = AUTO if join_address and ranks != 1 and not thought_of else GIVEN
         world = ranks if ranks == "auto" else ranks * pp
         launcher = _launcher(join_address, world, local_ranks, rank_ports, check_content or plain_data)
         warn_of_shared_cores(out, world if launcher is None else local_ranks)

@@ -238,9 +238,9 @@ class Controller:
             if answer.chosen and identity != self._ranks[0]:  # it is as on another machine, where a link seems longer
                 self._due[answer.number] = time.monotonic() + self.link.delay
         time.sleep(max(0.0, self._due.pop(submitted.number, 0.0) - time.monotonic()))
-        done = self._done[submitted.number]
+        self._due = {number: due for number, due in self._due.items() if number > submitted.number}
+        answers = [self._done[submitted.number][identity] for identity in self._ranks]
         self._done = {number: each for number, each in self._done.items() if number > submitted.number}
-        answers = [done[identity] for identity in self._ranks]
         chosen = next((each for each in answers if each.chosen or each.logits), answers[0])
         return RunResult(
             chosen.chosen, max(a.seconds for a in answers), max(a.sampling for a in answers),

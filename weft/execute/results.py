@@ -100,7 +100,9 @@ def _clocks(program: Program, sends: Sequence[Issued], answers: Sequence[p.Done]
     for step in program:
         spans = [answer.spans[step.number] for answer in answers]
         if step.step.to:
-            sent = max(spans[rank][1] + clocks[rank] for rank in step.step.ranks if clocks[rank] > -INFINITE)
+            for rank in step.step.ranks:  # one of which nothing has come before has the first clock
+                clocks[rank] = clocks[rank] if clocks[rank] > -INFINITE else 0.0
+            sent = max(spans[rank][1] + clocks[rank] for rank in step.step.ranks)
             for rank in step.step.to:
                 clocks[rank] = max(clocks[rank], sent - spans[rank][1])
         elif step.kind in COLLECTIVES and step.step.ranks[:1] == (0,):  # the first section has one clock by its sums

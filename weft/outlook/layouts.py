@@ -43,8 +43,9 @@ def compared(model: ModelConfig, group: Hardware, asked: Question) -> list[Row]:
     asked, found = replace(asked, tokens=(max(asked.tokens),)), list[Row]()
     for name, devices, layout, replicas in _ways(model, group, asked):
         part = replace(group, devices=devices)
+        own = asked if len(devices) == group.world else replace(asked, shares=None)
         try:
-            outlook = Outlook(model, part, asked, layout and _by_speed(model, part, asked, layout))
+            outlook = Outlook(model, part, own, layout and _by_speed(model, part, own, layout))
             planner = outlook.planner("auto", asked.wires[0])
             rating = rate(planner, load_of(asked), replicas)
             predicted = outlook.plan(asked.tokens[0], "auto", asked.wires[0]).predicted
@@ -119,7 +120,7 @@ def conclusion(rows: Sequence[Row], asked: Question) -> str:
         if row.layout in (ALONE, "alone"):
             beside = ""
         elif alone is None:
-            beside = ", and one alone doesn't hold it"
+            beside = "; one alone doesn't hold it"
         else:
             beside = f", {alone.cost(aim, load) / rating.cost(aim, load):.2g} times as fast as one alone"
         said.append(f"for {whom} {row.hardware} as {row.layout}: {unit}{beside}")

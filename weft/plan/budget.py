@@ -84,4 +84,8 @@ class Budget:
         """Seconds of a batch of these and a prompt of so many rows."""
         prompt = (Segment(len(beside), 0, rows),) if rows else ()
         plan = self.planner.plan(Batch((*(replace(s, sequence=n) for n, s in enumerate(beside)), *prompt)))
-        return plan.predicted.seconds if plan.predicted is not None else 0.0
+        if plan.predicted is None:
+            return 0.0
+        layout = self.planner.layout  # in a pipeline others come between a sequence's batches
+        flights = len(layout.sections) if layout is not None else 1
+        return max(plan.predicted.seconds, flights * plan.predicted.lanes.compute if flights > 1 else 0.0)

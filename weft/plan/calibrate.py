@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+from weft.layout import Layout
 from weft.plan.readings import read
 from weft.plan.samples import Sample, Samples, Subject, Trial, by_name, sent_to
-from weft.plan.spread import round_trips, spread, sums_of_some
+from weft.plan.sends import halves
+from weft.plan.spread import ROUND_TRIPS, round_trips, spread, sums_of_some
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.program.build import build
 from weft.program.stages import NETWORK
@@ -31,6 +33,7 @@ MOST = 2048  # rows that suffice
 EXTENTS = ((2048, 8), (1024, 8), (512, 8), (256, 8), (256, 2))
 SLOWEST = 2.0  # seconds of a run of a few rows: a round has some thirty runs, and most of more rows
 SOME_BYTES = 256 << 10  # of a sum, by which algorithms are told apart
+LONG = 0.1  # seconds of a message, from which larger ones are not sent
 SENT_BYTES = 512 << 10  # of the largest message between sections
 OFTEN = 4  # times in a round, of messages of a row: they are short, and wires differ by little there
 STOPGAPS = ((256, 2), (128, 2), (64, 1))
@@ -73,6 +76,8 @@ def measure_sums(probe: Probe, subject: Subject, counts: Sequence[int]) -> dict[
     for count in counts:
         ranks, points = tuple(range(count)), dict[float, float]()
         for rows in sorted({1, 32, max(64, int(SOME_BYTES / row))}):
+            if points and list(points.values())[-1] > LONG:
+                break  # what more bytes take, these say
             program, seconds = sums_of_some(subject.outline, ranks, rows), list[float]()
             for _ in range(4):
                 timeline = probe(one_prompt(rows), program, subject.first_wire, "network").timeline
@@ -83,6 +88,17 @@ def measure_sums(probe: Probe, subject: Subject, counts: Sequence[int]) -> dict[
     return found
 
 
+def measure_message(probe: Probe, subject: Subject) -> dict[int, Table]:
+    """Under 1, seconds of a message from the first rank to the second one against bytes, whatever layout is loaded."""
+    pair, row = Layout((1, 1), ((1.0,), (1.0,))), subject.width * subject.elements[subject.first_wire]
+    points = dict[float, float]()
+    for rows in (1, 64):
+        program = round_trips(subject.outline, pair, 1, rows)
+        timeline = probe(one_prompt(rows), program, subject.first_wire, "beside").timeline
+        points[rows * row] = max([median(halves(timeline, 0)), *points.values()])
+    return {1: Table(tuple(points), tuple(points.values()))}
+
+
 def _extent(probe: Probe, subject: Subject) -> tuple[int, int]:
     """How many rows and layers can be afforded, found on a few."""
     rows = min(64, subject.length)
@@ -91,6 +107,11 @@ def _extent(probe: Probe, subject: Subject) -> tuple[int, int]:
         sample = probe(run.batch, run.program, run.wire, run.scope)
         if sample.seconds > SLOWEST:
             raise TooSlow(f"{few} row{'s' if few > 1 else ''} of two layers took {sample.seconds:.1f} s")
+    if subject.layout is not None:
+        program = round_trips(subject.outline, subject.layout, 1, rows)
+        sent = probe(one_prompt(rows), program, subject.first_wire, "beside").seconds
+        if sent > SLOWEST:
+            raise TooSlow(f"{ROUND_TRIPS} times {rows} rows to the next section and back took {sent:.1f} s")
     a_row = sample.seconds / rows / min(2, subject.layers)
     affordable = [
         (most, deep)
@@ -148,7 +169,7 @@ def _sends(subject: Subject, most: int) -> Iterator[Trial]:
     for number in range(1, sections):
         assert subject.layout is not None
         row = subject.width * subject.elements[subject.first_wire]
-        for n in sorted({min(n, most) for n in (1, 64, max(128, int(SENT_BYTES / row)))}):
+        for n in sorted({min(n, most) for n in (1, 64, int(SENT_BYTES / row))} - {0}):
             program = round_trips(subject.outline, subject.layout, number, n)
             for wire in subject.elements:
                 yield Trial(sent_to(number), n, one_prompt(n), program, wire, "beside")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 3  # that are laid out at most: two nearly always suffice
 TRIALS = 12  # candidates that are judged at most: keeps a plan under 2 ms
-PIPE_TRIALS = 20  # of a pipeline: some 5 ms each
+PIPE_TRIALS, FEW_TRIALS = 20, 8  # of a pipeline, for one prompt and for mixed batches: some 5 ms each
 PIECES = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # that flow through sections
 LEAST_ROWS = 32  # of a chunk: below, costs are mostly waits for turns of the processor
 WORTH = 0.025  # of serial's time: a smaller gain than this is not worth the risk that costs are a little wrong
@@ -72,9 +72,10 @@ class LaidPass(NamedTuple):
 
     @property
     def estimate(self) -> Estimate:
-        """Lanes are those of the section where they are busiest."""
+        """Of the lanes that communicate, and of the sections, the busiest one."""
         busy = [each.laid.busy for each in self.sections]
-        return Estimate(self.seconds, self.begin + max(each[0] for each in busy), max(sum(each[1:]) for each in busy))
+        network = max(max(each[1:], default=0.0) for each in busy)
+        return Estimate(self.seconds, self.begin + max(each[0] for each in busy), network)
 
 
 class _Tried(NamedTuple):
@@ -230,7 +231,10 @@ class Searching:
 class Piping(Searching):
     """Of a pipeline: pieces that keep all sections busy, cut again where a section's ranks have sums to hide."""
 
-    trials = PIPE_TRIALS
+    @property
+    def trials(self) -> int:  # type: ignore[override]
+        """Fewer where batches differ all the time."""
+        return PIPE_TRIALS if len(self.batch.segments) == 1 else FEW_TRIALS
 
     def _may_gain(self, serial: Estimate) -> bool:
         return True

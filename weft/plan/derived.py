@@ -16,7 +16,8 @@ FIXED = 20e-6  # seconds of a step that are no part of its work: calls, and waki
 
 
 def derived(costs: Costs, base: Layout, layout: Layout, outline: Outline, sums: Mapping[int, Table]) -> Costs:
-    """`costs` are of `base`, whose ranks are the same ones; `sums`: seconds against bytes, by how many ranks sum."""
+    """`costs` are of `base`, whose ranks are the same ones; `sums`: seconds against bytes, by how many ranks sum; of
+    one, those of a message to the next section, where `base` has none."""
     ends = {stage.part for stage in (*outline.before, *outline.after)}
     first, last = costs.ranks[base.sections[0].ranks[0]], costs.ranks[base.leader]
     before = {stage.part: first.body[stage.part] for stage in outline.before}
@@ -41,6 +42,7 @@ def derived(costs: Costs, base: Layout, layout: Layout, outline: Outline, sums: 
         ))  # fmt: skip
     most = max(map(len, layout.shares))
     wires = {name: _wire(wire, sums.get(most, NOTHING), most) for name, wire in costs.wires.items()}
+    wires = {name: replace(wire, send=sums[1]) if 1 in sums else wire for name, wire in wires.items()}
     return replace(costs, ranks=tuple(ranks), wires=wires, world=layout.world)
 
 

@@ -49,6 +49,8 @@ class _Rank:
     def __init__(self, samples: Samples, rank: int) -> None:
         self.samples, self.rank = samples, rank
         self.most = samples.sizes[-1]
+        layout = samples.subject.layout
+        self.first = layout.section_of(rank).first if layout is not None else 0
 
     def costs(self) -> ComputeCosts:
         past, one, keyed = self._past()
@@ -114,15 +116,16 @@ class _Rank:
         return pair, extra[1], max(0.0, extra[most] - pair * most)
 
     def _seen(self, run: Trial) -> float:
-        """Earlier positions that a token sees, in the mean over the layers of a run."""
+        """Earlier positions that a token sees, in the mean over the layers of a run that this rank has."""
         earlier = run.batch.segments[0].start
-        layers = 1 + max(step.layer or 0 for block in run.program.form.blocks for step in block.steps)
-        windows = self.samples.subject.windows[:layers] or (None,)
+        steps = [step for block in run.program.form.blocks for step in block.steps if step.concerns(self.rank)]
+        layers = 1 + max(step.layer or 0 for step in steps)
+        windows = self.samples.subject.windows[self.first : layers] or (None,)
         return fmean(earlier if window is None else min(earlier, window) for window in windows)
 
     def _squared(self, rows: float) -> float:
-        """Of a prompt, in the first layer, which most runs end with."""
-        return squared(rows, next(iter(self.samples.subject.windows), None))
+        """Of a prompt, in this rank's first layer, which most runs end with."""
+        return squared(rows, next(iter(self.samples.subject.windows[self.first :]), None))
 
     def _present(self, past: float) -> Table:
         """Seconds for each pair of the n x n square of new tokens with themselves.

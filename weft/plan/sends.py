@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from weft.plan.samples import Sample, Samples, sent_to
+from weft.plan.samples import Samples, sent_to
 from weft.program.stages import Kind
 from weft.simulate.cost import Contention, Table
-from weft.timeline.timeline import median
+from weft.timeline.timeline import Timeline, median
 
 KERNEL = 1.2  # interrupts of the network's are on no process's account: measured, docs/log.md
 LOST = 0.5  # of what a message takes of the processor, that computation beside it goes without
@@ -28,7 +28,7 @@ class Sends:
         rows = sorted({run.rows for run in self.samples.runs if run.name == name})
         seconds, first = list[float](), self.sections[number - 1].ranks[0]
         for n in rows:
-            taken = [each for sample in self.samples.of(name, n, wire) for each in _halves(sample, first)]
+            taken = [each for sample in self.samples.of(name, n, wire) for each in halves(sample.timeline, first)]
             seconds.append(max([median(taken), *seconds[-1:]]))
         return Table(tuple(n * row for n in rows), tuple(seconds)) if len(rows) > 1 else Table.line(seconds[0], 0.0)
 
@@ -50,7 +50,7 @@ class Sends:
         return median(each)
 
 
-def _halves(sample: Sample, rank: int) -> list[float]:
+def halves(timeline: Timeline, rank: int) -> list[float]:
     """Half of each round trip but the first, on the clock of a rank that begins them."""
-    sent = [e for e in sorted(sample.timeline.events, key=lambda e: e.start) if e.rank == rank and e.kind is Kind.SEND]
+    sent = [e for e in sorted(timeline.events, key=lambda e: e.stop) if e.rank == rank and e.kind is Kind.SEND]
     return [(back.stop - there.start) / 2 for there, back in zip(sent[::2], sent[1::2], strict=True)][1:]

@@ -24,19 +24,20 @@ class SectionForm(NamedTuple):
     form: Form
     brings: dict[Spot, tuple[int, ...]]
     sends: dict[Spot, int]
+    alone: bool
 
     def keeps(self, step: Step) -> bool:
         """It is one of these ranks' steps, and takes time."""
-        return keeps(self.ranks, step)
+        return keeps(self.ranks, step, self.alone)
 
 
 @lru_cache(maxsize=256)
-def sections_of(form: Form) -> tuple[SectionForm, ...]:
+def sections_of(form: Form, alone: bool = False) -> tuple[SectionForm, ...]:
     """In the order in which rows go through them; one, of the ranks (), where all steps are for all. Raises
     `ProgramError` for programs that are not of such a form: those with steps for all ranks beside some for a few, or
-    with rows that come back."""
+    with rows that come back. `alone`: there is one rank."""
     if not form.ranks:
-        return (SectionForm((), form, {}, {}),)
+        return (_section(form, (), {}, alone),)
     steps = [step for block in form.blocks for step in block.steps]
     groups = list(dict.fromkeys(step.ranks for step in steps))
     if () in groups or any(set(one) & set(other) for one in groups for other in groups if one != other):
@@ -45,7 +46,7 @@ def sections_of(form: Form) -> tuple[SectionForm, ...]:
     if any(step.to and order.get(step.to, -1) <= order[step.ranks] for step in steps):
         raise ProgramError("a program in which rows don't go on to later ranks, all of a group, can't be predicted")
     numbers = _numbers(form)
-    return tuple(_section(form, ranks, numbers) for ranks in order)
+    return tuple(_section(form, ranks, numbers, len(ranks) == 1) for ranks in order)
 
 
 def _numbers(form: Form) -> dict[Spot, int]:
@@ -60,15 +61,18 @@ def _numbers(form: Form) -> dict[Spot, int]:
     return found
 
 
-def _section(form: Form, ranks: tuple[int, ...], numbers: dict[Spot, int]) -> SectionForm:
-    places = _StepNumbers(form, ranks)
+def _section(form: Form, ranks: tuple[int, ...], numbers: dict[Spot, int], alone: bool) -> SectionForm:
+    """Sums of one rank alone are left out: its partials are the sums already."""
+    if not ranks and not alone:
+        return SectionForm((), form, {}, {}, False)
+    places = _StepNumbers(form, ranks, alone)
     blocks: list[Block] = []
     brings: dict[Spot, tuple[int, ...]] = {}
     sends: dict[Spot, int] = {}
     for number, block in enumerate(form.blocks):
         kept: list[Step] = []
         for place, step in enumerate(block.steps):
-            if not keeps(ranks, step):
+            if not keeps(ranks, step, alone):
                 continue
             spot = len(blocks), len(kept)
             if step.kind is Kind.SEND:
@@ -79,26 +83,26 @@ def _section(form: Form, ranks: tuple[int, ...], numbers: dict[Spot, int]) -> Se
             kept.append(step._replace(after=waits, ranks=(), to=()))
         if kept:
             blocks.append(replace(block, steps=tuple(kept)))
-    return SectionForm(ranks, Form(tuple(blocks), form.chunks), brings, sends)
+    return SectionForm(ranks, Form(tuple(blocks), form.chunks), brings, sends, alone)
 
 
-def keeps(ranks: tuple[int, ...], step: Step) -> bool:
-    """It is one of these ranks' steps, and takes time: what one rank alone sums is the sum already."""
-    alone = len(ranks) == 1 and step.kind in COLLECTIVES and step.kind is not Kind.SEND
-    return step.ranks == ranks and not alone
+def keeps(ranks: tuple[int, ...], step: Step, alone: bool) -> bool:
+    """It is one of these ranks' steps, and takes time: what one rank `alone` sums is the sum already."""
+    summed = alone and step.kind in COLLECTIVES and step.kind is not Kind.SEND
+    return step.ranks == ranks and not summed
 
 
 class _StepNumbers:
     """Where a section's steps are, among all and among its own."""
 
-    def __init__(self, form: Form, ranks: tuple[int, ...]) -> None:
-        self.form, self.ranks = form, ranks
+    def __init__(self, form: Form, ranks: tuple[int, ...], alone: bool) -> None:
+        self.form, self.ranks, self.alone = form, ranks, alone
         self._begins, self._own = [0], [0]  # of each block: in all steps, and in the section's
         self._inside: list[list[int]] = []  # of each block: how many of the section's steps come before one
         for block in form.blocks:
             counts = [0]
             for step in block.steps:
-                counts.append(counts[-1] + keeps(ranks, step))
+                counts.append(counts[-1] + keeps(ranks, step, alone))
             self._inside.append(counts)
             self._begins.append(self._begins[-1] + len(block.steps) * block.rounds)
             self._own.append(self._own[-1] + counts[-1] * block.rounds)
@@ -110,7 +114,7 @@ class _StepNumbers:
         waits, brought = list[int](), list[Spot]()
         for distance in step.after:
             at, target = self._found(self._begins[block] + place - distance)
-            if not keeps(self.ranks, target):
+            if not keeps(self.ranks, target, self.alone):
                 if target.kind is Kind.SEND:
                     brought.append(self._spot(self._begins[block] + place - distance))
                 continue

@@ -35,7 +35,7 @@ def lay_out_sections(
     """Section after section; see `lay_out` for `most`. `wire`: of steps that name none. Raises `TooLongError` where a
     section's lanes alone take longer than `limit`, in seconds."""
     way, ended = costs.wires[wire], dict[int, float]()
-    for section in sections_of(form):
+    for section in sections_of(form, costs.world == 1):
         structure = structure_of(section.form, way.fused)
         each = [price(work, chunk, section.ranks) for work, chunk in structure.works]
         between = coupling(costs, way, section.form.lanes)
@@ -62,7 +62,7 @@ def simulate(program: Program, batch: Batch, costs: Costs, wire: str, title: str
     issued = list(program)
     for each in lay_out_sections(program.form, costs, wire, priced(costs.pace_of)):
         section, laid, come = each
-        mine = [step for step in issued if not section.ranks or section.keeps(step.step)]
+        mine = [step for step in issued if section.keeps(step.step)]
         structure, earliest = laid.structure, _by_place(laid.structure, come)
         pace = _taken(structure, priced(costs.pace_of), section.ranks)
         for rank in section.ranks or range(costs.world):
