@@ -47,6 +47,7 @@ def test_who_owns_threads() -> None:
         "weft/parallel/ring.py",  # a lock, whose compare-and-swap is a fence
         "weft/server/child.py",  # sees the end of its standard input, whatever it is at
         "weft/text.py",  # a tokenizer is read while workers start
+        "weft/server/metrics.py",  # a lock: the threads of several engines count
         "weft/grammar.py",  # a lock: who asks for a schema that is compiled just now waits for it
         "weft/launch/joined.py",  # an event, by which a start that waits is interrupted
         "weft/launch/sockets.py",  # takes what ZeroMQ tells of strangers, which would hold it up else

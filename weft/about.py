@@ -10,7 +10,8 @@ from weft.engine import Engine
 
 @dataclass(frozen=True)
 class About:
-    """What doesn't change. `max_length`: tokens of prompt and answer; `width`: numbers of an embedding."""
+    """What doesn't change. `max_length`: tokens of prompt and answer; `width`: numbers of an
+    embedding; `ranks`: of each of the `replicas`."""
 
     path: Path
     vocabulary: int
@@ -19,6 +20,7 @@ class About:
     end_ids: tuple[int, ...]
     ranks: int
     notices: tuple[str, ...]
+    replicas: int = 1
 
     @classmethod
     def of(cls, engine: Engine) -> About:

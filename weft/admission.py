@@ -95,13 +95,20 @@ def kept_lines(loaded: Sequence[Loaded]) -> list[str]:
     return lines
 
 
-def memory_tokens(hellos: Sequence[Hello], loaded: Sequence[Loaded]) -> int:
-    """Tokens whose keys and values fit into what is free now, on the machine that has least room for its ranks."""
+def memory_tokens(
+    hellos: Sequence[Hello], loaded: Sequence[Loaded], replicas: int = 1, weights: Sequence[int] = ()
+) -> int:  # fmt: skip
+    """Tokens whose keys and values fit into what is free now, on the machine that has least room for its ranks. Of
+    several replicas each leaves as much to each of the others, and room for their `weights`, which may not be there
+    yet: bytes of each rank's."""
     fitting = []
     for ranks in _by_machine(hellos).values():
         a_token = max(1, sum(loaded[rank].kv_bytes_per_token for rank in ranks))
         # Ranks get ready one after the other: who was last saw what all have taken.
-        fitting.append(int(MEMORY_PART * min(loaded[rank].free for rank in ranks) / a_token))
+        free = min(loaded[rank].free for rank in ranks)
+        if replicas > 1:
+            free = max(0, free - (replicas - 1) * sum(weights[rank] for rank in ranks)) // replicas
+        fitting.append(int(MEMORY_PART * free / a_token))
     return min(fitting)
 
 

@@ -75,7 +75,8 @@ class EngineConfig:
     `check_content`: other machines' weights are compared whole, not by their headers alone. `dtype`: what is computed
     in; `weights`: what weights are kept in. auto comes to auto:int8 or auto:int4 once it is known what room there is on
     the ranks' machines: what the checkpoint has in few bits is kept so, in no fewer, the rest in `dtype`.
-    `kv`: what keys and values are kept in; auto: what is computed in.
+    `kv`: what keys and values are kept in; auto: what is computed in. `replicas`: engines like this one, with it, that
+    have ranks on this machine.
     """
 
     layout: Layout
@@ -97,6 +98,7 @@ class EngineConfig:
     prefixes: int = 16
     token_interval: float | None = None
     cores: tuple[int, ...] | None = None
+    replicas: int = 1
 
     @property
     def ranks(self) -> int:
@@ -116,6 +118,7 @@ class EngineConfig:
         threads: int | None = None, device: str = "cpu", dtype: str = "float32", weights: str = "auto",
         kv: str = "auto", max_length: int | None = None, max_sequences: int = 16, max_batch_tokens: int = 8192,
         prefixes: int = 16, token_interval: float | None = None, cores: tuple[int, ...] | None = None,
+        replicas: int = 1,
     ) -> EngineConfig:  # fmt: skip
         """Fills in what was left open; raises `InputError` for values that are not allowed. `ranks`: of each of the
         `sections`; `shares`: one number for each of all ranks."""
@@ -134,13 +137,13 @@ class EngineConfig:
         positive(max_length, "max_model_len")
         if max_length is not None and max_length > model.max_length:
             raise InputError(f"max_model_len {max_length} is more than the model's context of {model.max_length}")
-        threads = threads or max(1, available_cores() // ranks)
+        threads = threads or max(1, available_cores() // (ranks * replicas))
         if cores is not None and len(cores) < ranks * threads:
             raise InputError(f"{ranks} ranks of {threads} threads need {ranks * threads} cores, not {len(cores)}")
         return cls(
             layout, overlap, wire, transport, link, plain_data, check_content, reproducible, threads, device,
             dtype, weights, kv, max_length or model.max_length, max_sequences, max_batch_tokens, prefixes,
-            token_interval, cores,
+            token_interval, cores, replicas,
         )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ def open_engine(
     max_sequences: int = 16, max_batch_tokens: int = 8192, cores: Sequence[int] | None = None, prefixes: bool = True,
     token_interval: float | None = None, launcher: Launcher | None = None, progress: Progress | None = None,
     recalibrate: bool = False, check_content: bool = False, plain_data: bool = False,
+    replicas: int = 1,
 ) -> Engine:  # fmt: skip
     """The engine of a directory, a .gguf file, a hub id, or the model in the package; options as `LLM` has them.
 
@@ -49,11 +50,10 @@ def open_engine(
     aim = Aim.parse(optimise) if layout == AUTO else None
     link = Link.parse(link) if isinstance(link, str) else link
     _demand_launcher(launcher, link, transport, plain_data)
-    if ranks == "auto" and (sections != 1 or layers is not None or aim is not None):
-        raise InputError("--tp auto finds a number of ranks for all layers; give one with --pp, --layers and --layout")
-    if ranks == "auto" and (link.shaped or launcher is not None or shares is not None or threads is not None):
-        raise InputError(
-            "--tp auto takes this machine's cores as they are: no shaped link, shares, threads or machines"
+    if ranks == "auto":
+        _demand_countable(
+            sections != 1 or layers is not None or aim is not None or replicas != 1,
+            link.shaped or launcher is not None or shares is not None or threads is not None,
         )
     if aim is not None and (layers is not None or shares is not None):
         raise InputError("--layout auto finds layers and shares itself; leave out --layers and --shares")
@@ -70,7 +70,7 @@ def open_engine(
         weights=weights, kv=kv,
         max_length=max_length, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
         cores=tuple(cores) if cores else None,
-        prefixes=max_sequences if prefixes else 0, token_interval=token_interval,
+        prefixes=max_sequences if prefixes else 0, token_interval=token_interval, replicas=replicas,
     )  # fmt: skip
     line = None
     if ranks == "auto":
@@ -89,6 +89,18 @@ def open_engine(
     ]
     engine.notices += _proposed(path)[1]
     return engine
+
+
+def _demand_countable(divided: bool, unlike: bool) -> None:
+    """Raises `InputError` for what doesn't go with a number of ranks that is to be found."""
+    if divided:
+        raise InputError(
+            "--tp auto finds a number of ranks for all layers; give one with --pp, --layers, --layout and --replicas"
+        )
+    if unlike:
+        raise InputError(
+            "--tp auto takes this machine's cores as they are: no shaped link, shares, threads or machines"
+        )
 
 
 def _demand_launcher(launcher: Launcher | None, link: Link, transport: str, plain_data: bool) -> None:

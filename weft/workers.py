@@ -11,7 +11,7 @@ from collections.abc import Sequence as ReadOnly
 from dataclasses import replace
 from pathlib import Path
 
-from weft.admission import demand_memory, kept_lines, memory_tokens, room_for_layers, settled
+from weft.admission import demand_memory, kept_lines, memory_tokens, room_for_layers, settled, weights_needed
 from weft.balance import balance
 from weft.batching.scheduled import CopyPrefix, Move
 from weft.calibration import key_of, measured, messages_measured
@@ -229,7 +229,8 @@ class Workers:
     @property
     def memory(self) -> int:
         """Tokens whose keys and values fit on it."""
-        return memory_tokens(self.started.hellos, self.started.loaded)
+        weights = weights_needed(self.model, self.config) if self.config.replicas > 1 else ()
+        return memory_tokens(self.started.hellos, self.started.loaded, self.config.replicas, weights)
 
     def restart(self, error: Exception, blamed: bool = False) -> None:
         """A new group: one loss, however many tries that takes. `blamed`: what it computed may be why.

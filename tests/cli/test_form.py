@@ -41,7 +41,7 @@ FORM = {
         "--local-ranks", "--log-requests", "--log-text",
         "--max-body-bytes", "--max-model-len", "--max-num-batched-tokens", "--max-num-seqs", "--max-waiting",
         "--optimise", "--overlap", "--pipeline-parallel-size", "--plain-data", "--port", "--pp", "--prefix-caching",
-        "--rank-ports", "--recalibrate", "--reproducible",
+        "--rank-ports", "--recalibrate", "--replicas", "--reproducible",
         "--request-timeout", "--served-model-name", "--shares", "--tensor-parallel-size", "--threads",
         "--token-interval", "--tp", "--transport", "--weights", "--wire", "model",
     ],

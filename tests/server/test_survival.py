@@ -17,7 +17,7 @@ from tests.server.running import Running, running
 from weft.launch.local import LocalLauncher
 from weft.launch.namespaces import NamespaceLauncher, demand_namespaces
 from weft.llm import LLM
-from weft.server.service import State
+from weft.server.client import State
 
 PROMPTS = ["The for statement is used to", "import os\n", "class Shape:\n", "def main("]
 TOKENS = 200

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 from rich.console import Console
@@ -41,7 +41,7 @@ from weft.cli.terminal import bar, warn_of_shared_cores
 from weft.engine import Engine
 from weft.errors import InputError
 from weft.hub import locate
-from weft.launch.addresses import is_loopback, resolved
+from weft.launch.addresses import endpoint, is_loopback, parse_address, resolved
 from weft.launch.joined import JoinedLauncher
 from weft.launch.launcher import TOKEN_VARIABLE
 from weft.model.description import model_config
@@ -52,7 +52,7 @@ from weft.text import leave_torch_out
 from weft.workers import Progress
 
 if TYPE_CHECKING:
-    from weft.server.service import Service
+    from weft.server.client import EngineClient
 
 HELP = """Serve MODEL behind the OpenAI API, with a page at /.
 
@@ -70,6 +70,8 @@ Examples:
   WEFT_API_KEY=secret weft serve ./llama --tp 2 --host 0.0.0.0
 
   weft serve ./llama --tp 2 --join-address 10.0.0.1:7000     # prints what to run on the other machine
+
+  weft serve --replicas 2                                    # two engines, each with half of the cores
 
 Then:  curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "def main("}'
 """
@@ -95,7 +97,7 @@ ORIGINS = Annotated[
     ),
 ]
 LENGTH = Annotated[int | None, typer.Option(help="Tokens of prompt and answer; default: the model's.")]
-SEQUENCES = Annotated[int, typer.Option(help="Completions that run at once.")]
+SEQUENCES = Annotated[int, typer.Option(help="Completions that run at once, in each replica.")]
 BATCH = Annotated[int, typer.Option(help="Tokens of a batch at most.")]
 WAITING = Annotated[int, typer.Option(help="Completions that wait for a slot; more get 429.")]
 INTERVAL = Annotated[float, typer.Option(help="Seconds between tokens that prompts should leave to answers under way.")]
@@ -125,6 +127,13 @@ PLAIN = Annotated[
     bool, typer.Option("--plain-data", help="With --join-address: don't encrypt what ranks send each other.")
 ]
 LOCAL = Annotated[int, typer.Option(help="With --join-address: ranks on this machine.")]
+REPLICAS = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Engines of --tp x --pp ranks each: a request goes to the one with most of its prompt, unless that "
+        "is too busy. With --join-address the next one's machines join at the next port.",
+    ),
+]  # fmt: skip
 JOINED = Annotated[
     str | None,
     typer.Option(
@@ -140,6 +149,7 @@ FOR_OTHERS = "--rank-ports, --local-ranks, --check-content and --plain-data"
 def serve_command(
     model: MODEL = None,
     tp: TP = "1", pp: PP = 1, layers: LAYERS = None, layout: LAYOUT = None, optimise: OPTIMISE = "latency",
+    replicas: REPLICAS = 1,
     host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback wants --api-key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 8000,
     api_key: KEYS = None,
@@ -170,28 +180,30 @@ def serve_command(
     _demand_guarded(host, bool(keys) or allow_anyone)
     with bound(host, port) as listening, bar(out) as showing:
         thought_of = pp != 1 or layers or shares or overlap != AUTO  # a layout, by whoever wrote these
-        usual = AUTO if join_address and ranks != 1 and not thought_of else GIVEN
         world = ranks if ranks == "auto" else ranks * pp
-        launcher = _launcher(join_address, world, local_ranks, rank_ports, check_content or plain_data)
-        warn_of_shared_cores(out, world if launcher is None else local_ranks)
+        sites = _sites(join_address, world, replicas, local_ranks, rank_ports, check_content or plain_data)
+        here = sum(site.local > 0 for site in sites)
+        warn_of_shared_cores(out, world if ranks == "auto" else sum(site.local for site in sites))
 
-        def make(tell: Progress) -> Engine:
-            if launcher is not None:
-                _invite(out, launcher, model, int(world) - local_ranks)
+        def make(site: Site, tell: Progress) -> Engine:
+            if site is sites[0]:
+                _invite(out, sites, model)
+            usual = AUTO if site.launcher and ranks != 1 and not thought_of else GIVEN
             return open_engine(
                 model, ranks=ranks, sections=pp, layers=layers_or_auto(layers), layout=layout or usual,
                 optimise=optimise, overlap=overlap, wire=wire, transport=transport, link=link, kv=kv, weights=weights,
                 shares=shares_or_auto(shares), reproducible=reproducible, threads=threads, recalibrate=recalibrate,
                 max_length=max_model_len, max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens,
-                launcher=launcher, dtype=dtype, prefixes=prefix_caching, token_interval=token_interval,
-                check_content=check_content, plain_data=plain_data, progress=_both(tell, showing),
+                launcher=site.launcher, dtype=dtype, prefixes=prefix_caching, token_interval=token_interval,
+                check_content=check_content, plain_data=plain_data, progress=_both(tell, showing, site),
+                replicas=here if site.local else 1,
             )  # fmt: skip
 
         def ready() -> None:
             showing.stop()
             _welcome(out, service.about, name, f"[{host}]" if ":" in host else host, listening.getsockname()[1])
 
-        service = _service(make, max_waiting, launcher, out, name)
+        service = _client(make, max_waiting, sites, out, name)
         settings = Settings(
             name, keys, is_loopback(host), max_body_bytes, client_timeout, request_timeout, origins, isolate_prefixes,
             _log(log_requests, log_text), log_text,
@@ -206,29 +218,40 @@ def _log(asked: bool, text: bool) -> Callable[[str], None] | None:
     return partial(print, flush=True) if asked else None
 
 
-def _both(tell: Progress, showing: Bar) -> Progress:
+def _both(tell: Progress, showing: Bar, site: Site) -> Progress:
     """Tells the server's state of what goes on, and the terminal."""
-    task = showing.add_task("starting", total=1.0)
+    task = showing.add_task(f"{site.prefix}starting", total=1.0)
 
     def told(what: str, share: float) -> None:
         tell(what, share)
-        showing.update(task, description=what, completed=share)
+        showing.update(task, description=f"{site.prefix}{what}", completed=share)
 
     return told
 
 
-def _service(
-    make: Callable[[Progress], Engine], most_waiting: int, launcher: JoinedLauncher | None, out: Console, name: str
-) -> Service:
-    """The engine on a thread; what it tells goes to the terminal."""
+def _client(
+    make: Callable[[Site, Progress], Engine], most_waiting: int, sites: Sequence[Site], out: Console, name: str
+) -> EngineClient:  # fmt: skip
+    """Each engine on a thread; what they tell goes to the terminal."""
+    from weft.server.lately import Live
+    from weft.server.metrics import Metrics
+    from weft.server.replicas import Replicas
     from weft.server.service import Service
 
-    interrupt = launcher.interrupted.set if launcher is not None else lambda: None
-    service = Service(make, most_waiting, interrupt, partial(out.print, style="dim", markup=False, soft_wrap=True))
-    service.metrics.named(name)
-    if launcher is not None:
-        launcher.told = service.tell
-    return service
+    def told(prefix: str, line: str) -> None:
+        out.print(prefix + line, style="dim", markup=False, soft_wrap=True)
+
+    metrics, live, services = Metrics(), Live(), list[Service]()
+    metrics.named(name)
+    for site in sites:
+        launcher = site.launcher
+        interrupt = launcher.interrupted.set if launcher is not None else lambda: None
+        most = -(-most_waiting // len(sites))
+        service = Service(partial(make, site), most, interrupt, partial(told, site.prefix), metrics, live)
+        if launcher is not None:
+            launcher.told = service.tell
+        services.append(service)
+    return services[0] if len(services) == 1 else Replicas(services, partial(told, ""))
 
 
 def _demand_guarded(host: str, allowed: bool) -> None:
@@ -245,9 +268,11 @@ def _welcome(out: Console, about: About, name: str, host: str, port: int) -> Non
     """What is served, and where."""
     for notice in about.notices:
         out.print(notice, style="dim")
-    ranks, url = about.ranks, f"http://{host}:{port}"
+    ranks, url = f"{about.ranks} rank{'s' if about.ranks > 1 else ''}", f"http://{host}:{port}"
+    if about.replicas > 1:
+        ranks = f"{about.replicas} replicas of {ranks}"
     out.print(
-        f"[bold]{name}[/] on {ranks} rank{'s' if ranks > 1 else ''}: {url}/v1 for OpenAI's clients, {url}/ for a page",
+        f"[bold]{name}[/] on {ranks}: {url}/v1 for OpenAI's clients, {url}/ for a page",
         soft_wrap=True,
     )
 
@@ -279,28 +304,56 @@ def _name(model: str | None) -> str:
     return path.resolve().name if path.is_dir() else path.stem if path.is_file() else model
 
 
-def _launcher(
-    join_address: str | None, ranks: int | Literal["auto"], local: int, ports: int, others: bool
-) -> JoinedLauncher | None:  # fmt: skip
-    """For ranks on other machines. `others`: one more option was given that is for them alone."""
+class Site(NamedTuple):
+    """Of one replica: ranks on this machine, ranks elsewhere and how those are started; what its lines begin with."""
+
+    local: int
+    others: int
+    launcher: JoinedLauncher | None
+    prefix: str
+
+
+def _sites(
+    join_address: str | None, ranks: int | Literal["auto"], replicas: int, local: int, ports: int, others: bool
+) -> list[Site]:  # fmt: skip
+    """Replicas of so many ranks. This machine's go to the first ones; those with ranks elsewhere have ports of their
+    own, one after the other. `others`: one more option was given that is for machines that join alone."""
+    prefixes = [f"replica {number + 1}: " if replicas > 1 else "" for number in range(replicas)]
     if join_address is None:
         if ports or local != 1 or others:
             raise InputError(f"{FOR_OTHERS} are for ranks on other machines: give --join-address too")
-        return None
+        return [Site(1 if ranks == "auto" else ranks, 0, None, prefix) for prefix in prefixes]
     if ranks == "auto":
         raise InputError("--tp auto is for one machine; with --join-address give the number of ranks, as in --tp 2")
-    if not 0 <= local < ranks:
-        raise InputError(f"--local-ranks {local} of {ranks} leaves no rank for another machine; give --tp or --pp more")
-    return JoinedLauncher(join_address, local, os.environ.get(TOKEN_VARIABLE), lambda line: None, ports)
+    if not 0 <= local < ranks * replicas:
+        raise InputError(
+            f"--local-ranks {local} of {ranks * replicas} leaves no rank for another machine; give --tp, --pp or "
+            "--replicas more"
+        )
+    host, port = parse_address(join_address, "--join-address")
+    secret, sites = os.environ.get(TOKEN_VARIABLE), list[Site]()
+    for prefix in prefixes:
+        here = min(local, ranks)
+        launcher, local = None, local - here
+        if here < ranks:
+            address = endpoint(host, port).removeprefix("tcp://")
+            launcher, port = JoinedLauncher(address, here, secret, lambda line: None, ports), port + 1
+            ports += here + 1 if ports else 0
+        sites.append(Site(here, ranks - here, launcher, prefix))
+    return sites
 
 
-def _invite(out: Console, launcher: JoinedLauncher, model: str | None, others: int) -> None:
-    """Says what to run on other machines; nobody is invited to what can't run."""
+def _invite(out: Console, sites: Sequence[Site], model: str | None) -> None:
+    """Says what to run on other machines, if some are to join; nobody is invited to what can't run."""
+    joined = [(site, site.launcher) for site in sites if site.launcher is not None]
+    if not joined:
+        return
     blueprint_of(model_config(locate(model)))
     at_the_hub = model is not None and not Path(model).exists()
     named = f" {shlex.quote(model)}" if model is not None and at_the_hub else ""
-    command = f"{TOKEN_VARIABLE}={launcher.token} weft worker --join {shlex.quote(launcher.address)}{named}"
-    out.print(f"on {others} other machine{'s' if others > 1 else ''}, run:")
-    out.print(f"  {command}", markup=False, soft_wrap=True)
+    for site, launcher in joined:
+        command = f"{TOKEN_VARIABLE}={launcher.token} weft worker --join {shlex.quote(launcher.address)}{named}"
+        out.print(f"{site.prefix}on {site.others} other machine{'s' if site.others > 1 else ''}, run:")
+        out.print(f"  {command}", markup=False, soft_wrap=True)
     if model is not None and not at_the_hub:
         out.print("with where the model is behind it, if it is elsewhere there; without the model it comes from here")

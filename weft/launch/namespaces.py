@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import count as numbers
 from pathlib import Path
 
 from weft.errors import InputError
@@ -26,6 +27,7 @@ BUCKET = f"burst {BURST} latency 200ms"
 # between pauses at a fraction of its speed.
 CONGESTION = "cubic"
 PREFIX = "weft"
+_NUMBERS = numbers()
 SUBNET, MEDIUM = "10.213.77.", "10.213."  # inside the namespaces only
 
 
@@ -49,6 +51,7 @@ class NamespaceLauncher(LocalLauncher):
         demand_namespaces()
         self.rate, self.shared = rate, shared  # bits a second; None: as fast as the kernel goes
         self._names: list[str] = []
+        self._stem = f"{PREFIX}-{os.getpid()}-{next(_NUMBERS)}"  # of names; a process may have several launchers
         self._ends: list[tuple[str, str]] = []  # every (namespace, device) that sends
 
     @property
@@ -70,13 +73,13 @@ class NamespaceLauncher(LocalLauncher):
 
     def build(self, count: int) -> None:
         """Namespaces and links for so many workers."""
-        self._names = [f"{PREFIX}-{os.getpid()}-{index}" for index in range(count)]
+        self._names = [f"{self._stem}_{index}" for index in range(count)]
         for name in self._names:
             _ip("netns", "add", name)
             _in(name, "ip", "link", "set", "lo", "up")
-        hub = f"{PREFIX}-{os.getpid()}-hub"
+        hub = f"{self._stem}_hub"
         if self.shared:
-            self._build_medium(hub, f"{PREFIX}-{os.getpid()}-air", count)
+            self._build_medium(hub, f"{self._stem}_air", count)
         elif count == 2:
             self._wire(self._names[0], "data0", self._names[1], "data0")
         elif count > 2:

@@ -46,6 +46,11 @@ def derived(costs: Costs, base: Layout, layout: Layout, outline: Outline, sums: 
     return replace(costs, ranks=tuple(ranks), wires=wires, world=layout.world)
 
 
+def pace_of_ranks(costs: Costs, base: Layout, outline: Outline) -> list[float]:
+    """Seconds of a whole layer for some rows, of each rank alone."""
+    return [_speed(rank, outline) / part for rank, part in zip(costs.ranks, _parts(base), strict=True)]
+
+
 def _parts(layout: Layout) -> list[float]:
     """Of a layer, what each rank has."""
     return [share / sum(section.shares) for section in layout.sections for share in section.shares]

@@ -21,12 +21,12 @@ from weft.grammar import Grammar
 from weft.server.answers import AnswerForm, Hearing, Json, Usage
 from weft.server.asked import Answered, Asked, unpacked
 from weft.server.beside import Beside
+from weft.server.client import EngineClient
 from weft.server.guard import OWNER, Scope
 from weft.server.logged import TOKENS
 from weft.server.manner import JSON
 from weft.server.refused import unknown_model
 from weft.server.schema import MOST_LOGPROBS
-from weft.server.service import Service
 from weft.server.stream import Event, events, unless_gone, whole
 from weft.server.ticket import Piece, Prefill, Ticket, Token, Wishes
 from weft.server.vectorising import Vectorising
@@ -65,7 +65,7 @@ class Api:
     """What endpoints need. `beside`: reads bodies. `name`: the model's, as clients call it. `timeout`: seconds that a
     request may take; `isolated`: prefixes are shared within a key alone."""
 
-    service: Service
+    service: EngineClient
     beside: Beside
     name: str
     timeout: float | None

@@ -15,6 +15,7 @@ from weft.server.answering import Api, answered, embedded, told
 from weft.server.answers import AnswerForm, Chat, Json
 from weft.server.anthropic import CountRequest, MessageForm, MessagesRequest
 from weft.server.chat import ChatRequest, DetokenizeRequest, TokenizeRequest
+from weft.server.client import State
 from weft.server.guard import OWNER
 from weft.server.kept_responses import KeptResponse, KeptResponses
 from weft.server.live import live
@@ -24,7 +25,6 @@ from weft.server.reading import Body
 from weft.server.refused import Refused
 from weft.server.responses import CONTINUED, ResponseForm, ResponsesRequest
 from weft.server.schema import CompletionRequest
-from weft.server.service import State
 from weft.server.vectors import (
     EmbeddingForm,
     EmbeddingRequest,

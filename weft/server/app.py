@@ -19,10 +19,10 @@ from weft.server import errors
 from weft.server.answering import Api
 from weft.server.api import router
 from weft.server.beside import Beside
+from weft.server.client import EngineClient
 from weft.server.guard import Guard
 from weft.server.logged import Logged
 from weft.server.reading import BODIES
-from weft.server.service import Service
 
 PAGE = Path(__file__).parent / "page"
 # The page has nothing from elsewhere and sends nothing elsewhere.
@@ -65,7 +65,7 @@ class _Application(FastAPI):
         return super().openapi()
 
 
-def application(service: Service, settings: Settings) -> FastAPI:
+def application(service: EngineClient, settings: Settings) -> FastAPI:
     """For any ASGI server. Interactive documentation is left out: it would load scripts from elsewhere."""
     beside = Beside(service, settings.name, settings.most_body)
 

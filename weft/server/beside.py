@@ -30,9 +30,9 @@ from weft.model.description import pooling_of
 from weft.opening import default_params
 from weft.server.asked import Answered, Asked, Facts
 from weft.server.child import SCHEMA, WIDTH, Job, Reply, Told, framed
+from weft.server.client import EngineClient, State
 from weft.server.reading import Reader, parsed, rendered, takes_long
 from weft.server.refused import Refused
-from weft.server.service import Service, State
 
 SMALL = 16 << 10  # bytes that are read on the loop: a few milliseconds at most
 USUAL = 128 << 10  # bytes of a body that need not wait for large ones
@@ -49,7 +49,7 @@ _log = logging.getLogger("weft")
 class Beside:
     """Reads bodies for a service. `name`: the model's, as clients call it. `most`: bytes of a body."""
 
-    def __init__(self, service: Service, name: str, most: int) -> None:
+    def __init__(self, service: EngineClient, name: str, most: int) -> None:
         self.service, self.name = service, name
         memory = MEMORY_MIB + MIB_PER_MIB * most // (1 << 20)
         self.usual, self.schemas = Helper(SECONDS, memory), Helper(SECONDS, SCHEMA_MIB)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from weft.server.service import Service
+from weft.server.client import EngineClient
 from weft.timeline.svg import svg
 
 
-def live(service: Service, name: str, seen: int = -1) -> dict[str, Any]:
+def live(service: EngineClient, name: str, seen: int = -1) -> dict[str, Any]:
     """State, queues, speeds and the last batch that was recorded; asks for one more to be recorded.
 
     `known`: the number of a batch whose picture need not be sent again.

@@ -5,6 +5,8 @@ Knows steps and seconds; knows nothing of HTTP. A registry of its own, so that s
 
 from __future__ import annotations
 
+from threading import Lock
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from weft.about import Figures
@@ -16,7 +18,7 @@ WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120,
 
 
 class Metrics:
-    """All that is counted. Written to by the engine's thread, read by any."""
+    """All that is counted. Written to by engines' threads, read by any."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -44,6 +46,7 @@ class Metrics:
         self._between = self._histogram("vllm:inter_token_latency_seconds", "Between tokens of a completion", BETWEEN)
         self._whole = self._histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token", WHOLE)
         self._hidden = self._possible = 0.0
+        self._lock = Lock()
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(name, text, ("model_name",), registry=self.registry)
@@ -68,9 +71,10 @@ class Metrics:
         self._add(self._exposed, max(0.0, result.seconds - result.compute))
         self._add(self._bytes, sum(result.bytes_sent))
         if result.network > 0:
-            self._hidden += max(0.0, result.compute + result.network - result.seconds)
-            self._possible += min(result.compute, result.network)
-            self._efficiency.labels(self._name).set(self._hidden / self._possible)
+            with self._lock:
+                self._hidden += max(0.0, result.compute + result.network - result.seconds)
+                self._possible += min(result.compute, result.network)
+                self._efficiency.labels(self._name).set(self._hidden / self._possible)
 
     def look(self, figures: Figures) -> None:
         """What the engine itself keeps count of."""

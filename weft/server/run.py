@@ -23,7 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from weft.errors import InputError, Interrupted
 from weft.launch.addresses import resolved
-from weft.server.service import Service
+from weft.server.client import EngineClient
 
 HEADER_SECONDS = 20.0  # to send the head of a request
 SETTLE_SECONDS = 5.0  # for who was told that the server ends
@@ -80,7 +80,7 @@ class _Protocol(H11Protocol):
 class Server(uvicorn.Server):
     """The first signal lets requests under way end, the second one tells them that they can't, a third ends at once."""
 
-    def __init__(self, app: FastAPI, service: Service, drain: float) -> None:
+    def __init__(self, app: FastAPI, service: EngineClient, drain: float) -> None:
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, http=_Protocol, ws="none", lifespan="on",
             timeout_graceful_shutdown=round(drain + SETTLE_SECONDS), limit_concurrency=MOST_CONNECTIONS,
@@ -116,7 +116,9 @@ class Server(uvicorn.Server):
             self.service.abort()
 
 
-def serve(app: FastAPI, service: Service, listening: socket.socket, drain: float, ready: Callable[[], None]) -> None:
+def serve(
+    app: FastAPI, service: EngineClient, listening: socket.socket, drain: float, ready: Callable[[], None]
+) -> None:  # fmt: skip
     """Serves until a signal comes; loads the model meanwhile. `ready` is called once, when it is there.
 
     Raises what kept the model from being loaded.
@@ -160,7 +162,7 @@ def _settle() -> None:
 
 
 @contextmanager
-def in_background(app: FastAPI, service: Service) -> Iterator[str]:
+def in_background(app: FastAPI, service: EngineClient) -> Iterator[str]:
     """The same on a thread and a free port of loopback, without signals: for who looks at the service meanwhile.
 
     Yields the server's address while the model may still be loading; ends everything.

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from enum import StrEnum
 from functools import partial
 from queue import Empty, SimpleQueue
 
@@ -23,6 +22,8 @@ from weft.batching.request import Request, Sequence
 from weft.engine import Engine
 from weft.errors import Busy, InputError, Interrupted, RequestFailed, Unavailable, told
 from weft.grammar import Grammar
+from weft.routing import Backlog
+from weft.server.client import State
 from weft.server.lately import Live
 from weft.server.metrics import Metrics
 from weft.server.ticket import Item, Prefill, Ticket, Wishes, on_loop, post
@@ -35,31 +36,21 @@ IDLE_SECONDS = 0.1  # how often workers are looked at while nothing is to do
 FINISHED_SEEN = 60.0  # seconds of finished requests, from which the wait of a refused one is estimated
 
 
-class State(StrEnum):
-    """Of the service."""
-
-    LOADING = "loading"
-    READY = "ready"
-    RESTARTING = "restarting"  # workers were lost; requests are kept
-    DRAINING = "draining"  # what runs is finished, nothing new is taken
-    FAILED = "failed"
-
-
 class Service:
     """Runs an engine. `make`: builds it, told of progress; on the service's thread, so that others go on meanwhile.
 
     `most_waiting`: completions that may wait for a slot; more are refused with `Busy`. `interrupt`: ends a start of
-    workers that waits for something. `told`: what whoever runs the server should see, a line each.
+    workers that waits for something. `told`: what whoever runs the server should see, a line each. `metrics` and
+    `live`: those of others, where this is one of several.
     """
 
     def __init__(
         self, make: Callable[[Progress], Engine], most_waiting: int = 256, interrupt: Callable[[], None] = lambda: None,
-        told: Callable[[str], None] = lambda line: None,
+        told: Callable[[str], None] = lambda line: None, metrics: Metrics | None = None, live: Live | None = None,
     ) -> None:  # fmt: skip
         self._make, self.most_waiting, self._interrupt, self._told = make, most_waiting, interrupt, told
         self.state, self.reason, self.loaded = State.LOADING, "", 0.0
-        self.metrics = Metrics()
-        self.live = Live()
+        self.metrics, self.live = metrics or Metrics(), live or Live()
         self._engine: Engine | None = None
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._grown: list[Sequence] = []  # by the last batch, and not delivered yet
@@ -69,12 +60,14 @@ class Service:
         self._submitted = 0  # sequences that the engine's thread has not yet seen
         self._closing = False
         self._settled = threading.Event()
+        self._after: Callable[[], None] = lambda: None
         self.error: BaseException | None = None  # what ended the loop, if anything did
         self._thread = threading.Thread(target=self._run, name="weft-engine")
         self._compiling = ThreadPoolExecutor(1, "weft-grammar")
 
-    def start(self) -> None:
-        """Starts loading; returns at once."""
+    def start(self, after: Callable[[], None] = lambda: None) -> None:
+        """Starts loading; returns at once. `after`: returns when it may begin, or raises what keeps it from that."""
+        self._after = after
         self._thread.start()
 
     def wait(self) -> None:
@@ -112,6 +105,13 @@ class Service:
     def figures(self) -> Figures | None:
         """How the engine stands, if there is one, in whatever state."""
         return Figures.of(self._engine) if self._engine is not None else None
+
+    @property
+    def load(self) -> Backlog:
+        """What it has yet to do, for who chooses among several."""
+        requests = [ticket.request for ticket in list(self._tickets.values()) if ticket.request is not None]
+        left = [s.left - 1 for request in requests for s in request.sequences if s.finish_reason is None]
+        return Backlog(sum(left), len(left))
 
     @property
     def waiting(self) -> int:
@@ -174,12 +174,16 @@ class Service:
         for ticket in list(self._tickets.values()):
             on_loop(ticket.loop, partial(ticket.put, Unavailable(reason)))
 
-    def close(self) -> None:
-        """Ends the loop and the workers; requests under way are told so."""
+    def end(self) -> None:
+        """Has the loop and the workers end, and waits for nothing."""
         self._closing = True
         self._interrupt()
         self._commands.put(lambda: None)
         self._compiling.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """Ends the loop and the workers; requests under way are told so."""
+        self.end()
         if self._thread.ident is not None:
             self._thread.join()
 
@@ -232,6 +236,7 @@ class Service:
                 raise Interrupted("interrupted while the model was loaded")
             self.reason, self.loaded = what, share
 
+        self._after()
         engine = self._make(tell)
         with suppress(InputError):  # of a model that can't follow any schema
             _ = engine.requests.grammars  # a table of the vocabulary: made later, it would halt the loop for so long

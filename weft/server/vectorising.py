@@ -12,8 +12,8 @@ from weft.batching.params import SamplingParams
 from weft.embedding import Vector
 from weft.errors import Busy
 from weft.server.answers import Usage
+from weft.server.client import EngineClient
 from weft.server.refused import Refused
-from weft.server.service import Service
 from weft.server.ticket import Piece, Ticket, Wishes
 
 AHEAD = 2  # prompts under way for each that can run: the next batch finds its own there
@@ -24,7 +24,7 @@ QUIET_SECONDS = 10.0  # in which nothing need come
 class Vectorising:
     """One request's. `usage`: of what has its vector so far."""
 
-    def __init__(self, service: Service, params: SamplingParams, wishes: Wishes) -> None:
+    def __init__(self, service: EngineClient, params: SamplingParams, wishes: Wishes) -> None:
         self._service, self._params, self._wishes = service, params, wishes
         self._under_way = 0
         self.usage = Usage()

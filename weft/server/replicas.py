@@ -1,0 +1,201 @@
+"""Several engines of the same model as one, in one server: each request goes to the replica where it costs least.
+
+Knows services and the policy (routing.py); knows nothing of HTTP. A replica whose ranks are lost starts them again and
+goes on with its requests, while the others serve; what it has computed is what routing then forgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import cached_property
+from itertools import pairwise
+
+from weft.about import About, Figures
+from weft.batching.params import SamplingParams
+from weft.errors import Busy, Unavailable
+from weft.grammar import Grammar
+from weft.routing import Backlog, Router
+from weft.server.client import State
+from weft.server.service import Service
+from weft.server.ticket import Ticket, Wishes
+from weft.text import Tokenizer
+
+FIRST = (State.DRAINING, State.LOADING, State.READY, State.RESTARTING, State.FAILED)  # what all are if one is
+
+
+class Replicas:
+    """Services of the same model and the same options, which share `metrics` and `live`. They are loaded one after the
+    other: each sees what memory the ones before it left, and finds what they measured. `told`: what whoever runs the
+    server should see, a line each."""
+
+    def __init__(self, services: Sequence[Service], told: Callable[[str], None] = lambda line: None) -> None:
+        self.services, self._told = services, told
+        self.metrics, self.live = services[0].metrics, services[0].live
+        self._coming = [Backlog() for _ in services]  # given to a service, and not among what it has yet
+        self._restarts = [0 for _ in services]
+
+    def start(self) -> None:
+        """Starts loading; returns at once."""
+        self.services[0].start()
+        for before, service in pairwise(self.services):
+            service.start(before.wait)
+
+    def wait(self) -> None:
+        """Returns when all are loaded. Raises what kept one from that."""
+        for service in self.services:
+            service.wait()
+
+    async def loaded_or_failed(self) -> None:
+        """The same for asyncio, which can give up waiting."""
+        for service in self.services:
+            await service.loaded_or_failed()
+
+    @property
+    def state(self) -> State:
+        """Ready while one is, once all were loaded."""
+        states = {service.state for service in self.services}
+        return next(state for state in FIRST if state in states)
+
+    @property
+    def reason(self) -> str:
+        """Of the replica whose state counts, in words."""
+        said = ((number, each.reason) for number, each in enumerate(self.services, 1) if each.state is self.state)
+        return next((f"replica {number}: {reason}" for number, reason in said if reason), "")
+
+    @property
+    def loaded(self) -> float:
+        """How much of all is done, 0 to 1."""
+        return sum(service.loaded for service in self.services) / len(self.services)
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended the last one."""
+        errors = [service.error for service in self.services]
+        return errors[-1] if all(error is not None for error in errors) else None
+
+    @property
+    def about(self) -> About:
+        """Of one, with the shortest context and the notices of all. Raises `Unavailable`."""
+        each = [service.about for service in self._able()]
+        notices = dict.fromkeys(notice for about in each for notice in about.notices)
+        length = min(about.max_length for about in each)
+        return replace(each[0], replicas=len(self.services), max_length=length, notices=tuple(notices))
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's, if it has one. Raises `Unavailable`."""
+        return self._able()[0].tokenizer
+
+    @property
+    def figures(self) -> Figures | None:
+        """Sums over those that are there, and of the memory their mean part."""
+        each = [figures for service in self.services if (figures := service.figures) is not None]
+        if not each:
+            return None
+        sums = {field.name: sum(getattr(one, field.name) for one in each) for field in fields(Figures)}
+        return Figures(**sums | {"memory": sums["memory"] / len(each)})
+
+    @property
+    def waiting(self) -> int:
+        """Completions that wait for a slot."""
+        return sum(service.waiting for service in self.services)
+
+    @property
+    def running(self) -> int:
+        """Completions that have one."""
+        return sum(service.running for service in self.services)
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests are under way, or wait."""
+        return any(service.busy for service in self.services)
+
+    def kept_grammar(self, schema: str) -> Grammar | None:
+        """A schema's, if it is there already."""
+        return self._able()[0].kept_grammar(schema)
+
+    async def grammar(self, schema: str) -> Grammar:
+        """A schema's, compiled once for all. Raises `InputError`."""
+        return await self._able()[0].grammar(schema)
+
+    async def submit(
+        self, prompt: list[int], params: SamplingParams, wishes: Wishes, grammar: Grammar | None = None
+    ) -> Ticket:
+        """Queues a request with the replica where it costs least, or with the next one that takes it. Raises as
+        `Service.submit` does, where none does."""
+        refused: Exception | None = None
+        self._forget_lost()
+        for number in self._router.order(prompt, self._loads(), wishes.salt):
+            mine = Backlog(len(prompt), params.n)
+            self._coming[number] = _sum(self._coming[number], mine)
+            self._router.sent(number, prompt, wishes.salt)  # at once: others like it may come meanwhile
+            try:
+                return await self.services[number].submit(prompt, params, wishes, grammar)
+            except (Busy, Unavailable) as error:
+                refused = error
+            finally:
+                self._coming[number] = _sum(self._coming[number], mine, -1)
+        assert refused is not None, "one is able"
+        raise refused
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends a request that nobody waits for any more; only whose it is knows it."""
+        for service in self.services:
+            service.cancel(ticket)
+
+    def drain(self) -> None:
+        """Takes nothing new from now on."""
+        for service in self.services:
+            service.drain()
+
+    def tell(self, line: str, more: str = "") -> None:
+        """Says what goes on to whoever runs the server; a replica's state is its own service's."""
+        self._told(more or line)
+
+    def abort(self, reason: str = "the server is shutting down") -> None:
+        """Tells all requests under way that they can't be finished."""
+        for service in self.services:
+            service.abort(reason)
+
+    def close(self) -> None:
+        """Ends all, at the same time."""
+        for service in self.services:
+            service.end()
+        for service in self.services:
+            service.close()
+
+    def check_integrity(self) -> None:
+        """Asserts that slots and prefixes are in order, between two batches, of those that haven't given up."""
+        for service in self.services:
+            if service.state is not State.FAILED:
+                service.check_integrity()
+
+    @cached_property
+    def _router(self) -> Router:
+        return Router(len(self.services), min(service.engine.batcher.memory for service in self._able()))
+
+    def _able(self) -> list[Service]:
+        """Those that take requests: they are ready, or else keep them until they are. Raises `Unavailable`."""
+        for state in (State.READY, State.RESTARTING, State.DRAINING):
+            if able := [service for service in self.services if service.state is state and service.figures]:
+                return able
+        return [service for service in self.services if service.engine]  # none is there, so the first one says why
+
+    def _loads(self) -> list[Backlog | None]:
+        able = self._able()
+        return [
+            _sum(service.load, coming) if service in able else None
+            for service, coming in zip(self.services, self._coming, strict=True)
+        ]
+
+    def _forget_lost(self) -> None:
+        for number, service in enumerate(self.services):
+            restarts = service.figures.restarts if service.figures else 0
+            if restarts != self._restarts[number]:
+                self._restarts[number] = restarts
+                self._router.forget(number)
+
+
+def _sum(one: Backlog, other: Backlog, sign: int = 1) -> Backlog:
+    return Backlog(one.prompt + sign * other.prompt, one.completions + sign * other.completions)
