@@ -97,7 +97,7 @@ MODEL = Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=Fal
 ELSEWHERE = {
     "--model": "give MODEL without an option",
     "--gpu-memory-utilization": "weft takes of each machine what is free there; leave it out",
-    "--data-parallel-size": "weft splits by --tp and --pp; leave it out",
+    "--data-parallel-size": "give --replicas to weft serve",
     "--enable-prefix-caching": "that is on unless --no-prefix-caching; leave it out",
     "--no-enable-prefix-caching": "give --no-prefix-caching",
     "--enable-chunked-prefill": "prompts are always computed in pieces; leave it out",

@@ -149,12 +149,9 @@ FOR_OTHERS = "--rank-ports, --local-ranks, --check-content and --plain-data"
 def serve_command(
     model: MODEL = None,
     tp: TP = "1", pp: PP = 1, layers: LAYERS = None, layout: LAYOUT = None, optimise: OPTIMISE = "latency",
-    replicas: REPLICAS = 1,
     host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback wants --api-key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 8000,
-    api_key: KEYS = None,
-    allow_anyone: ANYONE = False,
-    allow_origin: ORIGINS = None,
+    api_key: KEYS = None, allow_anyone: ANYONE = False, allow_origin: ORIGINS = None, replicas: REPLICAS = 1,
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     overlap: OVERLAP = "auto", wire: WIRE = "exact", transport: TRANSPORT = "auto", link: LINK = "none",
     dtype: DTYPE = "float32", weights: STORED = "auto", kv: KV = "auto", shares: SHARES = None,

@@ -3,9 +3,9 @@
 Knows planners and seconds; knows nothing of memory, or of how costs were found. No torch.
 
 One prompt alone shows the time to the first token. Under a load of many requests, prompts and tokens of answers share
-the ranks: a request takes its prompt's time and, for each token, its part of a batch of as many sequences as run. In a
-pipeline that is the time of the busiest section, as batches follow each other; a token's round through all sections,
-with the way back, is shared by as many batches as there are sections.
+the ranks: a batch has a token of each sequence that runs, and now and then a prompt beside them. In a pipeline as many
+batches as there are sections are under way, and the busiest section, or a round with its way back, is what they wait
+for.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 
 from weft.errors import InputError
 from weft.layout import Layout, even_layers
-from weft.plan.planner import Plan, Planner
+from weft.plan.planner import Planner
 from weft.program.batch import Batch, Segment, one_prompt
 
 LATENCY, THROUGHPUT = "latency", "throughput"
 AIMS = (LATENCY, THROUGHPUT)
+ROWS = 2048  # of prompts, from which on more of them in a batch save nothing
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,22 @@ def rate(planner: Planner, load: Workload, replicas: int = 1) -> Rating:
     """What a planner's layout is predicted to give. There must be costs."""
     prompt = planner.plan(one_prompt(load.prompt))
     assert prompt.predicted is not None, "a layout is judged by costs"
-    alone = round_of(planner, load, 1)
+    alone = _round_of(planner, load, 1)
     several = max(1, load.requests // replicas)
-    a_token = round_of(planner, load, several) / several
-    busy = prompt.predicted.lanes.compute if _several(planner) else prompt.predicted.seconds
-    each = busy + load.answer * a_token
-    return Rating(prompt.predicted.seconds, prompt.predicted.bound, alone, replicas / each)
+    return Rating(prompt.predicted.seconds, prompt.predicted.bound, alone, replicas * _requests(planner, load, several))
+
+
+def _requests(planner: Planner, load: Workload, sequences: int) -> float:
+    """Requests a second of so many at a time. In as many rounds as an answer has tokens, each gets its prompt once:
+    that many rounds have prompts in them, several where answers are short, and the others have none."""
+    flights = min(_sections(planner), sequences)
+    each = -(-sequences // flights)
+    together = max(1, min(each // load.answer, ROWS // load.prompt))
+    rounds = each / together
+    first, others = tuple(Segment(slot, 0, load.prompt) for slot in range(together)), _decoding(load, each - together)
+    mixed = _round(planner, Batch((*first, *(replace(s, sequence=together + s.sequence) for s in others))), flights)
+    plain = _round_of(planner, load, sequences) if load.answer > rounds else 0.0
+    return flights * each / (rounds * mixed + max(0.0, load.answer - rounds) * plain)
 
 
 def layouts_of(world: int, layers: int, heads: int) -> list[Layout]:
@@ -116,24 +127,27 @@ def layouts_of(world: int, layers: int, heads: int) -> list[Layout]:
     return [even_layout(layers, tp, pp) for tp, pp in splits]
 
 
-def round_of(planner: Planner, load: Workload, sequences: int) -> float:
+def _round_of(planner: Planner, load: Workload, sequences: int) -> float:
     """Seconds in which all of so many sequences get a token."""
-    layout = planner.layout
-    sections = len(layout.sections) if layout is not None else 1
-    flights = min(sections, sequences)
-    plan = decoding(planner, load, -(-sequences // flights))
-    assert plan.predicted is not None
-    if sections == 1:
+    flights = min(_sections(planner), sequences)
+    return _round(planner, Batch(_decoding(load, -(-sequences // flights))), flights)
+
+
+def _round(planner: Planner, batch: Batch, flights: int) -> float:
+    """Seconds in which so many batches like this one come back."""
+    plan = planner.plan(batch)
+    assert plan.predicted is not None, "a layout is judged by costs"
+    if _sections(planner) == 1:
         return plan.predicted.seconds
     way_back = planner.costs.wires[plan.wire].send.at(0.0) if planner.costs is not None else 0.0
     return max(plan.predicted.seconds + way_back, flights * plan.predicted.lanes.compute)
 
 
-def decoding(planner: Planner, load: Workload, sequences: int) -> Plan:
-    """The plan of a batch of so many sequences, half of whose answers are there."""
+def _decoding(load: Workload, sequences: int) -> tuple[Segment, ...]:
+    """Of so many sequences, half of whose answers are there."""
     start = load.prompt + load.answer // 2
-    return planner.plan(Batch(tuple(Segment(slot, start, 1) for slot in range(sequences))))
+    return tuple(Segment(slot, start, 1) for slot in range(sequences))
 
 
-def _several(planner: Planner) -> bool:
-    return planner.layout is not None and planner.layout.several
+def _sections(planner: Planner) -> int:
+    return len(planner.layout.sections) if planner.layout is not None else 1
