@@ -207,3 +207,18 @@ def test_a_model_that_fits_only_over_two_machines_starts(large: Path) -> None:
         answer = httpx2.post(f"{url}/v1/completions", json=asked, timeout=60)
         assert answer.status_code == 200, answer.text
         assert answer.json()["usage"]["completion_tokens"] == 4
+
+
+def test_replicas_of_one_machine_share_what_is_free() -> None:
+    weights, whole = 100, 1000
+
+    def tokens(replica: int, replicas: int) -> int:  # of one rank a replica, loaded one after the other
+        one, loaded = hello(0, "a", whole), Loaded(0, 0, 1, whole - (replica + 1) * weights)
+        return memory_tokens([one], [loaded], replicas, [(replicas - 1 - replica) * weights], [0])
+
+    for replicas in (2, 3, 4):
+        each = [tokens(replica, replicas) for replica in range(replicas)]
+        assert len(set(each)) == 1, "all have as much"
+        assert 0 < sum(each) <= 0.9 * (whole - replicas * weights)
+    elsewhere = memory_tokens([hello(0, "a", whole)], [Loaded(0, 0, 1, 900)], 2, [100], [])
+    assert elsewhere == int(0.9 * 900), "what is free on another machine isn't shared"

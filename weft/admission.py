@@ -6,7 +6,7 @@ Everything is checked before anything is changed. Knows lengths, ids and bytes; 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,18 +96,19 @@ def kept_lines(loaded: Sequence[Loaded]) -> list[str]:
 
 
 def memory_tokens(
-    hellos: Sequence[Hello], loaded: Sequence[Loaded], replicas: int = 1, weights: Sequence[int] = ()
+    hellos: Sequence[Hello], loaded: Sequence[Loaded], replicas: int = 1, later: Sequence[int] = (),
+    here: Container[int] = (),
 ) -> int:  # fmt: skip
     """Tokens whose keys and values fit into what is free now, on the machine that has least room for its ranks. Of
-    several replicas each leaves as much to each of the others, and room for their `weights`, which may not be there
-    yet: bytes of each rank's."""
+    several `replicas`, which share the machine of the ranks that are `here`, each leaves as much to each of the others,
+    and of each rank so many bytes for weights that are there `later`."""
     fitting = []
     for ranks in _by_machine(hellos).values():
         a_token = max(1, sum(loaded[rank].kv_bytes_per_token for rank in ranks))
         # Ranks get ready one after the other: who was last saw what all have taken.
         free = min(loaded[rank].free for rank in ranks)
-        if replicas > 1:
-            free = max(0, free - (replicas - 1) * sum(weights[rank] for rank in ranks)) // replicas
+        if replicas > 1 and ranks[0] in here:
+            free = max(0, free - sum(later[rank] for rank in ranks)) // replicas
         fitting.append(int(MEMORY_PART * free / a_token))
     return min(fitting)
 

@@ -76,7 +76,7 @@ class EngineConfig:
     in; `weights`: what weights are kept in. auto comes to auto:int8 or auto:int4 once it is known what room there is on
     the ranks' machines: what the checkpoint has in few bits is kept so, in no fewer, the rest in `dtype`.
     `kv`: what keys and values are kept in; auto: what is computed in. `replicas`: engines like this one, with it, that
-    have ranks on this machine.
+    have ranks on this machine, where they are started one after the other; `replica`: its number among them.
     """
 
     layout: Layout
@@ -99,6 +99,7 @@ class EngineConfig:
     token_interval: float | None = None
     cores: tuple[int, ...] | None = None
     replicas: int = 1
+    replica: int = 0
 
     @property
     def ranks(self) -> int:
@@ -118,7 +119,7 @@ class EngineConfig:
         threads: int | None = None, device: str = "cpu", dtype: str = "float32", weights: str = "auto",
         kv: str = "auto", max_length: int | None = None, max_sequences: int = 16, max_batch_tokens: int = 8192,
         prefixes: int = 16, token_interval: float | None = None, cores: tuple[int, ...] | None = None,
-        replicas: int = 1,
+        replicas: int = 1, replica: int = 0,
     ) -> EngineConfig:  # fmt: skip
         """Fills in what was left open; raises `InputError` for values that are not allowed. `ranks`: of each of the
         `sections`; `shares`: one number for each of all ranks."""
@@ -143,7 +144,7 @@ class EngineConfig:
         return cls(
             layout, overlap, wire, transport, link, plain_data, check_content, reproducible, threads, device,
             dtype, weights, kv, max_length or model.max_length, max_sequences, max_batch_tokens, prefixes,
-            token_interval, cores, replicas,
+            token_interval, cores, replicas, replica,
         )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def open_engine(
     max_sequences: int = 16, max_batch_tokens: int = 8192, cores: Sequence[int] | None = None, prefixes: bool = True,
     token_interval: float | None = None, launcher: Launcher | None = None, progress: Progress | None = None,
     recalibrate: bool = False, check_content: bool = False, plain_data: bool = False,
-    replicas: int = 1,
+    replicas: int = 1, replica: int = 0,
 ) -> Engine:  # fmt: skip
     """The engine of a directory, a .gguf file, a hub id, or the model in the package; options as `LLM` has them.
 
@@ -71,6 +71,7 @@ def open_engine(
         max_length=max_length, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
         cores=tuple(cores) if cores else None,
         prefixes=max_sequences if prefixes else 0, token_interval=token_interval, replicas=replicas,
+        replica=replica,
     )  # fmt: skip
     line = None
     if ranks == "auto":

@@ -229,8 +229,13 @@ class Workers:
     @property
     def memory(self) -> int:
         """Tokens whose keys and values fit on it."""
-        weights = weights_needed(self.model, self.config) if self.config.replicas > 1 else ()
-        return memory_tokens(self.started.hellos, self.started.loaded, self.config.replicas, weights)
+        config, (hellos, loaded) = self.config, (self.started.hellos, self.started.loaded)
+        if config.replicas == 1:
+            return memory_tokens(hellos, loaded)
+        after = config.replicas - 1 - config.replica
+        later = [after * weights for weights in weights_needed(self.model, config)]
+        here = [rank for rank in range(config.ranks) if self.controller.launcher.elsewhere(rank) is None]
+        return memory_tokens(hellos, loaded, config.replicas, later, here)
 
     def restart(self, error: Exception, blamed: bool = False) -> None:
         """A new group: one loss, however many tries that takes. `blamed`: what it computed may be why.

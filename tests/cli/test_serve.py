@@ -15,7 +15,7 @@ import httpx2
 import psutil
 import pytest
 
-from tests.processes import Command
+from tests.processes import Command, free_port
 from weft.cli.main import main
 
 
@@ -105,6 +105,9 @@ def test_mistakes_end_with_a_line_and_code_2(
             (["--tp", "2", "--join-address", "0.0.0.0:7000"], "the address at which the other machines reach"),
             (["--tp", "2", "--join-address", "192.0.2.1:7000"], "no network device"),
             (["--tp", "2", "--join-address", "127.0.0.1:7000", "--local-ranks", "2"], "leaves no rank"),
+            (["--replicas", "2", "--join-address", "127.0.0.1:7000", "--local-ranks", "2"], "leaves no rank"),
+            (["--replicas", "2", "--tp", "auto"], "give one with --pp, --layers, --layout and --replicas"),
+            (["--replicas", "3", "--join-address", "127.0.0.1:65535"], "need ports 65535 to 65536"),
             (["--token-interval", "0"], "must be above 0"),
         ):
             monkeypatch.setattr("sys.argv", ["weft", "serve", "--port", "0", *options])
@@ -121,3 +124,37 @@ def test_the_key_may_come_from_the_environment() -> None:
         assert httpx2.get(f"{url}/v1/models", headers={"Authorization": "Bearer sk-secret"}).status_code == 200
         server.end(signal.SIGTERM)
         assert "sk-secret" not in server.said
+
+
+def test_replicas_here_and_on_a_machine_that_joins() -> None:
+    port, secret = free_port(), {"WEFT_TOKEN": "a secret of this test's"}
+    joining = ("--replicas", "2", "--join-address", f"127.0.0.1:{port}")
+    asked = {"prompt": "import os", "max_tokens": 5, "temperature": 0}
+    with started(*joining, **secret) as server:
+        said = server.until("weft worker --join")
+        assert "replica 2: on 1 other machine, run:" in said and "replica 1: on" not in said
+        token = re.search(r"WEFT_TOKEN=(\S+)", said)
+        assert token is not None
+        with Command("worker", "--join", f"127.0.0.1:{port}", WEFT_TOKEN=token[1]) as machine:
+            url = url_of(server)
+            assert "on 2 replicas of 1 rank" in server.said
+            answers = [httpx2.post(f"{url}/v1/completions", json=asked, timeout=30).json() for _ in range(4)]
+            assert len({answer["choices"][0]["text"] for answer in answers}) == 1
+            assert httpx2.get(f"{url}/live").json()["ranks"] == 2
+            machine.end(signal.SIGKILL)
+        server.until("replica 2: the ranks are started again")
+        for number in range(4):  # the one that is left has them all
+            answer = httpx2.post(f"{url}/v1/completions", json=asked | {"seed": number}, timeout=30)
+            assert answer.status_code == 200 and answer.json()["choices"][0]["text"]
+        assert httpx2.get(f"{url}/ready").status_code == 200
+        with Command("worker", "--join", f"127.0.0.1:{port}", WEFT_TOKEN=token[1]):
+            server.until("replica 2: the ranks are there again")
+        assert server.end(signal.SIGTERM) == 0
+        assert "Traceback" not in server.said
+
+
+def test_a_signal_while_the_second_replica_waits_for_its_machine() -> None:
+    with started("--replicas", "2", "--join-address", f"127.0.0.1:{free_port()}") as server:
+        server.until("waiting for 1 more machine")
+        server.end(signal.SIGINT, 10)
+        assert "Traceback" not in server.said

@@ -195,6 +195,10 @@ def test_one_that_has_given_up_gets_no_requests(packaged: Path) -> None:
             time.sleep(0.005)
         assert service.state is State.FAILED and group.replicas.state is State.READY
         assert group.replicas.error is None
+        health = httpx2.get(f"{group.url}/health")
+        assert health.status_code == 200 and "replica 1 has given up: planted" in health.json()["reason"]
+        figures = group.replicas.figures
+        assert figures is not None and (figures.ranks, figures.slots) == (1, SLOTS), "of the one that is left"
         for _ in range(3):
             assert group.ask("import ")
         group.services[1]._commands.put(_fail)
@@ -203,6 +207,24 @@ def test_one_that_has_given_up_gets_no_requests(packaged: Path) -> None:
         assert group.replicas.state is State.FAILED and isinstance(group.replicas.error, ZeroDivisionError)
         answer = httpx2.post(f"{group.url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=30)
         assert answer.status_code == 503 and "given up" in json.dumps(answer.json())
+
+
+def test_all_together_refuse_what_would_wait_too_long(packaged: Path) -> None:
+    with replicated(packaged, 1, 1) as group:
+        for service in group.services:
+            service.most_waiting = 2
+        slots = 2 * SLOTS
+        with ThreadPoolExecutor(2 * slots) as pool:
+            asked = {"prompt": "def ", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+            answers = list(
+                pool.map(
+                    lambda _: httpx2.post(f"{group.url}/v1/completions", json=asked, timeout=60), range(2 * slots)
+                )
+            )
+        taken = [answer for answer in answers if answer.status_code == 200]
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert len(taken) + len(refused) == 2 * slots and slots <= len(taken) <= slots + 2 + slots // 2
+        assert refused and all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
 
 
 def _fail() -> None:

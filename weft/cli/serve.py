@@ -77,6 +77,7 @@ Then:  curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d
 """
 
 PACKAGED_NAME = "weft-packaged"
+MOST_PORT = 65535
 
 
 KEYS = Annotated[
@@ -179,7 +180,7 @@ def serve_command(
         thought_of = pp != 1 or layers or shares or overlap != AUTO  # a layout, by whoever wrote these
         world = ranks if ranks == "auto" else ranks * pp
         sites = _sites(join_address, world, replicas, local_ranks, rank_ports, check_content or plain_data)
-        here = sum(site.local > 0 for site in sites)
+        here = [site for site in sites if site.local]
         warn_of_shared_cores(out, world if ranks == "auto" else sum(site.local for site in sites))
 
         def make(site: Site, tell: Progress) -> Engine:
@@ -193,7 +194,7 @@ def serve_command(
                 max_length=max_model_len, max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens,
                 launcher=site.launcher, dtype=dtype, prefixes=prefix_caching, token_interval=token_interval,
                 check_content=check_content, plain_data=plain_data, progress=_both(tell, showing, site),
-                replicas=here if site.local else 1,
+                replicas=len(here) if site.local else 1, replica=here.index(site) if site.local else 0,
             )  # fmt: skip
 
         def ready() -> None:
@@ -243,8 +244,7 @@ def _client(
     for site in sites:
         launcher = site.launcher
         interrupt = launcher.interrupted.set if launcher is not None else lambda: None
-        most = -(-most_waiting // len(sites))
-        service = Service(partial(make, site), most, interrupt, partial(told, site.prefix), metrics, live)
+        service = Service(partial(make, site), most_waiting, interrupt, partial(told, site.prefix), metrics, live)
         if launcher is not None:
             launcher.told = service.tell
         services.append(service)
@@ -328,6 +328,7 @@ def _sites(
             "--replicas more"
         )
     host, port = parse_address(join_address, "--join-address")
+    _demand_ports(port, replicas - local // ranks, ports, local % ranks + replicas - local // ranks)
     secret, sites = os.environ.get(TOKEN_VARIABLE), list[Site]()
     for prefix in prefixes:
         here = min(local, ranks)
@@ -338,6 +339,19 @@ def _sites(
             ports += here + 1 if ports else 0
         sites.append(Site(here, ranks - here, launcher, prefix))
     return sites
+
+
+def _demand_ports(first: int, joined: int, ranks_first: int, ranks: int) -> None:
+    """Of so many replicas that others join, one after the other; and of their ranks on this machine, if they have given
+    ones. Raises `InputError`."""
+    last = first + joined - 1
+    if joined > 1 and last > MOST_PORT:
+        raise InputError(f"{joined} replicas that others join need ports {first} to {last}; give a lower one")
+    if ranks_first and joined > 1 and first <= ranks_first + ranks - 1 and ranks_first <= last:
+        raise InputError(
+            f"--rank-ports {ranks_first} to {ranks_first + ranks - 1} and those of --join-address, {first} to {last}, "
+            "overlap"
+        )
 
 
 def _invite(out: Console, sites: Sequence[Site], model: str | None) -> None:

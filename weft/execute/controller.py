@@ -18,7 +18,7 @@ import zmq
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, NoRoom, WorkerFailed, WorkerLost
 from weft.execute import protocol as p
-from weft.execute.places import crowded, encrypted, introduced, numbered_machines
+from weft.execute.places import among, encrypted, introduced, numbered_machines
 from weft.execute.results import TOKENS_ALONE, RunOptions, RunResult, Started, Submitted, timeline_of
 from weft.execute.sending import Sending
 from weft.formats.fingerprint import Fingerprints, Held, Wanted, WeightFile, terms_of
@@ -97,10 +97,10 @@ class Controller:
         self.machines = numbered_machines(by_rank, self.launcher.shares_memory)
         for rank, identity in enumerate(self._ranks):
             gloo, secured = self.config.transport == "gloo", encrypted(self.config, self.launcher)
-            shared = self.config.cores is None and crowded(by_rank[rank], by_rank, self.config.threads)
-            near = [other for other, hello in enumerate(by_rank) if hello.machine == by_rank[rank].machine]
+            near, place = among(rank, by_rank, self.config, self.launcher)
+            shared = self.config.cores is None and near * self.config.threads > by_rank[rank].cores
             how = world, self.config.threads, gloo, secured, shared
-            self._send(identity, p.Assign(rank, *how, self._cores(rank), len(near), near.index(rank)))
+            self._send(identity, p.Assign(rank, *how, self._cores(rank), near, place))
         if world > 1:
             self._introduce(by_rank, deadline)
         for _ in range(world):

@@ -19,9 +19,11 @@ def numbered_machines(hellos: Sequence[Hello], together: bool) -> list[int]:
     return [names.index(name) for name in names]
 
 
-def crowded(rank: Hello, hellos: Sequence[Hello], threads: int) -> bool:
-    """Whether a rank's machine has fewer cores than its ranks have threads."""
-    return threads * sum(hello.machine == rank.machine for hello in hellos) > rank.cores
+def among(rank: int, hellos: Sequence[Hello], config: EngineConfig, launcher: Launcher) -> tuple[int, int]:
+    """How many ranks a rank's machine has, those of replicas included, and which of them this one is."""
+    near = [other for other, hello in enumerate(hellos) if hello.machine == hellos[rank].machine]
+    replicas, number = (config.replicas, config.replica) if launcher.elsewhere(rank) is None else (1, 0)
+    return replicas * len(near), number * len(near) + near.index(rank)
 
 
 def encrypted(config: EngineConfig, launcher: Launcher) -> bool:

@@ -104,8 +104,9 @@ def rate(planner: Planner, load: Workload, replicas: int = 1) -> Rating:
     prompt = planner.plan(one_prompt(load.prompt))
     assert prompt.predicted is not None, "a layout is judged by costs"
     alone = _round_of(planner, load, 1)
-    several = max(1, load.requests // replicas)
-    return Rating(prompt.predicted.seconds, prompt.predicted.bound, alone, replicas * _requests(planner, load, several))
+    several = -(-load.requests // replicas)  # of one that has most of them
+    requests = _requests(planner, load, several) * load.requests / several
+    return Rating(prompt.predicted.seconds, prompt.predicted.bound, alone, requests)
 
 
 def _requests(planner: Planner, load: Workload, sequences: int) -> float:
@@ -118,7 +119,7 @@ def _requests(planner: Planner, load: Workload, sequences: int) -> float:
     first, others = tuple(Segment(slot, 0, load.prompt) for slot in range(together)), _decoding(load, each - together)
     mixed = _round(planner, Batch((*first, *(replace(s, sequence=together + s.sequence) for s in others))), flights)
     plain = _round_of(planner, load, sequences) if load.answer > rounds else 0.0
-    return flights * each / (rounds * mixed + max(0.0, load.answer - rounds) * plain)
+    return sequences / (rounds * mixed + max(0.0, load.answer - rounds) * plain)
 
 
 def layouts_of(world: int, layers: int, heads: int) -> list[Layout]:

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from weft.about import About, Figures
 from weft.batching.params import SamplingParams
-from weft.errors import Busy, Unavailable
+from weft.errors import Busy, InputError, Unavailable
 from weft.grammar import Grammar
 from weft.routing import Backlog, Router
 from weft.server.client import State
@@ -21,6 +21,8 @@ from weft.server.service import Service
 from weft.server.ticket import Ticket, Wishes
 from weft.text import Tokenizer
 
+NAMES = [field.name for field in fields(Figures)]
+COUNTED = ("looked_up", "reused", "preempted", "restarts")  # of what Figures has
 FIRST = (State.DRAINING, State.LOADING, State.READY, State.RESTARTING, State.FAILED)  # what all are if one is
 
 
@@ -30,7 +32,7 @@ class Replicas:
     server should see, a line each."""
 
     def __init__(self, services: Sequence[Service], told: Callable[[str], None] = lambda line: None) -> None:
-        self.services, self._told = services, told
+        self.services, self._told, self._line = services, told, ""
         self.metrics, self.live = services[0].metrics, services[0].live
         self._coming = [Backlog() for _ in services]  # given to a service, and not among what it has yet
         self._restarts = [0 for _ in services]
@@ -59,9 +61,13 @@ class Replicas:
 
     @property
     def reason(self) -> str:
-        """Of the replica whose state counts, in words."""
-        said = ((number, each.reason) for number, each in enumerate(self.services, 1) if each.state is self.state)
-        return next((f"replica {number}: {reason}" for number, reason in said if reason), "")
+        """What is to be said of all, or of the replica whose state counts; and of those that have given up."""
+        state, each = self.state, list(enumerate(self.services, 1))
+        said = [f"replica {number}: {one.reason}" for number, one in each if one.state is state and one.reason]
+        gone = [f"replica {number} has given up: {one.reason}" for number, one in each if one.state is State.FAILED]
+        if state is State.DRAINING and self._line:
+            said = [self._line]
+        return "; ".join([*(said[:1] if state is not State.FAILED else ()), *gone])
 
     @property
     def loaded(self) -> float:
@@ -89,22 +95,25 @@ class Replicas:
 
     @property
     def figures(self) -> Figures | None:
-        """Sums over those that are there, and of the memory their mean part."""
-        each = [figures for service in self.services if (figures := service.figures) is not None]
+        """Sums over those that are there, and of the memory their mean part. Of those that have given up only what was
+        counted."""
+        each = [(service.state, figures) for service in self.services if (figures := service.figures) is not None]
         if not each:
             return None
-        sums = {field.name: sum(getattr(one, field.name) for one in each) for field in fields(Figures)}
-        return Figures(**sums | {"memory": sums["memory"] / len(each)})
+        everyone = [figures for _, figures in each]
+        alive = [figures for state, figures in each if state is not State.FAILED]
+        sums = {name: sum(getattr(one, name) for one in (everyone if name in COUNTED else alive)) for name in NAMES}
+        return Figures(**sums | {"memory": sums["memory"] / max(1, len(alive))})
 
     @property
     def waiting(self) -> int:
         """Completions that wait for a slot."""
-        return sum(service.waiting for service in self.services)
+        return sum(service.waiting for service in self.services if service.state is not State.FAILED)
 
     @property
     def running(self) -> int:
         """Completions that have one."""
-        return sum(service.running for service in self.services)
+        return sum(service.running for service in self.services if service.state is not State.FAILED)
 
     @property
     def busy(self) -> bool:
@@ -125,19 +134,31 @@ class Replicas:
         """Queues a request with the replica where it costs least, or with the next one that takes it. Raises as
         `Service.submit` does, where none does."""
         refused: Exception | None = None
+        able = self._able()
+        self._demand_room(able, params.n)
         self._forget_lost()
-        for number in self._router.order(prompt, self._loads(), wishes.salt):
+        looked_at = prompt[: self._length]  # one that is longer is refused
+        for number in self._router.order(looked_at, self._backlogs(able), wishes.salt):
             mine = Backlog(len(prompt), params.n)
             self._coming[number] = _sum(self._coming[number], mine)
-            self._router.sent(number, prompt, wishes.salt)  # at once: others like it may come meanwhile
             try:
-                return await self.services[number].submit(prompt, params, wishes, grammar)
-            except (Busy, Unavailable) as error:
-                refused = error
+                ticket = await self.services[number].submit(prompt, params, wishes, grammar)
+            except (Busy, Unavailable, InputError) as error:  # another one may have more memory
+                refused = refused or error
+            else:
+                self._router.took(number, looked_at, wishes.salt)
+                return ticket
             finally:
                 self._coming[number] = _sum(self._coming[number], mine, -1)
         assert refused is not None, "one is able"
         raise refused
+
+    def _demand_room(self, able: Sequence[Service], completions: int) -> None:
+        """Raises `Busy` if too many wait already, all taken together."""
+        free = sum(max(0, service.engine.config.max_sequences - service.running) for service in able)
+        if self.waiting + completions > able[0].most_waiting + free:
+            retry = min(service.retry_after() for service in able)
+            raise Busy(f"{self.waiting} completions wait already; try again later", retry)
 
     def cancel(self, ticket: Ticket) -> None:
         """Ends a request that nobody waits for any more; only whose it is knows it."""
@@ -150,7 +171,8 @@ class Replicas:
             service.drain()
 
     def tell(self, line: str, more: str = "") -> None:
-        """Says what goes on to whoever runs the server; a replica's state is its own service's."""
+        """Says what goes on: to whoever runs the server, and while it ends to whoever asks for its state."""
+        self._line = line
         self._told(more or line)
 
     def abort(self, reason: str = "the server is shutting down") -> None:
@@ -173,17 +195,23 @@ class Replicas:
 
     @cached_property
     def _router(self) -> Router:
-        return Router(len(self.services), min(service.engine.batcher.memory for service in self._able()))
+        engines = [service.engine for service in self._able()]
+        config, memory = engines[0].config, min(engine.batcher.memory for engine in engines)
+        return Router(len(self.services), config.slots if config.prefixes else 0, memory)
+
+    @cached_property
+    def _length(self) -> int:
+        return self.about.max_length
 
     def _able(self) -> list[Service]:
         """Those that take requests: they are ready, or else keep them until they are. Raises `Unavailable`."""
-        for state in (State.READY, State.RESTARTING, State.DRAINING):
-            if able := [service for service in self.services if service.state is state and service.figures]:
+        states = [(service.state, service) for service in self.services]  # which change meanwhile
+        for wanted in (State.READY, State.RESTARTING, State.DRAINING):
+            if able := [service for state, service in states if state is wanted and service.figures]:
                 return able
         return [service for service in self.services if service.engine]  # none is there, so the first one says why
 
-    def _loads(self) -> list[Backlog | None]:
-        able = self._able()
+    def _backlogs(self, able: Sequence[Service]) -> list[Backlog | None]:
         return [
             _sum(service.load, coming) if service in able else None
             for service, coming in zip(self.services, self._coming, strict=True)
@@ -198,4 +226,4 @@ class Replicas:
 
 
 def _sum(one: Backlog, other: Backlog, sign: int = 1) -> Backlog:
-    return Backlog(one.prompt + sign * other.prompt, one.completions + sign * other.completions)
+    return Backlog(one.prompt + sign * other.prompt, one.completions + sign * other.completions, one.slots)

@@ -110,8 +110,9 @@ class Service:
     def load(self) -> Backlog:
         """What it has yet to do, for who chooses among several."""
         requests = [ticket.request for ticket in list(self._tickets.values()) if ticket.request is not None]
-        left = [s.left - 1 for request in requests for s in request.sequences if s.finish_reason is None]
-        return Backlog(sum(left), len(left))
+        left = [[s.left - 1 for s in request.sequences if s.finish_reason is None] for request in requests]
+        slots = self._engine.config.max_sequences if self._engine is not None else 0
+        return Backlog(sum(max(each, default=0) for each in left), sum(map(len, left)), slots)
 
     @property
     def waiting(self) -> int:
@@ -143,7 +144,7 @@ class Service:
         engine.requests.check(prompt, params)
         free = max(0, engine.config.max_sequences - self.running)
         if self.waiting + params.n > self.most_waiting + free:
-            raise Busy(f"{self.waiting} completions wait already; try again later", self._retry_after())
+            raise Busy(f"{self.waiting} completions wait already; try again later", self.retry_after())
         ticket = Ticket(asyncio.get_running_loop(), wishes.arrived or time.monotonic(), len(prompt))
         self._submitted += params.n
         ready: asyncio.Future[None] = ticket.loop.create_future()
@@ -202,7 +203,7 @@ class Service:
         if (error := outcome.get(timeout=60)) is not None:
             raise error
 
-    def _retry_after(self) -> int:
+    def retry_after(self) -> int:
         """Seconds after which there should be room, by how many were finished of late."""
         since = time.monotonic() - FINISHED_SEEN
         lately = sum(then > since for then in self._finished.copy())
