@@ -217,9 +217,7 @@ def test_all_together_refuse_what_would_wait_too_long(packaged: Path) -> None:
         with ThreadPoolExecutor(2 * slots) as pool:
             asked = {"prompt": "def ", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
             answers = list(
-                pool.map(
-                    lambda _: httpx2.post(f"{group.url}/v1/completions", json=asked, timeout=60), range(2 * slots)
-                )
+                pool.map(lambda _: httpx2.post(f"{group.url}/v1/completions", json=asked, timeout=60), range(2 * slots))
             )
         taken = [answer for answer in answers if answer.status_code == 200]
         refused = [answer for answer in answers if answer.status_code == 429]
