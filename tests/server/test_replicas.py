@@ -145,6 +145,20 @@ def test_schemas_are_followed_wherever_they_go(group: Group) -> None:
             assert text.lstrip().startswith('{"a"') or text.lstrip().startswith("{"), text
 
 
+def test_what_one_has_no_memory_for_another_one_may(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_long(prompt: list[int], params: SamplingParams) -> None:
+        raise InputError("3 tokens need more key/value memory than is free")
+
+    monkeypatch.setattr(group.services[0].engine.requests, "check", too_long)
+    before = group.services[1].figures
+    assert all(group.ask("import ", 2, seed=number) for number in range(3))
+    after = group.services[1].figures
+    assert before is not None and after is not None and after.looked_up > before.looked_up
+    monkeypatch.setattr(group.services[1].engine.requests, "check", too_long)
+    answer = httpx2.post(f"{group.url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=30)
+    assert answer.status_code == 400 and "key/value memory" in json.dumps(answer.json())
+
+
 def test_metrics_and_state_are_of_all(group: Group) -> None:
     text = httpx2.get(f"{group.url}/metrics").text
     values = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line and line[0] != "#"}
