@@ -108,7 +108,7 @@ def test_the_layout_is_chosen_by_cost(packaged: Path) -> None:
         expected = llm.generate("import os", GREEDY)[0].outputs[0].token_ids
     with LLM(packaged, tensor_parallel_size=2, num_threads=1, layout="auto", link="none,5ms") as llm:
         [said] = [line for line in llm.engine.notices if line.startswith("layout")]
-        assert "layout tp 1 x pp 2 by cost (latency of " in said and "; tp 2: " in said
+        assert all(each in said for each in ("layout tp 1 x pp 2 by cost (latency of ", "; tp 2: ", "; 2 replicas of "))
         assert llm.engine.config.layout.several and llm.engine.planner.costs is not None
         assert llm.generate("import os", GREEDY)[0].outputs[0].token_ids == expected
         plan = llm.engine.planner.plan(one_prompt(300))

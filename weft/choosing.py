@@ -52,7 +52,7 @@ def chosen(
     most = min(apart, key=lambda each: each.rating.cost(aim.what, aim.load), default=None)
     if most is not None and most.rating.cost(aim.what, aim.load) < rating.cost(aim.what, aim.load):
         pp = len(most.layout.sections)
-        line += f". Replicas would be better: --replicas {most.replicas} --tp {most.layout.world // pp}"
+        line += f". Replicas would be better: weft serve --replicas {most.replicas} --tp {most.layout.world // pp}"
         line += f" --pp {pp}" if pp > 1 else ""
     return best, line
 
