@@ -39,6 +39,7 @@ SIZES = {
     "h1024": Size(1024, 6, 16, 16, 2816, 8192),  # 12 h² parameters a layer
     "h2048": Size(2048, 3, 32, 32, 5632, 8192),
     "narrow": Size(256, 16, 8, 4, 704, 4096),  # in which attention dominates from some thousand tokens on
+    "light": Size(1024, 8, 4, 4, 64, 8192, more={"head_dim": 16}),  # as wide as h1024 on the wire; little to compute
     "deep": Size(64, 32, 4, 4, 176, 512),
     "483m": Size(2048, 8, 16, 4, 5632),  # a Llama of 483 M parameters, embedding and head included
     "parallel": Size(1024, 6, 16, 16, 4096, 8192, "GPTNeoX"),
