@@ -160,6 +160,7 @@ def test_what_one_has_no_memory_for_another_one_may(group: Group, monkeypatch: p
 
 
 def test_metrics_and_state_are_of_all(group: Group) -> None:
+    group.ask("import ")
     text = httpx2.get(f"{group.url}/metrics").text
     values = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line and line[0] != "#"}
     asked = sum(service.figures.looked_up for service in group.services if service.figures)

@@ -31,8 +31,8 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 class Assign(msgspec.Struct, tag=True, frozen=True):
     """You are this rank. `gloo`: carries messages; `encrypted`: all that isn't in memory. `crowded`: other ranks want
-    the same cores. `cores`: pin to these; None leaves it to the system. `beside`: ranks of this machine; `place`: of
-    this one among them."""
+    the same cores. `cores`: pin to these; None leaves it to the system. `beside`: ranks of this machine, replicas' too;
+    `place`: of this one among them."""
 
     rank: int
     world: int

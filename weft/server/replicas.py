@@ -21,9 +21,9 @@ from weft.server.service import Service
 from weft.server.ticket import Ticket, Wishes
 from weft.text import Tokenizer
 
-NAMES = [field.name for field in fields(Figures)]
+FIGURES = [field.name for field in fields(Figures)]
 COUNTED = ("looked_up", "reused", "preempted", "restarts")  # of what Figures has
-FIRST = (State.DRAINING, State.LOADING, State.READY, State.RESTARTING, State.FAILED)  # what all are if one is
+PRECEDENCE = (State.DRAINING, State.LOADING, State.READY, State.RESTARTING, State.FAILED)  # of what replicas are
 
 
 class Replicas:
@@ -57,7 +57,7 @@ class Replicas:
     def state(self) -> State:
         """Ready while one is, once all were loaded."""
         states = {service.state for service in self.services}
-        return next(state for state in FIRST if state in states)
+        return next(state for state in PRECEDENCE if state in states)
 
     @property
     def reason(self) -> str:
@@ -102,7 +102,7 @@ class Replicas:
             return None
         everyone = [figures for _, figures in each]
         alive = [figures for state, figures in each if state is not State.FAILED]
-        sums = {name: sum(getattr(one, name) for one in (everyone if name in COUNTED else alive)) for name in NAMES}
+        sums = {name: sum(getattr(one, name) for one in (everyone if name in COUNTED else alive)) for name in FIGURES}
         return Figures(**sums | {"memory": sums["memory"] / max(1, len(alive))})
 
     @property
