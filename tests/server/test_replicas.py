@@ -173,7 +173,8 @@ def test_metrics_and_state_are_of_all(group: Group) -> None:
 def test_who_goes_away_frees_the_slot(group: Group) -> None:
     asked = {"prompt": "def ", "max_tokens": 900, "temperature": 0, "ignore_eos": True, "stream": True}
     with httpx2.stream("POST", f"{group.url}/v1/completions", json=asked, timeout=30) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: the stream ends with its iterator
+        next(lines)
         assert group.replicas.running == 1
     deadline = time.monotonic() + 10
     while group.replicas.running and time.monotonic() < deadline:
