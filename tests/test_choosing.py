@@ -14,7 +14,7 @@ from weft.config import EngineConfig, ModelConfig
 from weft.execute.protocol import Hello
 from weft.model.description import model_config
 from weft.model.families import blueprint_of
-from weft.plan.layouts import THROUGHPUT, Aim, Workload, even_layout, rate
+from weft.plan.layouts import LATENCY, THROUGHPUT, Aim, Workload, even_layout, rate
 from weft.plan.planner import Planner
 from weft.simulate.cost import Contention, Table
 
@@ -45,9 +45,26 @@ class Known:
 def test_over_a_slow_link_replicas_are_said_to_be_better(packaged: Path) -> None:
     known = Known(packaged)
     hellos = [hello(0, 1 << 40), hello(1, 1 << 40)]
-    layout, line = chosen(known.planner, known.model, known.config, hellos, SLOW, Aim(THROUGHPUT, LOAD))
-    assert layout.several and "; 2 replicas of tp 1: " in line
+    given = known.planner, known.model, known.config, hellos, SLOW
+    layout, line, apart = chosen(*given, Aim(THROUGHPUT, LOAD))
+    assert layout.several and "; 2 replicas of tp 1: " in line and apart is None
     assert line.endswith("Replicas would be better: weft serve --replicas 2 --tp 1")
+    _, line, apart = chosen(*given, Aim(THROUGHPUT, LOAD, replicas=True))
+    assert apart is not None and (apart.replicas, apart.layout.world) == (2, 1)
+    assert line.startswith("layout 2 replicas of tp 1 by cost ") and f"; {layout}: " in line and "better" not in line
+
+
+def test_replicas_that_are_not_better_are_not_chosen(packaged: Path) -> None:
+    """Over links without latency, an answer comes sooner from two ranks than from one."""
+    known = Known(packaged)
+    hellos = [hello(0, 1 << 40), hello(1, 1 << 40)]
+    fast = {1: Table.line(0.0, 1e-12), 2: Table.line(0.0, 1e-12)}
+    known.planner.learn(replace(known.costs, wires={
+        name: replace(wire, send=fast[1]) for name, wire in known.costs.wires.items()
+    }))  # fmt: skip
+    aim = Aim(LATENCY, LOAD, replicas=True)
+    layout, line, apart = chosen(known.planner, known.model, known.config, hellos, fast, aim)
+    assert apart is None and line.startswith(f"layout {layout} by cost ") and "; 2 replicas of tp 1: " in line
 
 
 def test_a_slower_replica_gives_less(packaged: Path) -> None:
@@ -81,5 +98,5 @@ def test_requests_are_of_as_many_replicas_as_have_one(packaged: Path) -> None:
 def test_where_nothing_divides_so_many_ranks_the_layout_stays(packaged: Path) -> None:
     known = Known(packaged, world=2)
     hellos = [hello(0, 0), hello(1, 0)]
-    layout, line = chosen(known.planner, known.model, known.config, hellos, SLOW, Aim(THROUGHPUT, LOAD))
-    assert layout == known.config.layout and "no other one fits" in line
+    layout, line, apart = chosen(known.planner, known.model, known.config, hellos, SLOW, Aim(THROUGHPUT, LOAD))
+    assert layout == known.config.layout and "no other one fits" in line and apart is None

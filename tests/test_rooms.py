@@ -49,7 +49,7 @@ def test_who_owns_threads() -> None:
         "weft/text.py",  # a tokenizer is read while workers start
         "weft/server/metrics.py",  # a lock: the threads of several engines count
         "weft/grammar.py",  # a lock: who asks for a schema that is compiled just now waits for it
-        "weft/launch/joined.py",  # an event, by which a start that waits is interrupted
+        "weft/launch/hub.py",  # a lock: groups on several threads share it; an event, by which a start is interrupted
         "weft/launch/sockets.py",  # takes what ZeroMQ tells of strangers, which would hold it up else
         "weft/launch/machine.py",  # looks at a model's files, which may take long, and gives signs of life meanwhile
     }  # fmt: skip

@@ -16,6 +16,7 @@ from tests.processes import free_port
 from tests.simulate.costs import costs
 from weft import LLM, InputError, SamplingParams, yardstick
 from weft.config import EngineConfig, available_cores
+from weft.launch.hub import Hub
 from weft.launch.joined import JoinedLauncher
 from weft.links import Link
 from weft.model.description import model_config
@@ -152,7 +153,7 @@ def test_a_multiple_of_the_balance_is_found(packaged: Path) -> None:
 def test_links_that_can_not_be_kept(packaged: Path) -> None:
     with pytest.raises(InputError, match="leave out --transport gloo"):
         LLM(packaged, tensor_parallel_size=2, link="1x", transport="gloo")
-    launcher = JoinedLauncher(f"127.0.0.1:{free_port()}", 1, None, lambda line: None)
+    launcher = JoinedLauncher(Hub(f"127.0.0.1:{free_port()}"), 1)
     with closing(launcher), pytest.raises(InputError, match="for ranks of this machine"):
         LLM(packaged, tensor_parallel_size=2, link="1x", launcher=launcher)
 

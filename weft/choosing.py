@@ -1,5 +1,5 @@
-"""Which layout a group of workers is to have: the one that is predicted to be best, from costs of the one it has; and
-what replicas, which are groups of their own, would give in its place.
+"""Which layout a group of workers is to have: the one that is predicted to be best, from costs of the one it has; or
+which replicas, groups of their own, should take its place.
 
 Knows planners, costs and machines' memory; starts nothing.
 """
@@ -24,11 +24,36 @@ from weft.plan.planner import Planner
 from weft.simulate.cost import Table
 
 
+class Apart(NamedTuple):
+    """So many replicas, each of this layout, and what they give together."""
+
+    replicas: int
+    layout: Layout
+    rating: Rating
+
+    def __str__(self) -> str:
+        return f"{self.replicas} replicas of {self.layout}"
+
+    @property
+    def options(self) -> str:
+        """Of a command that starts them."""
+        pp = len(self.layout.sections)
+        return f"--replicas {self.replicas} --tp {self.layout.world // pp}" + (f" --pp {pp}" if pp > 1 else "")
+
+
+class Decision(NamedTuple):
+    """The best layout of one group, or replicas that are better than that; and a line with what all would give."""
+
+    layout: Layout
+    line: str
+    apart: Apart | None = None
+
+
 def chosen(
     planner: Planner, model: ModelConfig, config: EngineConfig, hellos: Sequence[Hello], sums: Mapping[int, Table],
     aim: Aim,
-) -> tuple[Layout, str]:  # fmt: skip
-    """The best layout, and a line with what others would give. The planner has the costs of the one that is there."""
+) -> Decision:  # fmt: skip
+    """What is best for the aim. The planner has the costs of the layout that is there."""
     aim = replace(aim, load=aim.load.within(config.max_length))
     rated: list[tuple[Layout, Rating]] = []
     for even in layouts_of(config.ranks, model.layers, model.heads):
@@ -42,27 +67,20 @@ def chosen(
             continue
         rated.append((layout, rate(_planner(planner, layout, config, sums), aim.load)))
     if not rated:
-        return config.layout, f"layout {config.layout}: no other one fits, or divides so many ranks"
+        return Decision(config.layout, f"layout {config.layout}: no other one fits, or divides so many ranks")
     best, rating = min(rated, key=lambda each: each[1].cost(aim.what, aim.load))
-    others = [f"{layout}: {aim.describe(each)}" for layout, each in rated if layout != best]
     apart = list(replicated(planner, model, config, hellos, sums, aim.load))
-    others += [f"{each.replicas} replicas of {each.layout}: {aim.describe(each.rating)}" for each in apart]
+    better = min(apart, key=lambda each: each.rating.cost(aim.what, aim.load), default=None)
+    if better is not None and better.rating.cost(aim.what, aim.load) >= rating.cost(aim.what, aim.load):
+        better = None
+    ratings = {str(layout): each for layout, each in rated} | {str(each): each.rating for each in apart}
+    name = str(better) if better is not None and aim.replicas else str(best)
     what = f"{aim.what} of {aim.load.prompt} tokens and {aim.load.answer} of answer"
-    line = "; ".join([f"layout {best} by cost ({what}, predicted): {aim.describe(rating)}", *others])
-    most = min(apart, key=lambda each: each.rating.cost(aim.what, aim.load), default=None)
-    if most is not None and most.rating.cost(aim.what, aim.load) < rating.cost(aim.what, aim.load):
-        pp = len(most.layout.sections)
-        line += f". Replicas would be better: weft serve --replicas {most.replicas} --tp {most.layout.world // pp}"
-        line += f" --pp {pp}" if pp > 1 else ""
-    return best, line
-
-
-class Apart(NamedTuple):
-    """So many replicas, each of this layout, and what they give together."""
-
-    replicas: int
-    layout: Layout
-    rating: Rating
+    first = f"layout {name} by cost ({what}, predicted): {aim.describe(ratings.pop(name))}"
+    line = "; ".join([first, *(f"{other}: {aim.describe(each)}" for other, each in ratings.items())])
+    if better is None or aim.replicas:
+        return Decision(best, line, better)
+    return Decision(best, f"{line}. Replicas would be better: weft serve {better.options}")
 
 
 def replicated(

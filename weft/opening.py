@@ -6,6 +6,7 @@ Knows options and checkpoints; knows nothing of prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -40,14 +41,15 @@ def open_engine(
     max_sequences: int = 16, max_batch_tokens: int = 8192, cores: Sequence[int] | None = None, prefixes: bool = True,
     token_interval: float | None = None, launcher: Launcher | None = None, progress: Progress | None = None,
     recalibrate: bool = False, check_content: bool = False, plain_data: bool = False,
-    replicas: int = 1, replica: int = 0,
+    replicas: int = 1, replica: int = 0, may_part: bool = False,
 ) -> Engine:  # fmt: skip
     """The engine of a directory, a .gguf file, a hub id, or the model in the package; options as `LLM` has them.
+    `may_part`: where replicas would be better than any layout, `engine.workers.decision` says which.
 
     Raises `InputError` for whatever the caller can change.
     """
     one_of(layout, "--layout", (GIVEN, AUTO))
-    aim = Aim.parse(optimise) if layout == AUTO else None
+    aim = replace(Aim.parse(optimise), replicas=may_part) if layout == AUTO else None
     link = Link.parse(link) if isinstance(link, str) else link
     _demand_launcher(launcher, link, transport, plain_data)
     if ranks == "auto":
@@ -70,8 +72,7 @@ def open_engine(
         weights=weights, kv=kv,
         max_length=max_length, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
         cores=tuple(cores) if cores else None,
-        prefixes=max_sequences if prefixes else 0, token_interval=token_interval, replicas=replicas,
-        replica=replica,
+        prefixes=max_sequences if prefixes else 0, token_interval=token_interval, replicas=replicas, replica=replica,
     )  # fmt: skip
     line = None
     if ranks == "auto":

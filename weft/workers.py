@@ -15,7 +15,7 @@ from weft.admission import demand_memory, kept_lines, memory_tokens, room_for_la
 from weft.balance import balance
 from weft.batching.scheduled import CopyPrefix, Move
 from weft.calibration import key_of, measured, messages_measured
-from weft.choosing import chosen
+from weft.choosing import Decision, chosen
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import GivenUp, InputError, Interrupted, WorkerFailed, WorkerLost, told
 from weft.execute.controller import Controller
@@ -57,6 +57,7 @@ class Workers:
         self.up = False  # and nothing is under way that nobody knows of
         self.controller = Controller(launcher or LocalLauncher(), config, self._waiting, self._admit)
         self.started: Started
+        self.decision: Decision | None = None  # of layouts, where one was to be made
 
     def start(
         self, planner: Planner, tell: Progress, recalibrate: bool, by_speed: bool, aim: Aim | None = None
@@ -169,13 +170,15 @@ class Workers:
         return [line, *self._lay(layout, planner, tell, recalibrate)]
 
     def _choose(self, planner: Planner, tell: Progress, recalibrate: bool, aim: Aim) -> list[str]:
-        """Starts again in the layout that is best, if it isn't this one."""
+        """Starts again in the layout that is best, if it isn't this one; not if replicas are to take its place."""
         if planner.costs is None:
             return [f"layout {self.config.layout}: the link is too slow to measure what others would give"]
         tell("measuring sums", 1.0)
         sums = messages_measured(self.probe, self.model, self.config, self.controller.machines)
-        layout, line = chosen(planner, self.model, self.config, self.started.hellos, sums, aim)
-        return [line, *self._lay(layout, planner, tell, recalibrate)]
+        self.decision = decision = chosen(planner, self.model, self.config, self.started.hellos, sums, aim)
+        if decision.apart is not None:
+            return [decision.line]
+        return [decision.line, *self._lay(decision.layout, planner, tell, recalibrate)]
 
     def _lay(self, layout: Layout, planner: Planner, tell: Progress, recalibrate: bool) -> list[str]:
         """Another layout, loaded and measured."""

@@ -15,8 +15,10 @@ import httpx2
 import psutil
 import pytest
 
+from tests.launch.test_namespaces import needs_namespaces
 from tests.processes import Command, free_port
 from weft.cli.main import main
+from weft.launch.keys import key_of
 
 
 @contextmanager
@@ -107,7 +109,8 @@ def test_mistakes_end_with_a_line_and_code_2(
             (["--tp", "2", "--join-address", "127.0.0.1:7000", "--local-ranks", "2"], "leaves no rank"),
             (["--replicas", "2", "--join-address", "127.0.0.1:7000", "--local-ranks", "2"], "leaves no rank"),
             (["--replicas", "2", "--tp", "auto"], "give one with --pp, --layers, --layout and --replicas"),
-            (["--replicas", "3", "--join-address", "127.0.0.1:65535"], "need ports 65535 to 65536"),
+            (["--tp", "2", "--join-address", "127.0.0.1:7000", "--rank-ports", "7000"], "--join-address overlap"),
+            (["--replicas", "3", "--join-address", "127.0.0.1:7000", "--rank-ports", "6999"], "overlap"),
             (["--token-interval", "0"], "must be above 0"),
         ):
             monkeypatch.setattr("sys.argv", ["weft", "serve", "--port", "0", *options])
@@ -132,7 +135,7 @@ def test_replicas_here_and_on_a_machine_that_joins() -> None:
     asked = {"prompt": "import os", "max_tokens": 5, "temperature": 0}
     with started(*joining, **secret) as server:
         said = server.until("weft worker --join")
-        assert "replica 2: on 1 other machine, run:" in said and "replica 1: on" not in said
+        assert "on 1 other machine, run:" in said and "replica 1: on" not in said
         token = re.search(r"WEFT_TOKEN=(\S+)", said)
         assert token is not None
         with Command("worker", "--join", f"127.0.0.1:{port}", WEFT_TOKEN=token[1]) as machine:
@@ -149,6 +152,54 @@ def test_replicas_here_and_on_a_machine_that_joins() -> None:
         assert httpx2.get(f"{url}/ready").status_code == 200
         with Command("worker", "--join", f"127.0.0.1:{port}", WEFT_TOKEN=token[1]):
             server.until("replica 2: the ranks are there again")
+        assert server.end(signal.SIGTERM) == 0
+        assert "Traceback" not in server.said
+
+
+def test_replicas_on_two_machines_that_join_at_one_address() -> None:
+    """One that stands by takes the place of whichever is lost."""
+    port, secret = free_port(), {"WEFT_TOKEN": "a secret of this test's"}
+    joining = ("--replicas", "2", "--local-ranks", "0", "--join-address", f"127.0.0.1:{port}")
+    asked = {"prompt": "import os", "max_tokens": 5, "temperature": 0}
+
+    def machine() -> Command:
+        return Command("worker", "--join", f"127.0.0.1:{port}", WEFT_TOKEN=key_of(secret["WEFT_TOKEN"]).token)
+
+    with started(*joining, **secret) as server, machine() as first, machine() as second:
+        url = url_of(server)
+        assert "on 2 replicas of 1 rank" in server.said and "on 2 other machines, run:" in server.said
+        assert "stands by" not in server.said
+        with machine() as third:
+            third.until("stands by")
+            second.end(signal.SIGKILL)
+            third.until("starting rank 0")
+            first.end(signal.SIGKILL)
+            server.until("waiting for 1 more machine")
+            with machine():
+                server.until("are there again")
+                for number in range(4):
+                    answer = httpx2.post(f"{url}/v1/completions", json=asked | {"seed": number}, timeout=30)
+                    assert answer.status_code == 200 and answer.json()["choices"][0]["text"]
+                assert server.end(signal.SIGTERM) == 0
+        assert "Traceback" not in server.said
+
+
+@needs_namespaces
+@pytest.mark.parametrize("given", [False, True])
+def test_layout_auto_becomes_replicas_where_these_are_better(given: bool) -> None:
+    """Over a slow and long link nothing else is nearly as good; a number that is given stays."""
+    options = ["--tp", "2", "--link", "20mbit,10ms", "--layout", "auto", "--optimise", "throughput:64,64"]
+    asked = {"prompt": "import os", "max_tokens": 5, "temperature": 0}
+    with started(*options, *(["--replicas", "1"] if given else [])) as server:
+        url = url_of(server)
+        said = " ".join(server.said.split())
+        if given:
+            assert "on 2 ranks" in said and "Replicas would be better: weft serve --replicas 2 --tp 1" in said
+        else:
+            assert "on 2 replicas of 1 rank" in said and "layout 2 replicas of tp 1 by cost (throughput of 64" in said
+            assert "; tp 2: " in said and "; tp 1 x pp 2: " in said
+        assert httpx2.get(f"{url}/live").json()["ranks"] == 2
+        assert httpx2.post(f"{url}/v1/completions", json=asked, timeout=30).status_code == 200
         assert server.end(signal.SIGTERM) == 0
         assert "Traceback" not in server.said
 

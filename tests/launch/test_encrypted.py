@@ -19,6 +19,7 @@ from weft.errors import InputError
 from weft.execute.controller import Controller
 from weft.execute.protocol import Hello
 from weft.execute.results import RunOptions
+from weft.launch.hub import Hub
 from weft.launch.joined import JoinedLauncher
 from weft.launch.keys import engine_of, key_of, new_key
 from weft.launch.launcher import TOKEN_VARIABLE, VERSION
@@ -62,8 +63,8 @@ def overheard() -> Iterator[bytearray]:
 def test_ranks_of_several_machines_are_not_overheard(packaged: Path, plain: bool) -> None:
     """The same with plain data shows that it would be heard."""
     port = free_port()
-    launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, SECRET, lambda line: None)
-    joining = Command("worker", "--join", f"127.0.0.1:{port}", WEFT_TOKEN=launcher.token)
+    launcher = JoinedLauncher(Hub(f"127.0.0.1:{port}", SECRET), 1)
+    joining = Command("worker", "--join", f"127.0.0.1:{port}", WEFT_TOKEN=launcher.hub.token)
     with overheard() as heard, joining:
         options = {"ranks": 2, "threads": 1, "overlap": "serial", "transport": "tcp", "plain_data": plain}
         with closing(open_engine(packaged, launcher=launcher, **options)) as engine:
@@ -72,12 +73,12 @@ def test_ranks_of_several_machines_are_not_overheard(packaged: Path, plain: bool
             sent = engine.probe(batch, tokens, plan, RunOptions()).bytes_sent[0]
     assert len(heard) > sent > 100_000
     assert (HELLO in heard) == plain
-    assert SECRET.encode() not in heard and launcher.token.encode() not in heard
-    assert z85.decode(engine_of(launcher.token)) not in heard, "the public key is said to nobody, as it lets one in"
+    assert SECRET.encode() not in heard and launcher.hub.token.encode() not in heard
+    assert z85.decode(engine_of(launcher.hub.token)) not in heard, "the public key is said to nobody, as it lets one in"
 
 
 def test_gloo_is_not_taken_for_encrypted(packaged: Path) -> None:
-    launcher = JoinedLauncher(f"127.0.0.1:{free_port()}", 1, SECRET, lambda line: None)
+    launcher = JoinedLauncher(Hub(f"127.0.0.1:{free_port()}", SECRET), 1)
     with closing(launcher), pytest.raises(InputError, match="gloo can't encrypt what leaves this machine"):
         open_engine(packaged, ranks=2, launcher=launcher, transport="gloo")
 

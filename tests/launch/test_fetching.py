@@ -13,6 +13,7 @@ from tests.processes import Command, free_port
 from weft import LLM, SamplingParams
 from weft.execute import sending
 from weft.formats.fingerprint import Wanted, WeightFile, cut_out
+from weft.launch.hub import Hub
 from weft.launch.joined import JoinedLauncher
 
 
@@ -24,7 +25,7 @@ def test_what_a_machine_lacks_comes_from_the_engines_once(
     shutil.copytree(packaged, tmp_path / "model")
     port, asked, cache = free_port(), list[int](), tmp_path / "cache"
     said: list[str] = []
-    launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, SECRET, said.append)
+    launcher = JoinedLauncher(Hub(f"127.0.0.1:{port}", SECRET, said.append), 1)
 
     def counted(directory: Path, files: list[WeightFile], wanted: Wanted) -> bytes:
         asked.append(wanted.length * wanted.times)
@@ -57,7 +58,7 @@ def test_a_gguf_model_comes_from_the_engines_too(tmp_path: Path, monkeypatch: py
     for given in ((), (str(path),)):
         monkeypatch.chdir("/")
         port, cache = free_port(), tmp_path / f"cache{len(given)}"
-        launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, SECRET, lambda line: None)
+        launcher = JoinedLauncher(Hub(f"127.0.0.1:{port}", SECRET), 1)
         variables = {"WEFT_TOKEN": TOKEN, "XDG_CACHE_HOME": str(cache)}
         with Command("worker", "--join", f"127.0.0.1:{port}", *given, **variables) as machine:
             monkeypatch.chdir(tmp_path)  # not that machine's

@@ -26,7 +26,8 @@ from weft import LLM, SamplingParams
 from weft.engine import Engine
 from weft.errors import InputError, Interrupted
 from weft.launch.addresses import interface_of, parse_address
-from weft.launch.joined import SILENT, JoinedLauncher
+from weft.launch.hub import SILENT, Hub
+from weft.launch.joined import JoinedLauncher
 from weft.launch.keys import key_of, new_key
 from weft.opening import open_engine
 
@@ -59,7 +60,7 @@ def ask(server: Running) -> str:
 @pytest.mark.parametrize("split", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=["tp", "pp"])
 def test_a_rank_that_joined_is_started_again_and_machines_may_change(packaged: Path, split: dict[str, int]) -> None:
     port = free_port()
-    launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, SECRET, lambda line: None)
+    launcher = JoinedLauncher(Hub(f"127.0.0.1:{port}", SECRET), 1)
     with (
         joining(port) as first, joining(port) as other,
         running(packaged, **split, launcher=launcher) as server,
@@ -86,7 +87,7 @@ def test_a_lost_machine_is_one_loss_and_is_waited_for(packaged: Path) -> None:
     """Killed with its worker, silent for long, replaced: said on the terminal and in /health; requests wait, and those
     that have no time end."""
     port, said = free_port(), list[str]()
-    launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, SECRET, lambda line: None)
+    launcher = JoinedLauncher(Hub(f"127.0.0.1:{port}", SECRET), 1)
     with joining(port) as lost, running(packaged, tensor_parallel_size=2, launcher=launcher) as server:
         launcher.told = server.service.tell
         server.service._told = said.append
@@ -118,7 +119,7 @@ def test_a_lost_machine_is_one_loss_and_is_waited_for(packaged: Path) -> None:
 def test_a_machine_that_comes_and_goes_never_ends_the_server(packaged: Path) -> None:
     """Five losses within a minute; see benchmarks/unplugging.py for more kinds of them."""
     port = free_port()
-    launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, SECRET, lambda line: None)
+    launcher = JoinedLauncher(Hub(f"127.0.0.1:{port}", SECRET), 1)
     with joining(port) as machine, running(packaged, tensor_parallel_size=2, launcher=launcher) as server:
         expected = ask(server)
         for losses in range(1, 6):
@@ -130,7 +131,7 @@ def test_a_machine_that_comes_and_goes_never_ends_the_server(packaged: Path) -> 
 def test_long_work_is_no_silence(packaged: Path) -> None:
     """Answers come one upon the other for longer than a machine waits for a sign of life."""
     port = free_port()
-    launcher = JoinedLauncher(f"127.0.0.1:{port}", 0, SECRET, lambda line: None)
+    launcher = JoinedLauncher(Hub(f"127.0.0.1:{port}", SECRET), 0)
     with joining(port) as machine, running(packaged, launcher=launcher, max_num_seqs=1) as server:
         with server.client() as http:
             begin = time.monotonic()
@@ -143,12 +144,12 @@ def test_long_work_is_no_silence(packaged: Path) -> None:
 def test_who_has_another_token_is_not_heard() -> None:
     """Both sides say so."""
     port, said = free_port(), list[str]()
-    launcher = JoinedLauncher(f"127.0.0.1:{port}", 0, SECRET, said.append)
+    launcher = JoinedLauncher(Hub(f"127.0.0.1:{port}", SECRET, said.append), 0)
     with joining(port, new_key().token) as stranger:
         stranger.until("takes no hand-shake: WEFT_TOKEN is not the one", 20)
         end = time.monotonic() + 5
         while not said:
-            assert launcher._hub.there(0.0) == [] and time.monotonic() < end
+            assert launcher.hub.there(0.0) == [] and time.monotonic() < end
     assert said == ["a machine tried to join with another token than this server's, and is not heard"]
     launcher.close()
 
@@ -161,14 +162,14 @@ def test_a_server_that_is_not_there_is_said_so() -> None:
 def test_a_machine_may_have_the_model_elsewhere(packaged: Path, tmp_path: Path) -> None:
     port = free_port()
     shutil.copytree(packaged, tmp_path / "model")
-    launcher = JoinedLauncher(f"127.0.0.1:{port}", 0, SECRET, lambda line: None)
+    launcher = JoinedLauncher(Hub(f"127.0.0.1:{port}", SECRET), 0)
     with joining(port, TOKEN, str(packaged)), running(tmp_path / "model", launcher=launcher) as server:
         assert ask(server)
 
 
 def test_a_model_that_went_away_here_is_said_so(packaged: Path, tmp_path: Path) -> None:
     port = free_port()
-    launcher = JoinedLauncher(f"127.0.0.1:{port}", 0, SECRET, lambda line: None)
+    launcher = JoinedLauncher(Hub(f"127.0.0.1:{port}", SECRET), 0)
     here = tmp_path / "model"
     shutil.copytree(packaged, here)
     with joining(port) as machine:
@@ -204,7 +205,7 @@ class Opening:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._launcher.interrupted.set()
+        self._launcher.hub.interrupted.set()
         self._thread.join(60)
         for engine in self.engines:
             engine.close()
@@ -230,7 +231,7 @@ def test_a_machine_with_another_model_is_refused_and_the_server_waits_on(package
     machine that has the right one takes its place."""
     other, changed = other_models(packaged, tmp_path)
     port, said = free_port(), list[str]()
-    launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, SECRET, said.append)
+    launcher = JoinedLauncher(Hub(f"127.0.0.1:{port}", SECRET, said.append), 1)
     reason = r"other/model\.safetensors is not the file that the engine's machine has \(\d+ b"
     with Opening(packaged, launcher, 2) as opening:
         with joining(port, TOKEN, str(other)) as wrong:
@@ -253,7 +254,7 @@ def test_what_only_loading_finds_refuses_the_machine_and_not_the_server(packaged
     """Numbers that differ where whole files are compared; one that has the same takes the place."""
     _, changed = other_models(packaged, tmp_path)
     port, said = free_port(), list[str]()
-    launcher = JoinedLauncher(f"127.0.0.1:{port}", 0, SECRET, said.append)
+    launcher = JoinedLauncher(Hub(f"127.0.0.1:{port}", SECRET, said.append), 0)
     with Opening(packaged, launcher, 1, check_content=True) as opening:
         with joining(port, TOKEN, str(changed)) as wrong:
             assert wrong.child.wait(60) == 2
@@ -267,7 +268,7 @@ def test_what_only_loading_finds_refuses_the_machine_and_not_the_server(packaged
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_machine_that_dies_while_it_loads_is_waited_for(packaged: Path, number: signal.Signals) -> None:
     port, said = free_port(), list[str]()
-    launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, SECRET, said.append)
+    launcher = JoinedLauncher(Hub(f"127.0.0.1:{port}", SECRET, said.append), 1)
     with Opening(packaged, launcher, 2) as opening:
         with joining(port) as machine:
             machine.until("starting rank 1")
@@ -282,7 +283,7 @@ def test_a_start_is_interrupted_in_any_phase(packaged: Path) -> None:
     """While machines are waited for, while ranks come, and while they load."""
     for phase in ("waiting", "come", "loaded"):
         port = free_port()
-        launcher = JoinedLauncher(f"127.0.0.1:{port}", 1, SECRET, lambda line: None)
+        launcher = JoinedLauncher(Hub(f"127.0.0.1:{port}", SECRET), 1)
         reached, errors = threading.Event(), list[BaseException]()
 
         def tell(what: str, share: float, reached: threading.Event = reached) -> None:
@@ -301,7 +302,7 @@ def test_a_start_is_interrupted_in_any_phase(packaged: Path) -> None:
                 machine.until("starting rank 1")
             elif phase == "loaded":
                 assert reached.wait(30)
-            launcher.interrupted.set()
+            launcher.hub.interrupted.set()
             starting.join(5)
             assert not starting.is_alive(), phase
             assert not errors or isinstance(errors[0], Interrupted), errors  # one that was done with loading is whole

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -37,15 +35,11 @@ from weft.cli.options import (
     ranks_or_auto,
     shares_or_auto,
 )
+from weft.cli.sites import Site, Sites, joining
 from weft.cli.terminal import bar, warn_of_shared_cores
 from weft.engine import Engine
 from weft.errors import InputError
-from weft.hub import locate
-from weft.launch.addresses import endpoint, is_loopback, parse_address, resolved
-from weft.launch.joined import JoinedLauncher
-from weft.launch.launcher import TOKEN_VARIABLE
-from weft.model.description import model_config
-from weft.model.families import blueprint_of
+from weft.launch.addresses import is_loopback, resolved
 from weft.opening import GIVEN, open_engine
 from weft.program.strategy import AUTO
 from weft.text import leave_torch_out
@@ -77,7 +71,6 @@ Then:  curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d
 """
 
 PACKAGED_NAME = "weft-packaged"
-MOST_PORT = 65535
 
 
 KEYS = Annotated[
@@ -118,7 +111,8 @@ PORTS = Annotated[
     int,
     typer.Option(
         min=0, max=65000, show_default=False,
-        help="With --join-address: first of 1 + local ranks ports that the ranks use here; default: any that are free.",
+        help="With --join-address: first of the ports that ranks use here, one for each and one more for each replica "
+        "that others join; default: any that are free.",
     ),
 ]  # fmt: skip
 CONTENT = Annotated[
@@ -129,10 +123,11 @@ PLAIN = Annotated[
 ]
 LOCAL = Annotated[int, typer.Option(help="With --join-address: ranks on this machine.")]
 REPLICAS = Annotated[
-    int,
+    int | None,
     typer.Option(
-        min=1, help="Engines of --tp x --pp ranks each: a request goes to the one with most of its prompt, unless that "
-        "is too busy. With --join-address the next one's machines join at the next port.",
+        min=1, show_default=False,
+        help="Engines of --tp x --pp ranks each: a request goes to the one with most of its prompt, unless that is too "
+        "busy. Default: 1, or what --layout auto finds.",
     ),
 ]  # fmt: skip
 JOINED = Annotated[
@@ -144,23 +139,19 @@ JOINED = Annotated[
 ]
 
 
-FOR_OTHERS = "--rank-ports, --local-ranks, --check-content and --plain-data"
-
-
 def serve_command(
     model: MODEL = None,
     tp: TP = "1", pp: PP = 1, layers: LAYERS = None, layout: LAYOUT = None, optimise: OPTIMISE = "latency",
     host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback wants --api-key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 8000,
-    api_key: KEYS = None, allow_anyone: ANYONE = False, allow_origin: ORIGINS = None, replicas: REPLICAS = 1,
+    api_key: KEYS = None, allow_anyone: ANYONE = False, allow_origin: ORIGINS = None, replicas: REPLICAS = None,
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     overlap: OVERLAP = "auto", wire: WIRE = "exact", transport: TRANSPORT = "auto", link: LINK = "none",
     dtype: DTYPE = "float32", weights: STORED = "auto", kv: KV = "auto", shares: SHARES = None,
     reproducible: REPRODUCIBLE = False, recalibrate: RECALIBRATE = False, threads: THREADS = None,
-    max_model_len: LENGTH = None,
-    max_num_seqs: SEQUENCES = 16, max_num_batched_tokens: BATCH = 8192, max_waiting: WAITING = 256,
-    token_interval: INTERVAL = 0.2, prefix_caching: CACHING = True, isolate_prefixes: ISOLATED = False,
-    log_requests: LOGGED = False, log_text: LOG_TEXT = False,
+    max_model_len: LENGTH = None, max_num_seqs: SEQUENCES = 16, max_num_batched_tokens: BATCH = 8192,
+    max_waiting: WAITING = 256, token_interval: INTERVAL = 0.2, prefix_caching: CACHING = True,
+    isolate_prefixes: ISOLATED = False, log_requests: LOGGED = False, log_text: LOG_TEXT = False,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
     max_body_bytes: Annotated[int, typer.Option(help="Of a request; more get 413.")] = 4 << 20,
     client_timeout: PATIENCE = 30.0,
@@ -176,32 +167,33 @@ def serve_command(
     host, out, name = host.strip("[]"), Console(stderr=True), served_model_name or _name(model)
     keys, origins, ranks = _keys(api_key, isolate_prefixes), _origins(allow_origin), ranks_or_auto(tp)
     _demand_guarded(host, bool(keys) or allow_anyone)
-    with bound(host, port) as listening, bar(out) as showing:
+    world = ranks if ranks == "auto" else ranks * pp
+    with (
+        bound(host, port) as listening, bar(out) as showing,
+        joining(join_address, world, replicas or 1, local_ranks, rank_ports, check_content or plain_data) as hub,
+    ):  # fmt: skip
         thought_of = pp != 1 or layers or shares or overlap != AUTO  # a layout, by whoever wrote these
-        world = ranks if ranks == "auto" else ranks * pp
-        sites = _sites(join_address, world, replicas, local_ranks, rank_ports, check_content or plain_data)
-        here = [site for site in sites if site.local]
-        warn_of_shared_cores(out, world if ranks == "auto" else sum(site.local for site in sites))
+        layout = layout or (AUTO if hub is not None and world != 1 and not thought_of else GIVEN)
+        sites = Sites(hub, world, replicas or 1, local_ranks, rank_ports)
+        warn_of_shared_cores(out, world if ranks == "auto" else sum(site.local for site in sites.all))
 
-        def make(site: Site, tell: Progress) -> Engine:
-            if site is sites[0]:
-                _invite(out, sites, model)
-            usual = AUTO if site.launcher and ranks != 1 and not thought_of else GIVEN
+        def opened(site: Site, tell: Progress, may_part: bool = False, **found: Any) -> Engine:
+            split = {"ranks": ranks, "sections": pp, "layers": layers_or_auto(layers), "layout": layout}
             return open_engine(
-                model, ranks=ranks, sections=pp, layers=layers_or_auto(layers), layout=layout or usual,
+                model, **{**split, **found}, may_part=may_part and replicas is None,
                 optimise=optimise, overlap=overlap, wire=wire, transport=transport, link=link, kv=kv, weights=weights,
                 shares=shares_or_auto(shares), reproducible=reproducible, threads=threads, recalibrate=recalibrate,
                 max_length=max_model_len, max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens,
-                launcher=site.launcher, dtype=dtype, prefixes=prefix_caching, token_interval=token_interval,
-                check_content=check_content, plain_data=plain_data, progress=_both(tell, showing, site),
-                replicas=len(here) if site.local else 1, replica=here.index(site) if site.local else 0,
+                dtype=dtype, prefixes=prefix_caching, token_interval=token_interval, check_content=check_content,
+                plain_data=plain_data, progress=_both(tell, showing, site), **sites.place(site),
             )  # fmt: skip
 
         def ready() -> None:
             showing.stop()
             _welcome(out, service.about, name, f"[{host}]" if ":" in host else host, listening.getsockname()[1])
 
-        service = _client(make, max_waiting, sites, out, name)
+        sites.opened, sites.invited = opened, partial(sites.invite, out, model)
+        service = _client(sites, max_waiting, out, name, layout == AUTO and replicas is None)
         settings = Settings(
             name, keys, is_loopback(host), max_body_bytes, client_timeout, request_timeout, origins, isolate_prefixes,
             _log(log_requests, log_text), log_text,
@@ -227,28 +219,33 @@ def _both(tell: Progress, showing: Bar, site: Site) -> Progress:
     return told
 
 
-def _client(
-    make: Callable[[Site, Progress], Engine], most_waiting: int, sites: Sequence[Site], out: Console, name: str
-) -> EngineClient:  # fmt: skip
-    """Each engine on a thread; what they tell goes to the terminal."""
+def _client(sites: Sites, most_waiting: int, out: Console, name: str, may_part: bool) -> EngineClient:
+    """Each engine on a thread; what they tell goes to the terminal. `may_part`: one may become several."""
     from weft.server.lately import Live
     from weft.server.metrics import Metrics
     from weft.server.replicas import Replicas
     from weft.server.service import Service
 
-    def told(prefix: str, line: str) -> None:
-        out.print(prefix + line, style="dim", markup=False, soft_wrap=True)
+    def told(site: Site | None, line: str) -> None:
+        out.print(f"{site.prefix if site is not None else ''}{line}", style="dim", markup=False, soft_wrap=True)
 
-    metrics, live, services = Metrics(), Live(), list[Service]()
+    def service_of(site: Site) -> Service:
+        made = Service(partial(sites.make, site), most_waiting, interrupt, partial(told, site), metrics, live)
+        site.tells(made.tell)
+        return made
+
+    metrics, live = Metrics(), Live()
     metrics.named(name)
-    for site in sites:
-        launcher = site.launcher
-        interrupt = launcher.interrupted.set if launcher is not None else lambda: None
-        service = Service(partial(make, site), most_waiting, interrupt, partial(told, site.prefix), metrics, live)
-        if launcher is not None:
-            launcher.told = service.tell
-        services.append(service)
-    return services[0] if len(services) == 1 else Replicas(services, partial(told, ""))
+    interrupt = sites.hub.interrupted.set if sites.hub is not None else lambda: None
+    services = [service_of(site) for site in sites.all]
+    if len(services) == 1 and not may_part:
+        client: EngineClient = services[0]
+    else:
+        client = replicas = Replicas(services, partial(told, None))
+        sites.parted = lambda others: replicas.add([service_of(site) for site in others])
+    if sites.hub is not None:
+        sites.hub.told = client.tell
+    return client
 
 
 def _demand_guarded(host: str, allowed: bool) -> None:
@@ -299,72 +296,3 @@ def _name(model: str | None) -> str:
         return PACKAGED_NAME
     path = Path(model)
     return path.resolve().name if path.is_dir() else path.stem if path.is_file() else model
-
-
-class Site(NamedTuple):
-    """Of one replica: ranks on this machine, ranks elsewhere and how those are started; what its lines begin with."""
-
-    local: int
-    others: int
-    launcher: JoinedLauncher | None
-    prefix: str
-
-
-def _sites(
-    join_address: str | None, ranks: int | Literal["auto"], replicas: int, local: int, ports: int, others: bool
-) -> list[Site]:  # fmt: skip
-    """Replicas of so many ranks. This machine's go to the first ones; those with ranks elsewhere have ports of their
-    own, one after the other. `others`: one more option was given that is for machines that join alone."""
-    prefixes = [f"replica {number + 1}: " if replicas > 1 else "" for number in range(replicas)]
-    if join_address is None:
-        if ports or local != 1 or others:
-            raise InputError(f"{FOR_OTHERS} are for ranks on other machines: give --join-address too")
-        return [Site(1 if ranks == "auto" else ranks, 0, None, prefix) for prefix in prefixes]
-    if ranks == "auto":
-        raise InputError("--tp auto is for one machine; with --join-address give the number of ranks, as in --tp 2")
-    if not 0 <= local < ranks * replicas:
-        raise InputError(
-            f"--local-ranks {local} of {ranks * replicas} leaves no rank for another machine; give --tp, --pp or "
-            "--replicas more"
-        )
-    host, port = parse_address(join_address, "--join-address")
-    _demand_ports(port, replicas - local // ranks, ports, local % ranks + replicas - local // ranks)
-    secret, sites = os.environ.get(TOKEN_VARIABLE), list[Site]()
-    for prefix in prefixes:
-        here = min(local, ranks)
-        launcher, local = None, local - here
-        if here < ranks:
-            address = endpoint(host, port).removeprefix("tcp://")
-            launcher, port = JoinedLauncher(address, here, secret, lambda line: None, ports), port + 1
-            ports += here + 1 if ports else 0
-        sites.append(Site(here, ranks - here, launcher, prefix))
-    return sites
-
-
-def _demand_ports(first: int, joined: int, ranks_first: int, ranks: int) -> None:
-    """Of so many replicas that others join, one after the other; and of their ranks on this machine, if they have given
-    ones. Raises `InputError`."""
-    last = first + joined - 1
-    if joined > 1 and last > MOST_PORT:
-        raise InputError(f"{joined} replicas that others join need ports {first} to {last}; give a lower one")
-    if ranks_first and joined > 1 and first <= ranks_first + ranks - 1 and ranks_first <= last:
-        raise InputError(
-            f"--rank-ports {ranks_first} to {ranks_first + ranks - 1} and those of --join-address, {first} to {last}, "
-            "overlap"
-        )
-
-
-def _invite(out: Console, sites: Sequence[Site], model: str | None) -> None:
-    """Says what to run on other machines, if some are to join; nobody is invited to what can't run."""
-    joined = [(site, site.launcher) for site in sites if site.launcher is not None]
-    if not joined:
-        return
-    blueprint_of(model_config(locate(model)))
-    at_the_hub = model is not None and not Path(model).exists()
-    named = f" {shlex.quote(model)}" if model is not None and at_the_hub else ""
-    for site, launcher in joined:
-        command = f"{TOKEN_VARIABLE}={launcher.token} weft worker --join {shlex.quote(launcher.address)}{named}"
-        out.print(f"{site.prefix}on {site.others} other machine{'s' if site.others > 1 else ''}, run:")
-        out.print(f"  {command}", markup=False, soft_wrap=True)
-    if model is not None and not at_the_hub:
-        out.print("with where the model is behind it, if it is elsewhere there; without the model it comes from here")

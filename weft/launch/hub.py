@@ -1,24 +1,28 @@
-"""Machines that join an engine, its side: who is there, and whether they meet its terms. The other side is machine.py.
+"""Machines that join a server, its side: who is there, whether they meet its terms, and whose rank each has. The other
+side is machine.py.
 
     machine -> hub   Here (twice a second), Agreed, Unfit, WorkerEnded
     hub -> machine   Known (to every Here), Terms, Begin, Say, End, Refuse
 
-Knows addresses; knows nothing of workers, or of models: what a machine has to agree to are bytes here.
+Several groups of ranks, each on a thread of its own, may have machines from the same hub. Knows addresses; knows
+nothing of workers, or of models: what a machine has to agree to are bytes here.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import count as counted
 from typing import Any
 
 import msgspec
 import zmq
 
 from weft.errors import InputError
-from weft.launch.addresses import endpoint
-from weft.launch.keys import EngineKey
+from weft.launch.addresses import endpoint, interface_of, parse_address, resolved
+from weft.launch.keys import key_of, new_key
 from weft.launch.launcher import VERSION
 from weft.launch.sockets import TurnedAway, engine_socket
 
@@ -26,6 +30,7 @@ EVERY = 0.5  # seconds between signs of life
 SILENT = 4.0  # seconds after which a machine, or the engine, counts as gone
 SAID_AGAIN = 60.0  # seconds after which it is said once more that somebody was turned away
 CAME_BY = 3  # from this version on a machine can be told that it isn't used
+PAUSE = 0.01  # seconds between looks at what was said
 UNDECIDED = 2.0  # seconds after which it is said that a machine still looks at its files
 MOST = 256  # messages that are taken at a time
 LARGEST = 64 << 10  # bytes of a message
@@ -88,7 +93,9 @@ class Say(msgspec.Struct, tag=True, frozen=True):
 
 
 class End(msgspec.Struct, tag=True, frozen=True):
-    """End the worker."""
+    """End the worker, if it is in the group of this number."""
+
+    number: int
 
 
 class Refuse(msgspec.Struct, tag=True, frozen=True):
@@ -119,6 +126,7 @@ class RemoteMachine:
         self.fit = False  # it meets the terms
         self.ended: WorkerEnded | None = None  # what it said of its worker's end
         self.failed = 0  # groups with it that ended soon
+        self.group: object = None  # whose rank it has
         self.spare = False  # it was told that it stands by
 
     def __str__(self) -> str:
@@ -126,7 +134,7 @@ class RemoteMachine:
 
     def send(self, message: ToMachine) -> None:
         """One that is gone, or doesn't read, says so by its silence."""
-        with suppress(zmq.ZMQError):
+        with self.hub.lock, suppress(zmq.ZMQError):
             self.hub.socket.send_multipart([self.identity, encode(message)], zmq.NOBLOCK)
 
     def say(self, line: str) -> None:
@@ -145,64 +153,129 @@ class RemoteMachine:
 
 
 class Hub:
-    """Listens for machines. `joined` is called with each that has come and meets the terms, once."""
+    """Listens for machines at HOST:PORT, with a `token` that follows from the server's `secret`, or is new. `told`:
+    what goes on, in words.
 
-    def __init__(self, host: str, port: int, key: EngineKey, joined: Callable[[RemoteMachine], None]) -> None:
-        self.told: Callable[[str], None] = lambda line: None
-        self._joined = joined
+    Each group of ranks enters, and claims machines when it starts; one that nobody has claimed may take any place that
+    becomes free. `interrupted`: set by who doesn't want to wait for machines any more.
+
+    Raises `InputError` for an address that this machine doesn't have.
+    """
+
+    def __init__(
+        self, address: str, secret: str | None = None, told: Callable[[str], None] = lambda line: None
+    ) -> None:  # fmt: skip
+        host, self.port = parse_address(address, "--join-address")
+        self.address = endpoint(host, self.port).removeprefix("tcp://")
+        if host in ("0.0.0.0", "::", "*"):
+            raise InputError("--join-address must be the address at which the other machines reach this one, not any")
+        self.host, self.told = resolved(host, "--join-address"), told
+        interface_of(self.host)  # demands that it is this machine's
+        key = key_of(secret) if secret else new_key()
+        self.token = key.token
+        self.interrupted = threading.Event()
+        self.lock = threading.RLock()  # of the socket, and of all that follows
         self._context: zmq.Context[Any] = zmq.Context()
         self.socket = engine_socket(self._context, key, LARGEST)
         self._machines: dict[bytes, RemoteMachine] = {}
         self._unused: set[bytes] = set()  # who speaks another version, or was turned away
+        self.numbers = counted(1)  # of groups each time that they start
+        self._groups: set[object] = set()
+        self._complete: set[object] = set()  # groups that have the machines that they want
         self._terms = Terms(0, b"")
         self.refused = 0  # machines
         self._said = -SAID_AGAIN
         try:
-            self.socket.ipv6 = ":" in host
-            self.socket.bind(endpoint(host, port))
+            self.socket.ipv6 = ":" in self.host
+            self.socket.bind(endpoint(self.host, self.port))
         except zmq.ZMQError as error:
             self.socket.close(0)
             self._context.term()
-            raise InputError(f"--join-address {host}:{port} can't be used ({error}); choose another port") from None
+            raise InputError(f"--join-address {address} can't be used ({error}); choose another port") from None
         self._turned_away = TurnedAway(self.socket)
+
+    def enter(self, group: object) -> None:
+        """One more that will claim machines; while it hasn't, none stands by."""
+        with self.lock:
+            self._groups.add(group)
+
+    def leave(self, group: object) -> None:
+        """It claims none any more; with the last one the hub closes."""
+        with self.lock:
+            self._groups.discard(group)
+            self._complete.discard(group)
+            if not self._groups:
+                self.close()
 
     def demand(self, terms: bytes) -> None:
         """From now on only machines that agree to these count; all are asked, once."""
-        if self._terms.number and terms == self._terms.data:
-            return
-        self._terms = Terms(self._terms.number + 1, terms)
-        for machine in self._machines.values():
-            machine.fit = False
-            machine.send(self._terms)
+        with self.lock:
+            if self._terms.number and terms == self._terms.data:
+                return
+            self._terms = Terms(self._terms.number + 1, terms)
+            for machine in self._machines.values():
+                machine.fit = False
+                machine.send(self._terms)
+
+    def claim(self, group: object, count: int, since: float) -> tuple[list[RemoteMachine], int]:
+        """So many machines for a group, of those that nobody has and that were heard since then (seconds, monotonic):
+        first those that haven't failed, in the order of their coming. None of them, and how many are missing, if there
+        are fewer."""
+        with self.lock:
+            free = [machine for machine in self.there(since) if machine.group is None]
+            if len(free) < count:
+                return [], count - len(free)
+            claimed = sorted(free, key=lambda machine: machine.failed)[:count]
+            for machine in claimed:
+                machine.group, machine.spare, machine.ended = group, False, None
+            self._complete.add(group)
+            self._stand_by()
+            return claimed, 0
+
+    def release(self, group: object, machines: Iterable[RemoteMachine]) -> None:
+        """The group has let go of these, and will claim others."""
+        with self.lock:
+            self._complete.discard(group)
+            for machine in machines:
+                machine.group = None
 
     def there(self, since: float) -> list[RemoteMachine]:
-        """Machines that are fit and were heard since then (seconds, monotonic), in the order of their coming."""
-        self.listen(0)
-        for machine in self._machines.values():
-            if not (machine.fit or machine.undecided or machine.heard < machine.came + UNDECIDED):
-                machine.undecided = True
-                self.told(f"{machine} is there, and still compares its model with the one here")
-        return [machine for machine in self._machines.values() if machine.fit and machine.heard >= since]
+        """Machines that are fit and were heard since then, in the order of their coming."""
+        with self.lock:
+            self.listen(0)
+            for machine in self._machines.values():
+                if not (machine.fit or machine.undecided or machine.heard < machine.came + UNDECIDED):
+                    machine.undecided = True
+                    self.told(f"{machine} is there, and still compares its model with the one here")
+            return [machine for machine in self._machines.values() if machine.fit and machine.heard >= since]
 
     def listen(self, milliseconds: int) -> None:
-        """To what is said within this time, and without waiting to what was said."""
-        for _ in range(MOST):
-            if not self.socket.poll(milliseconds):  # all that was said is heard: who said nothing is gone
+        """To what was said, or until something is, for so long at most."""
+        until = time.monotonic() + milliseconds / 1000
+        while not self._listen() and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, PAUSE))  # not with the lock: others listen too
+
+    def _listen(self) -> bool:
+        """To what was said; False if that was nothing."""
+        with self.lock:
+            heard = 0
+            while heard < MOST and self.socket.poll(0):
+                identity, *frames = self.socket.recv_multipart()
+                try:
+                    [data] = frames
+                    message = _decode(data)
+                except (ValueError, msgspec.MsgspecError):
+                    message = Here("", "")
+                if identity not in self._unused:
+                    self._hear(identity, message)
+                heard += 1
+            if heard < MOST:  # that was all: who said nothing is gone
                 now = time.monotonic()
                 self._machines = {i: m for i, m in self._machines.items() if now - m.heard < SILENT}
-                break
-            milliseconds = 0
-            identity, *frames = self.socket.recv_multipart()
-            try:
-                [data] = frames
-                message = _decode(data)
-            except (ValueError, msgspec.MsgspecError):
-                message = Here("", "")
-            if identity not in self._unused:
-                self._hear(identity, message)
-        if self._turned_away.any() and time.monotonic() - self._said > SAID_AGAIN:
-            self._said = time.monotonic()
-            self.told("a machine tried to join with another token than this server's, and is not heard")
+            if self._turned_away.any() and time.monotonic() - self._said > SAID_AGAIN:
+                self._said = time.monotonic()
+                self.told("a machine tried to join with another token than this server's, and is not heard")
+            return heard > 0
 
     def _hear(self, identity: bytes, message: ToHub) -> None:
         if isinstance(message, Here):
@@ -215,7 +288,18 @@ class Hub:
             self.turn_away(machine, printable(message.reason))
         elif message.number == self._terms.number and not machine.fit:
             machine.fit = True
-            self._joined(machine)
+            self.told(f"{machine} has joined")
+            self._stand_by()
+
+    def _stand_by(self) -> None:
+        """Says so once of each that no group wants: there is one for every rank."""
+        if self._complete != self._groups:
+            return
+        for machine in self._machines.values():
+            if machine.fit and machine.group is None and not machine.spare:
+                machine.spare = True
+                self.told(f"all ranks are there: {machine} stands by for one that is lost")
+                machine.say("all ranks are there: this machine stands by for one that is lost")
 
     def _greet(self, identity: bytes, here: Here) -> None:
         if here.version != VERSION:
@@ -233,13 +317,19 @@ class Hub:
 
     def turn_away(self, machine: RemoteMachine, reason: str) -> None:
         """Doesn't hear it any more."""
-        self.refused += 1
-        self._machines.pop(machine.identity, None)
-        self._unused.add(machine.identity)
-        self.told(f"{machine} is not used: {reason}")
+        with self.lock:
+            self.refused += 1
+            self._machines.pop(machine.identity, None)
+            self._unused.add(machine.identity)
+            self.told(f"{machine} is not used: {reason}")
 
     def close(self) -> None:
-        """Lets go of the address."""
-        self.socket.close(200)  # milliseconds for the last words
-        self._turned_away.ended()
-        self._context.term()
+        """Tells all machines, and lets go of the address. Safe to repeat."""
+        with self.lock:
+            if self.socket.closed:
+                return
+            for machine in self.there(0.0):
+                machine.say("the server has ended; waiting for it to come back")
+            self.socket.close(200)  # milliseconds for the last words
+            self._turned_away.ended()
+            self._context.term()

@@ -6,14 +6,12 @@ models.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 
 from weft.errors import InputError, Interrupted
-from weft.launch.addresses import endpoint, interface_of, parse_address, resolved
+from weft.launch.addresses import endpoint, interface_of
 from weft.launch.hub import EVERY, SILENT, Begin, End, Hub, RemoteMachine, WorkerEnded, printable
-from weft.launch.keys import key_of, new_key
 from weft.launch.local import LocalLauncher
 
 LOOK_MILLISECONDS = 100
@@ -42,49 +40,29 @@ class Placed(LocalLauncher):
 
 
 class JoinedLauncher:
-    """`local` ranks on this machine, the rest on machines that join at HOST:PORT, with a `token` that follows from the
-    server's `secret`, or is new. `told`: progress, in words.
+    """`local` ranks on this machine, the rest on machines that join at a hub, of which other launchers may have some.
     `ports`: the first of those that ranks use on this machine; 0: any that are free.
 
     A machine that is missing is waited for; another one may take its place.
 
-    Raises `InputError` for an address that this machine doesn't have.
+    Raises `InputError` for ports that the hub has.
     """
 
-    def __init__(
-        self, address: str, local: int, secret: str | None, told: Callable[[str], None], ports: int = 0
-    ) -> None:  # fmt: skip
-        self.host, port = parse_address(address, "--join-address")
-        self.address = endpoint(self.host, port).removeprefix("tcp://")
-        if self.host in ("0.0.0.0", "::", "*"):
-            raise InputError("--join-address must be the address at which the other machines reach this one, not any")
-        self.host = resolved(self.host, "--join-address")
-        self.local = local
-        if ports and ports <= port <= ports + local:
+    def __init__(self, hub: Hub, local: int, ports: int = 0) -> None:
+        self.hub, self.local = hub, local
+        if ports and ports <= hub.port <= ports + local:
             raise InputError(f"--rank-ports {ports} to {ports + local} and the port of --join-address overlap")
-        key = key_of(secret) if secret else new_key()
-        self.token = key.token
-        self._children, self._ports = Placed(self.host, ports + 1 if ports else 0), ports
-        self._hub = Hub(self.host, port, key, self._joined)
-        self.told = told
+        self._children, self._ports = Placed(hub.host, ports + 1 if ports else 0), ports
+        self.told = hub.told
         self._used: list[RemoteMachine] = []
         self._number, self._begun = 0, 0.0  # of the group, and when it was started
         self.meanwhile: Callable[[], None] = lambda: None
-        self.interrupted = threading.Event()  # set by who doesn't want to wait for machines any more
-
-    @property
-    def told(self) -> Callable[[str], None]:
-        """Who is told of progress."""
-        return self._hub.told
-
-    @told.setter
-    def told(self, told: Callable[[str], None]) -> None:
-        self._hub.told = told
+        hub.enter(self)
 
     @property
     def link_name(self) -> str:
         """By the machines that are used: what was measured with others says nothing of these."""
-        return f"between machines: {self.host} {' '.join(machine.address for machine in self._used)}"
+        return f"between machines: {self.hub.host} {' '.join(machine.address for machine in self._used)}"
 
     one_clock = False
     leaves_machine = True
@@ -93,7 +71,7 @@ class JoinedLauncher:
 
     def demand(self, terms: bytes) -> None:
         """Machines that join look whether they meet these terms; those that don't are not used."""
-        self._hub.demand(terms)
+        self.hub.demand(terms)
 
     def elsewhere(self, place: int) -> RemoteMachine | None:
         """The machine of that rank, if it isn't this one."""
@@ -105,51 +83,38 @@ class JoinedLauncher:
 
     def control_address(self, folder: str) -> str:
         """One that other machines reach."""
-        return endpoint(self.host, self._ports or "*")
+        return endpoint(self.hub.host, self._ports or "*")
 
     def start(self, threads: int, address: str, tokens: Sequence[str]) -> None:
         """Waits for the machines that are missing, then starts the local ranks and has each machine start one."""
         local = min(self.local, len(tokens))
         self._used = self._awaited(len(tokens) - local)
-        self._number, self._begun = self._number + 1, time.monotonic()
+        self._number, self._begun = next(self.hub.numbers), time.monotonic()
         self._children.start(threads, address, tokens[:local])
         for place, machine in enumerate(self._used, start=local):
-            machine.ended, machine.spare = None, False
             machine.send(Begin(address, tokens[place], threads, place, self._number))
-        for machine in self._hub.there(0.0):
-            self._stand_by(machine)
 
     def _awaited(self, count: int) -> list[RemoteMachine]:
         """So many machines that have given a sign of life from now on: one that is gone may look alive for a while."""
-        self._hub.listen(0)  # what was said before is no sign of life now
+        self.hub.listen(0)  # what was said before is no sign of life now
         begin, said = time.monotonic(), (0, 0)
-        while len(there := self._hub.there(begin)) < count:
-            missing = count - len(there)
-            if (missing, self._hub.refused) != said and time.monotonic() - begin > 2 * EVERY:
-                said = missing, self._hub.refused
-                self.told(f"waiting for {missing} more machine{'s' if missing > 1 else ''} to join at {self.address}")
+        while True:
+            claimed, missing = self.hub.claim(self, count, begin)
+            if not missing:
+                return claimed
+            if (missing, self.hub.refused) != said and time.monotonic() - begin > 2 * EVERY:
+                said = missing, self.hub.refused
+                self.told(
+                    f"waiting for {missing} more machine{'s' if missing > 1 else ''} to join at {self.hub.address}"
+                )
             self.meanwhile()
             self.attend(LOOK_MILLISECONDS)
-        return sorted(there, key=lambda machine: machine.failed)[:count]
 
     def attend(self, milliseconds: int = 0) -> None:
         """Answers machines for so long, or what they have said. Raises `Interrupted`."""
-        if self.interrupted.is_set():
+        if self.hub.interrupted.is_set():
             raise Interrupted("interrupted while ranks were started")
-        self._hub.listen(milliseconds)
-
-    def _joined(self, machine: RemoteMachine) -> None:
-        self.told(f"{machine} has joined")
-        if self._used:
-            self._stand_by(machine)
-
-    def _stand_by(self, machine: RemoteMachine) -> None:
-        """Says so once, if it is not used: there is one for every rank."""
-        if machine in self._used or machine.spare:
-            return
-        machine.spare = True
-        self.told(f"all ranks are there: {machine} stands by for one that is lost")
-        machine.say("all ranks are there: this machine stands by for one that is lost")
+        self.hub.listen(milliseconds)
 
     def pids(self) -> list[int]:
         """Of the local ranks."""
@@ -157,7 +122,7 @@ class JoinedLauncher:
 
     def dead(self) -> list[str]:
         """Local ranks, machines whose worker has ended, and machines that are silent."""
-        self._hub.listen(0)
+        self.hub.listen(0)
         now, lines = time.monotonic(), self._children.dead()
         for machine in self._used:
             if (ended := self._ended(machine)) is not None:
@@ -183,14 +148,13 @@ class JoinedLauncher:
         """Ends all workers; machines stay joined."""
         soon = time.monotonic() - self._begun < SOON
         for machine in self._used:
-            machine.send(End())
+            machine.send(End(self._number))
             machine.failed += soon or self._ended(machine) is not None
+        self.hub.release(self, self._used)
         self._used = []
         self._children.stop()
 
     def close(self) -> None:
-        """Lets go of the address."""
+        """Ends all workers, and is in the hub no longer."""
         self.stop()
-        for machine in self._hub.there(0.0):
-            machine.say("the server has ended; waiting for it to come back")
-        self._hub.close()
+        self.hub.leave(self)

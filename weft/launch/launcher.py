@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-VERSION = 14  # of all that machines and their ranks say to each other; both sides speak the same, or not at all
+VERSION = 15  # of all that machines and their ranks say to each other; both sides speak the same, or not at all
 TOKEN_VARIABLE = "WEFT_TOKEN"  # in the environment: a command line is seen by everyone
 PLACE_VARIABLE = "WEFT_PLACE"  # of a worker in the order of ranks
 MODEL_VARIABLE = "WEFT_MODEL"  # where the model is, if not where the engine has it

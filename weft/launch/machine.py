@@ -116,7 +116,7 @@ class Machine:
             case Begin():
                 self._begin(message)
             case End():
-                if self._children.pids():
+                if self._children.pids() and message.number == self._number:
                     self._children.stop()
                     self._told("the rank has ended, as the server asked; waiting for work")
             case Refuse():

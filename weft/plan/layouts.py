@@ -40,10 +40,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class Aim:
-    """What a layout is chosen for: the shortest request, or most of them."""
+    """What a layout is chosen for: the shortest request, or most of them. `replicas`: several groups may be chosen."""
 
     what: str = LATENCY
     load: Workload = Workload()
+    replicas: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Aim:
@@ -101,12 +102,11 @@ def even_layout(layers: int, tp: int, pp: int, shares: Sequence[float] = ()) -> 
 
 def rate(planner: Planner, load: Workload, replicas: int = 1) -> Rating:
     """What a planner's layout is predicted to give. There must be costs."""
-    prompt = planner.plan(one_prompt(load.prompt))
-    assert prompt.predicted is not None, "a layout is judged by costs"
+    prompt = planner.expect(one_prompt(load.prompt))
     alone = _round_of(planner, load, 1)
     several = -(-load.requests // replicas)  # of one that has most of them
     requests = _requests(planner, load, several) * load.requests / several
-    return Rating(prompt.predicted.seconds, prompt.predicted.bound, alone, requests)
+    return Rating(prompt.seconds, prompt.bound, alone, requests)
 
 
 def _requests(planner: Planner, load: Workload, sequences: int) -> float:
@@ -136,12 +136,12 @@ def _round_of(planner: Planner, load: Workload, sequences: int) -> float:
 
 def _round(planner: Planner, batch: Batch, flights: int) -> float:
     """Seconds in which so many batches like this one come back."""
-    plan = planner.plan(batch)
-    assert plan.predicted is not None, "a layout is judged by costs"
+    expected = planner.expect(batch)
     if _sections(planner) == 1:
-        return plan.predicted.seconds
-    way_back = planner.costs.wires[plan.wire].send.at(0.0) if planner.costs is not None else 0.0
-    return max(plan.predicted.seconds + way_back, flights * plan.predicted.lanes.compute)
+        return expected.seconds
+    assert planner.costs is not None, "a layout is judged by costs"
+    way_back = planner.costs.wires[planner.wires[-1]].send.at(0.0)
+    return max(expected.seconds + way_back, flights * expected.lanes.compute)
 
 
 def _decoding(load: Workload, sequences: int) -> tuple[Segment, ...]:

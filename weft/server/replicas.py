@@ -32,10 +32,19 @@ class Replicas:
     server should see, a line each."""
 
     def __init__(self, services: Sequence[Service], told: Callable[[str], None] = lambda line: None) -> None:
-        self.services, self._told, self._line = services, told, ""
+        self.services, self._told, self._line = list(services), told, ""
         self.metrics, self.live = services[0].metrics, services[0].live
         self._coming = [Backlog() for _ in services]  # given to a service, and not among what it has yet
         self._restarts = [0 for _ in services]
+
+    def add(self, services: Sequence[Service]) -> None:
+        """More of them, while those that there are load: the next ones to do so."""
+        self._coming += [Backlog() for _ in services]
+        self._restarts += [0 for _ in services]
+        last = self.services[-1]
+        self.services += services
+        for before, service in pairwise((last, *services)):
+            service.start(before.wait)
 
     def start(self) -> None:
         """Starts loading; returns at once."""
@@ -63,6 +72,8 @@ class Replicas:
     def reason(self) -> str:
         """What is to be said of all, or of the replica whose state counts; and of those that have given up."""
         state, each = self.state, list(enumerate(self.services, 1))
+        if len(each) == 1:
+            return self.services[0].reason
         said = [f"replica {number}: {one.reason}" for number, one in each if one.state is state and one.reason]
         gone = [f"replica {number} has given up: {one.reason}" for number, one in each if one.state is State.FAILED]
         if state is State.DRAINING and self._line:
@@ -172,6 +183,9 @@ class Replicas:
 
     def tell(self, line: str, more: str = "") -> None:
         """Says what goes on: to whoever runs the server, and while it ends to whoever asks for its state."""
+        if len(self.services) == 1:
+            self.services[0].tell(line, more)
+            return
         self._line = line
         self._told(more or line)
 
