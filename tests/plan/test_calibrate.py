@@ -79,6 +79,18 @@ def test_predictions_after_it_are_right(times: float, noise: float) -> None:
                 assert guess.seconds == pytest.approx(real.seconds, rel=0.1 + noise), (batch, strategy, wire)
 
 
+@pytest.mark.parametrize(("times", "length"), [(0.03, 8192), (0.03, 4096), (0.03, 2048), (1.0, 1024), (1.0, 300)])
+def test_what_earlier_positions_cost_is_found(times: float, length: int) -> None:
+    """However many rows a fast machine affords, and however short the context is."""
+    truth = costs(times)
+    found = calibrate(machine(truth, 0.01), replace(SUBJECT, length=length)).pace
+    n = min(512, length // 2)
+    seen, real = (each.scores(Batch((Segment(0, length - n, n),)), Rows(0, n)) for each in (found, truth.pace))
+    assert seen == pytest.approx(real, rel=0.3)
+    one, other = (each.scores(Batch((Segment(0, length - 1, 1),)), Rows(0, 1)) for each in (found, truth.pace))
+    assert one == pytest.approx(other, rel=0.3)
+
+
 @pytest.mark.parametrize("times", [0.2, 0.5, 1.0])
 def test_what_coding_costs_is_found_for_each_wire(times: float) -> None:
     """Beside a sum's bytes: the same longer for every sum, and of the compute lane's processor."""

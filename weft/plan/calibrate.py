@@ -135,9 +135,10 @@ def _runs(subject: Subject, most: int, deep: int) -> Iterator[Trial]:
         edges = [most * i // parts for i in range(parts + 1)]
         short = Batch(tuple(Segment(i, 0, b - a) for i, (a, b) in enumerate(pairwise(edges))))
         yield _run(subject, "parted", most, 1, batch=short)
-    earlier = min(1024, subject.length - most) // subject.granule * subject.granule
-    if earlier >= most:
-        for n in sorted({min(128, most), most}):
+    new = most if 2 * most <= subject.length else most // 2
+    earlier = min(max(1024, new), subject.length - new) // subject.granule * subject.granule
+    if new > 1 and earlier:
+        for n in sorted({min(128, new), new}):
             yield _run(subject, "past", n, 1, batch=Batch((Segment(0, earlier, n),)))
         yield _run(subject, "past", 1, deep, batch=Batch((Segment(0, earlier, 1),)))
     for n in sorted({n for n in (2, 32, 128, most) if 1 < n <= most}):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate, pairwise
+from math import log2
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -290,10 +291,12 @@ def _even(chunks: int, **more: Any) -> Strategy:
     return Strategy(chunks=chunks, other_chunks=chunks, **more)
 
 
-def _complexity(strategy: Strategy) -> int:
-    """0 for serial; each thing that a plan has beyond it counts."""
+def _complexity(strategy: Strategy) -> float:
+    """0 for serial; each thing that a plan has beyond it counts, and twice as many pieces as one thing."""
     written = strategy.cuts is not None or strategy.piece_cuts is not None
-    return (strategy != Strategy()) + written + (strategy.tiles > 1) + strategy.scattered + strategy.ahead
+    pieces = len(strategy.piece_cuts) + 1 if strategy.piece_cuts else max(1, strategy.pieces)
+    things = (strategy != Strategy()) + written + (strategy.tiles > 1) + strategy.scattered + strategy.ahead
+    return things + log2(pieces)
 
 
 _Change = Callable[[list[float]], list[float]]

@@ -110,7 +110,7 @@ class _Rank:
             / self._seen(run)
             for run in self.samples.named("past")
         }
-        few, most = sorted(extra)[1], self.most
+        few, most = sorted(extra)[1], max(extra)
         pair = (extra[most] - extra[few]) / (most - few) if most > few else extra[most] / most
         pair = min(max(pair, MOSTLY * extra[most] / most), extra[most] / most)
         return pair, extra[1], max(0.0, extra[most] - pair * most)
