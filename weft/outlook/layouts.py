@@ -48,8 +48,7 @@ def compared(model: ModelConfig, group: Hardware, asked: Question) -> list[Row]:
             outlook = Outlook(model, part, own, layout and _by_speed(model, part, own, layout))
             planner = outlook.planner("auto", asked.wires[0])
             rating = rate(planner, load_of(asked), replicas)
-            predicted = outlook.plan(asked.tokens[0], "auto", asked.wires[0]).predicted
-            assert predicted is not None, "the catalogue has costs for every wire"
+            predicted = planner.expect(outlook.batch(asked.tokens[0]))
             saved = 1 - predicted.seconds / predicted.serial
             row = Row(group.text, name, len(devices) * replicas, rating, outlook.memory[asked.tokens[0]], saved)
         except NoMemory as error:

@@ -7,11 +7,12 @@ before they are used and kept by the batch's shape.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from weft.layout import Layout
-from weft.plan.candidates import Estimate
+from weft.plan.candidates import Estimate, Judged
 from weft.plan.drift import Drift, Factors
 from weft.plan.partition import Partition, partition
 from weft.plan.search import Search
@@ -29,6 +30,9 @@ from weft.wires import allowed, needed
 
 KEPT = 256  # plans
 NAMED = 6  # chunks of a part that are named one by one
+
+T = TypeVar("T")
+_Kept = OrderedDict[tuple[Batch, int], T]  # by the batch's shape, and the changes of costs until then
 
 
 @dataclass(frozen=True)
@@ -113,24 +117,34 @@ class Planner:
         if self.overlap != AUTO and Strategy.parse(self.overlap).scattered:
             demand_scattering(outline, layout)
         self.drift = drift or Drift()
-        self._known: OrderedDict[tuple[Batch, int], Plan] = OrderedDict()
+        self._known: _Kept[Plan] = OrderedDict()
+        self._judged: _Kept[Judged] = OrderedDict()
         self.lay(layout)
 
     def plan(self, batch: Batch) -> Plan:
         """The plan for a batch. Raises `InputError` if the strategy's cuts don't fit it."""
+        return self._recalled(self._known, batch, self._make)
+
+    def expect(self, batch: Batch) -> Prediction:
+        """What its plan will take. There must be costs of all wires; no program is made, which takes longer."""
+        assert self.knows_costs, "nothing can be expected without costs"
+        return self._prediction(batch, self._recalled(self._judged, batch, self._judge))
+
+    def _recalled(self, known: _Kept[T], batch: Batch, make: Callable[[Batch], T]) -> T:
+        """As it was made for an earlier batch like this one, or is now."""
         key = self._shape(batch), self.drift.changes
-        if key not in self._known:
-            self._known[key] = self._make(key[0])
-            if len(self._known) > KEPT:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return self._known[key]
+        if key not in known:
+            known[key] = make(key[0])
+            if len(known) > KEPT:
+                known.popitem(last=False)
+        known.move_to_end(key)
+        return known[key]
 
     def lay(self, layout: Layout | None) -> None:
         """Plans from now on are for another layout; what was planned is forgotten."""
         self.layout = layout
         self.search = Search(self.outline, self.granule, layout if layout is not None and layout.several else None)
-        self._known.clear()
+        self._forget()
 
     def like(self, overlap: str, wire: str) -> Planner:
         """A planner of the same model, granule and costs for another strategy and wire, as comparisons need them."""
@@ -139,7 +153,7 @@ class Planner:
     def learn(self, costs: Costs | None) -> None:
         """Takes new costs, or none; plans made from earlier ones are forgotten."""
         self.costs, self.drift = costs, Drift()
-        self._known.clear()
+        self._forget()
         if self.overlap == AUTO and costs is not None:
             self.plan(one_prompt(1000))  # so that the first prompt need not wait for what all searches share
 
@@ -210,25 +224,34 @@ class Planner:
         return self.granule > 1 or Strategy.parse(self.overlap).requests
 
     def _make(self, batch: Batch) -> Plan:
-        strategy = Strategy() if self.overlap == AUTO else Strategy.parse(self.overlap)
         if not self.knows_costs:
+            strategy = Strategy() if self.overlap == AUTO else Strategy.parse(self.overlap)
             wiring = Wiring(self.wires[-1])
             program = wiring.on(build(strategy, self.outline, batch, self.granule, self.layout))
             self._check(program, batch)
             return Plan(strategy, program, wiring.usual)
-        costs = self._costs_for(batch)
-        if self.overlap == AUTO:
-            judged = self.search.best(batch, costs, self.wires)
-        else:
-            judged = self.search.judge(strategy, batch, costs, self.wires)
-        factors, serial = self.drift.factors[self._small(batch)], judged.serial
-        predicted = Prediction(judged.lanes, factors, serial.seconds, serial.compute, serial.network)
+        costs, judged = self._costs_for(batch), self._recalled(self._judged, batch, self._judge)
         program = build(judged.strategy, self.outline, batch, self.granule, self.layout)
         usual = judged.wiring.usual
         program = self._by_cost(judged.wiring.on(program), batch, costs, usual)
         self._check(program, batch)
         why = reasons(judged.wiring, judged.exposed, self.wires, program)
-        return Plan(judged.strategy, program, usual, predicted, why)
+        return Plan(judged.strategy, program, usual, self._prediction(batch, judged), why)
+
+    def _judge(self, batch: Batch) -> Judged:
+        """What is predicted to be fastest, or the strategy that was asked for."""
+        costs = self._costs_for(batch)
+        if self.overlap == AUTO:
+            return self.search.best(batch, costs, self.wires)
+        return self.search.judge(Strategy.parse(self.overlap), batch, costs, self.wires)
+
+    def _prediction(self, batch: Batch, judged: Judged) -> Prediction:
+        factors, serial = self.drift.factors[self._small(batch)], judged.serial
+        return Prediction(judged.lanes, factors, serial.seconds, serial.compute, serial.network)
+
+    def _forget(self) -> None:
+        self._known.clear()
+        self._judged.clear()
 
     def _check(self, program: Program, batch: Batch) -> None:
         check(program, self.outline, batch, self.layout.world if self.layout is not None else 1)
