@@ -2,6 +2,7 @@
 
 python benchmarks/pipelines.py prompt      [--model h1024] [--tokens 2048] [--link 100mbit] [--rounds 5] [--json FILE]
     One prompt through two sections: all of it at once, in even pieces, and as planned; bubbles beside the formula.
+    --prompts 8: so many, of the tokens' eighth each; as many pieces are then alike.
 python benchmarks/pipelines.py throttled   [--model h1024] ...
     One rank has half of its core, by a control group (version 1; root): planned layers and pieces against even ones.
 python benchmarks/pipelines.py decode      [--model h1024] [--link none,5ms] [--sequences 8] ...
@@ -28,7 +29,7 @@ from weft.config import processor_name
 from weft.execute.results import RunOptions
 from weft.launch.local import LocalLauncher
 from weft.plan.planner import Plan
-from weft.program.batch import Batch, one_prompt
+from weft.program.batch import Batch, Segment, one_prompt
 from weft.timeline.timeline import median
 
 EVEN = (2, 4, 8, 16)
@@ -68,23 +69,31 @@ def prompt(given: argparse.Namespace) -> dict[str, Any]:
     """Prints a line for each way, against all at once and against the best even one."""
     with ExitStack() as stack:
         llm = opened(given, stack, pipeline_parallel_size=2, recalibrate=True)
-        planner, batch = llm.engine.planner, one_prompt(given.tokens)
+        each = given.tokens // given.prompts
+        planner, batch = llm.engine.planner, Batch(tuple(Segment(i, 0, each) for i in range(given.prompts)))
         plans = {name: planner.like(name, "exact").plan(batch) for name in ("serial", *(f"pipe:{n}" for n in EVEN))}
         plans["planned"] = planner.plan(batch)
         seconds = interleaved(of_prompts(llm, plans, batch), given.rounds)
         even = min((f"pipe:{n}" for n in EVEN), key=lambda name: median(seconds[name]))
         ids = [Random(0).randrange(500) for _ in range(batch.tokens)]
         for name, plan in plans.items():
-            timeline = llm.engine.probe(batch, ids, plan, RunOptions(timeline=True)).timeline
-            assert timeline is not None and plan.predicted is not None
+            bubble = median(_bubble(llm, batch, ids, plan) for _ in range(3))
+            assert plan.predicted is not None
             pieces = len(plan.strategy.piece_cuts or ()) + 1 if plan.strategy.piece_cuts else plan.strategy.pieces
             beside = f", {1 / (pieces + 1):.1%} if pieces took alike" if name.startswith("pipe") else ""
             against = median(a / b for a, b in zip(seconds["serial"], seconds[name], strict=True))
             best = median(a / b for a, b in zip(seconds[even], seconds[name], strict=True))
             print(f"{name:8} {str(plan.strategy)[:60]:60} {median(seconds[name]):.3f} s, predicted "
                   f"{plan.predicted.seconds:.3f}, bound {plan.predicted.bound:.3f}; {against:.2f} times as fast as at "
-                  f"once, {best:.2f} as {even}; bubble {timeline.bubble or 0:.1%}{beside}")  # fmt: skip
+                  f"once, {best:.2f} as {even}; bubble {bubble:.1%}{beside}")  # fmt: skip
     return {"seconds": seconds}
+
+
+def _bubble(llm: LLM, batch: Batch, ids: list[int], plan: Plan) -> float:
+    """The part of a run's time that a rank idles."""
+    timeline = llm.engine.probe(batch, ids, plan, RunOptions(timeline=True)).timeline
+    assert timeline is not None and timeline.bubble is not None
+    return timeline.bubble
 
 
 class Throttled(LocalLauncher):
@@ -158,6 +167,7 @@ def main() -> None:
     parser.add_argument("what", choices=["prompt", "throttled", "decode"])
     parser.add_argument("--model", default="h1024", choices=[*SIZES, "smollm2"])
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--link", default="", help="as for weft generate; default: 100mbit, of decode none,5ms")
     parser.add_argument("--weights", default="auto", help="as for weft generate")
     parser.add_argument("--sequences", type=int, default=8)
@@ -167,8 +177,8 @@ def main() -> None:
     given = parser.parse_args()
     given.link = given.link or ("none,5ms" if given.what == "decode" else "100mbit")
     found = {"prompt": prompt, "throttled": throttled, "decode": decode}[given.what](given)
-    about = {"what": given.what, "model": given.model, "tokens": given.tokens, "link": given.link,
-             "weights": given.weights}  # fmt: skip
+    about = {"what": given.what, "model": given.model, "tokens": given.tokens, "prompts": given.prompts,
+             "link": given.link, "weights": given.weights}  # fmt: skip
     print(f"{processor_name()}, {date.today()}")
     if given.json:
         head = {"processor": processor_name(), "date": str(date.today()), **about}

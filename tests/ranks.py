@@ -128,7 +128,7 @@ class Ranks:
         self.world = world = self.layout.world * times
         self.widths = [len(share.ranges["vocabulary"]) if share.ends else 0 for share in self.shares]
         self.widths = [0] * (world - len(self.widths)) + self.widths
-        self.threads = Threads(world)
+        self.threads, self.broken = Threads(world), False  # by a run that failed: ranks may wait for each other then
         self.transports = [Direct(mesh) for mesh in meshes(self.threads)] if world > 1 else []
 
         def rank(r: int) -> tuple[Decoder, Executor, Slabs]:
@@ -167,7 +167,11 @@ class Ranks:
             widths = [self.widths[each] for each in ends or range(self.world)]
             return replace(result, logits=gather_columns(executor.group.on("whole", ends), result.logits, widths))
 
-        results = self.threads.each(rank)
+        try:
+            results = self.threads.each(rank)
+        except BaseException:
+            self.broken = True
+            raise
         if self.layout.several:  # the rank that has all columns
             results = [*results[self.layout.leader :], *results[: self.layout.leader]]
         seen: dict[int, int] = {}

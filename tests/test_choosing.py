@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.simulate.costs import NOTHING, RANK, costs
-from weft.admission import weights_needed
-from weft.choosing import chosen, replicated
+from weft.admission import room_for_tokens, weights_needed
+from weft.choosing import STILL, chosen, replicated
 from weft.config import EngineConfig, ModelConfig
 from weft.execute.protocol import Hello
 from weft.model.description import model_config
@@ -52,6 +52,7 @@ def test_over_a_slow_link_replicas_are_said_to_be_better(packaged: Path) -> None
     _, line, apart = chosen(*given, Aim(THROUGHPUT, LOAD, replicas=True))
     assert apart is not None and (apart.replicas, apart.layout.world) == (2, 1)
     assert line.startswith("layout 2 replicas of tp 1 by cost ") and f"; {layout}: " in line and "better" not in line
+    assert line.endswith("At once the next time: weft serve --replicas 2 --tp 1")
 
 
 def test_replicas_that_are_not_better_are_not_chosen(packaged: Path) -> None:
@@ -79,14 +80,41 @@ def test_a_slower_replica_gives_less(packaged: Path) -> None:
 
 
 def test_replicas_that_memory_does_not_hold_are_left_out(packaged: Path) -> None:
+    """Each needs a full context of keys and values, too, and a little more, as less may be free at the next start."""
+    known = Known(packaged)
+    alone = replace(known.config, layout=even_layout(known.model.layers, 1, 1))
+    [whole] = weights_needed(known.model, alone)
+    free = whole
+    while room_for_tokens(known.model, alone, [hello(0, free)]) < alone.max_length:
+        free += 1 << 10
+    assert free > 1.2 * whole
+    enough, given = int(free / STILL) + 1, (known.planner, known.model, known.config)
+    both = [hello(0, 2 * enough, "a"), hello(1, 2 * enough, "a")]
+    assert list(replicated(*given, both, SLOW, LOAD))
+    short = [hello(0, 2 * free, "a"), hello(1, 2 * free, "a")]
+    assert not list(replicated(*given, short, SLOW, LOAD)), "two on one machine need twice as much"
+    assert list(replicated(*given, [hello(0, enough), hello(1, enough)], SLOW, LOAD))
+    assert not list(replicated(*given, [hello(0, enough), hello(1, free)], SLOW, LOAD))
+
+
+def test_less_than_a_context_is_enough_where_one_engine_has_no_more(packaged: Path) -> None:
     known = Known(packaged)
     [whole] = weights_needed(known.model, replace(known.config, layout=even_layout(known.model.layers, 1, 1)))
-    given = known.planner, known.model, known.config
-    both = [hello(0, 2 * whole, "a"), hello(1, 2 * whole, "a")]
-    assert list(replicated(*given, both, SLOW, LOAD))
-    short = [hello(0, 2 * whole - 2, "a"), hello(1, 2 * whole - 2, "a")]
-    assert not list(replicated(*given, short, SLOW, LOAD)), "two on one machine need twice as much"
-    assert not list(replicated(*given, [hello(0, whole), hello(1, whole - 1)], SLOW, LOAD))
+    for free, able in ((whole, False), (int(1.1 * whole), False), (4 * whole, True)):
+        hellos = [hello(0, free), hello(1, free)]
+        found = list(replicated(known.planner, known.model, known.config, hellos, SLOW, LOAD))
+        assert bool(found) == able, (free, whole)
+
+
+def test_latency_of_replicas_is_in_the_mean_over_them(packaged: Path) -> None:
+    """Lone requests go to all of them in turns."""
+    hellos, each = [hello(0, 1 << 40), hello(1, 1 << 40)], {}
+    for times in (1.0, 5.0):
+        known = Known(packaged, times)
+        [apart] = replicated(known.planner, known.model, known.config, hellos, SLOW, LOAD)
+        each[times] = apart.rating
+    assert each[5.0].first_token == pytest.approx(3 * each[1.0].first_token, rel=0.05)
+    assert each[5.0].token == pytest.approx(3 * each[1.0].token, rel=0.05)
 
 
 def test_requests_are_of_as_many_replicas_as_have_one(packaged: Path) -> None:

@@ -18,7 +18,7 @@ from weft.execute.protocol import Hello, Loaded
 from weft.formats.fingerprint import weight_files
 from weft.model.description import generation_defaults
 from weft.model.families import blueprint_of
-from weft.model.shares import FEW_BITS, Share, shard_bytes, shares_of
+from weft.model.shares import FEW_BITS, Share, kept_bytes, remembered, shard_bytes, shares_of
 from weft.text import Tokenizer
 
 FEW = 12  # bits of a number, up to which a checkpoint is one of few bits
@@ -161,6 +161,17 @@ def demand_memory(model: ModelConfig, config: EngineConfig, hellos: Sequence[Hel
                 "bits (--weights int8 or int4), other --shares, or more machines or memory",
                 ranks[0],
             )
+
+
+def room_for_tokens(model: ModelConfig, config: EngineConfig, hellos: Sequence[Hello]) -> int:
+    """Tokens whose keys and values should fit beside the weights, on each machine, before anything is loaded."""
+    blueprint, fitting = blueprint_of(model), list[int]()
+    shares = shares_of(blueprint, config.layout)
+    number = kept_bytes(config.kv, config.dtype, blueprint.axis("kv_heads").width)
+    for ranks, here, free in _filled(model, config, hellos):
+        a_token = number * sum(remembered(blueprint, shares[rank]) for rank in ranks)
+        fitting.append(int(MEMORY_PART * max(0, free - here) / max(1.0, a_token)))
+    return min(fitting)
 
 
 def room_for_layers(model: ModelConfig, config: EngineConfig, hellos: Sequence[Hello]) -> list[int]:

@@ -22,7 +22,8 @@ from weft.simulate.cost import Costs, Table
 from weft.wires import needed
 
 Run = Callable[[Batch, list[int], Plan, RunOptions], RunResult]
-COSTS = 8  # counts what of them was given another meaning
+COSTS = 9  # counts what of them was given another meaning
+LONG = 4096  # positions of a context, from which on a longer one is measured alike
 
 
 def key_of(model: ModelConfig, config: EngineConfig, link: str) -> dict[str, str]:
@@ -34,6 +35,7 @@ def key_of(model: ModelConfig, config: EngineConfig, link: str) -> dict[str, str
         "weft": f"{version('weft')}, costs {COSTS}",
         "model": f"{model.model_type} {'x'.join(map(str, shape))} {config.dtype}",
         "kept": f"weights {config.weights}, keys and values {config.kv}",
+        "context": str(min(config.max_length, LONG)),
         "ranks": _said(config.layout), "wires": ",".join(needed(config.wire)),
         "link": f"{link}, {config.transport}, {config.link}" + (", plain" if config.plain_data else ""),
         "device": f"{processor_name()}, {threads}" + (", pinned" if config.cores else ""),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from msgspec import structs
 
-from weft.admission import demand_memory, room_for_layers
+from weft.admission import demand_memory, room_for_layers, room_for_tokens
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, NoRoom
 from weft.execute.protocol import Hello
@@ -22,6 +22,8 @@ from weft.plan.derived import derived, pace_of_ranks
 from weft.plan.layouts import Aim, Rating, Workload, divisions, even_layout, layouts_of, rate
 from weft.plan.planner import Planner
 from weft.simulate.cost import Table
+
+STILL = 0.95  # of what is free, that is so at the next start
 
 
 class Apart(NamedTuple):
@@ -78,8 +80,10 @@ def chosen(
     what = f"{aim.what} of {aim.load.prompt} tokens and {aim.load.answer} of answer"
     first = f"layout {name} by cost ({what}, predicted): {aim.describe(ratings.pop(name))}"
     line = "; ".join([first, *(f"{other}: {aim.describe(each)}" for other, each in ratings.items())])
-    if better is None or aim.replicas:
-        return Decision(best, line, better)
+    if better is None:
+        return Decision(best, line)
+    if aim.replicas:
+        return Decision(best, f"{line}. At once the next time: weft serve {better.options}", better)
     return Decision(best, f"{line}. Replicas would be better: weft serve {better.options}")
 
 
@@ -87,32 +91,35 @@ def replicated(
     planner: Planner, model: ModelConfig, config: EngineConfig, hellos: Sequence[Hello], sums: Mapping[int, Table],
     load: Workload,
 ) -> Iterator[Apart]:  # fmt: skip
-    """What replicas on these ranks would give that fit into their memory: the first one's, and so much of it of each
-    other one as that one's slowest rank is fast."""
+    """What replicas on these ranks would give: in the mean over them, each as much slower than the first one as its
+    slowest rank is. Those that fit, with a full context of keys and values, or what the ranks have room for together:
+    what one engine can serve, each of several must."""
+    enough = min(config.max_length, room_for_tokens(model, config, hellos))
     for tp, pp, replicas in divisions(config.ranks, model.layers, model.heads):
         if replicas == 1:
             continue
         layout = even_layout(model.layers, tp, pp)
         groups = [range(first, first + layout.world) for first in range(0, config.ranks, layout.world)]
-        try:
-            for ranks in groups:
-                demand_memory(model, replace(config, layout=layout), _parts_of(hellos, ranks))
-        except NoRoom:
+        divided = replace(config, layout=layout)
+        if any(room_for_tokens(model, divided, _parts_of(hellos, ranks)) < enough for ranks in groups):
             continue
         assert planner.costs is not None, "layouts are chosen by costs"
         paces = pace_of_ranks(planner.costs, config.layout, planner.outline)
-        slowest = [max(paces[rank] for rank in ranks) for ranks in groups]
-        rating = rate(_planner(planner, layout, config, sums), load, replicas)
-        share = sum(slowest[0] / each for each in slowest) / replicas
-        yield Apart(replicas, layout, replace(rating, requests=rating.requests * share))
+        times = [max(paces[rank] for rank in ranks) for ranks in groups]
+        slower = [each / times[0] for each in times]
+        rating, mean = rate(_planner(planner, layout, config, sums), load, replicas), sum(slower) / replicas
+        yield Apart(replicas, layout, Rating(
+            rating.first_token * mean, rating.bound * mean, rating.token * mean,
+            rating.requests * sum(1 / each for each in slower) / replicas,
+        ))  # fmt: skip
 
 
 def _parts_of(hellos: Sequence[Hello], ranks: Sequence[int]) -> list[Hello]:
-    """These ranks', with their part of what is free on their machine."""
+    """These ranks', with their part of what is free on their machine, and will be once they are started anew."""
     on = Counter(hello.machine for hello in hellos)
     own = Counter(hellos[rank].machine for rank in ranks)
     each = [hellos[rank] for rank in ranks]
-    return [structs.replace(one, free=one.free * own[one.machine] // on[one.machine]) for one in each]
+    return [structs.replace(one, free=int(STILL * one.free * own[one.machine] / on[one.machine])) for one in each]
 
 
 def _planner(planner: Planner, layout: Layout, config: EngineConfig, sums: Mapping[int, Table]) -> Planner:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class ModelConfig:
 TRANSPORTS = ("auto", "shm", "tcp", "tls", "gloo")
 DTYPES = ("float32", "bfloat16")
 WEIGHTS = ("auto", *DTYPES, "int8", "int4")
+SETTLED = ("auto:int8", "auto:int4")  # what auto comes to
 KEPT = ("auto", "int8")
 
 
@@ -68,8 +69,9 @@ class EngineConfig:
 
     Lengths are in tokens. `prefixes`: sequences that are over and kept for others that begin alike. `token_interval`:
     seconds between tokens that prompts should leave to whoever is answered meanwhile; None: throughput is all that
-    counts. `layout`: how the ranks share the model. `cores`: those that the ranks are pinned to, `threads` each in
-    turn; None leaves it to the system. `transport`: of messages between ranks; auto is shared memory on one machine and
+    counts. `layout`: how the ranks share the model. `threads`: of each rank; with `threads_by_machine` of one here, and
+    others have what their own machines allow. `cores`: those that the ranks are pinned to, `threads` each in turn;
+    None leaves it to the system. `transport`: of messages between ranks; auto is shared memory on one machine and
     TCP between machines, encrypted there but for `plain_data`; tls is TCP, encrypted anywhere. `link`: over which they
     seem to travel.
     `check_content`: other machines' weights are compared whole, not by their headers alone. `dtype`: what is computed
@@ -100,6 +102,7 @@ class EngineConfig:
     cores: tuple[int, ...] | None = None
     replicas: int = 1
     replica: int = 0
+    threads_by_machine: bool = False
 
     @property
     def ranks(self) -> int:
@@ -119,16 +122,16 @@ class EngineConfig:
         threads: int | None = None, device: str = "cpu", dtype: str = "float32", weights: str = "auto",
         kv: str = "auto", max_length: int | None = None, max_sequences: int = 16, max_batch_tokens: int = 8192,
         prefixes: int = 16, token_interval: float | None = None, cores: tuple[int, ...] | None = None,
-        replicas: int = 1, replica: int = 0,
+        replicas: int = 1, replica: int = 0, here: Callable[[int], int] = lambda ranks: ranks,
     ) -> EngineConfig:  # fmt: skip
         """Fills in what was left open; raises `InputError` for values that are not allowed. `ranks`: of each of the
-        `sections`; `shares`: one number for each of all ranks."""
+        `sections`; `shares`: one number for each of all ranks. `here`: how many of them are on this machine."""
         layout = laid_out(model.layers, ranks, sections, layers, shares)
-        ranks = layout.world
+        ranks, by_machine = layout.world, threads is None and cores is None
         allowed(wire)
         demand_way(transport, link, plain_data)
         one_of(dtype, "--dtype", DTYPES)
-        one_of(weights, "--weights", WEIGHTS)
+        one_of(weights, "--weights", (*WEIGHTS, *SETTLED))
         one_of(kv, "--kv", KEPT)
         positive(max_sequences, "max_num_seqs")
         positive(max_batch_tokens, "max_num_batched_tokens")
@@ -136,15 +139,17 @@ class EngineConfig:
         if token_interval is not None and not 0 < token_interval < float("inf"):
             raise InputError(f"the time between tokens, {token_interval} s, must be above 0")
         positive(max_length, "max_model_len")
+        if max_length == 1:
+            raise InputError("max_model_len 1 holds no prompt with an answer; give 2 or more")
         if max_length is not None and max_length > model.max_length:
             raise InputError(f"max_model_len {max_length} is more than the model's context of {model.max_length}")
-        threads = threads or max(1, available_cores() // (ranks * replicas))
+        threads = threads or max(1, available_cores() // max(1, here(ranks) * replicas))
         if cores is not None and len(cores) < ranks * threads:
             raise InputError(f"{ranks} ranks of {threads} threads need {ranks * threads} cores, not {len(cores)}")
         return cls(
             layout, overlap, wire, transport, link, plain_data, check_content, reproducible, threads, device,
             dtype, weights, kv, max_length or model.max_length, max_sequences, max_batch_tokens, prefixes,
-            token_interval, cores, replicas, replica,
+            token_interval, cores, replicas, replica, by_machine,
         )  # fmt: skip
 
 

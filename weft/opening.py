@@ -69,10 +69,10 @@ def open_engine(
     resolve = partial(
         EngineConfig.resolve, model_config, overlap=overlap, wire=wire, transport=transport, link=link,
         plain_data=plain_data, check_content=check_content, reproducible=reproducible, dtype=dtype,
-        weights=weights, kv=kv,
-        max_length=max_length, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
+        weights=weights, kv=kv, max_length=max_length, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
         cores=tuple(cores) if cores else None,
         prefixes=max_sequences if prefixes else 0, token_interval=token_interval, replicas=replicas, replica=replica,
+        here=launcher.here if launcher is not None else lambda ranks: ranks,
     )  # fmt: skip
     line = None
     if ranks == "auto":

@@ -175,6 +175,8 @@ class Workers:
             return [f"layout {self.config.layout}: the link is too slow to measure what others would give"]
         tell("measuring sums", 1.0)
         sums = messages_measured(self.probe, self.model, self.config, self.controller.machines)
+        if any(rank.fetched for rank in self.started.loaded):  # each would fetch the whole model: that is for who asks
+            aim = replace(aim, replicas=False)
         self.decision = decision = chosen(planner, self.model, self.config, self.started.hellos, sums, aim)
         if decision.apart is not None:
             return [decision.line]

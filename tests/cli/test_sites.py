@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,3 +134,21 @@ def test_what_keeps_a_replica_from_starting_ends_the_start(packaged: Path, monke
         replicas.wait()
     replicas.close()
     assert [each.get("may_part") for each in opened] == [True, None, False]
+    assert [each.get("weights") for each in opened] == [None, "float32", "float32"], "as the first one kept them"
+
+
+def test_ports_that_were_counted_stay_so_many(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several replicas would need more of them than a firewall may let through."""
+    monkeypatch.setattr(workers, "chosen", found(packaged, 1, 1, 2))
+    port, asked = free_port(), list[bool]()
+    with closing(Hub(f"127.0.0.1:{port}", SECRET)) as hub:
+        sites = Sites(hub, 2, 1, 1, port + 1)
+
+        def opened(site: Site, tell: Progress, may_part: bool) -> Engine:
+            asked.append(may_part)
+            raise InputError("enough seen")
+
+        sites.opened, sites.invited = opened, lambda: None
+        with pytest.raises(InputError, match="enough seen"):
+            sites.make(sites.all[0], lambda what, share: None)
+    assert asked == [False]

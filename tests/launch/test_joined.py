@@ -149,7 +149,7 @@ def test_who_has_another_token_is_not_heard() -> None:
         stranger.until("takes no hand-shake: WEFT_TOKEN is not the one", 20)
         end = time.monotonic() + 5
         while not said:
-            assert launcher.hub.there(0.0) == [] and time.monotonic() < end
+            assert launcher.hub.there() == [] and time.monotonic() < end
     assert said == ["a machine tried to join with another token than this server's, and is not heard"]
     launcher.close()
 

@@ -180,8 +180,8 @@ def serve_command(
         def opened(site: Site, tell: Progress, may_part: bool = False, **found: Any) -> Engine:
             split = {"ranks": ranks, "sections": pp, "layers": layers_or_auto(layers), "layout": layout}
             return open_engine(
-                model, **{**split, **found}, may_part=may_part and replicas is None,
-                optimise=optimise, overlap=overlap, wire=wire, transport=transport, link=link, kv=kv, weights=weights,
+                model, **{**split, "weights": weights, **found}, may_part=may_part and replicas is None,
+                optimise=optimise, overlap=overlap, wire=wire, transport=transport, link=link, kv=kv,
                 shares=shares_or_auto(shares), reproducible=reproducible, threads=threads, recalibrate=recalibrate,
                 max_length=max_model_len, max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens,
                 dtype=dtype, prefixes=prefix_caching, token_interval=token_interval, check_content=check_content,
@@ -210,7 +210,9 @@ def _log(asked: bool, text: bool) -> Callable[[str], None] | None:
 
 def _both(tell: Progress, showing: Bar, site: Site) -> Progress:
     """Tells the server's state of what goes on, and the terminal."""
-    task = showing.add_task(f"{site.prefix}starting", total=1.0)
+    if site.task is not None:  # of an engine that has become several
+        showing.remove_task(site.task)
+    task = site.task = showing.add_task(f"{site.prefix}starting", total=1.0)
 
     def told(what: str, share: float) -> None:
         tell(what, share)
@@ -243,8 +245,8 @@ def _client(sites: Sites, most_waiting: int, out: Console, name: str, may_part: 
     else:
         client = replicas = Replicas(services, partial(told, None))
         sites.parted = lambda others: replicas.add([service_of(site) for site in others])
-    if sites.hub is not None:
-        sites.hub.told = client.tell
+    if sites.hub is not None:  # who joins may join any replica
+        sites.hub.told = lambda line: services[0].tell(line) if len(sites.all) == 1 else told(None, line)
     return client
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.progress import TaskID
 
+from weft.choosing import Apart
 from weft.engine import Engine
 from weft.errors import InputError
 from weft.hub import locate
@@ -37,6 +39,7 @@ class Site:
     launcher: JoinedLauncher | None
     prefix: str = ""
     told: Callable[[str], None] = lambda line: None
+    task: TaskID | None = None  # on the terminal, while it starts
 
     def become(self, other: Site) -> None:
         """Takes its ranks, and goes on telling whom it told."""
@@ -99,23 +102,31 @@ class Sites:
         """The engine of a site; of the first of several, where these are found to be better than one."""
         if site is self.all[0]:
             self.invited()
-        engine = self.opened(site, tell, **self.split, may_part=not self.split and len(self.all) == 1)
+        may_part = not self.split and len(self.all) == 1 and not self._ports  # whose number somebody has thought of
+        engine = self.opened(site, tell, **self.split, may_part=may_part)
         decision = engine.workers.decision
         if decision is None or decision.apart is None:
             return engine
-        layout = decision.apart.layout
-        own, *others = self._of(
-            layout.world, decision.apart.replicas
-        )  # before the hub is left by the one that there is
-        engine.close()
-        pp = len(layout.sections)
-        self.split = {"ranks": layout.world // pp, "sections": pp, "layers": AUTO if pp > 1 else None, "layout": GIVEN}
+        try:
+            own, *others = self._part(engine, decision.apart)
+        finally:
+            engine.close()
         self.all += others
         site.become(own)
         self.parted(others)
         engine = self.opened(site, tell, **self.split)
         engine.notices.insert(0, decision.line)
         return engine
+
+    def _part(self, engine: Engine, apart: Apart) -> list[Site]:
+        """Sites of the replicas that take an engine's place, and keep weights as it does; they are in the hub before
+        it has left."""
+        layout, sections = apart.layout, len(apart.layout.sections)
+        self.split = {
+            "ranks": layout.world // sections, "sections": sections, "layers": AUTO if sections > 1 else None,
+            "layout": GIVEN, "weights": engine.config.weights,
+        }  # fmt: skip
+        return list(self._of(layout.world, apart.replicas))
 
     def place(self, site: Site) -> dict[str, Any]:
         """Options of its engine that say where it is, among those that have ranks on this machine."""

@@ -18,7 +18,7 @@ import zmq
 from weft.config import EngineConfig, ModelConfig
 from weft.errors import InputError, NoRoom, WorkerFailed, WorkerLost
 from weft.execute import protocol as p
-from weft.execute.places import among, encrypted, introduced, numbered_machines
+from weft.execute.places import among, encrypted, introduced, numbered_machines, threads_of
 from weft.execute.results import TOKENS_ALONE, RunOptions, RunResult, Started, Submitted, timeline_of
 from weft.execute.sending import Sending
 from weft.formats.fingerprint import Fingerprints, Held, Wanted, WeightFile, terms_of
@@ -95,12 +95,12 @@ class Controller:
         self._ranks, by_rank = [identity for identity, _ in came], [hello for _, hello in came]
         self._admit_all(by_rank)
         self.machines = numbered_machines(by_rank, self.launcher.shares_memory)
+        gloo, secured = self.config.transport == "gloo", encrypted(self.config, self.launcher)
         for rank, identity in enumerate(self._ranks):
-            gloo, secured = self.config.transport == "gloo", encrypted(self.config, self.launcher)
             near, place = among(rank, by_rank, self.config, self.launcher)
-            shared = self.config.cores is None and near * self.config.threads > by_rank[rank].cores
-            how = world, self.config.threads, gloo, secured, shared
-            self._send(identity, p.Assign(rank, *how, self._cores(rank), near, place))
+            threads, shared = threads_of(self.config, by_rank[rank], near)
+            how = threads, gloo, secured, shared, self._cores(rank), near, place
+            self._send(identity, p.Assign(rank, world, *how))
         if world > 1:
             self._introduce(by_rank, deadline)
         for _ in range(world):

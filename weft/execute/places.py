@@ -26,6 +26,12 @@ def among(rank: int, hellos: Sequence[Hello], config: EngineConfig, launcher: La
     return replicas * len(near), number * len(near) + near.index(rank)
 
 
+def threads_of(config: EngineConfig, hello: Hello, near: int) -> tuple[int, bool]:
+    """Of a rank that is one of so many on its machine; and whether they all want more cores than it has."""
+    threads = max(1, hello.cores // near) if config.threads_by_machine else config.threads
+    return threads, config.cores is None and near * threads > hello.cores
+
+
 def encrypted(config: EngineConfig, launcher: Launcher) -> bool:
     """Whether what ranks send each other is, but for what stays in a machine's memory."""
     return config.transport == "tls" or (launcher.leaves_machine and not config.plain_data)

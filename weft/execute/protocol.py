@@ -122,7 +122,7 @@ class Loading(msgspec.Struct, tag=True, frozen=True):
 class Loaded(msgspec.Struct, tag=True, frozen=True):
     """Ready. Bytes; `peak` is what loading took at most beyond what the process had before, `free` what its machine
     has left; `kinds`: of weights in each format. `finer`: matrices that lose too much in the format that was asked for,
-    and are kept in more bits."""
+    and are kept in more bits. `fetched`: its machine has no model of its own."""
 
     weights: int
     peak: int
@@ -130,6 +130,7 @@ class Loaded(msgspec.Struct, tag=True, frozen=True):
     free: int
     kinds: dict[str, int] = {}
     finer: list[str] = []
+    fetched: bool = False
 
 
 class Choice(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -227,7 +227,7 @@ class Worker:
         keep_freed_memory()
         gc.freeze()  # what is loaded stays: collections need not look at it again
         kept = weights.kinds, weights.finer
-        self.say(p.Loaded(weights.bytes, peak.taken, slabs.bytes_per_token, free_memory(), *kept))
+        self.say(p.Loaded(weights.bytes, peak.taken, slabs.bytes_per_token, free_memory(), *kept, here is None))
 
     def _kept(self, m: p.Load, path: Path | None, model: str) -> Callable[[str], KeptWeights] | None:
         """What earlier starts have left of parts of the model, where weights may be rounded. `path`: of the checkpoint,

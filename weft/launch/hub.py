@@ -127,6 +127,8 @@ class RemoteMachine:
         self.ended: WorkerEnded | None = None  # what it said of its worker's end
         self.failed = 0  # groups with it that ended soon
         self.group: object = None  # whose rank it has
+        self.asked = 0  # the number of the terms that it was asked to meet
+        self.free = 0.0  # since when it has none
         self.spare = False  # it was told that it stands by
 
     def __str__(self) -> str:
@@ -185,6 +187,7 @@ class Hub:
         self._terms = Terms(0, b"")
         self.refused = 0  # machines
         self._said = -SAID_AGAIN
+        self._lines: list[str] = []  # to tell, once the lock is free: whoever is told may take their time
         try:
             self.socket.ipv6 = ":" in self.host
             self.socket.bind(endpoint(self.host, self.port))
@@ -208,21 +211,27 @@ class Hub:
                 self.close()
 
     def demand(self, terms: bytes) -> None:
-        """From now on only machines that agree to these count; all are asked, once."""
+        """From now on only machines that agree to these count; each is asked once, and not while it has a rank."""
         with self.lock:
             if self._terms.number and terms == self._terms.data:
                 return
             self._terms = Terms(self._terms.number + 1, terms)
             for machine in self._machines.values():
-                machine.fit = False
-                machine.send(self._terms)
+                self._ask(machine)
+
+    def _ask(self, machine: RemoteMachine) -> None:
+        if machine.group is None and machine.asked != self._terms.number:
+            machine.fit, machine.asked = False, self._terms.number
+            machine.send(self._terms)
 
     def claim(self, group: object, count: int, since: float) -> tuple[list[RemoteMachine], int]:
-        """So many machines for a group, of those that nobody has and that were heard since then (seconds, monotonic):
-        first those that haven't failed, in the order of their coming. None of them, and how many are missing, if there
-        are fewer."""
+        """So many machines for a group, of those that nobody has and that have given a sign of life since then
+        (seconds, monotonic), and of late: first those that haven't failed, in the order of their coming. None of them,
+        and how many are missing, if there are fewer."""
+        self.listen(0)
         with self.lock:
-            free = [machine for machine in self.there(since) if machine.group is None]
+            since = max(since, time.monotonic() - 2 * EVERY)
+            free = [m for m in self._fit() if m.group is None and m.heard >= max(since, m.free)]
             if len(free) < count:
                 return [], count - len(free)
             claimed = sorted(free, key=lambda machine: machine.failed)[:count]
@@ -230,24 +239,29 @@ class Hub:
                 machine.group, machine.spare, machine.ended = group, False, None
             self._complete.add(group)
             self._stand_by()
-            return claimed, 0
+        self._tell()
+        return claimed, 0
 
     def release(self, group: object, machines: Iterable[RemoteMachine]) -> None:
         """The group has let go of these, and will claim others."""
         with self.lock:
             self._complete.discard(group)
             for machine in machines:
-                machine.group = None
+                machine.group, machine.free = None, time.monotonic()
+                self._ask(machine)
 
-    def there(self, since: float) -> list[RemoteMachine]:
-        """Machines that are fit and were heard since then, in the order of their coming."""
+    def there(self) -> list[RemoteMachine]:
+        """Machines that are fit, in the order of their coming."""
+        self.listen(0)
         with self.lock:
-            self.listen(0)
-            for machine in self._machines.values():
-                if not (machine.fit or machine.undecided or machine.heard < machine.came + UNDECIDED):
-                    machine.undecided = True
-                    self.told(f"{machine} is there, and still compares its model with the one here")
-            return [machine for machine in self._machines.values() if machine.fit and machine.heard >= since]
+            return self._fit()
+
+    def _fit(self) -> list[RemoteMachine]:
+        for machine in self._machines.values():
+            if not (machine.fit or machine.undecided or machine.heard < machine.came + UNDECIDED):
+                machine.undecided = True
+                self._lines.append(f"{machine} is there, and still compares its model with the one here")
+        return [machine for machine in self._machines.values() if machine.fit]
 
     def listen(self, milliseconds: int) -> None:
         """To what was said, or until something is, for so long at most."""
@@ -257,8 +271,8 @@ class Hub:
 
     def _listen(self) -> bool:
         """To what was said; False if that was nothing."""
+        heard = 0
         with self.lock:
-            heard = 0
             while heard < MOST and self.socket.poll(0):
                 identity, *frames = self.socket.recv_multipart()
                 try:
@@ -274,8 +288,16 @@ class Hub:
                 self._machines = {i: m for i, m in self._machines.items() if now - m.heard < SILENT}
             if self._turned_away.any() and time.monotonic() - self._said > SAID_AGAIN:
                 self._said = time.monotonic()
-                self.told("a machine tried to join with another token than this server's, and is not heard")
-            return heard > 0
+                self._lines.append("a machine tried to join with another token than this server's, and is not heard")
+        self._tell()
+        return heard > 0
+
+    def _tell(self) -> None:
+        """What is to be told, by whoever comes first."""
+        with self.lock:
+            lines, self._lines = self._lines, []
+        for line in lines:
+            self.told(line)
 
     def _hear(self, identity: bytes, message: ToHub) -> None:
         if isinstance(message, Here):
@@ -285,10 +307,10 @@ class Hub:
         elif isinstance(message, WorkerEnded):
             machine.ended = message
         elif isinstance(message, Unfit):
-            self.turn_away(machine, printable(message.reason))
+            self._turn_away(machine, printable(message.reason))
         elif message.number == self._terms.number and not machine.fit:
             machine.fit = True
-            self.told(f"{machine} has joined")
+            self._lines.append(f"{machine} has joined")
             self._stand_by()
 
     def _stand_by(self) -> None:
@@ -298,7 +320,7 @@ class Hub:
         for machine in self._machines.values():
             if machine.fit and machine.group is None and not machine.spare:
                 machine.spare = True
-                self.told(f"all ranks are there: {machine} stands by for one that is lost")
+                self._lines.append(f"all ranks are there: {machine} stands by for one that is lost")
                 machine.say("all ranks are there: this machine stands by for one that is lost")
 
     def _greet(self, identity: bytes, here: Here) -> None:
@@ -306,29 +328,32 @@ class Hub:
             other = RemoteMachine(self, identity, here)
             if here.version >= CAME_BY:  # who came before there was a way to say so waits on
                 other.send(Refuse("it runs another version of weft than the server; install the same on both"))
-            self.turn_away(other, "it runs another version of weft")
+            self._turn_away(other, "it runs another version of weft")
             return
         if (machine := self._machines.get(identity)) is None:
             machine = self._machines[identity] = RemoteMachine(self, identity, here)
-            if self._terms.number:
-                machine.send(self._terms)
+            self._ask(machine)
         machine.heard = time.monotonic()
         machine.send(Known())
 
     def turn_away(self, machine: RemoteMachine, reason: str) -> None:
         """Doesn't hear it any more."""
         with self.lock:
-            self.refused += 1
-            self._machines.pop(machine.identity, None)
-            self._unused.add(machine.identity)
-            self.told(f"{machine} is not used: {reason}")
+            self._turn_away(machine, reason)
+        self._tell()
+
+    def _turn_away(self, machine: RemoteMachine, reason: str) -> None:
+        self.refused += 1
+        self._machines.pop(machine.identity, None)
+        self._unused.add(machine.identity)
+        self._lines.append(f"{machine} is not used: {reason}")
 
     def close(self) -> None:
         """Tells all machines, and lets go of the address. Safe to repeat."""
         with self.lock:
             if self.socket.closed:
                 return
-            for machine in self.there(0.0):
+            for machine in self._fit():
                 machine.say("the server has ended; waiting for it to come back")
             self.socket.close(200)  # milliseconds for the last words
             self._turned_away.ended()

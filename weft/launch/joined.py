@@ -56,6 +56,7 @@ class JoinedLauncher:
         self.told = hub.told
         self._used: list[RemoteMachine] = []
         self._number, self._begun = 0, 0.0  # of the group, and when it was started
+        self._lost = False  # one of it
         self.meanwhile: Callable[[], None] = lambda: None
         hub.enter(self)
 
@@ -68,6 +69,10 @@ class JoinedLauncher:
     leaves_machine = True
     shares_memory = True
     may_change = True
+
+    def here(self, ranks: int) -> int:
+        """The local ones."""
+        return min(self.local, ranks)
 
     def demand(self, terms: bytes) -> None:
         """Machines that join look whether they meet these terms; those that don't are not used."""
@@ -87,9 +92,9 @@ class JoinedLauncher:
 
     def start(self, threads: int, address: str, tokens: Sequence[str]) -> None:
         """Waits for the machines that are missing, then starts the local ranks and has each machine start one."""
-        local = min(self.local, len(tokens))
+        local = self.here(len(tokens))
         self._used = self._awaited(len(tokens) - local)
-        self._number, self._begun = next(self.hub.numbers), time.monotonic()
+        self._number, self._begun, self._lost = next(self.hub.numbers), time.monotonic(), False
         self._children.start(threads, address, tokens[:local])
         for place, machine in enumerate(self._used, start=local):
             machine.send(Begin(address, tokens[place], threads, place, self._number))
@@ -129,6 +134,7 @@ class JoinedLauncher:
                 lines.append(f"{machine}: {printable(ended.reason)}")
             elif now - machine.heard > SILENT:
                 lines.append(f"{machine} has been silent for {now - machine.heard:.0f} s")
+        self._lost = self._lost or bool(lines)
         return lines
 
     def last_words(self) -> list[str]:
@@ -146,7 +152,7 @@ class JoinedLauncher:
 
     def stop(self) -> None:
         """Ends all workers; machines stay joined."""
-        soon = time.monotonic() - self._begun < SOON
+        soon = self._lost and time.monotonic() - self._begun < SOON
         for machine in self._used:
             machine.send(End(self._number))
             machine.failed += soon or self._ended(machine) is not None

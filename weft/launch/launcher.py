@@ -67,6 +67,10 @@ class Launcher(Protocol):
         """True if what is missing may come back, or be replaced, while one waits: other machines."""
         ...
 
+    def here(self, ranks: int) -> int:
+        """How many of so many ranks are on this machine."""
+        ...
+
     def demand(self, terms: bytes) -> None:
         """What other machines must have; whoever looks after them there can read it. Before `start`."""
         ...

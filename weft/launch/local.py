@@ -51,6 +51,10 @@ class LocalLauncher:
     def demand(self, terms: bytes) -> None:
         """There is no other machine."""
 
+    def here(self, ranks: int) -> int:
+        """All."""
+        return ranks
+
     def elsewhere(self, place: int) -> Other | None:
         """None."""
         return None

@@ -28,6 +28,7 @@ from weft.timeline.timeline import median
 BUDGET = 4.0  # seconds of measuring; the whole takes at most 5
 ROUNDS, SEVERAL = 9, 6  # rounds at most, and those for which runs are made small enough
 MOST = 2048  # rows that suffice
+EARLIER = 128  # positions, from which on what they cost is more than noise
 # The largest number of rows, and the layers that are run with few rows: weights that were not used for a while are
 # read from memory, so few rows want many layers. The second ones are for machines that can't afford SEVERAL rounds.
 EXTENTS = ((2048, 8), (1024, 8), (512, 8), (256, 8), (256, 2))
@@ -53,7 +54,11 @@ def calibrate(probe: Probe, subject: Subject, watch: Callable[[float], None] = l
     Raises `TooSlow` for a link over which that would take minutes.
     """
     begin = time.monotonic()
-    runs = tuple(_runs(subject, *_extent(probe, subject)))
+    most, deep = _extent(probe, subject)
+    runs = tuple(_runs(subject, most, deep))
+    if (written := _earlier(subject, most)[1]) >= EARLIER:  # once: memory that never was is read much faster
+        fill = _run(subject, "written", written, deep)
+        probe(fill.batch, fill.program, fill.wire, fill.scope)
     samples, number, first = Samples(subject, runs), 0, time.monotonic()
 
     def until(now: float) -> float:
@@ -125,31 +130,37 @@ def _extent(probe: Probe, subject: Subject) -> tuple[int, int]:
 
 def _runs(subject: Subject, most: int, deep: int) -> Iterator[Trial]:
     """One round. Runs whose difference matters stand side by side."""
-    sizes = sorted({n for n in (1, 16, 64, 128, most // 2, most) if n <= most})
+    sizes = sorted({n for n in (1, 16, 64, 128, most // 2, most) if 1 <= n <= most})
     for n in sizes:
         yield _run(subject, "serial", n, deep if n <= 16 else 2 if n <= 128 else 1)
     yield from _sums(subject, most, sizes) if len(subject.summing) > 1 else ()
     yield from _sends(subject, most)
     parts = min(subject.slots, 16)
-    if parts >= 4:
+    if 4 <= parts <= most:
         edges = [most * i // parts for i in range(parts + 1)]
         short = Batch(tuple(Segment(i, 0, b - a) for i, (a, b) in enumerate(pairwise(edges))))
         yield _run(subject, "parted", most, 1, batch=short)
-    new = most if 2 * most <= subject.length else most // 2
-    earlier = min(max(1024, new), subject.length - new) // subject.granule * subject.granule
-    if new > 1 and earlier:
+    new, earlier = _earlier(subject, most)
+    if earlier >= EARLIER:
         for n in sorted({min(128, new), new}):
             yield _run(subject, "past", n, 1, batch=Batch((Segment(0, earlier, n),)))
         yield _run(subject, "past", 1, deep, batch=Batch((Segment(0, earlier, 1),)))
     for n in sorted({n for n in (2, 32, 128, most) if 1 < n <= most}):
         yield _run(subject, "tiles", n, 1, "tiles:2")
-    for n in sorted({max(2, most // 4), most}) if len(subject.summing) > 1 else ():
+    for n in sorted({max(2, most // 4), most}) if len(subject.summing) > 1 and most > 1 else ():
         if subject.outline.scatters and subject.layout is None:
             yield _run(subject, "scattered", n, 1, "rs")
         if n >= 2 * subject.granule:
             yield _run(subject, "cut", n, 2, "iso:2")
             yield _run(subject, "computed", n, 2, "iso:2", scope="compute")
     # Here the round ends: a link saves up for the next one's small sums, which shall not wait for what was sent before.
+
+
+def _earlier(subject: Subject, most: int) -> tuple[int, int]:
+    """Rows, and positions before them, with which it is measured what earlier positions cost."""
+    new = most if 2 * most <= subject.length else most // 2
+    earlier = min(max(1024, new), 2 * most, subject.length - new)  # which a slow machine can afford to write
+    return new, earlier // subject.granule * subject.granule
 
 
 def _sums(subject: Subject, most: int, sizes: list[int]) -> Iterator[Trial]:
