@@ -13,10 +13,10 @@ run: .venv/ready
 		--compare < $(PROMPT)
 
 test: .venv/ready-dev system-packages lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m tests.both
 
 test-all: .venv/ready-dev system-packages lint
-	$(BIN)/python -m pytest -q -m "grid or not grid"
+	$(BIN)/python -m tests.both --all
 
 # The suite against the newest of everything that pyproject.toml allows, and what of it is not what is locked. torch
 # stays where it is, because a plain `torch` may be gigabytes; `make test-newest TORCH=torch` takes that too, and

@@ -28,6 +28,21 @@ os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "128"  # as workers have it; rea
 _GUARDIAN = Guardian(Path(_CACHE.name))
 
 
+ROOMS = {
+    "batching", "cache", "compiled", "execute", "formats", "model", "outlook", "parallel", "plan", "program",
+    "simulate", "speech", "timeline", "test_choosing.py", "test_detokenizer.py", "test_grammar.py", "test_grids.py",
+    "test_hub.py", "test_links.py", "test_rooms.py", "test_routing.py", "test_text.py", "test_toys.py",
+    "test_versions.py",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what starts processes and waits for them; the other tests may run at the same time (tests/both.py)."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] not in ROOMS:
+            item.add_marker("processes")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """What tests have left running is a failure of theirs, and ends with them."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx2
 import psutil
 import pytest
 
+from tests.guardian import MARK, marked
 from tests.launch.test_namespaces import needs_namespaces
 from tests.processes import Command, free_port
 from weft.cli.main import main
@@ -34,11 +36,13 @@ def started(*options: str, **environment: str) -> Iterator[Command]:
 
 
 def workers() -> set[int]:
-    """All worker processes of this machine."""
-    return {
-        process.pid for process in psutil.process_iter(["cmdline"])
-        if "weft.execute.worker" in " ".join(process.info["cmdline"] or ())
-    }  # fmt: skip
+    """All worker processes of these tests."""
+    found = set[int]()
+    for process in marked(os.environ[MARK]):
+        with suppress(psutil.Error):
+            if "weft.execute.worker" in " ".join(process.cmdline()):
+                found.add(process.pid)
+    return found
 
 
 def url_of(server: Command) -> str:

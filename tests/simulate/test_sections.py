@@ -77,14 +77,18 @@ def test_a_slow_section_sets_the_pace() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["serial", "pipe:4", "pipe:3+iso:2", "pipe:2+tiles:2", "iso:3+ahead"])
-def test_rounds_that_are_not_laid_out(strategy: str) -> None:
-    """What the search goes by is what laying out every round gives."""
-    layout, batch, outline = Layout((20, 12), ((1.0, 1.0), (1.0,))), one_prompt(600), decoder_outline(32)
-    costs = known(3, send=Table.line(1e-4, 1e-9), scores=True)
+@pytest.mark.parametrize("per_byte", [1e-9, 2e-7, 1e-6])
+@pytest.mark.parametrize("shares", [((1.0,), (1.0,)), ((1.0, 1.0), (1.0,))])
+def test_rounds_that_are_not_laid_out(strategy: str, per_byte: float, shares: tuple[tuple[float, ...], ...]) -> None:
+    """What the search goes by is what laying out every round gives, also where rows travel for many rounds; nearly so
+    where sums share the link with these."""
+    layout, batch, outline = Layout((20, 12), shares), one_prompt(600), decoder_outline(32)
+    costs = known(layout.world, send=Table.line(1e-4, per_byte), scores=True)
     whole = run(strategy, layout, costs, 600)
     search = Search(outline, layout=layout)
     laid = search.laid_out(batch, place(Strategy.parse(strategy), batch), costs, Wiring("exact"), {})
-    assert laid.seconds == pytest.approx(whole.seconds, rel=1e-6)
+    shared = layout.world > 2 and per_byte > 1e-9
+    assert laid.seconds == pytest.approx(whole.seconds, rel=0.1 if shared else 1e-6)
     assert all(sum(each.laid.laid) < len(each.section.form) for each in laid.sections) and ROUNDS == 3
 
 

@@ -20,9 +20,10 @@ from weft.plan.wiring import Sum, Wiring
 from weft.program.batch import Batch, Rows
 from weft.program.stages import Kind
 from weft.program.strategy import Cuts, Strategy, on_granule, place
+from weft.simulate.clock import Taken
 from weft.simulate.cost import Costs
 from weft.simulate.predicted import LaidSection, TooLongError
-from weft.simulate.run import Taken, Work
+from weft.simulate.run import Work
 
 if TYPE_CHECKING:
     from weft.plan.search import Search

@@ -16,9 +16,10 @@ from weft.program.build import weave
 from weft.program.stages import Outline
 from weft.program.steps import Program
 from weft.program.strategy import Cuts, Strategy, place
+from weft.simulate.clock import Taken
 from weft.simulate.cost import Costs
 from weft.simulate.predicted import lay_out_sections
-from weft.simulate.run import Taken, Work, taken
+from weft.simulate.run import Work, taken
 
 MARGIN = 0.08  # by which a link may be slower than it was, and what was to hide still hides
 

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from weft.program.batch import Batch
 from weft.program.steps import Form, Issued, Program
+from weft.simulate.clock import Taken
 from weft.simulate.cost import ComputeCosts, Costs
 from weft.simulate.divided import SectionForm, Spot, sections_of
-from weft.simulate.run import LaidOut, Structure, Taken, Work, coupling, lay_out, structure_of, taken
+from weft.simulate.run import LaidOut, Structure, Work, coupling, lay_out, structure_of, taken
 from weft.timeline.timeline import Event, Timeline
 
 Pricing = Callable[
