@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,23 @@ def test_answers_are_those_of_one_rank(llm: LLM, expected: list[list[int]]) -> N
     assert found == expected
     again = tokens(llm.generate(PROMPTS, LONG))  # from what was kept of them
     assert again == expected
+
+
+def test_a_batch_is_limited_only_while_prompts_wait(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a batch may have takes searching for plans, which answers would wait for at every token."""
+    asked, tokens_of = list[float | None](), llm.engine.budget.tokens
+
+    def told(interval: float | None, *rest: Any) -> int:
+        asked.append(interval)
+        return tokens_of(interval, *rest)
+
+    monkeypatch.setattr(llm.engine.budget, "tokens", told)
+    monkeypatch.setattr(llm.engine, "config", replace(llm.engine.config, token_interval=10.0))
+    llm.generate([{"prompt_token_ids": list(prompt_of(70, seed=9))}], LONG)
+    alone = len(asked)
+    assert asked[0] == 10.0 and asked.count(10.0) <= 6 and asked.count(None) >= 20
+    llm.generate(PROMPTS, LONG)
+    assert asked[alone:].count(10.0) >= 8, "eight prompts, each of which may make the others wait"
 
 
 def test_wishes_are_heard(llm: LLM, model: Path) -> None:

@@ -144,21 +144,21 @@ class Engine:
 
     def expire(self) -> list[Sequence]:
         """Ends sequences whose time is over, and returns them, with those that ended and were not told yet."""
-        expired, untold = self.batcher.expired(time.monotonic()), self._untold
+        expired, untold, self._untold = self.batcher.expired(time.monotonic()), self._untold, []
         for sequence in expired:
             self.requests.time_out(sequence)
         self.forget(expired)
-        self._untold = []
         return untold + expired
 
     def _budget(self) -> int:
-        """Tokens of the next batch."""
+        """Tokens of the next batch; where only answers go on, nobody need wait for fewer."""
         decoding = [Segment(0, sequence.sent, 1) for sequence in self.batcher.running if sequence.unsent == 1]
-        return self.budget.tokens(self.config.token_interval, decoding, self.config.max_batch_tokens)
+        prompts = self.batcher.waiting or any(sequence.unsent > 1 for sequence in self.batcher.running)
+        interval = self.config.token_interval if prompts else None
+        return self.budget.tokens(interval, decoding, self.config.max_batch_tokens)
 
     def _send_off(self, timeline: bool) -> None:
-        """Has a batch under way, and more where they can be foreseen: workers then never wait for the engine, and each
-        section has one."""
+        """Has a batch under way for each section, one more where it can be foreseen: workers needn't wait."""
         if not self.flights:
             self._fly(self.batcher.next(self._budget(), time.monotonic()), timeline)
         while more := self.batcher.further([f.scheduled for f in self.flights], self._budget, time.monotonic()):

@@ -60,6 +60,23 @@ def test_computation_and_small_batches_are_told_apart() -> None:
     assert planner.drift.factors[True].compute > 1.2 and planner.drift.factors[False].compute == 1.0
 
 
+def test_noise_that_comes_and_goes_finds_what_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short batches' times are noisy; searching anew each time took longer than the batches themselves."""
+    planner, random, judged = Planner(OUTLINE, "auto", "exact", 1, costs()), Random(5), list[Batch]()
+    judge = planner.search.best
+    monkeypatch.setattr(planner.search, "best", lambda batch, *rest: judged.append(batch) or judge(batch, *rest))
+    decoding, changed = Batch((Segment(0, 100, 1),)), 0
+    planner.plan(PROMPT)
+    for _ in range(500):
+        plan = planner.plan(decoding)
+        assert plan.predicted is not None
+        busy = plan.predicted.lanes.compute / plan.predicted.factors.compute
+        changed += planner.observe(plan, decoding, busy * random.choice([0.8, 1.0, 1.3, 1.6]), 0.0)
+        planner.plan(PROMPT)
+    assert changed > 20, "this noise is taken for drift again and again"
+    assert len(judged) < 20 and judged.count(one_prompt(800)) == 1, "what prompts take did not change"
+
+
 def test_odd_batches_are_not_drift() -> None:
     planner, random = Planner(OUTLINE, "auto", "exact", 1, costs()), Random(4)
     for _ in range(12):

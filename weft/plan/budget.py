@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
+from weft.plan.drift import Factors
 from weft.plan.planner import Planner
 from weft.program.batch import Batch, Segment
 from weft.timeline.timeline import median
@@ -28,7 +29,7 @@ class Budget:
 
     def __init__(self, planner: Planner) -> None:
         self.planner = planner
-        self._known: dict[tuple[int, int, float, int], int] = {}
+        self._known: dict[tuple[int, int, float, tuple[Factors, ...]], int] = {}
         self._a_row: deque[float] = deque(maxlen=SEEN)
         self._decoding: deque[float] = deque(maxlen=SEEN)
         self._sampling: deque[float] = deque(maxlen=SEEN)
@@ -53,7 +54,7 @@ class Budget:
 
     def rows(self, seconds: float, decoding: Sequence[Segment], most: int) -> int:
         """Rows of a batch that takes `seconds`, the decoding segments included; never fewer than let a prompt go on."""
-        if self.planner.costs is None:
+        if not self.planner.knows_costs:
             rows = self._by_experience(seconds, len(decoding))
         else:
             sampling = median(self._sampling) if self._sampling else 0.0  # plans know nothing of it
@@ -70,7 +71,7 @@ class Budget:
         """Asked once for about as many sequences of about the same length."""
         alike = 1 << len(decoding).bit_length() if decoding else 0
         start = 1 << max((segment.start for segment in decoding), default=0).bit_length()
-        key = (alike, start, seconds, self.planner.drift.changes)
+        key = alike, start, seconds, tuple(self.planner.drift.factors.values())
         if key not in self._known:
             if len(self._known) > 1000:
                 self._known.clear()
@@ -83,9 +84,7 @@ class Budget:
     def _predicted(self, beside: tuple[Segment, ...], rows: int) -> float:
         """Seconds of a batch of these and a prompt of so many rows."""
         prompt = (Segment(len(beside), 0, rows),) if rows else ()
-        plan = self.planner.plan(Batch((*(replace(s, sequence=n) for n, s in enumerate(beside)), *prompt)))
-        if plan.predicted is None:
-            return 0.0
+        expected = self.planner.expect(Batch((*(replace(s, sequence=n) for n, s in enumerate(beside)), *prompt)))
         layout = self.planner.layout  # in a pipeline others come between a sequence's batches
         flights = len(layout.sections) if layout is not None else 1
-        return max(plan.predicted.seconds, flights * plan.predicted.lanes.compute if flights > 1 else 0.0)
+        return max(expected.seconds, flights * expected.lanes.compute if flights > 1 else 0.0)

@@ -6,6 +6,7 @@ the other.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ SEEN = 7  # of the last batches the median decides: four in a row that differ ar
 FEWEST = 4
 NOTICED = 0.12  # a smaller difference is noise
 TOLD = {False: 1.3, True: 2.0}  # smaller ones are nobody's concern; tokens one upon the other find all in the cache
+STEP = 1.06  # factors are powers of it: one that comes again finds what was planned under it
 COUNTS = 0.1  # of what both lanes are busy: a lane that does and should do less says nothing
 
 
@@ -28,10 +30,9 @@ class Factors(NamedTuple):
 
 
 class Drift:
-    """Corrections of costs. `changes` counts them."""
+    """Corrections of costs."""
 
     def __init__(self) -> None:
-        self.changes = 0
         self.factors = {True: Factors(), False: Factors()}  # by smallness
         self._seen = {small: (deque[float](maxlen=SEEN), deque[float](maxlen=SEEN)) for small in self.factors}
 
@@ -45,8 +46,7 @@ class Drift:
             ratios.append(median(seen) if len(seen) >= FEWEST else now)
         if all(abs(new / old - 1) < NOTICED for new, old in zip(ratios, before, strict=True)):
             return False
-        self.factors[small] = Factors(*ratios)
-        self.changes += 1
+        self.factors[small] = Factors(*(STEP ** round(math.log(ratio, STEP)) for ratio in ratios))
         return True
 
     def corrected(self, costs: Costs, small: bool) -> Costs:

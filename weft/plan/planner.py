@@ -32,7 +32,7 @@ KEPT = 256  # plans
 NAMED = 6  # chunks of a part that are named one by one
 
 T = TypeVar("T")
-_Kept = OrderedDict[tuple[Batch, int], T]  # by the batch's shape, and the changes of costs until then
+_Kept = OrderedDict[tuple[Batch, Factors], T]  # by the batch's shape, and how its costs were corrected
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Planner:
 
     def _recalled(self, known: _Kept[T], batch: Batch, make: Callable[[Batch], T]) -> T:
         """As it was made for an earlier batch like this one, or is now."""
-        key = self._shape(batch), self.drift.changes
+        key = self._shape(batch), self._factors(batch)
         if key not in known:
             known[key] = make(key[0])
             if len(known) > KEPT:
@@ -246,8 +246,8 @@ class Planner:
         return self.search.judge(Strategy.parse(self.overlap), batch, costs, self.wires)
 
     def _prediction(self, batch: Batch, judged: Judged) -> Prediction:
-        factors, serial = self.drift.factors[self._small(batch)], judged.serial
-        return Prediction(judged.lanes, factors, serial.seconds, serial.compute, serial.network)
+        serial = judged.serial
+        return Prediction(judged.lanes, self._factors(batch), serial.seconds, serial.compute, serial.network)
 
     def _forget(self) -> None:
         self._known.clear()
@@ -276,6 +276,9 @@ class Planner:
         """The costs, corrected for what was observed of batches like this one."""
         assert self.costs is not None
         return self.drift.corrected(self.costs, self._small(batch))
+
+    def _factors(self, batch: Batch) -> Factors:
+        return self.drift.factors[self._small(batch)] if self.costs is not None else Factors()
 
     def _small(self, batch: Batch) -> bool:
         """True for batches whose sums take one hop, as those of decoding do."""
