@@ -11,6 +11,7 @@ from collections.abc import Sequence as ReadOnly
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from weft.admission import demand_room, end_ids, limit_of
 from weft.batching.params import SamplingParams, token_ids
@@ -25,6 +26,13 @@ from weft.text import Tokenizer
 
 MOST_FAILURES = 3  # batches by itself, one upon the other, that a request may lose to ranks that were killed or cut off
 COMPANY = 3  # failed batches from which on a request stays by itself: it may fail with others only
+
+
+class Handed(NamedTuple):
+    """What one engine's `Requests` know of a request, for another's."""
+
+    began: float
+    completions: dict[Sequence, Completion]
 
 
 class Requests:
@@ -121,6 +129,25 @@ class Requests:
         sequence.finish_reason = "timeout"
         with suppress(Exception):  # whatever it is
             self.completions[sequence].close()
+
+    def can_run(self, request: Request) -> bool:
+        """Whether another engine's request could go on here. For any thread."""
+        try:
+            self.check(request.prompt, request.params)
+        except InputError:
+            return False
+        return True
+
+    def give(self, request: Request) -> Handed:
+        """What is known of a request that another engine goes on with."""
+        return Handed(
+            self._began.pop(request), {sequence: self.completions.pop(sequence) for sequence in request.sequences}
+        )
+
+    def have(self, request: Request, handed: Handed) -> None:
+        """One of another engine of the same model."""
+        self._began[request] = handed.began
+        self.completions.update(handed.completions)
 
     def settle(self, request: Request) -> list[Completion]:
         """The request's completions, which are forgotten then."""

@@ -202,6 +202,101 @@ def test_a_lost_rank_costs_its_replica_time_and_the_other_one_serves(packaged: P
         assert [answer.result() for answer in answers] == expected
 
 
+def test_requests_of_one_whose_machine_is_gone_go_on_elsewhere(
+    packaged: Path, alone: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the tokens that they have."""
+    monkeypatch.setattr("weft.server.replicas.MOVES_AFTER", 0.3)
+    with replicated(packaged, 1, 1, max_num_seqs=8) as group:
+        prompts = ["import os\n", "class Shape:\n", "def main(", "x = ["]
+        expected = [answer_of(alone, prompt, 700) for prompt in prompts]
+        schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"],
+                  "additionalProperties": False}  # fmt: skip
+        form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}
+        with ThreadPoolExecutor(len(prompts) + 1) as pool, missing_machine(group.services[0]) as back:
+            answers = [pool.submit(group.ask, prompt, 700) for prompt in prompts]
+            answers.append(pool.submit(group.ask, "a", 700, n=2, response_format=form, seed=4))
+            deadline = time.monotonic() + 30
+            while not all(service.running for service in group.services) and time.monotonic() < deadline:
+                time.sleep(0.002)
+            os.kill(group.launchers[0].pids()[0], signal.SIGKILL)
+            while group.services[0].state is not State.RESTARTING and time.monotonic() < deadline:
+                time.sleep(0.002)
+            health = httpx2.get(f"{group.url}/health")
+            assert health.status_code == 200 and "replica 1: the ranks are started again" in health.json()["reason"]
+            assert [answer.result(timeout=60) for answer in answers[:4]] == expected
+            assert answers[4].result(timeout=60).lstrip().startswith("{")
+            assert group.services[0].state is State.RESTARTING and not group.services[0].busy
+            back.set()
+            while group.services[0].state is not State.READY and time.monotonic() < deadline + 30:
+                time.sleep(0.01)
+        assert group.services[0].state is State.READY and group.replicas.reason == ""
+        assert group.ask(prompts[0], 700) == expected[0]
+
+
+def test_who_goes_away_on_the_way_to_another_replica_is_not_computed(
+    packaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weft.server.replicas.MOVES_AFTER", 0.0)
+    with replicated(packaged, 1, 1) as group, missing_machine(group.services[0]):
+        first, second = group.services
+        asked = {"prompt": "def ", "max_tokens": 900, "temperature": 0, "ignore_eos": True, "stream": True}
+        held, added = threading.Event(), list[Any]()
+        monkeypatch.setattr(second.engine.batcher, "add", added.append)
+        with httpx2.stream("POST", f"{group.url}/v1/completions", json=asked, timeout=30) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            second._commands.put(lambda: held.wait(20) and None)
+            os.kill(group.launchers[0].pids()[0], signal.SIGKILL)
+            deadline = time.monotonic() + 20
+            while (not first.missing or first.busy) and time.monotonic() < deadline:
+                time.sleep(0.002)
+            assert not first.busy and second.waiting == 1, "on its way"
+        time.sleep(0.3)  # the server notices that nobody reads
+        held.set()
+        while second.waiting and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not added and not second.busy and second.waiting == 0
+
+
+def test_one_that_ends_ranks_wherever_it_goes_stays(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weft.server.replicas.MOVES_AFTER", 0.0)
+    with replicated(packaged, 1, 1) as group, missing_machine(group.services[0]) as back, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(group.ask, "import ", 900)
+        deadline = time.monotonic() + 20
+        while not group.services[0].running and time.monotonic() < deadline:
+            time.sleep(0.002)
+        [ticket] = group.services[0].tickets
+        assert ticket.request is not None
+        ticket.request.failures = 1  # and one more now
+        os.kill(group.launchers[0].pids()[0], signal.SIGKILL)
+        while group.services[0].state is not State.RESTARTING and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(0.5)
+        assert group.services[0].busy and not group.services[1].busy
+        back.set()
+        assert answer.result(timeout=60)
+
+
+@contextmanager
+def missing_machine(service: Service) -> Iterator[threading.Event]:
+    """Its workers are not started again before the event is set."""
+    back, workers = threading.Event(), service.engine.workers
+    bring_up = workers._bring_up
+
+    def waits(*given: Any) -> None:
+        while not back.is_set():
+            workers.meanwhile()
+            time.sleep(0.01)
+        bring_up(*given)
+
+    workers._bring_up = waits  # type: ignore[method-assign]
+    try:
+        yield back
+    finally:
+        back.set()
+
+
 def test_one_that_has_given_up_gets_no_requests(packaged: Path) -> None:
     with replicated(packaged, 1, 1) as group:
         service = group.services[0]

@@ -55,13 +55,13 @@ class Batcher:
         self._alone_last = False  # the last batch was the turn of those that are computed by themselves
 
     def add(self, request: Request) -> None:
-        """Queues a request's sequences."""
+        """Queues a request's sequences, those that have not ended."""
         # Who comes anew, or again, starts level with those who are here: what was not used is not saved up.
         active = {s.request.owner for s in (*self.waiting, *self.running)}
         if request.owner not in active:
             level = min((self._served[owner] for owner in active), default=0.0)
             self._served[request.owner] = max(self._served.get(request.owner, 0.0), level)
-        self.waiting += request.sequences
+        self.waiting += [sequence for sequence in request.sequences if sequence.finish_reason is None]
 
     @property
     def idle(self) -> bool:

@@ -6,9 +6,10 @@ goes on with its requests, while the others serve; what it has computed is what 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 
 from weft.about import About, Figures
@@ -22,6 +23,8 @@ from weft.server.ticket import Ticket, Wishes
 from weft.text import Tokenizer
 
 FIGURES = [field.name for field in fields(Figures)]
+MOVES_AFTER = 5.0  # seconds that ranks are missing: others need not pay for one that ends by itself and comes back
+FAILURES = 1  # of a request that may move: one that ends ranks wherever it goes stays where it is
 COUNTED = ("looked_up", "reused", "preempted", "restarts")  # of what Figures has
 PRECEDENCE = (State.DRAINING, State.LOADING, State.READY, State.RESTARTING, State.FAILED)  # of what replicas are
 
@@ -34,6 +37,7 @@ class Replicas:
     def __init__(self, services: Sequence[Service], told: Callable[[str], None] = lambda line: None) -> None:
         self.services, self._told, self._line = list(services), told, ""
         self.metrics, self.live = services[0].metrics, services[0].live
+        self._relieve_each(services)
         self._coming = [Backlog() for _ in services]  # given to a service, and not among what it has yet
         self._restarts = [0 for _ in services]
 
@@ -41,6 +45,7 @@ class Replicas:
         """More of them, while those that there are load: the next ones to do so."""
         self._coming += [Backlog() for _ in services]
         self._restarts += [0 for _ in services]
+        self._relieve_each(services)
         last = self.services[-1]
         self.services += services
         for before, service in pairwise((last, *services)):
@@ -74,11 +79,14 @@ class Replicas:
         state, each = self.state, list(enumerate(self.services, 1))
         if len(each) == 1:
             return self.services[0].reason
-        said = [f"replica {number}: {one.reason}" for number, one in each if one.state is state and one.reason]
+        told = State.RESTARTING if state is State.READY else state  # of those that are missing while others serve, all
+        said = [f"replica {number}: {one.reason}" for number, one in each if one.state is told and one.reason]
         gone = [f"replica {number} has given up: {one.reason}" for number, one in each if one.state is State.FAILED]
         if state is State.DRAINING and self._line:
             said = [self._line]
-        return "; ".join([*(said[:1] if state is not State.FAILED else ()), *gone])
+        if state is not State.READY:
+            said = said[:1] if state is not State.FAILED else []
+        return "; ".join([*said, *gone])
 
     @property
     def loaded(self) -> float:
@@ -224,6 +232,24 @@ class Replicas:
             if able := [service for state, service in states if state is wanted and service.figures]:
                 return able
         return [service for service in self.services if service.engine]  # none is there, so the first one says why
+
+    def _relieve_each(self, services: Sequence[Service]) -> None:
+        for service in services:
+            service.relieve = partial(self._relieve, service)
+
+    def _relieve(self, lost: Service) -> None:
+        """On the thread of one whose ranks are missing: what waits for them goes to those that have slots free."""
+        if lost.missing is None or time.monotonic() - lost.missing < MOVES_AFTER:
+            return
+        others, moved = sorted(self.services, key=lambda service: service.load.tokens), 0
+        for ticket in lost.tickets:
+            may = ticket.request is not None and ticket.request.failures <= FAILURES and not ticket.over
+            taker = next((other for other in others if other.takes(ticket)), None) if may else None
+            if taker is not None:
+                lost.hand_on(ticket, taker)
+                moved += 1
+        if moved:
+            self._told(f"{moved} request{'s' if moved > 1 else ''} went to other replicas")
 
     def _backlogs(self, able: Sequence[Service]) -> list[Backlog | None]:
         return [

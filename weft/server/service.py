@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -20,20 +19,21 @@ from weft.about import About, Figures
 from weft.batching.params import SamplingParams
 from weft.batching.request import Request, Sequence
 from weft.engine import Engine
-from weft.errors import Busy, InputError, Interrupted, RequestFailed, Unavailable, told
+from weft.errors import Busy, InputError, Interrupted, Unavailable, told
 from weft.grammar import Grammar
+from weft.requests import Handed
 from weft.routing import Backlog
 from weft.server.client import State
 from weft.server.lately import Live
 from weft.server.metrics import Metrics
-from weft.server.ticket import Item, Prefill, Ticket, Wishes, on_loop, post
+from weft.server.ticket import Ticket, Wishes, on_loop, post
+from weft.server.tickets import Tickets
 from weft.text import Tokenizer
 from weft.workers import Progress
 
 SETTLED_SECONDS = 0.05  # how often it is looked whether the model is there
 YIELD_SECONDS = 1e-4  # that the loop has to take up a first token: else it waits until this thread does
 IDLE_SECONDS = 0.1  # how often workers are looked at while nothing is to do
-FINISHED_SEEN = 60.0  # seconds of finished requests, from which the wait of a refused one is estimated
 
 
 class Service:
@@ -55,10 +55,11 @@ class Service:
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._grown: list[Sequence] = []  # by the last batch, and not delivered yet
         self._mistake: Exception | None = None
-        self._tickets: dict[Request, Ticket] = {}
-        self._finished: deque[float] = deque(maxlen=1000)
+        self.tickets = Tickets(self.metrics, self.live)
         self._submitted = 0  # sequences that the engine's thread has not yet seen
         self._closing = False
+        self.missing: float | None = None  # since when its ranks are, by the monotonic clock
+        self.relieve: Callable[[], None] = lambda: None  # called again and again meanwhile, on this service's thread
         self._settled = threading.Event()
         self._after: Callable[[], None] = lambda: None
         self.error: BaseException | None = None  # what ended the loop, if anything did
@@ -109,10 +110,7 @@ class Service:
     @property
     def load(self) -> Backlog:
         """What it has yet to do, for who chooses among several."""
-        requests = [ticket.request for ticket in list(self._tickets.values()) if ticket.request is not None]
-        left = [[s.left - 1 for s in request.sequences if s.finish_reason is None] for request in requests]
-        slots = self._engine.config.max_sequences if self._engine is not None else 0
-        return Backlog(sum(max(each, default=0) for each in left), sum(map(len, left)), slots)
+        return self.tickets.left(self._engine.config.max_sequences if self._engine is not None else 0)
 
     @property
     def waiting(self) -> int:
@@ -158,6 +156,7 @@ class Service:
 
     def cancel(self, ticket: Ticket) -> None:
         """Ends a request that nobody waits for any more; its slot is free before the next batch. Safe to repeat."""
+        ticket.cancelled = True
         self._commands.put(lambda: self._drop(ticket))
 
     def drain(self) -> None:
@@ -168,12 +167,11 @@ class Service:
     @property
     def busy(self) -> bool:
         """Whether requests are under way, or wait."""
-        return bool(self._tickets)
+        return len(self.tickets) > 0
 
     def abort(self, reason: str = "the server is shutting down") -> None:
         """Tells all requests under way that they can't be finished."""
-        for ticket in list(self._tickets.values()):
-            on_loop(ticket.loop, partial(ticket.put, Unavailable(reason)))
+        self.tickets.abort(Unavailable(reason))
 
     def end(self) -> None:
         """Has the loop and the workers end, and waits for nothing."""
@@ -205,9 +203,7 @@ class Service:
 
     def retry_after(self) -> int:
         """Seconds after which there should be room, by how many were finished of late."""
-        since = time.monotonic() - FINISHED_SEEN
-        lately = sum(then > since for then in self._finished.copy())
-        return max(1, min(60, round(self.waiting * FINISHED_SEEN / lately / 2))) if lately else 5
+        return self.tickets.retry_after(self.waiting)
 
     # What follows runs on the service's own thread.
 
@@ -217,6 +213,7 @@ class Service:
             self._settled.set()
             while not self._closing:
                 self._turn()
+            self._obey(wait=False)  # what others handed on
             self._hand_over()
             self.abort()
         except BaseException as error:  # what kept it from loading; workers that can't be kept alive; our mistakes
@@ -255,8 +252,10 @@ class Service:
             self._step(engine)
         if self._mistake is not None:
             raise self._mistake
-        if self.state is State.RESTARTING:
-            self.state, self.reason = State.READY, ""
+        if self.missing is not None:
+            self.missing = None
+            if self.state is State.RESTARTING:
+                self.state, self.reason = State.READY, ""
             self._told("the ranks are there again")
         if engine.flights or engine.batcher.idle:
             self._hand_over()
@@ -271,9 +270,9 @@ class Service:
         # loop that writes to clients keeps this thread from anything else.
         self._grown = [sequence for sequence in grown if sequence.produced != 1]
         if first := [sequence for sequence in grown if sequence.produced == 1]:
-            self._deliver(engine, first)
+            self.tickets.deliver(first, engine.requests)
             time.sleep(YIELD_SECONDS)
-        post(self._under_way(engine))
+        post(self.tickets.under_way(engine.batcher.running))
         if engine.last_turn is not before and engine.last_turn is not None:
             self.metrics.turn(engine.last_turn)
             if engine.last_turn.result.timeline is not None:
@@ -285,11 +284,12 @@ class Service:
         engine, grown, self._grown = self._engine, self._grown, []
         assert engine is not None, "what was given was given by an engine"
         try:
-            self._deliver(engine, grown)
+            self.tickets.deliver(grown, engine.requests)
         except Exception as error:  # our mistake, and nothing of the batch that is computed
             self._mistake = error
 
     def _lost(self, error: Exception) -> None:
+        self.missing = self.missing or time.monotonic()
         if self.state is State.READY:
             self.state = State.RESTARTING
         self.tell(f"the ranks are started again: {error}", f"the ranks are started again: {told(error)}")
@@ -307,7 +307,8 @@ class Service:
             raise Interrupted("interrupted while ranks were started")
         self._obey(wait=False)
         self._hand_over()
-        self._deliver(engine, engine.expire())
+        self.tickets.deliver(engine.expire(), engine.requests)
+        self.relieve()
 
     def _obey(self, wait: bool) -> None:
         """Does what was asked meanwhile."""
@@ -326,7 +327,7 @@ class Service:
         try:
             asked = wishes.priority, wishes.owner, deadline, grammar, wishes.salt
             ticket.request = self.engine.add(prompt, params, *asked)
-            self._tickets[ticket.request] = ticket
+            self.tickets.add(ticket)
         except Exception as reason:  # whatever it is, it is one request's
             error = reason
 
@@ -336,61 +337,40 @@ class Service:
 
         on_loop(ticket.loop, answer)
 
+    def takes(self, ticket: Ticket) -> bool:
+        """Whether it could go on with another one's request at once. For any thread."""
+        engine, request = self._engine, ticket.request
+        if engine is None or request is None or self.missing is not None or self.state is State.FAILED:
+            return False
+        free = engine.config.max_sequences - self.running - self.waiting
+        return free >= request.params.n and engine.requests.can_run(request)
+
+    def hand_on(self, ticket: Ticket, other: Service) -> None:
+        """Its request goes on there, from the tokens that it has; while this one's ranks are missing."""
+        request, engine = self.tickets.take(ticket), self.engine
+        assert request is not None, "it is this one's"
+        engine.forget([sequence for sequence in request.sequences if sequence.finish_reason is None])
+        handed = engine.requests.give(request)
+        other._submitted += request.params.n
+        other._commands.put(lambda: other._adopt(ticket, request, handed))
+
+    def _adopt(self, ticket: Ticket, request: Request, handed: Handed) -> None:
+        self._submitted -= request.params.n
+        if ticket.cancelled:  # before it was here
+            self.metrics.finished("abort", time.monotonic() - ticket.arrived)
+        elif self._engine is None or self.state is State.FAILED:
+            on_loop(ticket.loop, partial(ticket.put, Unavailable(f"the engine has failed: {self.reason}")))
+        else:
+            self._engine.requests.have(request, handed)
+            self._engine.batcher.add(request)
+            self.tickets.add(ticket)
+
     def _drop(self, ticket: Ticket) -> None:
-        request = ticket.request
-        if request is None or self._tickets.pop(request, None) is None or self._engine is None:
+        request = self.tickets.take(ticket)
+        if request is None or self._engine is None:
             return
         on_loop(ticket.loop, partial(ticket.put, Unavailable("the request was cancelled")))  # whoever still reads it
         if self.state is not State.FAILED:
             self._engine.forget([s for s in request.sequences if s.finish_reason is None])
         self._engine.requests.settle(request)
         self.metrics.finished("abort", time.monotonic() - ticket.arrived)
-
-    def _deliver(self, engine: Engine, grown: list[Sequence]) -> None:
-        """Hands out what a batch gave."""
-        now, tokens, out = time.monotonic(), 0, list[tuple[Ticket, Item]]()
-        for sequence in grown:
-            ticket = self._tickets.get(sequence.request)
-            if ticket is None or sequence.index in ticket.ended:  # cancelled, or told already
-                continue
-            if sequence.request.error:
-                out.append((ticket, RequestFailed(sequence.request.error)))
-            else:
-                out.append((ticket, ticket.grown(sequence, engine.requests.completions[sequence])))
-            tokens += self._count(ticket, sequence, now)
-        if tokens:
-            self.live.tokens.append((now, tokens))
-        # Not by what has finished: of some that have, the last piece may still be to come.
-        over = {ticket.request for ticket, _ in out if ticket.request is not None and ticket.over}
-        for request in over & self._tickets.keys():
-            ticket = self._tickets.pop(request)
-            engine.requests.settle(request)
-            self._finished.append(now)
-            self.metrics.finished(str(request.sequences[0].finish_reason), now - ticket.arrived)
-        post(out)
-
-    def _under_way(self, engine: Engine) -> Iterator[tuple[Ticket, Prefill]]:
-        """Prompts that are not yet computed to their end."""
-        now = time.monotonic()
-        for sequence in engine.batcher.running:
-            ticket = self._tickets.get(sequence.request)
-            if ticket is not None and sequence.left > 1 and sequence.index == 0:
-                total = len(sequence.request.prompt)
-                yield ticket, Prefill(min(sequence.computed, total), sequence.reused, total, now - ticket.arrived)
-
-    def _count(self, ticket: Ticket, sequence: Sequence, now: float) -> int:
-        """How many tokens a completion got; and when."""
-        tokens = ticket.count(sequence)
-        computed = sequence.produced > 0 or sequence.finish_reason in ("length", "stop")
-        if ticket.first is None and computed:
-            ticket.first, ticket.reused = now - ticket.arrived, sequence.reused
-            self.metrics.prompt(ticket.prompt_tokens)
-            if sequence.produced:  # an embedding has no tokens, nor has a prompt that is only scored
-                self.live.first.append(ticket.first)
-                self.metrics.first_token(ticket.first)
-        elif tokens and sequence.index == 0:
-            self.metrics.next_token(now - ticket.last)
-        self.metrics.tokens(tokens)
-        if sequence.index == 0:
-            ticket.last = now
-        return tokens

@@ -76,6 +76,7 @@ class Ticket:
     reused: int = 0
     first: float | None = None  # seconds to the first token
     last: float = 0.0  # when its last token came
+    cancelled: bool = False  # nobody waits for it any more
     ended: set[int] = field(default_factory=set)  # completions whose last piece was made
     _came: float = 0.0  # the last piece, by the loop's clock
     _looking: asyncio.TimerHandle | None = None
