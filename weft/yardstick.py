@@ -28,6 +28,7 @@ from weft.plan.planner import Planner
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.simulate.cost import ComputeCosts, Contention, Costs, Table
 from weft.timeline.timeline import median
+from weft.units import duration
 from weft.workers import Progress
 
 PROMPT, ANSWER = 512, 128  # tokens of the usual request
@@ -48,11 +49,7 @@ class Yardstick(msgspec.Struct, frozen=True):
 
     def describe(self) -> str:
         """In words."""
-        return f"a prompt of {PROMPT} in {_in_words(self.prompt)}, then {_in_words(self.token)} a greedy token"
-
-
-def _in_words(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+        return f"a prompt of {PROMPT} in {duration(self.prompt)}, then {duration(self.token)} a greedy token"
 
 
 def measured(engine: Engine) -> Yardstick:
@@ -127,7 +124,7 @@ def judged(engine: Engine) -> str | None:
     else:
         other, least = alone(planner), predicted(_computing(planner, 1.0))
         prompts, tokens = (
-            f"{_in_words(a)} to {_in_words(b)}" for a, b in ((least.prompt, other.prompt), (least.token, other.token))
+            f"{duration(a)} to {duration(b)}" for a, b in ((least.prompt, other.prompt), (least.token, other.token))
         )
         line += f"one of them alone: a prompt in {prompts}, then {tokens} a token"
     if other.seconds < WORTH * own.seconds:

@@ -12,7 +12,8 @@ from tests.browser import needs_browser, opened
 from weft.config import ModelConfig
 from weft.errors import InputError
 from weft.model.configuration import configured
-from weft.outlook.figures import Outlook, Question, offers, planned_shares
+from weft.outlook.figures import Outlook, Question, planned_shares
+from weft.outlook.layouts import compared, conclusion, offers
 from weft.outlook.report import as_json, page, remarks
 from weft.simulate.hardware import parse_hardware
 
@@ -110,7 +111,7 @@ def test_unequal_devices_get_unequal_shares(model: ModelConfig) -> None:
         ("2x h100", Question((99999,), ("auto",), ("exact",)), "more than the model's context"),
         ("2x h100", Question((100,), ("auto",), ("int3",)), "--wire 'int3' is not known; allowed: exact"),
         ("2x h100", Question((100,), ("magic",), ("exact",)), "not a strategy"),
-        ("2x h100", Question((100,), ("auto",), ("exact",), shares=(1.0,)), "1 numbers for 2 devices"),
+        ("2x h100", Question((100,), ("auto",), ("exact",), shares=(1.0,)), "1 number for 2 devices"),
     ],
 )
 def test_bad_questions(model: ModelConfig, hardware: str, asked: Question, said: str) -> None:
@@ -125,17 +126,45 @@ def test_impossible_splits() -> None:
         Outlook(small, parse_hardware("16x h100"), Question((64,), ("auto",), ("exact",)))
 
 
+PRICES = {"rtx4090": 0.4, "h100": 2.5}
+
+
 def test_offers(model: ModelConfig) -> None:
+    """Of all layouts, as the table shows them."""
     asked = Question((8192,), ("auto",), ("exact",))
-    outlooks = [Outlook(model, parse_hardware(text), asked) for text in ("4x rtx4090", "1x h100", "8x h100")]
-    prices = {"rtx4090": 0.4, "h100": 2.5}
-    ranked = offers(outlooks, prices, None)
+    rows = [
+        row
+        for text in ("4x rtx4090", "1x h100", "8x h100")
+        for row in compared(model, parse_hardware(text), asked, 8192)
+    ]
+    ranked = offers(rows, PRICES, None)
     assert [o.per_million_prompt for o in ranked] == sorted(o.per_million_prompt for o in ranked)
     fastest = min(ranked, key=lambda o: o.first_token)
-    only = offers(outlooks, prices, fastest.first_token * 1.01)
-    assert only[0].hardware == fastest.hardware == "8x h100" and [o.in_time for o in only] == [True, False, False]
+    sooner = [row for row in rows if row.rating and row.rating.first_token < fastest.first_token]
+    assert not sooner and fastest.hardware == "8x h100"
+    only = offers(rows, PRICES, fastest.first_token * 1.01)
+    late = len([o for o in only if o.in_time is False])
+    assert only[0].in_time and [o.in_time for o in only] == [True] * (len(only) - late) + [False] * late
+    assert "Fewest devices that give the first of 8192 tokens" in conclusion(rows, asked, fastest.first_token * 1.01)
+    assert f"the soonest is {fastest.hardware} as {fastest.layout}" in conclusion(rows, asked, fastest.first_token / 2)
+    for offer in ranked:
+        [row] = [row for row in rows if (row.hardware, row.layout) == (offer.hardware, offer.layout)]
+        assert row.rating and offer.price == pytest.approx(sum(PRICES[device] for device in row.devices))
+        hour = 3600 / row.rating.first_token * 8192 * row.replicas / 1e6  # millions of tokens
+        assert offer.per_million_prompt == pytest.approx(offer.price / hour)
     with pytest.raises(InputError, match="--price says nothing of rtx4090"):
-        offers(outlooks, {"h100": 1.0}, None)
+        offers(rows, {"h100": 1.0}, None)
+
+
+def test_each_length_has_its_rows_and_the_best_wire(model: ModelConfig) -> None:
+    asked = Question((512, 8192), ("auto",), ("exact", "int8"))
+    group = parse_hardware("2x rtx4090")
+    rows = [row for tokens in asked.tokens for row in compared(model, group, asked, tokens)]
+    one, two = (next(row for row in rows if (row.tokens, row.layout) == (length, "tp 2")) for length in asked.tokens)
+    assert one.rating and two.rating and two.rating.first_token > 10 * one.rating.first_token
+    exact = [row for row in compared(model, group, replace(asked, wires=("exact",)), 8192) if row.layout == "tp 2"]
+    assert two.wire == "int8" and exact[0].rating and exact[0].rating.first_token > two.rating.first_token
+    assert conclusion(rows, asked).count("Best (") == 2
 
 
 def test_json_and_remarks(model: ModelConfig) -> None:
@@ -159,11 +188,14 @@ def test_json_and_remarks(model: ModelConfig) -> None:
 def test_the_page(model: ModelConfig, tmp_path: Path) -> None:
     path = tmp_path / "plan.html"
     outlooks = [Outlook(model, parse_hardware(text), ASKED) for text in ("4x rtx4090", "2x h100")]
-    path.write_text(page(model, outlooks, offers(outlooks, {"rtx4090": 0.4, "h100": 2.5}, 1.0)))
+    rows = [
+        row for outlook in outlooks for tokens in ASKED.tokens for row in compared(model, outlook.group, ASKED, tokens)
+    ]
+    path.write_text(page(model, outlooks, offers(rows, PRICES, 1.0), rows, conclusion(rows, ASKED, 1.0), 1.0))
     with opened(path) as (shown, complaints, requests):
         assert shown.locator("section").count() == 2 * 3  # each with two timelines
         assert shown.locator("svg.plot").count() == 4
-        assert shown.locator("table").count() == 3
+        assert shown.locator("table").count() == 4
         assert "Predicted from makers' figures" in shown.inner_text("main")
         shown.locator("summary").first.click()
         assert shown.locator("rect.step").first.is_visible()

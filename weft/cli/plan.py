@@ -16,8 +16,8 @@ from weft.config import ModelConfig
 from weft.errors import InputError
 from weft.hub import locate_config
 from weft.model.description import model_config
-from weft.outlook.figures import Offer, Outlook, Question, offers
-from weft.outlook.layouts import Row, compared, conclusion
+from weft.outlook.figures import NOTHING, Outlook, Question, would_fit
+from weft.outlook.layouts import Offer, Row, compared, conclusion, offers
 from weft.outlook.report import (
     ASSUMING,
     COLUMNS,
@@ -36,6 +36,9 @@ from weft.outlook.report import (
 from weft.simulate.hardware import Hardware, catalogue, parse_hardware
 from weft.text import leave_torch_out
 from weft.timeline.files import demand_writable, write
+
+WIDTH = 112  # columns that tables need
+FOLDED = ("plan", "layout")  # what is long where something is long
 
 HELP = """Predict what MODEL does on hardware from the catalogue: every way to share it, beside a single device.
 
@@ -101,18 +104,26 @@ def plan(
     question = Question(lengths, strategies, wires, prompts, decoding, parts, weights, kv)
     question.demand(config)
     groups = [parse_hardware(name, link, own) for name in hardware]
-    rows = [row for group in groups for row in compared(config, group, question)]
+    rows = [row for group in groups for length in question.tokens for row in compared(config, group, question, length)]
+    ranked = offers(rows, prices, ttft) if prices else []
+    concluded = conclusion(rows, question, ttft)
     outlooks, failed = _outlooks(config, groups, question)
-    if not any(row.rating for row in rows):
-        raise failed[0]
-    ranked = offers(outlooks, prices, ttft) if prices else []
-    concluded = conclusion(rows, question)
-    if html is not None:
-        write(html, page(config, outlooks, ranked, rows, concluded))
+    fits = any(row.rating for row in rows)
+    if html is not None and fits:
+        write(html, page(config, outlooks, ranked, rows, concluded, ttft))
     if json_wanted:
         print(as_json(config, outlooks, ranked, rows, concluded))
     else:
         _show(rows, concluded, outlooks if details else [], ranked, ttft)
+    if not fits:
+        raise failed[0] if len(groups) == 1 else InputError(_what_would_fit(config, groups, question))
+
+
+def _what_would_fit(config: ModelConfig, groups: Sequence[Hardware], question: Question) -> str:
+    """One line, where none of several groups does."""
+    tokens, names = min(question.tokens), ", ".join(group.text for group in groups)
+    found = dict.fromkeys(other for group in groups for other in would_fit(config, group, question, tokens))
+    return f"none of {names} holds this model with {tokens} tokens; what would fit: {'; '.join(found) or NOTHING}"
 
 
 def _outlooks(
@@ -149,10 +160,9 @@ def _prices(text: str | None) -> dict[str, float]:
 def _show(
     rows: Sequence[Row], concluded: str, outlooks: Sequence[Outlook], ranked: Sequence[Offer], ttft: float | None
 ) -> None:  # fmt: skip
-    console = Console(width=max(Console().width, 112))
-    cells_ = [beside(row) for row in rows]
-    once = [("" if n and rows[n - 1].hardware == each[0] else each[0], *each[1:]) for n, each in enumerate(cells_)]
-    console.print(_table("layouts beside each other", COMPARED, once))
+    console = _wide()
+    timed = None if ttft is not None else -1
+    console.print(_table("layouts beside each other", COMPARED[:timed], [r[:timed] for r in beside(rows, ttft)]))
     console.print(concluded)
     for outlook in outlooks:
         console.print(_table(heading(outlook), COLUMNS, [cells(forecast) for forecast in outlook.forecasts]))
@@ -160,22 +170,23 @@ def _show(
             console.print(remark)
     if ranked:
         limit = f", first token within {ttft:g} s" if ttft is not None else ""
-        columns = OFFERED if ttft is not None else OFFERED[:-1]
-        told = [offered(offer)[: len(columns)] for offer in ranked]
-        console.print(_table(f"cheapest for a token of the prompt{limit}", columns, told))
-        if ranked[0].in_time is False:
-            console.print(f"none reaches its first token within {ttft:g} s; the fastest: "
-                          f"{min(ranked, key=lambda offer: offer.first_token).hardware}")  # fmt: skip
+        told = [offered(offer)[:timed] for offer in ranked]
+        console.print(_table(f"cheapest for a token of the prompt{limit}", OFFERED[:timed], told))
     console.print(ASSUMING, style="dim")
+
+
+def _wide() -> Console:
+    """Where a table's columns keep their words."""
+    return Console(width=max(Console().width, WIDTH))
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
     for column in columns:
         justify: Literal["left", "right"] = "left" if column in TEXT else "right"
-        table.add_column(column, justify=justify, no_wrap=column not in ("plan", "hardware"))
+        table.add_column(column, justify=justify, no_wrap=column not in FOLDED, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*row, style="bold" if not any(row[1:]) else "")
     return table
 
 
@@ -185,4 +196,4 @@ def _list(own: Path | None) -> None:
         table.add_column(column, no_wrap=column == "name")
     for row in listing(catalogue(own)):
         table.add_row(*row)
-    Console(width=max(Console().width, 112)).print(table)
+    _wide().print(table)

@@ -1,4 +1,4 @@
-"""`weft plan`'s figures: times, plans, memory and prices of a model on catalogued hardware, from its config alone.
+"""`weft plan`'s figures: times, plans and memory of a model on catalogued hardware, from its config alone.
 
 Knows configurations, the catalogue and the planner; knows nothing of how figures are shown. Everything is predicted.
 """
@@ -21,9 +21,11 @@ from weft.program.strategy import Strategy
 from weft.simulate.cost import Costs, window_shares
 from weft.simulate.hardware import Device, Hardware, Keeping, Products, Shard, costs_of
 from weft.timeline.timeline import Timeline
+from weft.units import counted
 from weft.wires import allowed, needed
 
 GIB = 2**30
+NOTHING = "nothing in the catalogue; use fewer tokens, or weights of fewer bits"
 USABLE = 0.92  # of a device's memory: the rest is the runtime's
 FASTEST, SLOWEST = 4096.0, 1 / 64  # times the link's rate: where the end of overlap's gain is looked for
 
@@ -107,7 +109,8 @@ class Outlook:
         self.model, self.group, self.question = model, group, question
         self.shares = question.shares or planned_shares(group)
         if len(self.shares) != group.world:
-            raise InputError(f"--shares gives {len(self.shares)} numbers for {group.world} devices; give one each")
+            given, devices = counted(len(self.shares), "number"), counted(group.world, "device")
+            raise InputError(f"--shares gives {given} for {devices}; give one each")
         self.blueprint = blueprint_of(model)
         self.layout = layout or Layout.tensor(model.layers, self.shares)
         self.parts = shares_of(self.blueprint, self.layout)
@@ -115,10 +118,10 @@ class Outlook:
             part.rank for part in self.parts if not any(part.numbers(m) for p in self.blueprint.layer for m in p.first)
         ]
         if empty:
-            raise InputError(
+            raise Misfit(
                 f"--hardware {group.text!r}: rank {empty[0]} would hold nothing of a model with {model.heads} heads "
-                f"and an MLP of {model.intermediate}; use fewer devices"
-            )
+                f"and an MLP of {model.intermediate}; use fewer devices", "too many devices"
+            )  # fmt: skip
         self.memory = {
             tokens: memory_of(self.blueprint, group, self.parts, question, tokens) for tokens in question.tokens
         }
@@ -260,30 +263,32 @@ def memory_of(blueprint: Blueprint, group: Hardware, parts: Sequence[Share], ask
     return min(of_ranks, key=lambda memory: memory.usable - memory.needed)
 
 
-class NoMemory(InputError):
-    """A model doesn't fit. `short`: what is missing, and what would do."""
+class Misfit(InputError):
+    """A model can't be had this way. `short`: why, in a few words."""
 
     def __init__(self, text: str, short: str) -> None:
         super().__init__(text)
         self.short = short
 
 
-def _missing(model: ModelConfig, group: Hardware, asked: Question, tokens: int, memory: Memory) -> NoMemory:
+def _missing(model: ModelConfig, group: Hardware, asked: Question, tokens: int, memory: Memory) -> Misfit:
     missing = f"{(memory.needed - memory.usable) / GIB:.1f} GiB"
-    fits = "; ".join(_would_fit(model, group, asked, tokens)) or "nothing in the catalogue; use fewer tokens"
-    text = (
+    return Misfit(
         f"{group.text} doesn't hold this model with {tokens} tokens: the fullest device needs "
-        f"{memory.needed / GIB:.1f} GiB and {memory.usable / GIB:.1f} are usable, so "
-        f"{missing} are missing; what would fit: {fits}"
+        f"{memory.needed / GIB:.1f} GiB and {memory.usable / GIB:.1f} are usable, so {missing} are missing; "
+        f"what would fit: {'; '.join(would_fit(model, group, asked, tokens)) or NOTHING}",
+        f"{missing.removesuffix(' GiB')} missing",
     )
-    return NoMemory(text, f"{missing.removesuffix(' GiB')} missing")
 
 
-def _would_fit(model: ModelConfig, group: Hardware, asked: Question, tokens: int) -> list[str]:
-    """More of the first device, or as many of the smallest other one that does."""
+def would_fit(model: ModelConfig, group: Hardware, asked: Question, tokens: int) -> list[str]:
+    """Other parts, more of the first device, or as many of the smallest other one that does."""
     device = group.devices[0]
     name = next(name for name, known in group.source.device.items() if known == device)
-    found = [
+    found = ["the same with parts by speed, without --shares"] if asked.shares and _fits(
+        model, group, replace(asked, shares=planned_shares(group)), tokens, group.devices
+    ) else []  # fmt: skip
+    found += [
         f"{count}x {name}"
         for count in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
         if count > group.world and _fits(model, group, asked, tokens, (device,) * count)
@@ -298,40 +303,6 @@ def _would_fit(model: ModelConfig, group: Hardware, asked: Question, tokens: int
 def _fits(model: ModelConfig, group: Hardware, asked: Question, tokens: int, devices: tuple[Device, ...]) -> bool:
     other = replace(group, devices=devices)
     blueprint = blueprint_of(model)
-    memory = memory_of(blueprint, other, tensor_shares(blueprint, [1.0] * len(devices)), asked, tokens)
+    shares = asked.shares if asked.shares and len(asked.shares) == len(devices) else [1.0] * len(devices)
+    memory = memory_of(blueprint, other, tensor_shares(blueprint, shares), asked, tokens)
     return memory.needed <= memory.usable
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What one group costs for the longest prompt, by its fastest plan. `price`: of the whole group for an hour."""
-
-    hardware: str
-    first_token: float
-    plan: str
-    price: float
-    per_million_prompt: float
-    per_million_generated: float
-    in_time: bool | None  # where there is a time
-
-
-def offers(outlooks: Sequence[Outlook], prices: dict[str, float], first_token: float | None) -> list[Offer]:
-    """All groups, those in time first, the cheapest per token of the prompt first among them."""
-    choices = []
-    for outlook in outlooks:
-        asked, group = outlook.question, outlook.group
-        names = {device: name for name, device in group.source.device.items()}
-        missing = sorted({names[d] for d in group.devices if names[d] not in prices})
-        if missing:
-            raise InputError(f"--price says nothing of {missing[0]}; write it like --price {missing[0]}=0.50 (an hour)")
-        price = sum(prices[names[device]] for device in group.devices)
-        best = min((f for f in outlook.forecasts if f.tokens == max(asked.tokens)), key=lambda f: f.seconds)
-        each = price / 3600 * 1e6
-        choices.append(
-            Offer(
-                group.text, best.seconds, f"{best.overlap}, wire {best.wire}", price,
-                each * best.seconds / (best.tokens * asked.prompts), each * best.decode / asked.decoding,
-                None if first_token is None else best.seconds <= first_token,
-            )
-        )  # fmt: skip
-    return sorted(choices, key=lambda offer: (offer.in_time is False, offer.per_million_prompt))

@@ -1,11 +1,12 @@
-"""`weft plan`'s comparison: every layout of every group beside a single device, and a sentence that concludes.
+"""`weft plan`'s comparison: every layout of every group beside a single device, what they cost, and a sentence that
+concludes.
 
 Knows outlooks and ratings; knows nothing of how they are shown. Everything is predicted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from weft.config import ModelConfig
@@ -13,50 +14,76 @@ from weft.errors import InputError
 from weft.layout import Layout
 from weft.model.families import blueprint_of
 from weft.model.shares import shares_of
-from weft.outlook.figures import Memory, NoMemory, Outlook, Question, memory_of, planned_shares
-from weft.plan.layouts import LATENCY, THROUGHPUT, Rating, Workload, divisions, even_layout, rate
+from weft.outlook.figures import Memory, Misfit, Outlook, Question, memory_of, planned_shares
+from weft.plan.layouts import (
+    LATENCY,
+    THROUGHPUT,
+    Aim,
+    Rating,
+    Workload,
+    answering,
+    divisions,
+    even_layout,
+    rate,
+)  # fmt: skip
 from weft.simulate.hardware import Device, Hardware
+from weft.units import duration, times
 
 ALONE = "one alone"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layout of one group: what it is predicted to give, with its fullest device's memory; or why it can't be."""
+    """One layout of one group for prompts of a length: what it is predicted to give on the `wire` that is best for it,
+    with its fullest device's memory; or why it can't be. `devices`: names of those that it uses; `generated`: tokens of
+    answers a second where many run."""
 
     hardware: str
+    tokens: int
     layout: str
-    devices: int
+    devices: tuple[str, ...]
+    replicas: int = 1
+    wire: str = ""
     rating: Rating | None = None
+    generated: float = 0.0
     memory: Memory | None = None
     saved: float = 0.0
     why: str = ""
 
 
-def load_of(asked: Question) -> Workload:
-    """The longest prompts, and as many at a time as decode together, but several."""
-    return Workload(prompt=max(asked.tokens), requests=asked.decoding if asked.decoding > 1 else Workload.requests)
+def load_of(asked: Question, tokens: int) -> Workload:
+    """Prompts of this length, and as many at a time as decode together, but several."""
+    return Workload(prompt=tokens, requests=asked.decoding if asked.decoding > 1 else Workload.requests)
 
 
-def compared(model: ModelConfig, group: Hardware, asked: Question) -> list[Row]:
+def compared(model: ModelConfig, group: Hardware, asked: Question, tokens: int) -> list[Row]:
     """A single device, its fastest one, and all ways to use all of them."""
-    asked, found = replace(asked, tokens=(max(asked.tokens),)), list[Row]()
-    for name, devices, layout, replicas in _ways(model, group, asked):
-        part = replace(group, devices=devices)
-        own = asked if len(devices) == group.world else replace(asked, shares=None)
-        try:
-            outlook = Outlook(model, part, own, layout and _by_speed(model, part, own, layout))
-            planner = outlook.planner("auto", asked.wires[0])
-            rating = rate(planner, load_of(asked), replicas)
-            predicted = planner.expect(outlook.batch(asked.tokens[0]))
-            saved = 1 - predicted.seconds / predicted.serial
-            row = Row(group.text, name, len(devices) * replicas, rating, outlook.memory[asked.tokens[0]], saved)
-        except NoMemory as error:
-            row = Row(group.text, name, len(devices) * replicas, why=error.short)
-        except InputError as error:
-            row = Row(group.text, name, len(devices) * replicas, why=str(error))
-        found.append(row)
-    return found
+    return [_row(model, group, replace(asked, tokens=(tokens,)), *way) for way in _ways(model, group, asked)]
+
+
+def _row(
+    model: ModelConfig, group: Hardware, asked: Question, name: str, devices: tuple[Device, ...],
+    layout: Layout | None, replicas: int,
+) -> Row:  # fmt: skip
+    [tokens], names = asked.tokens, {device: name for name, device in group.source.device.items()}
+    row = Row(group.text, tokens, name, tuple(names[device] for device in devices) * replicas, replicas)
+    part = replace(group, devices=devices)
+    own = asked if len(devices) == group.world else replace(asked, shares=None)
+    try:
+        outlook = Outlook(model, part, own, layout and _by_speed(model, part, own, layout))
+    except InputError as error:
+        return replace(row, why=error.short if isinstance(error, Misfit) else str(error))
+    load, found = load_of(asked, tokens), list[Row]()
+    for wire in asked.wires if len(devices) > 1 else asked.wires[:1]:
+        planner = outlook.planner("auto", wire)
+        predicted = planner.expect(outlook.batch(tokens))
+        found.append(
+            replace(
+                row, wire=wire, rating=rate(planner, load, replicas), generated=answering(planner, load, replicas),
+                memory=outlook.memory[tokens], saved=1 - predicted.seconds / predicted.serial,
+            )
+        )  # fmt: skip
+    return min(found, key=lambda each: each.rating.first_token if each.rating else 0.0)
 
 
 def _ways(
@@ -105,23 +132,87 @@ def _room(model: ModelConfig, group: Hardware, asked: Question, layout: Layout) 
     return rooms
 
 
-def conclusion(rows: Sequence[Row], asked: Question) -> str:
-    """One sentence on what is best, and what more devices are worth beside a single one."""
-    load = load_of(asked)
+def conclusion(rows: Sequence[Row], asked: Question, first_token: float | None = None) -> str:
+    """A line for each length on what is best, and what more devices are worth beside a single one; `first_token`: and
+    on what has it in so many seconds."""
+    lines = [_concluded([row for row in rows if row.tokens == tokens], asked, tokens) for tokens in asked.tokens]
+    if first_token is not None:
+        lines.append(_in_time(rows, max(asked.tokens), first_token))
+    return "\n".join(filter(None, lines))
+
+
+def _in_time(rows: Sequence[Row], tokens: int, wanted: float) -> str:
+    fitting = [(row.rating.first_token, row) for row in rows if row.rating is not None and row.tokens == tokens]
+    if not fitting:
+        return ""
+    seconds, fastest = min(fitting, key=lambda each: each[0])
+    fewest = min((row for taken, row in fitting if taken <= wanted), key=lambda row: len(row.devices), default=None)
+    first = f"the first of {tokens} tokens within {duration(wanted)}"
+    if fewest is None:
+        soonest = f"{fastest.hardware} as {fastest.layout}: {duration(seconds)}"
+        return f"Nothing of this gives {first}; the soonest is {soonest}."
+    return f"Fewest devices that give {first}: {fewest.hardware} as {fewest.layout}."
+
+
+def _concluded(rows: Sequence[Row], asked: Question, tokens: int) -> str:
+    load = load_of(asked, tokens)
     fitting = [(row, row.rating) for row in rows if row.rating is not None]
     if not fitting:
-        return "Nothing of this holds the model."
+        return f"Nothing of this holds the model with {tokens} tokens."
     said = []
     for aim, whom in ((LATENCY, "one request"), (THROUGHPUT, f"{load.requests} at a time")):
         row, rating = min(fitting, key=lambda each: each[1].cost(aim, load))
-        unit = f"{rating.request(load):.3g} s" if aim == LATENCY else f"{rating.requests:.3g} requests/s"
         alone = next((r for c, r in fitting if c.hardware == row.hardware and c.layout == ALONE), None)
         if row.layout in (ALONE, "alone"):
             beside = ""
         elif alone is None:
             beside = "; one alone doesn't hold it"
         else:
-            beside = f", {alone.cost(aim, load) / rating.cost(aim, load):.2g} times as fast as one alone"
-        said.append(f"for {whom} {row.hardware} as {row.layout}: {unit}{beside}")
-    tokens = f"{load.prompt} tokens and {load.answer} of answer"
-    return f"Best ({tokens}, predicted) {'; '.join(said)}."
+            beside = f", {times(alone.cost(aim, load) / rating.cost(aim, load))} as fast as one alone"
+        said.append(f"for {whom} {row.hardware} as {row.layout}: {Aim(aim, load).describe(rating)}{beside}")
+    return f"Best ({load.prompt} tokens and {load.answer} of answer, predicted) {'; '.join(said)}."
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one layout costs, for the longest prompts. `price`: of its devices for an hour; `per_million_prompt`,
+    `per_million_generated`: of tokens, where prompts come one after the other (to each replica) and many are answered
+    at a time."""
+
+    hardware: str
+    layout: str
+    first_token: float
+    price: float
+    per_million_prompt: float
+    per_million_generated: float
+    in_time: bool | None  # where there is a time
+
+
+def offers(rows: Sequence[Row], prices: Mapping[str, float], first_token: float | None) -> list[Offer]:
+    """Those in time first, the cheapest per token of the prompt first among them; of each group only layouts that no
+    other one of it is both sooner and cheaper than. Raises `InputError` for devices without a price."""
+    longest = max((row.tokens for row in rows), default=0)
+    if missing := sorted({device for row in rows for device in row.devices if device not in prices}):
+        raise InputError(f"--price says nothing of {missing[0]}; write it like --price {missing[0]}=0.50 (an hour)")
+    found = [_offer(row, prices, first_token) for row in rows if row.rating is not None and row.tokens == longest]
+    worth = [one for one in found if not any(_better(other, one) for other in found)]
+    return sorted(worth, key=lambda offer: (offer.in_time is False, offer.per_million_prompt, offer.first_token))
+
+
+def _offer(row: Row, prices: Mapping[str, float], first_token: float | None) -> Offer:
+    assert row.rating is not None, "only what fits is offered"
+    price = sum(prices[device] for device in row.devices)
+    prompts = row.replicas * row.tokens / row.rating.first_token  # tokens a second
+    each = price / 3600 * 1e6
+    in_time = None if first_token is None else row.rating.first_token <= first_token
+    return Offer(
+        row.hardware, row.layout, row.rating.first_token, price, each / prompts, each / row.generated, in_time
+    )  # fmt: skip
+
+
+def _better(one: Offer, other: Offer) -> bool:
+    """In all that counts, of the same group."""
+    mine, theirs = (
+        (offer.first_token, offer.per_million_prompt, offer.per_million_generated) for offer in (one, other)
+    )
+    return one.hardware == other.hardware and mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))

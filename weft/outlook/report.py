@@ -9,18 +9,19 @@ from html import escape
 from typing import Any
 
 from weft.config import ModelConfig
-from weft.outlook.figures import GIB, Forecast, Memory, Offer, Outlook
-from weft.outlook.layouts import Row
+from weft.outlook.figures import GIB, Forecast, Memory, Outlook
+from weft.outlook.layouts import Offer, Row
 from weft.simulate.hardware import Catalogue
 from weft.timeline.figure import INK, figure, name
 from weft.timeline.page import ZOOM, document, legend_line, panels
 from weft.timeline.timeline import Timeline
+from weft.units import digits, duration
 from weft.wires import chosen_by_cost
 
 COLUMNS = ("tokens", "wire", "overlap", "predicted ms", "saved", "possible", "bound ms", "decode ms", "plan")
-COMPARED = ("hardware", "layout", "first token ms", "bound ms", "hidden", "a token ms", "requests/s", "memory, GiB")
-OFFERED = ("hardware", "first token s", "an hour", "per 1M prompt tokens", "per 1M generated", "by", "in time")
-TEXT = frozenset({"wire", "overlap", "plan", "hardware", "layout", "by", "in time"})  # columns that read from the left
+COMPARED = ("layout", "first token", "bound", "hidden", "a token", "requests/s", "memory, GiB", "in time")
+OFFERED = ("hardware", "layout", "first token", "an hour", "per 1M prompt tokens", "per 1M generated", "in time")
+TEXT = frozenset({"wire", "overlap", "plan", "hardware", "layout", "in time"})  # columns that read from the left
 FACTORS = tuple(2.0**step for step in range(-6, 9))
 ASSUMING = (
     "Predicted from makers' figures and the catalogue's assumptions, not measured; docs/predictions.md has the errors."
@@ -36,24 +37,40 @@ def cells(forecast: Forecast) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def beside(row: Row) -> tuple[str, ...]:
-    """One layout, in the order of COMPARED. `hidden`: what overlap takes off serial's time."""
-    if row.rating is None or row.memory is None:
-        return (row.hardware, row.layout, *["-"] * (len(COMPARED) - 3), row.why)
-    r, memory = row.rating, row.memory
-    return (
-        row.hardware, row.layout, f"{r.first_token * 1e3:.1f}", f"{r.bound * 1e3:.1f}", f"{row.saved:.0%}",
-        f"{r.token * 1e3:.2f}", f"{r.requests:.3g}", f"{memory.needed / GIB:.1f} of {memory.usable / GIB:.1f}",
-    )  # fmt: skip
+def beside(rows: Sequence[Row], first_token: float | None = None) -> list[tuple[str, ...]]:
+    """Layouts, in the order of COMPARED, below a line with their group and, if there are several lengths, that.
+    `hidden`: what overlap takes off serial's time; `first_token`: seconds in which it is wanted."""
+    lengths, wires = {row.tokens for row in rows}, {row.wire for row in rows if len(row.devices) > 1 and row.wire}
+    shown, last = list[tuple[str, ...]](), ""
+    for row in rows:
+        group = row.hardware + (f", {row.tokens} tokens" if len(lengths) > 1 else "")
+        if group != last:
+            shown.append((group, *[""] * (len(COMPARED) - 1)))
+        last, name = group, f"  {row.layout}"
+        name += f", {row.wire}" if len(wires) > 1 and len(row.devices) > 1 else ""
+        if row.rating is None or row.memory is None:
+            shown.append((name, *["-"] * (len(COMPARED) - 3), row.why, ""))
+            continue
+        r, memory = row.rating, row.memory
+        shown.append((
+            name, duration(r.first_token), duration(r.bound), f"{row.saved:.0%}", duration(r.token),
+            digits(r.requests), f"{memory.needed / GIB:.1f} of {memory.usable / GIB:.1f}",
+            "" if first_token is None else _yes(r.first_token <= first_token),
+        ))  # fmt: skip
+    return shown
 
 
 def offered(offer: Offer) -> tuple[str, ...]:
     """One offer, in the order of OFFERED."""
     return (
-        offer.hardware, f"{offer.first_token:.2f}", f"{offer.price:.2f}", f"{offer.per_million_prompt:.3f}",
-        f"{offer.per_million_generated:.2f}", offer.plan,
-        {True: "yes", False: "no", None: ""}[offer.in_time],
+        offer.hardware, offer.layout, duration(offer.first_token), f"{offer.price:.2f}",
+        f"{offer.per_million_prompt:.3f}", f"{offer.per_million_generated:.2f}",
+        "" if offer.in_time is None else _yes(offer.in_time),
     )  # fmt: skip
+
+
+def _yes(truth: bool) -> str:
+    return "yes" if truth else "no"
 
 
 def heading(outlook: Outlook) -> str:
@@ -143,13 +160,14 @@ def listing(entries: Catalogue) -> list[tuple[str, str, str, str]]:
 
 def page(
     model: ModelConfig, outlooks: Sequence[Outlook], ranked: Sequence[Offer], rows: Sequence[Row] = (),
-    concluded: str = "",
+    concluded: str = "", first_token: float | None = None,
 ) -> str:  # fmt: skip
     """One page with tables, plots and predicted timelines."""
     facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in about(model).items())
     body = [f"<h1>weft plan</h1><p>{escape(facts)}</p><p>{escape(ASSUMING)}</p>"]
     if rows:
-        body.append(f"<h2>Layouts</h2>{_table(COMPARED, list(map(beside, rows)))}<p>{escape(concluded)}</p>")
+        lines = "".join(f"<p>{escape(line)}</p>" for line in concluded.splitlines())
+        body.append(f"<h2>Layouts</h2>{_table(COMPARED, beside(rows, first_token))}{lines}")
     if ranked:
         body.append("<h2>Cheapest for a token of the prompt</h2>" + _table(OFFERED, list(map(offered, ranked))))
     drawn = [_timelines(outlook) for outlook in outlooks]

@@ -18,6 +18,7 @@ from weft.errors import InputError
 from weft.layout import Layout, even_layers
 from weft.plan.planner import Planner
 from weft.program.batch import Batch, Segment, one_prompt
+from weft.units import digits, duration
 
 LATENCY, THROUGHPUT = "latency", "throughput"
 AIMS = (LATENCY, THROUGHPUT)
@@ -62,8 +63,8 @@ class Aim:
     def describe(self, rating: Rating) -> str:
         """What counts of a rating."""
         if self.what == LATENCY:
-            return f"{rating.request(self.load):.3g} s"
-        return f"{rating.requests:.3g} requests/s"
+            return duration(rating.request(self.load))
+        return f"{digits(rating.requests)} requests/s"
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,12 @@ def rate(planner: Planner, load: Workload, replicas: int = 1) -> Rating:
     several = -(-load.requests // replicas)  # of one that has most of them
     requests = _requests(planner, load, several) * load.requests / several
     return Rating(prompt.seconds, prompt.bound, alone, requests)
+
+
+def answering(planner: Planner, load: Workload, replicas: int = 1) -> float:
+    """Tokens of answers a second while so many run and no prompt comes. There must be costs."""
+    several = -(-load.requests // replicas)
+    return load.requests / _round_of(planner, load, several)
 
 
 def _requests(planner: Planner, load: Workload, sequences: int) -> float:
