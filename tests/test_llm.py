@@ -248,7 +248,7 @@ def test_too_little_memory_says_what_was_needed(checkpoints: Checkpoints, monkey
         ({"tensor_parallel_size": 0}, "--tp 0 is not allowed"),
         ({"overlap": "magic"}, "not a strategy; allowed: auto, serial, iso"),
         ({"wire": "int3"}, "--wire 'int3' is not known; allowed: exact, bf16"),
-        ({"tensor_parallel_size": 2, "shares": [1]}, "--shares gives 1 numbers for 2 ranks"),
+        ({"tensor_parallel_size": 2, "shares": [1]}, "--shares gives 1 number for 2 ranks"),
         ({"shares": [-1]}, "every share must be a number above 0"),
         ({"max_model_len": 9999}, "more than the model's context of 2048"),
         ({"dtype": "int7"}, "'int7' is not known; allowed: float32, bfloat16"),

@@ -156,9 +156,10 @@ def test_who_leaves_harms_no_other(llm: LLM, expected: list[list[int]]) -> None:
         ({"pipeline_parallel_size": 0}, "--pp 0 is not allowed; give a whole number from 1"),
         ({"pipeline_parallel_size": 2, "layers": (4, 2)}, "--layers 4,2 does not go with --pp 2 and a model of 5 la"),
         ({"pipeline_parallel_size": 2, "layers": (5, 0)}, "as in 3,2"),
-        ({"layers": (3, 2)}, "--layers 3,2 does not go with --pp 1"),
+        ({"layers": (3, 2)}, "--layers 3,2 is for as many sections: give --pp 2 too"),
+        ({"layers": (3, 3)}, "--layers 3,3 does not go with --pp 1"),
         ({"pipeline_parallel_size": 2, "overlap": "rs"}, "sums can't be scattered where rows go on"),
-        ({"pipeline_parallel_size": 2, "shares": (1.0,)}, "--shares gives 1 numbers for 2 ranks"),
+        ({"pipeline_parallel_size": 2, "shares": (1.0,)}, "--shares gives 1 number for 2 ranks"),
     ],
 )
 def test_what_does_not_go_together(model: Path, options: dict[str, Any], said: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from weft.errors import InputError
 from weft.layout import Layout, even_layers
 from weft.links import NO_LINK, Link
+from weft.units import counted
 from weft.wires import allowed
 
 
@@ -160,6 +161,8 @@ def laid_out(
     positive(ranks, "--tp")
     positive(sections, "--pp")
     layers = tuple(layers) if layers is not None else even_layers(model, sections)
+    if sections == 1 < len(layers) and sum(layers) == model and min(layers) > 0:
+        raise InputError(f"--layers {','.join(map(str, layers))} is for as many sections: give --pp {len(layers)} too")
     if len(layers) != sections or sum(layers) != model or min(layers) < 1:
         raise InputError(
             f"--layers {','.join(map(str, layers))} does not go with --pp {sections} and a model of {model} layers; "
@@ -168,7 +171,8 @@ def laid_out(
     world = ranks * sections
     shares = shares or (1.0,) * world
     if len(shares) != world:
-        raise InputError(f"--shares gives {len(shares)} numbers for {world} ranks; give one a rank, as in 2,1")
+        given, there = counted(len(shares), "number"), counted(world, "rank")
+        raise InputError(f"--shares gives {given} for {there}; give one a rank, as in 2,1 for two")
     if not all(0 < share < float("inf") for share in shares):
         raise InputError(f"--shares {','.join(map(str, shares))}: every share must be a number above 0")
     return Layout(layers, tuple(tuple(shares[first : first + ranks]) for first in range(0, world, ranks)))

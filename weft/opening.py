@@ -50,6 +50,7 @@ def open_engine(
     """
     one_of(layout, "--layout", (GIVEN, AUTO))
     aim = replace(Aim.parse(optimise), replicas=may_part) if layout == AUTO else None
+    unused = _unused(aim, optimise, canonical(overlap), 1 if ranks == "auto" else ranks, sections)
     link = Link.parse(link) if isinstance(link, str) else link
     _demand_launcher(launcher, link, transport, plain_data)
     if ranks == "auto":
@@ -86,11 +87,21 @@ def open_engine(
         config = resolve(ranks=ranks, sections=sections, layers=counted, shares=given, threads=threads)
     by_speed = AUTO in (shares, layers)
     engine = Engine(path, config, model_config, launcher, progress, recalibrate, by_speed, aim)
-    engine.notices += [
-        notice for notice in (line or judged(engine), _secured(launcher, plain_data), *left_out) if notice
-    ]
-    engine.notices += _proposed(path)[1]
+    notices = line or judged(engine), _secured(launcher, plain_data), *left_out, *unused, *_proposed(path)[1]
+    engine.notices += [notice for notice in notices if notice]
     return engine
+
+
+def _unused(aim: Aim | None, optimise: str, overlap: str, ranks: int, sections: int) -> list[str]:
+    """A line on each wish that makes no difference here."""
+    lines = []
+    if aim is not None and ranks * sections == 1:
+        lines.append("--layout auto: not used, as one rank has all of the model")
+    if aim is None and optimise != LATENCY:
+        lines.append(f"--optimise {optimise}: not used without --layout auto")
+    if aim is None and sections == 1 and overlap != AUTO and Strategy.parse(overlap).piped:
+        lines.append(f"--overlap {overlap}: pieces hide nothing in one section of layers; give --pp, or iso")
+    return lines
 
 
 def _demand_countable(divided: bool, unlike: bool) -> None:

@@ -34,6 +34,21 @@ def test_table_and_files(tmp_path: Path) -> None:
     assert files["--timeline"].read_text().count("link none") == 3  # serial, predicted, best
 
 
+def test_layers_of_sections(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    options = ("--tp", "1", "--pp", "2", "--rounds", "1", "--overlap", "pipe:2", "--json", str(out))
+    weft("bench", *SMALL, *options, "--layers", "1,5", process=True)
+    [_, uneven] = json.loads(out.read_text())["runs"]
+    weft("bench", *SMALL, *options, "--layers", "3,3", process=True)
+    [_, even] = json.loads(out.read_text())["runs"]
+    assert uneven["gflops"] * uneven["compute_alone"] > 1.5 * even["gflops"] * even["compute_alone"], (
+        "of the larger one"
+    )
+    said = weft("bench", *SMALL, *options, "--layers", "9,9", code=2).stderr
+    assert "--layers 9,9 does not go with --pp 2 and a model of 6 layers" in said
+    assert "give them here" in weft("bench", *SMALL, *options, "--layers", "auto", code=2).stderr
+
+
 def test_paced_links_need_nothing(tmp_path: Path) -> None:
     out, plot = tmp_path / "out.json", tmp_path / "plot.svg"
     done = weft(

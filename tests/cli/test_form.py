@@ -8,8 +8,8 @@ from weft.cli.main import app
 
 FORM = {
     "bench": [
-        "--html", "--json", "--link", "--mixed", "--overlap", "--plot", "--pp", "--prompts", "--rounds", "--shares",
-        "--threads", "--timeline", "--tokens", "--tp", "--transport", "--weights", "--wire", "model",
+        "--html", "--json", "--layers", "--link", "--mixed", "--overlap", "--plot", "--pp", "--prompts", "--rounds",
+        "--shares", "--threads", "--timeline", "--tokens", "--tp", "--transport", "--weights", "--wire", "model",
     ],
     "bench quality": ["--json", "--kv", "--text", "--threads", "--tokens", "--tp", "--weights", "--wire", "model"],
     "chat": [

@@ -38,6 +38,20 @@ def test_auto_explains_itself() -> None:
     assert "calibration" in weft("doctor").stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--layout", "auto"), "--layout auto: not used, as one rank has all of the model"),
+        (("--optimise", "throughput"), "--optimise throughput: not used without --layout auto"),
+        (("--tp", "2", "--overlap", "pipe:2"), "--overlap pipe:2: pieces hide nothing in one section of layers"),
+        (("--pp", "2", "--layers", "2,4"), "tp 1 x pp 2, layers 2,4"),
+    ],
+)
+def test_what_makes_no_difference_is_said_and_sections_are(options: tuple[str, ...], said: str) -> None:
+    done = weft("generate", "Once", "--max-tokens", "2", "--threads", "1", *options)
+    assert said in " ".join(done.stderr.split())
+
+
 def test_json_and_timeline(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     done = weft(

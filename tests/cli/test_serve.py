@@ -106,7 +106,7 @@ def test_mistakes_end_with_a_line_and_code_2(
             (["--api-key", ""], "an API key is empty"),
             (["--isolate-prefixes"], "keeps prefixes within an API key, and there is none"),
             ([str(tmp_path)], "config.json is missing"),
-            (["--tp", "2", "--shares", "1"], "--shares gives 1 numbers for 2 ranks"),
+            (["--tp", "2", "--shares", "1"], "--shares gives 1 number for 2 ranks"),
             (["--tp", "2", "--join-address", "nowhere"], "not an address"),
             (["--tp", "2", "--join-address", "0.0.0.0:7000"], "the address at which the other machines reach"),
             (["--tp", "2", "--join-address", "192.0.2.1:7000"], "no network device"),
@@ -116,6 +116,10 @@ def test_mistakes_end_with_a_line_and_code_2(
             (["--tp", "2", "--join-address", "127.0.0.1:7000", "--rank-ports", "7000"], "--join-address overlap"),
             (["--replicas", "3", "--join-address", "127.0.0.1:7000", "--rank-ports", "6999"], "overlap"),
             (["--token-interval", "0"], "must be above 0"),
+            (["--tp", "2", "--optimise", "speed", "--join-address", "127.0.0.1:7000"], "--optimise 'speed' is not kn"),
+            (["--pp", "99", "--join-address", "127.0.0.1:7000", "--threads", "1"], "--pp 99: the model has 6 layers"),
+            (["--pp", "2", "--layers", "9,9", "--join-address", "127.0.0.1:7000"], "--layers 9,9 does not go with"),
+            (["--pp", "2", "--shares", "9", "--join-address", "127.0.0.1:7000"], "--shares gives 1 number for 2 ra"),
         ):
             monkeypatch.setattr("sys.argv", ["weft", "serve", "--port", "0", *options])
             with pytest.raises(SystemExit) as ended:

@@ -16,7 +16,7 @@ from typing import Any
 
 from weft.bench.machine import cores_of, prefill_flops
 from weft.compare import Comparing, Measured, Variant
-from weft.config import ModelConfig, available_cores, demand_way, positive
+from weft.config import ModelConfig, available_cores, demand_way, laid_out, positive
 from weft.engine import Engine
 from weft.errors import InputError
 from weft.launch.namespaces import NamespaceLauncher
@@ -33,7 +33,8 @@ FEW_SLOTS = 16  # sequences that calibration likes to have
 @dataclass(frozen=True)
 class Grid:
     """What to measure: every combination. `prompts`: that a batch's tokens are divided over, `mixed`: at random.
-    `weights`: what weights are kept in. `ranks`: of each of the `sections` of a pipeline."""
+    `weights`: what weights are kept in. `ranks`: of each of the `sections` of a pipeline, `layers`: that each of these
+    has."""
 
     tokens: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -48,6 +49,7 @@ class Grid:
     transport: str = "auto"
     weights: str = "auto"
     sections: int = 1
+    layers: tuple[int, ...] | None = None
 
     def demand(self, model: ModelConfig) -> None:
         """Raises `InputError` for what can't be measured with this model on this machine, before anything starts."""
@@ -62,9 +64,8 @@ class Grid:
                 )
             if tokens < self.prompts:
                 raise InputError(f"--tokens {tokens} can't be divided over {self.prompts} prompts")
-        positive(self.sections, "--pp")
         for ranks in self.ranks:
-            positive(ranks, "--tp")
+            laid_out(model.layers, ranks, self.sections, self.layers, self.shares)
             self._demand_cores(ranks)
         for link in self.links:
             demand_way(self.transport, link)
@@ -182,7 +183,8 @@ class Bench:
         launcher = NamespaceLauncher() if grid.shaped and world > 1 else None
         length = min(self.model.max_length, max(grid.tokens) + MOST)
         engine = open_engine(
-            self.path, ranks=ranks, sections=grid.sections, threads=threads, launcher=launcher, shares=grid.shares,
+            self.path, ranks=ranks, sections=grid.sections, layers=grid.layers, threads=threads,
+            launcher=launcher, shares=grid.shares,
             cores=cores_of(world, threads) if grid.emulated and world > 1 else None,
             transport="tcp" if grid.emulated and grid.transport == "auto" else grid.transport, max_length=length,
             overlap="serial", max_sequences=max(grid.prompts, FEW_SLOTS), prefixes=False, weights=grid.weights,

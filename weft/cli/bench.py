@@ -31,7 +31,7 @@ from weft.bench.report import (
     timelines,
     wires_chosen,
 )
-from weft.cli.options import STORED, WIRE, numbers, relative_shares, words
+from weft.cli.options import STORED, WIRE, layers_or_auto, numbers, relative_shares, words
 from weft.config import ModelConfig
 from weft.errors import InputError, WorkerFailed
 from weft.hub import locate
@@ -74,6 +74,7 @@ def bench(
     tokens: Annotated[str, typer.Option(help="Lengths of the batch.")] = "512",
     tp: Annotated[str, typer.Option("--tp", help="Numbers of ranks; of each section, where there are several.")] = "2",
     pp: Annotated[int, typer.Option("--pp", help="Sections of layers: a pipeline.")] = 1,
+    layers: Annotated[str | None, typer.Option(help="Layers of each section, as in 20,12; default: even.")] = None,
     link: Annotated[
         str, typer.Option(help="none, speeds such as 500mbit or 200mbit,5ms, multiples of balance such as 1x.")
     ] = "none",
@@ -103,6 +104,7 @@ def bench(
         links=links_of(link), overlaps=words(overlap, "--overlap"),
         wires=words(wire, "--wire"), prompts=prompts, mixed=mixed, rounds=rounds, threads=threads,
         shares=relative_shares(shares), transport=transport, weights=weights, sections=pp,
+        layers=_given(layers),
     )  # fmt: skip
     for name in grid.wires:
         allowed(name)
@@ -118,6 +120,14 @@ def bench(
     machine = describe(config, grid.threads_of(max(grid.ranks) * grid.sections))
     files = _Files(json_file, html, plot, timeline, machine, _about(path, config) | {"weights": weights})
     _measure_and_tell(path, config, grid, files)
+
+
+def _given(layers: str | None) -> tuple[int, ...] | None:
+    """Layers of each section. Raises `InputError` for auto: what is measured here is what was given."""
+    found = layers_or_auto(layers)
+    if found == "auto":
+        raise InputError("--layers auto is for weft generate and serve, which say what they found; give them here")
+    return found
 
 
 def _measure_and_tell(path: Path, config: ModelConfig, grid: Grid, files: _Files) -> None:

@@ -216,6 +216,7 @@ def _as_json(llm: LLM, output: RequestOutput, timing: _Timing, comparison: list[
         "model": str(llm.engine.path), "prompt": output.prompt, "text": first.text,
         "token_ids": first.token_ids, "finish_reason": first.finish_reason, "prompt_tokens": timing.prompt_tokens,
         "time_to_first_token": timing.first_token, "decode_tokens_per_second": timing.decode_rate,
+        "layout": str(llm.engine.config.layout), "layers": list(llm.engine.config.layout.layers),
         "plan": plan.describe(), "why": list(plan.why), "predicted": None,
         "notices": list(llm.engine.notices),
     }  # fmt: skip
@@ -235,6 +236,9 @@ def _report(console: Console, llm: LLM, timing: _Timing, comparison: list[Measur
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("prompt", f"{timing.prompt_tokens} tokens, {timing.describe()}")
     table.add_row("answer", answer)
+    if llm.engine.config.layout.several:
+        layout = llm.engine.config.layout
+        table.add_row("layout", f"{layout}, layers {','.join(map(str, layout.layers))}")
     table.add_row("plan", plan.describe())
     for line in plan.why:
         table.add_row("wires", line)

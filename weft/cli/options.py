@@ -10,6 +10,7 @@ import typer
 
 from weft.config import DTYPES, KEPT, WEIGHTS, one_of
 from weft.errors import InputError
+from weft.plan.layouts import Aim
 
 TP = Annotated[
     str,
@@ -35,9 +36,6 @@ LAYOUT = Annotated[
         "where other machines join, else given.", show_default=False,
     ),
 ]  # fmt: skip
-OPTIMISE = Annotated[
-    str, typer.Option(help="What --layout auto is for: latency or throughput; of what: latency:2048,64.")
-]
 
 
 def _known(option: str, values: tuple[str, ...]) -> Callable[[str], str]:
@@ -50,6 +48,16 @@ def _known(option: str, values: tuple[str, ...]) -> Callable[[str], str]:
     return check
 
 
+def _aim(given: str) -> str:
+    """Refuses what is none before anything is looked at."""
+    Aim.parse(given)
+    return given
+
+
+OPTIMISE = Annotated[
+    str,
+    typer.Option(callback=_aim, help="What --layout auto is for: latency or throughput; of what: latency:2048,64."),
+]
 DTYPE = Annotated[
     str,
     typer.Option(
@@ -98,6 +106,7 @@ ELSEWHERE = {
     "--model": "give MODEL without an option",
     "--gpu-memory-utilization": "weft takes of each machine what is free there; leave it out",
     "--data-parallel-size": "give --replicas to weft serve",
+    "--replicas": "they are for weft serve; leave it out",
     "--enable-prefix-caching": "that is on unless --no-prefix-caching; leave it out",
     "--no-enable-prefix-caching": "give --no-prefix-caching",
     "--enable-chunked-prefill": "prompts are always computed in pieces; leave it out",
@@ -116,14 +125,14 @@ ELSEWHERE = {
     "--revision": "weft takes what the hub gives by default; download another one and give its directory",
     "--block-size": "memory is not kept in blocks; leave it out",
     "--distributed-executor-backend": "ranks are processes of weft's own; see --join-address for other machines",
-    "--enable-auto-tool-choice": "weft has no tools yet; leave it out",
-    "--tool-call-parser": "weft has no tools yet; leave it out",
+    "--enable-auto-tool-choice": "models that know tools are served with them; leave it out",
+    "--tool-call-parser": "weft sees by the template how a model calls tools; leave it out",
     "--ssl-keyfile": "weft speaks plain HTTP; put a proxy before it that speaks TLS",
     "--ssl-certfile": "weft speaks plain HTTP; put a proxy before it that speaks TLS",
-    "--uvicorn-log-level": "requests are not logged; leave it out",
+    "--uvicorn-log-level": "requests are logged with --log-requests alone; leave it out",
     "--root-path": "weft answers at /; leave it out",
     "--device": "weft computes on CPUs; leave it out",
-    "--disable-log-requests": "requests are not logged; leave it out",
+    "--disable-log-requests": "requests are logged with --log-requests alone; leave it out",
     "--tokenizer": "the checkpoint's own is used; leave it out",
     "--n-gpu-layers": "weft computes on CPUs; leave it out",
     "--max-new-tokens": "give --max-tokens",

@@ -6,13 +6,13 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from socket import socket
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import Progress as Bar
 
-from weft.about import About
 from weft.cli.options import (
     DTYPE,
     KV,
@@ -37,12 +37,14 @@ from weft.cli.options import (
 )
 from weft.cli.sites import Site, Sites, joining
 from weft.cli.terminal import bar, warn_of_shared_cores
+from weft.config import ModelConfig, laid_out
 from weft.engine import Engine
 from weft.errors import InputError
 from weft.launch.addresses import is_loopback, resolved
 from weft.opening import GIVEN, open_engine
 from weft.program.strategy import AUTO
 from weft.text import leave_torch_out
+from weft.units import counted
 from weft.workers import Progress
 
 if TYPE_CHECKING:
@@ -172,33 +174,40 @@ def serve_command(
         bound(host, port) as listening, bar(out) as showing,
         joining(join_address, world, replicas or 1, local_ranks, rank_ports, check_content or plain_data) as hub,
     ):  # fmt: skip
-        thought_of = pp != 1 or layers or shares or overlap != AUTO  # a layout, by whoever wrote these
-        layout = layout or (AUTO if hub is not None and world != 1 and not thought_of else GIVEN)
+        if layout is None:  # it is thought of already by who writes these
+            layout = GIVEN if hub is None or world == 1 or pp != 1 or layers or shares or overlap != AUTO else AUTO
         sites = Sites(hub, world, replicas or 1, local_ranks, rank_ports)
         warn_of_shared_cores(out, world if ranks == "auto" else sum(site.local for site in sites.all))
 
         def opened(site: Site, tell: Progress, may_part: bool = False, **found: Any) -> Engine:
             split = {"ranks": ranks, "sections": pp, "layers": layers_or_auto(layers), "layout": layout}
             return open_engine(
-                model, **{**split, "weights": weights, **found}, may_part=may_part and replicas is None,
-                optimise=optimise, overlap=overlap, wire=wire, transport=transport, link=link, kv=kv,
+                model, **split | {"weights": weights, "optimise": optimise} | found, kv=kv, dtype=dtype, link=link,
+                may_part=may_part and replicas is None, overlap=overlap, wire=wire, transport=transport,
                 shares=shares_or_auto(shares), reproducible=reproducible, threads=threads, recalibrate=recalibrate,
                 max_length=max_model_len, max_sequences=max_num_seqs, max_batch_tokens=max_num_batched_tokens,
-                dtype=dtype, prefixes=prefix_caching, token_interval=token_interval, check_content=check_content,
+                prefixes=prefix_caching, token_interval=token_interval, check_content=check_content,
                 plain_data=plain_data, progress=_both(tell, showing, site), **sites.place(site),
             )  # fmt: skip
 
-        def ready() -> None:
-            showing.stop()
-            _welcome(out, service.about, name, f"[{host}]" if ":" in host else host, listening.getsockname()[1])
-
-        sites.opened, sites.invited = opened, partial(sites.invite, out, model)
+        sites.opened = opened
+        sites.invited = partial(sites.invite, out, model, partial(_demand_layout, ranks, pp, layers, shares))
         service = _client(sites, max_waiting, out, name, layout == AUTO and replicas is None)
         settings = Settings(
             name, keys, is_loopback(host), max_body_bytes, client_timeout, request_timeout, origins, isolate_prefixes,
             _log(log_requests, log_text), log_text,
         )  # fmt: skip
+        ready = partial(_welcome, out, showing, service, name, host, listening)
         serve(application(service, settings), service, listening, drain, ready)
+
+
+def _demand_layout(
+    ranks: int | Literal["auto"], sections: int, layers: str | None, shares: str | None, model: ModelConfig
+) -> None:
+    """Raises `InputError` for what doesn't go with the model's layers."""
+    counts, parts = layers_or_auto(layers), shares_or_auto(shares)
+    counted, sized = None if isinstance(counts, str) else counts, None if isinstance(parts, str) else parts
+    laid_out(model.layers, 1 if ranks == "auto" else ranks, sections, counted, sized)
 
 
 def _log(asked: bool, text: bool) -> Callable[[str], None] | None:
@@ -260,11 +269,13 @@ def _demand_guarded(host: str, allowed: bool) -> None:
         )
 
 
-def _welcome(out: Console, about: About, name: str, host: str, port: int) -> None:
-    """What is served, and where."""
+def _welcome(out: Console, showing: Bar, client: EngineClient, name: str, host: str, listening: socket) -> None:
+    """What is served, and where; nothing is under way any more that was shown."""
+    showing.stop()
+    about, host, port = client.about, f"[{host}]" if ":" in host else host, listening.getsockname()[1]
     for notice in about.notices:
         out.print(notice, style="dim")
-    ranks, url = f"{about.ranks} rank{'s' if about.ranks > 1 else ''}", f"http://{host}:{port}"
+    ranks, url = counted(about.ranks, "rank"), f"http://{host}:{port}"
     if about.replicas > 1:
         ranks = f"{about.replicas} replicas of {ranks}"
     out.print(

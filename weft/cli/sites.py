@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from weft.choosing import Apart
+from weft.config import ModelConfig
 from weft.engine import Engine
 from weft.errors import InputError
 from weft.hub import locate
@@ -24,6 +25,7 @@ from weft.launch.launcher import TOKEN_VARIABLE
 from weft.model.description import model_config
 from weft.model.families import blueprint_of
 from weft.opening import GIVEN
+from weft.plan.layouts import LATENCY
 from weft.program.strategy import AUTO
 from weft.workers import Progress
 
@@ -124,7 +126,7 @@ class Sites:
         layout, sections = apart.layout, len(apart.layout.sections)
         self.split = {
             "ranks": layout.world // sections, "sections": sections, "layers": AUTO if sections > 1 else None,
-            "layout": GIVEN, "weights": engine.config.weights,
+            "layout": GIVEN, "optimise": LATENCY, "weights": engine.config.weights,
         }  # fmt: skip
         return list(self._of(layout.world, apart.replicas))
 
@@ -136,11 +138,14 @@ class Sites:
             "replica": here.index(site) if site.local else 0,
         }  # fmt: skip
 
-    def invite(self, out: Console, model: str | None) -> None:
-        """Says what to run on other machines, if some are to join; nobody is invited to what can't run."""
+    def invite(self, out: Console, model: str | None, demand: Callable[[ModelConfig], object]) -> None:
+        """Says what to run on other machines, if some are to join; nobody is invited to what can't run. `demand` raises
+        `InputError` where options don't go with the model."""
         if self.hub is None:
             return
-        blueprint_of(model_config(locate(model)))
+        config = model_config(locate(model))
+        blueprint_of(config)
+        demand(config)
         at_the_hub = model is not None and not Path(model).exists()
         named = f" {shlex.quote(model)}" if model is not None and at_the_hub else ""
         command = f"{TOKEN_VARIABLE}={self.hub.token} weft worker --join {shlex.quote(self.hub.address)}{named}"

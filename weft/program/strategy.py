@@ -98,6 +98,11 @@ class Strategy:
         parts = (self._piping(), self._cutting(), self._tiling(), *added)
         return "+".join(part for part in parts if part) or "serial"
 
+    @property
+    def piped(self) -> bool:
+        """Pieces go through a section one behind the other."""
+        return self.pieces > 1 or self.piece_cuts is not None
+
     def _piping(self) -> str:
         if self.piece_cuts is not None:
             return f"pipe@{','.join(map(str, self.piece_cuts))}"

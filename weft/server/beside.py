@@ -234,7 +234,7 @@ class Helper:
         except (TimeoutError, OSError, EOFError) as error:
             await self._kill()
             if not self.closed:
-                _log.error("the process that reads requests does not start: %s", str(error) or type(error).__name__)
+                _log.error("the process that reads requests does not start: %s", _why(error))
             raise Unavailable("requests of this kind can't be read now; the server's log says why") from None
         except BaseException:
             await self._kill()
@@ -264,6 +264,13 @@ def _environment() -> dict[str, str]:
     paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WEFT_")}
     return kept | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _why(error: TimeoutError | OSError | EOFError) -> str:
+    """In words."""
+    if isinstance(error, EOFError):
+        return "it ended by itself; its last words stand above"
+    return f"it said nothing for {START_SECONDS:g} s" if isinstance(error, TimeoutError) else str(error)
 
 
 async def _exchanged(process: asyncio.subprocess.Process, message: bytes) -> bytes:
