@@ -1,5 +1,5 @@
-"""The suite as `make test` runs it: tests of single rooms in one process, beside it those that start processes, which
-mostly wait. What the first ones print comes at the end.
+"""The suite as `make test` runs it: two halves, one beside the other. One has rooms by themselves and engines, the
+other one commands, servers and machines that join, which mostly wait. What the first one prints comes at the end.
 
 python -m tests.both [--all] [options of pytest]
 """
@@ -21,18 +21,18 @@ def main(options: list[str]) -> int:
     every = "" if "--all" in options else " and not grid"
     options = [option for option in options if option != "--all"]
     with tempfile.TemporaryFile() as log:
-        rooms = subprocess.Popen(command(f"not processes{every}", options), stdout=log, stderr=subprocess.STDOUT)
+        first = subprocess.Popen(command(f"not second{every}", options), stdout=log, stderr=subprocess.STDOUT)
         try:
-            code = subprocess.call(command(f"processes{every}", options))
-            rooms.wait()
+            code = subprocess.call(command(f"second{every}", options))
+            first.wait()
         finally:
-            rooms.terminate()
-            rooms.wait()
+            first.terminate()
+            first.wait()
             log.seek(0)
-            print("\nrooms by themselves:", flush=True)
+            print("\nrooms and engines:", flush=True)
             sys.stdout.buffer.write(log.read())
             sys.stdout.flush()
-    return code or rooms.returncode
+    return code or first.returncode
 
 
 if __name__ == "__main__":

@@ -28,19 +28,20 @@ os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "128"  # as workers have it; rea
 _GUARDIAN = Guardian(Path(_CACHE.name))
 
 
-ROOMS = {
-    "batching", "cache", "compiled", "execute", "formats", "model", "outlook", "parallel", "plan", "program",
-    "simulate", "speech", "timeline", "test_choosing.py", "test_detokenizer.py", "test_grammar.py", "test_grids.py",
-    "test_hub.py", "test_links.py", "test_rooms.py", "test_routing.py", "test_text.py", "test_toys.py",
-    "test_versions.py",
+FIRST = {
+    "batching", "bench", "cache", "compiled", "execute", "formats", "model", "outlook", "parallel", "plan", "program",
+    "simulate", "speech", "timeline", "test_choosing.py", "test_detokenizer.py", "test_fuzz.py", "test_fuzz_files.py",
+    "test_grammar.py", "test_grids.py", "test_hub.py", "test_links.py", "test_llm.py", "test_real.py", "test_rooms.py",
+    "test_routing.py", "test_soak.py", "test_text.py", "test_toys.py", "test_versions.py",
 }  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what starts processes and waits for them; the other tests may run at the same time (tests/both.py)."""
+    """Marks one half of the suite: what mostly waits for commands, servers and machines that join. The other half,
+    rooms by themselves and engines, may run at the same time (tests/both.py)."""
     for item in items:
-        if item.path.relative_to(Path(__file__).parent).parts[0] not in ROOMS:
-            item.add_marker("processes")
+        if item.path.relative_to(Path(__file__).parent).parts[0] not in FIRST:
+            item.add_marker("second")
 
 
 @pytest.hookimpl(trylast=True)
