@@ -76,6 +76,10 @@ class Layout:
         """The one that a rank is in."""
         return next(section for section in self.sections if rank in section.ranks)
 
+    def describe(self) -> str:
+        """As in `tp 1 x pp 2, layers 20,12`."""
+        return f"{self}, layers {','.join(map(str, self.layers))}" if self.several else str(self)
+
     def __str__(self) -> str:
         """As in `tp 2`, `tp 2 x pp 3` or, where sections have other numbers of ranks, `tp 2,1 x pp 2`."""
         counts = [len(shares) for shares in self.shares]

@@ -131,12 +131,8 @@ class Requests:
             self.completions[sequence].close()
 
     def can_run(self, request: Request) -> bool:
-        """Whether another engine's request could go on here. For any thread."""
-        try:
-            self.check(request.prompt, request.params)
-        except InputError:
-            return False
-        return True
+        """Whether another engine's request could go on here, to the length that it was promised. For any thread."""
+        return len(request.prompt) + request.limit <= min(self.memory(), self.length)
 
     def give(self, request: Request) -> Handed:
         """What is known of a request that another engine goes on with."""

@@ -37,8 +37,9 @@ def test_table_and_files(tmp_path: Path) -> None:
 def test_layers_of_sections(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     options = ("--tp", "1", "--pp", "2", "--rounds", "1", "--overlap", "pipe:2", "--json", str(out))
-    weft("bench", *SMALL, *options, "--layers", "1,5", process=True)
+    said = weft("bench", *SMALL, *options, "--layers", "1,5", process=True).stdout
     [_, uneven] = json.loads(out.read_text())["runs"]
+    assert "2 ranks (tp 1 x pp 2, layers 1,5), link none" in said and uneven["layout"] == "tp 1 x pp 2, layers 1,5"
     weft("bench", *SMALL, *options, "--layers", "3,3", process=True)
     [_, even] = json.loads(out.read_text())["runs"]
     assert uneven["gflops"] * uneven["compute_alone"] > 1.5 * even["gflops"] * even["compute_alone"], (

@@ -119,6 +119,9 @@ def test_mistakes_end_with_a_line_and_code_2(
             (["--tp", "2", "--optimise", "speed", "--join-address", "127.0.0.1:7000"], "--optimise 'speed' is not kn"),
             (["--pp", "99", "--join-address", "127.0.0.1:7000", "--threads", "1"], "--pp 99: the model has 6 layers"),
             (["--pp", "2", "--layers", "9,9", "--join-address", "127.0.0.1:7000"], "--layers 9,9 does not go with"),
+            (["--tp", "2", "--overlap", "bogus", "--join-address", "127.0.0.1:7000"], "--overlap 'bogus' is not a str"),
+            (["--tp", "2", "--wire", "bogus", "--join-address", "127.0.0.1:7000"], "--wire 'bogus' is not known"),
+            (["--tp", "2", "--max-model-len", "1", "--join-address", "127.0.0.1:7000"], "holds no prompt with an an"),
             (["--pp", "2", "--shares", "9", "--join-address", "127.0.0.1:7000"], "--shares gives 1 number for 2 ra"),
         ):
             monkeypatch.setattr("sys.argv", ["weft", "serve", "--port", "0", *options])

@@ -39,6 +39,13 @@ def test_where_decoding_is_slow_already_prompts_may_make_it_half_as_slow_again()
     )
 
 
+def test_answers_go_on_together_however_small_batches_are_to_be() -> None:
+    planner = Planner(decoder_outline(4), "auto", "exact", costs=costs())
+    assert (
+        Budget(planner).tokens(None, decoding(16), 8) == 16 and Budget(planner).tokens(None, decoding(4), 8192) == 8192
+    )
+
+
 def test_by_experience_where_no_costs_are_known() -> None:
     budget = Budget(Planner(decoder_outline(4), "serial", "exact"))
     assert budget.rows(0.2, (), 8192) == FIRST

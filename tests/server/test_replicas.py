@@ -18,7 +18,8 @@ import httpx2
 import pytest
 
 from weft.batching.params import SamplingParams
-from weft.errors import InputError, Unavailable
+from weft.batching.request import Request
+from weft.errors import GivenUp, InputError, Unavailable
 from weft.launch.local import LocalLauncher
 from weft.llm import LLM
 from weft.server.app import Settings, application
@@ -276,6 +277,56 @@ def test_one_that_ends_ranks_wherever_it_goes_stays(packaged: Path, monkeypatch:
         assert group.services[0].busy and not group.services[1].busy
         back.set()
         assert answer.result(timeout=60)
+
+
+def test_moved_requests_are_spread_and_go_where_they_fit(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of three has no machine any more, and another one less memory than some requests were promised."""
+    monkeypatch.setattr("weft.server.replicas.MOVES_AFTER", 0.5)
+    monkeypatch.setattr("weft.server.replicas.QUEUES_AFTER", 3600.0)
+    with replicated(packaged, 1, 1, 1) as group, missing_machine(group.services[0]) as back:
+        first, second, third = group.services
+        monkeypatch.setattr(second, "takes", lambda ticket, later: False)
+        monkeypatch.setattr(third, "takes", lambda ticket, later: False)
+        with ThreadPoolExecutor(8) as pool:
+            monkeypatch.setattr(group.replicas._router, "order", lambda *given: [0])
+            answers = [pool.submit(group.ask, f"def f{number}(", 600) for number in range(4)]
+            deadline = time.monotonic() + 30
+            while first.running < 4 and time.monotonic() < deadline:
+                time.sleep(0.002)
+            os.kill(group.launchers[0].pids()[0], signal.SIGKILL)
+            while first.missing is None and time.monotonic() < deadline:
+                time.sleep(0.002)
+            monkeypatch.undo()
+            monkeypatch.setattr("weft.server.replicas.MOVES_AFTER", 0.5)
+            while first.busy and time.monotonic() < deadline:
+                time.sleep(0.002)
+            assert second.running + second.waiting == third.running + third.waiting == 2, "two each"
+            assert all(len(answer.result(timeout=60)) > 0 for answer in answers)
+        request = Request((1, 2, 3), SamplingParams(max_tokens=None), 900)
+        assert second.engine.requests.can_run(request)
+        monkeypatch.setattr(second.engine.batcher, "memory", 500)
+        assert not second.engine.requests.can_run(request), "it was promised more than there is"
+        monkeypatch.undo()
+        back.set()
+        while first.state is not State.READY and time.monotonic() < deadline + 30:
+            time.sleep(0.01)
+
+
+def test_who_gives_up_hands_on_what_it_has(packaged: Path, alone: LLM) -> None:
+    with replicated(packaged, 1, 1) as group, ThreadPoolExecutor(2) as pool:
+        first, prompts = group.services[0], ["import os\n", "class Shape:\n"]
+        expected = [answer_of(alone, prompt, 600) for prompt in prompts]
+        answers = [pool.submit(group.ask, prompt, 600) for prompt in prompts]
+        deadline = time.monotonic() + 30
+        while not all(service.running for service in group.services) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        first._commands.put(_give_up)
+        assert [answer.result(timeout=60) for answer in answers] == expected
+        assert first.state is State.FAILED and group.services[1].state is State.READY
+
+
+def _give_up() -> None:
+    raise GivenUp("planted")
 
 
 @contextmanager

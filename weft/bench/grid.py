@@ -115,7 +115,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Point:
-    """One place of the grid and what was measured there. `balance`: the link's speed over the balance speed."""
+    """One place of the grid and what was measured there. `balance`: the link's speed over the balance speed; `layout`:
+    of a pipeline, in words."""
 
     tokens: int
     tp: int
@@ -124,6 +125,7 @@ class Point:
     balance: float | None
     gflops: float
     measured: list[Measured]
+    layout: str = ""
 
     @property
     def best(self) -> Measured:
@@ -141,8 +143,8 @@ class Point:
             plain = {name: value for name, value in asdict(measured).items() if "timeline" not in name}
             yield {
                 "tokens": self.tokens, "tp": self.tp, "prompts": self.prompts, "link": self.link,
-                "balance": self.balance, "gflops": round(self.gflops, 1), **plain, "median": measured.median,
-                "above_ceiling": measured.above_ceiling,
+                "balance": self.balance, "layout": self.layout, "gflops": round(self.gflops, 1),
+                **plain, "median": measured.median, "above_ceiling": measured.above_ceiling,
             }  # fmt: skip
 
 
@@ -234,7 +236,9 @@ class Bench:
                 measured = comparing.result()
                 flops = prefill_flops(self.model, batch.tokens) * max(engine.config.layout.parts)  # the largest rank's
                 gflops = flops / measured[0].compute_alone / 1e9
-                self.points.append(Point(batch.tokens, ranks, grid.prompts, text, link.times, gflops, measured))
+                layout = engine.config.layout.describe() if engine.config.layout.several else ""
+                point = Point(batch.tokens, ranks, grid.prompts, text, link.times, gflops, measured, layout)
+                self.points.append(point)
                 self.kept(self.points)
 
     @property

@@ -39,7 +39,7 @@ def saving_plot(group: Sequence[Point]) -> str:
         for number, variant in enumerate(_variants(group)):
             _line(axes, speeds, group, variant, f"C{number}")
         first = group[0]
-        title = f"{first.tokens} tokens, {first.tp} ranks"
+        title = f"{first.tokens} tokens, {first.tp} ranks" + (f" ({first.layout})" if first.layout else "")
         name(axes, title, "link, Mbit/s", "prefill time saved, % of serial", speeds)
 
     return figure(draw)

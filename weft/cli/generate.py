@@ -237,8 +237,7 @@ def _report(console: Console, llm: LLM, timing: _Timing, comparison: list[Measur
     table.add_row("prompt", f"{timing.prompt_tokens} tokens, {timing.describe()}")
     table.add_row("answer", answer)
     if llm.engine.config.layout.several:
-        layout = llm.engine.config.layout
-        table.add_row("layout", f"{layout}, layers {','.join(map(str, layout.layers))}")
+        table.add_row("layout", llm.engine.config.layout.describe())
     table.add_row("plan", plan.describe())
     for line in plan.why:
         table.add_row("wires", line)

@@ -16,7 +16,7 @@ from weft.config import ModelConfig
 from weft.errors import InputError
 from weft.hub import locate_config
 from weft.model.description import model_config
-from weft.outlook.figures import NOTHING, Outlook, Question, would_fit
+from weft.outlook.figures import NOTHING, NoMemory, Outlook, Question, would_fit
 from weft.outlook.layouts import Offer, Row, compared, conclusion, offers
 from weft.outlook.report import (
     ASSUMING,
@@ -38,7 +38,8 @@ from weft.text import leave_torch_out
 from weft.timeline.files import demand_writable, write
 
 WIDTH = 112  # columns that tables need
-FOLDED = ("plan", "layout")  # what is long where something is long
+FOLDED = ("plan", "layout", "memory, GiB")  # what is long where something is long
+LAYOUT = 24  # columns that layouts have at least
 
 HELP = """Predict what MODEL does on hardware from the catalogue: every way to share it, beside a single device.
 
@@ -94,7 +95,7 @@ def plan(
         return
     if not hardware:
         raise InputError("give --hardware, such as --hardware '4x rtx4090'; weft plan --list shows what there is")
-    if ttft is not None and ttft <= 0:
+    if ttft is not None and not 0 < ttft < float("inf"):
         raise InputError(f"--ttft {ttft:g} is not a time; give seconds above 0")
     demand_writable(html, "--html")
     prices = _prices(price)
@@ -103,7 +104,7 @@ def plan(
     strategies, wires, parts = words(overlap, "--overlap"), words(wire, "--wire"), relative_shares(shares)
     question = Question(lengths, strategies, wires, prompts, decoding, parts, weights, kv)
     question.demand(config)
-    groups = [parse_hardware(name, link, own) for name in hardware]
+    groups = [parse_hardware(name, link, own) for name in dict.fromkeys(hardware)]
     rows = [row for group in groups for length in question.tokens for row in compared(config, group, question, length)]
     ranked = offers(rows, prices, ttft) if prices else []
     concluded = conclusion(rows, question, ttft)
@@ -116,14 +117,20 @@ def plan(
     else:
         _show(rows, concluded, outlooks if details else [], ranked, ttft)
     if not fits:
-        raise failed[0] if len(groups) == 1 else InputError(_what_would_fit(config, groups, question))
+        raise failed[0] if len(groups) == 1 else InputError(_what_would_fit(config, groups, question, failed))
 
 
-def _what_would_fit(config: ModelConfig, groups: Sequence[Hardware], question: Question) -> str:
+def _what_would_fit(
+    config: ModelConfig, groups: Sequence[Hardware], question: Question, failed: Sequence[InputError]
+) -> str:  # fmt: skip
     """One line, where none of several groups does."""
-    tokens, names = min(question.tokens), ", ".join(group.text for group in groups)
-    found = dict.fromkeys(other for group in groups for other in would_fit(config, group, question, tokens))
-    return f"none of {names} holds this model with {tokens} tokens; what would fit: {'; '.join(found) or NOTHING}"
+    tokens = min(question.tokens)
+    small = [group for group, error in zip(groups, failed, strict=True) if isinstance(error, NoMemory)]
+    others = [str(error) for error in failed if not isinstance(error, NoMemory)]
+    found = dict.fromkeys(other for group in small for other in would_fit(config, group, question, tokens))
+    names = ", ".join(group.text for group in small)
+    line = f"none of {names} holds this model with {tokens} tokens; what would fit: {'; '.join(found) or NOTHING}"
+    return "; ".join([*([line] if small else []), *others])
 
 
 def _outlooks(
@@ -152,8 +159,8 @@ def _prices(text: str | None) -> dict[str, float]:
         prices = {name: float(value) for name, value in pairs}
     except ValueError:
         raise InputError(f"--price {text!r} is not a list of prices; write it like rtx4090=0.35,h100=2.5") from None
-    if any(value <= 0 for value in prices.values()):
-        raise InputError(f"--price {text!r}: every price must be above 0")
+    if not all(0 < value < float("inf") for value in prices.values()):
+        raise InputError(f"--price {text!r}: every price must be a number above 0")
     return prices
 
 
@@ -184,7 +191,8 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
     for column in columns:
         justify: Literal["left", "right"] = "left" if column in TEXT else "right"
-        table.add_column(column, justify=justify, no_wrap=column not in FOLDED, overflow="fold")
+        least = LAYOUT if column == "layout" else None
+        table.add_column(column, justify=justify, no_wrap=column not in FOLDED, overflow="fold", min_width=least)
     for row in rows:
         table.add_row(*row, style="bold" if not any(row[1:]) else "")
     return table

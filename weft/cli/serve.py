@@ -37,12 +37,12 @@ from weft.cli.options import (
 )
 from weft.cli.sites import Site, Sites, joining
 from weft.cli.terminal import bar, warn_of_shared_cores
-from weft.config import ModelConfig, laid_out
+from weft.config import EngineConfig, ModelConfig
 from weft.engine import Engine
 from weft.errors import InputError
 from weft.launch.addresses import is_loopback, resolved
 from weft.opening import GIVEN, open_engine
-from weft.program.strategy import AUTO
+from weft.program.strategy import AUTO, canonical
 from weft.text import leave_torch_out
 from weft.units import counted
 from weft.workers import Progress
@@ -191,7 +191,8 @@ def serve_command(
             )  # fmt: skip
 
         sites.opened = opened
-        sites.invited = partial(sites.invite, out, model, partial(_demand_layout, ranks, pp, layers, shares))
+        fitting = partial(_demand_fitting, ranks, pp, layers, shares, overlap, wire, max_model_len)
+        sites.invited = partial(sites.invite, out, model, fitting)
         service = _client(sites, max_waiting, out, name, layout == AUTO and replicas is None)
         settings = Settings(
             name, keys, is_loopback(host), max_body_bytes, client_timeout, request_timeout, origins, isolate_prefixes,
@@ -201,13 +202,17 @@ def serve_command(
         serve(application(service, settings), service, listening, drain, ready)
 
 
-def _demand_layout(
-    ranks: int | Literal["auto"], sections: int, layers: str | None, shares: str | None, model: ModelConfig
-) -> None:
-    """Raises `InputError` for what doesn't go with the model's layers."""
+def _demand_fitting(
+    ranks: int | Literal["auto"], sections: int, layers: str | None, shares: str | None, overlap: str, wire: str,
+    length: int | None, model: ModelConfig,
+) -> None:  # fmt: skip
+    """Raises `InputError` for options that don't go with the model."""
+    canonical(overlap)
     counts, parts = layers_or_auto(layers), shares_or_auto(shares)
-    counted, sized = None if isinstance(counts, str) else counts, None if isinstance(parts, str) else parts
-    laid_out(model.layers, 1 if ranks == "auto" else ranks, sections, counted, sized)
+    EngineConfig.resolve(
+        model, ranks=1 if ranks == "auto" else ranks, sections=sections, overlap=overlap, wire=wire, max_length=length,
+        layers=None if isinstance(counts, str) else counts, shares=None if isinstance(parts, str) else parts,
+    )  # fmt: skip
 
 
 def _log(asked: bool, text: bool) -> Callable[[str], None] | None:

@@ -96,6 +96,11 @@ class Memory:
         """All of it."""
         return self.weights + self.keys_and_values + self.working
 
+    @property
+    def room(self) -> float:
+        """How many times as many keys and values there is memory for."""
+        return (self.usable - self.weights - self.working) / max(1, self.keys_and_values)
+
 
 class Outlook:
     """One model on one group, all layers over all ranks unless another `layout` is given. Raises `InputError` if it
@@ -110,7 +115,7 @@ class Outlook:
         self.shares = question.shares or planned_shares(group)
         if len(self.shares) != group.world:
             given, devices = counted(len(self.shares), "number"), counted(group.world, "device")
-            raise InputError(f"--shares gives {given} for {devices}; give one each")
+            raise Misfit(f"--shares gives {given} for {devices}; give one each", "other --shares")
         self.blueprint = blueprint_of(model)
         self.layout = layout or Layout.tensor(model.layers, self.shares)
         self.parts = shares_of(self.blueprint, self.layout)
@@ -121,6 +126,11 @@ class Outlook:
             raise Misfit(
                 f"--hardware {group.text!r}: rank {empty[0]} would hold nothing of a model with {model.heads} heads "
                 f"and an MLP of {model.intermediate}; use fewer devices", "too many devices"
+            )  # fmt: skip
+        if layout is None and group.world > model.heads:
+            raise Misfit(
+                f"{group.text}: {group.world} devices are more than the model's {model.heads} heads; use fewer, or a "
+                "number that sections of fewer divide", "too many devices"
             )  # fmt: skip
         self.memory = {
             tokens: memory_of(self.blueprint, group, self.parts, question, tokens) for tokens in question.tokens
@@ -271,9 +281,13 @@ class Misfit(InputError):
         self.short = short
 
 
-def _missing(model: ModelConfig, group: Hardware, asked: Question, tokens: int, memory: Memory) -> Misfit:
+class NoMemory(Misfit):
+    """The devices have too little."""
+
+
+def _missing(model: ModelConfig, group: Hardware, asked: Question, tokens: int, memory: Memory) -> NoMemory:
     missing = f"{(memory.needed - memory.usable) / GIB:.1f} GiB"
-    return Misfit(
+    return NoMemory(
         f"{group.text} doesn't hold this model with {tokens} tokens: the fullest device needs "
         f"{memory.needed / GIB:.1f} GiB and {memory.usable / GIB:.1f} are usable, so {missing} are missing; "
         f"what would fit: {'; '.join(would_fit(model, group, asked, tokens)) or NOTHING}",
@@ -283,20 +297,20 @@ def _missing(model: ModelConfig, group: Hardware, asked: Question, tokens: int, 
 
 def would_fit(model: ModelConfig, group: Hardware, asked: Question, tokens: int) -> list[str]:
     """Other parts, more of the first device, or as many of the smallest other one that does."""
-    device = group.devices[0]
-    name = next(name for name, known in group.source.device.items() if known == device)
-    found = ["the same with parts by speed, without --shares"] if asked.shares and _fits(
+    device, plain = group.devices[0], " without --shares" if asked.shares else ""
+    even = replace(asked, shares=None)
+    found = ["the same without --shares, with parts by speed"] if asked.shares and _fits(
         model, group, replace(asked, shares=planned_shares(group)), tokens, group.devices
     ) else []  # fmt: skip
     found += [
-        f"{count}x {name}"
+        f"{count}x {device.key}{plain}"
         for count in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-        if count > group.world and _fits(model, group, asked, tokens, (device,) * count)
+        if group.world < count <= model.heads and _fits(model, group, even, tokens, (device,) * count)
     ][:1]
     alike = [(d.memory, n, d) for n, d in group.source.device.items() if bool(d.cores) == bool(device.cores)]
     for _, other, known in sorted(alike, key=lambda entry: entry[:2]):
-        if known != device and _fits(model, group, asked, tokens, (known,) * group.world):
-            return [*found, f"{group.world}x {other}"]
+        if other != device.key and _fits(model, group, even, tokens, (known,) * group.world):
+            return [*found, f"{group.world}x {other}{plain}"]
     return found
 
 

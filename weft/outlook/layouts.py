@@ -26,6 +26,7 @@ from weft.plan.layouts import (
     even_layout,
     rate,
 )  # fmt: skip
+from weft.program.batch import one_prompt
 from weft.simulate.hardware import Device, Hardware
 from weft.units import duration, times
 
@@ -35,8 +36,8 @@ ALONE = "one alone"
 @dataclass(frozen=True)
 class Row:
     """One layout of one group for prompts of a length: what it is predicted to give on the `wire` that is best for it,
-    with its fullest device's memory; or why it can't be. `devices`: names of those that it uses; `generated`: tokens of
-    answers a second where many run."""
+    with its fullest device's memory; or why it can't be. `devices`: names of those that it uses, of all replicas;
+    `generated`: tokens of answers a second where many run on each replica."""
 
     hardware: str
     tokens: int
@@ -52,7 +53,8 @@ class Row:
 
 
 def load_of(asked: Question, tokens: int) -> Workload:
-    """Prompts of this length, and as many at a time as decode together, but several."""
+    """Prompts of this length, and as many at a time as decode together, but several; fewer are rated where memory holds
+    no more."""
     return Workload(prompt=tokens, requests=asked.decoding if asked.decoding > 1 else Workload.requests)
 
 
@@ -65,22 +67,25 @@ def _row(
     model: ModelConfig, group: Hardware, asked: Question, name: str, devices: tuple[Device, ...],
     layout: Layout | None, replicas: int,
 ) -> Row:  # fmt: skip
-    [tokens], names = asked.tokens, {device: name for name, device in group.source.device.items()}
-    row = Row(group.text, tokens, name, tuple(names[device] for device in devices) * replicas, replicas)
+    [tokens] = asked.tokens
+    row = Row(group.text, tokens, name, tuple(device.key for device in devices) * replicas, replicas)
     part = replace(group, devices=devices)
     own = asked if len(devices) == group.world else replace(asked, shares=None)
     try:
         outlook = Outlook(model, part, own, layout and _by_speed(model, part, own, layout))
     except InputError as error:
         return replace(row, why=error.short if isinstance(error, Misfit) else str(error))
-    load, found = load_of(asked, tokens), list[Row]()
+    load, memory, found = load_of(asked, tokens), outlook.memory[tokens], list[Row]()
+    there = max(asked.prompts, asked.decoding) * memory.room * (tokens + 1) / (tokens + load.answer)  # at a time
+    each = max(1, min(load.requests, int(there)))
+    full, load = replace(load, requests=each), replace(load, requests=min(load.requests, each * replicas))
     for wire in asked.wires if len(devices) > 1 else asked.wires[:1]:
         planner = outlook.planner("auto", wire)
-        predicted = planner.expect(outlook.batch(tokens))
+        predicted = planner.expect(one_prompt(tokens))
         found.append(
             replace(
-                row, wire=wire, rating=rate(planner, load, replicas), generated=answering(planner, load, replicas),
-                memory=outlook.memory[tokens], saved=1 - predicted.seconds / predicted.serial,
+                row, wire=wire, rating=rate(planner, load, replicas), generated=replicas * answering(planner, full),
+                memory=memory, saved=1 - predicted.seconds / predicted.serial,
             )
         )  # fmt: skip
     return min(found, key=lambda each: each.rating.first_token if each.rating else 0.0)
@@ -146,12 +151,13 @@ def _in_time(rows: Sequence[Row], tokens: int, wanted: float) -> str:
     if not fitting:
         return ""
     seconds, fastest = min(fitting, key=lambda each: each[0])
-    fewest = min((row for taken, row in fitting if taken <= wanted), key=lambda row: len(row.devices), default=None)
+    soon = [(len(row.devices) // row.replicas, taken, row) for taken, row in fitting if taken <= wanted]
     first = f"the first of {tokens} tokens within {duration(wanted)}"
-    if fewest is None:
+    if not soon:
         soonest = f"{fastest.hardware} as {fastest.layout}: {duration(seconds)}"
         return f"Nothing of this gives {first}; the soonest is {soonest}."
-    return f"Fewest devices that give {first}: {fewest.hardware} as {fewest.layout}."
+    devices, _, fewest = min(soon, key=lambda each: each[:2])
+    return f"Fewest devices that give {first}: {devices} ({fewest.hardware} as {fewest.layout})."
 
 
 def _concluded(rows: Sequence[Row], asked: Question, tokens: int) -> str:

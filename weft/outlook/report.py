@@ -20,7 +20,7 @@ from weft.wires import chosen_by_cost
 
 COLUMNS = ("tokens", "wire", "overlap", "predicted ms", "saved", "possible", "bound ms", "decode ms", "plan")
 COMPARED = ("layout", "first token", "bound", "hidden", "a token", "requests/s", "memory, GiB", "in time")
-OFFERED = ("hardware", "layout", "first token", "an hour", "per 1M prompt tokens", "per 1M generated", "in time")
+OFFERED = ("hardware", "layout", "first token", "an hour", "per 1M prompt", "per 1M generated", "in time")
 TEXT = frozenset({"wire", "overlap", "plan", "hardware", "layout", "in time"})  # columns that read from the left
 FACTORS = tuple(2.0**step for step in range(-6, 9))
 ASSUMING = (
@@ -40,14 +40,14 @@ def cells(forecast: Forecast) -> tuple[str, ...]:
 def beside(rows: Sequence[Row], first_token: float | None = None) -> list[tuple[str, ...]]:
     """Layouts, in the order of COMPARED, below a line with their group and, if there are several lengths, that.
     `hidden`: what overlap takes off serial's time; `first_token`: seconds in which it is wanted."""
-    lengths, wires = {row.tokens for row in rows}, {row.wire for row in rows if len(row.devices) > 1 and row.wire}
+    lengths, wires = {row.tokens for row in rows}, {row.wire for row in rows if _sends(row)}
     shown, last = list[tuple[str, ...]](), ""
     for row in rows:
         group = row.hardware + (f", {row.tokens} tokens" if len(lengths) > 1 else "")
         if group != last:
             shown.append((group, *[""] * (len(COMPARED) - 1)))
         last, name = group, f"  {row.layout}"
-        name += f", {row.wire}" if len(wires) > 1 and len(row.devices) > 1 else ""
+        name += f", {row.wire}" if len(wires) > 1 and _sends(row) else ""
         if row.rating is None or row.memory is None:
             shown.append((name, *["-"] * (len(COMPARED) - 3), row.why, ""))
             continue
@@ -58,6 +58,11 @@ def beside(rows: Sequence[Row], first_token: float | None = None) -> list[tuple[
             "" if first_token is None else _yes(r.first_token <= first_token),
         ))  # fmt: skip
     return shown
+
+
+def _sends(row: Row) -> bool:
+    """Something travels on its wire."""
+    return row.wire != "" and len(row.devices) > row.replicas
 
 
 def offered(offer: Offer) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ class Budget:
         """Of the next batch: as many as go well with those who wait for their next token. `interval`: seconds that they
         should have to wait; None: throughput is all that counts."""
         if interval is None:
-            return most
+            return max(most, len(decoding))
         if decoding:
             return self.rows(interval, decoding, most)
         return max(min(LEAST_ALONE, most), self.rows(ALONE * interval, (), most))

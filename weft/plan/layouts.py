@@ -110,10 +110,9 @@ def rate(planner: Planner, load: Workload, replicas: int = 1) -> Rating:
     return Rating(prompt.seconds, prompt.bound, alone, requests)
 
 
-def answering(planner: Planner, load: Workload, replicas: int = 1) -> float:
+def answering(planner: Planner, load: Workload) -> float:
     """Tokens of answers a second while so many run and no prompt comes. There must be costs."""
-    several = -(-load.requests // replicas)
-    return load.requests / _round_of(planner, load, several)
+    return load.requests / _round_of(planner, load, load.requests)
 
 
 def _requests(planner: Planner, load: Workload, sequences: int) -> float:

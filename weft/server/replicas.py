@@ -21,9 +21,11 @@ from weft.server.client import State
 from weft.server.service import Service
 from weft.server.ticket import Ticket, Wishes
 from weft.text import Tokenizer
+from weft.units import counted
 
 FIGURES = [field.name for field in fields(Figures)]
 MOVES_AFTER = 5.0  # seconds that ranks are missing: others need not pay for one that ends by itself and comes back
+QUEUES_AFTER = 20.0  # seconds after which they may also wait elsewhere
 FAILURES = 1  # of a request that may move: one that ends ranks wherever it goes stays where it is
 COUNTED = ("looked_up", "reused", "preempted", "restarts")  # of what Figures has
 PRECEDENCE = (State.DRAINING, State.LOADING, State.READY, State.RESTARTING, State.FAILED)  # of what replicas are
@@ -181,8 +183,7 @@ class Replicas:
 
     def cancel(self, ticket: Ticket) -> None:
         """Ends a request that nobody waits for any more; only whose it is knows it."""
-        for service in self.services:
-            service.cancel(ticket)
+        ticket.cancel()
 
     def drain(self) -> None:
         """Takes nothing new from now on."""
@@ -237,19 +238,25 @@ class Replicas:
         for service in services:
             service.relieve = partial(self._relieve, service)
 
-    def _relieve(self, lost: Service) -> None:
-        """On the thread of one whose ranks are missing: what waits for them goes to those that have slots free."""
-        if lost.missing is None or time.monotonic() - lost.missing < MOVES_AFTER:
+    def _relieve(self, lost: Service, over: bool) -> None:
+        """On the thread of one whose ranks are missing: what waits for them goes to those that have slots free, and
+        after a while, or where that one gives up (`over`), also to where it has to wait for one."""
+        missing = time.monotonic() - lost.missing if lost.missing is not None else 0.0
+        if not over and missing < MOVES_AFTER:
             return
-        others, moved = sorted(self.services, key=lambda service: service.load.tokens), 0
-        for ticket in lost.tickets:
-            may = ticket.request is not None and ticket.request.failures <= FAILURES and not ticket.over
-            taker = next((other for other in others if other.takes(ticket)), None) if may else None
-            if taker is not None:
+        later, moved, given = over or missing > QUEUES_AFTER, 0, dict[Service, int]()
+        waiting = [(ticket, ticket.request) for ticket in lost.tickets if ticket.request is not None]
+        for ticket, request in sorted(waiting, key=lambda each: (each[1].priority, each[1].arrived)):
+            if request.failures > FAILURES or ticket.over:
+                continue
+            able = [other for other in self.services if other is not lost and other.takes(ticket, later)]
+            if able:
+                taker = min(able, key=lambda other: other.load.tokens + given.get(other, 0))
+                given[taker] = given.get(taker, 0) + Backlog(ticket.prompt_tokens, request.params.n).tokens
                 lost.hand_on(ticket, taker)
                 moved += 1
         if moved:
-            self._told(f"{moved} request{'s' if moved > 1 else ''} went to other replicas")
+            self._told(f"{counted(moved, 'request')} went to other replicas")
 
     def _backlogs(self, able: Sequence[Service]) -> list[Backlog | None]:
         return [

@@ -19,7 +19,7 @@ from weft.about import About, Figures
 from weft.batching.params import SamplingParams
 from weft.batching.request import Request, Sequence
 from weft.engine import Engine
-from weft.errors import Busy, InputError, Interrupted, Unavailable, told
+from weft.errors import Busy, GivenUp, InputError, Interrupted, Unavailable, told
 from weft.grammar import Grammar
 from weft.requests import Handed
 from weft.routing import Backlog
@@ -59,7 +59,8 @@ class Service:
         self._submitted = 0  # sequences that the engine's thread has not yet seen
         self._closing = False
         self.missing: float | None = None  # since when its ranks are, by the monotonic clock
-        self.relieve: Callable[[], None] = lambda: None  # called again and again meanwhile, on this service's thread
+        # Called again and again meanwhile, and when it gives up (True), on this service's thread.
+        self.relieve: Callable[[bool], None] = lambda over: None
         self._settled = threading.Event()
         self._after: Callable[[], None] = lambda: None
         self.error: BaseException | None = None  # what ended the loop, if anything did
@@ -145,6 +146,7 @@ class Service:
             raise Busy(f"{self.waiting} completions wait already; try again later", self.retry_after())
         ticket = Ticket(asyncio.get_running_loop(), wishes.arrived or time.monotonic(), len(prompt))
         self._submitted += params.n
+        ticket.drop = lambda: self._commands.put(lambda: self._drop(ticket))
         ready: asyncio.Future[None] = ticket.loop.create_future()
         self._commands.put(lambda: self._add(ticket, ready, prompt, params, wishes, grammar))
         try:
@@ -156,8 +158,7 @@ class Service:
 
     def cancel(self, ticket: Ticket) -> None:
         """Ends a request that nobody waits for any more; its slot is free before the next batch. Safe to repeat."""
-        ticket.cancelled = True
-        self._commands.put(lambda: self._drop(ticket))
+        ticket.cancel()
 
     def drain(self) -> None:
         """Takes nothing new from now on."""
@@ -217,6 +218,8 @@ class Service:
             self._hand_over()
             self.abort()
         except BaseException as error:  # what kept it from loading; workers that can't be kept alive; our mistakes
+            if isinstance(error, GivenUp):
+                self.relieve(True)
             self.state, self.reason, self.error = State.FAILED, str(error) or type(error).__name__, error
             if self._settled.is_set() and not self._closing:  # else it ends the command, which says so itself
                 self._told(f"the engine has failed: {self.reason}")
@@ -308,7 +311,7 @@ class Service:
         self._obey(wait=False)
         self._hand_over()
         self.tickets.deliver(engine.expire(), engine.requests)
-        self.relieve()
+        self.relieve(False)
 
     def _obey(self, wait: bool) -> None:
         """Does what was asked meanwhile."""
@@ -337,12 +340,12 @@ class Service:
 
         on_loop(ticket.loop, answer)
 
-    def takes(self, ticket: Ticket) -> bool:
-        """Whether it could go on with another one's request at once. For any thread."""
+    def takes(self, ticket: Ticket, later: bool) -> bool:
+        """Whether it could go on with another one's request at once, or `later`. For any thread."""
         engine, request = self._engine, ticket.request
         if engine is None or request is None or self.missing is not None or self.state is State.FAILED:
             return False
-        free = engine.config.max_sequences - self.running - self.waiting
+        free = engine.config.max_sequences - self.running - self.waiting + (self.most_waiting if later else 0)
         return free >= request.params.n and engine.requests.can_run(request)
 
     def hand_on(self, ticket: Ticket, other: Service) -> None:
@@ -356,6 +359,7 @@ class Service:
 
     def _adopt(self, ticket: Ticket, request: Request, handed: Handed) -> None:
         self._submitted -= request.params.n
+        ticket.drop = lambda: self._commands.put(lambda: self._drop(ticket))
         if ticket.cancelled:  # before it was here
             self.metrics.finished("abort", time.monotonic() - ticket.arrived)
         elif self._engine is None or self.state is State.FAILED:

@@ -77,6 +77,7 @@ class Ticket:
     first: float | None = None  # seconds to the first token
     last: float = 0.0  # when its last token came
     cancelled: bool = False  # nobody waits for it any more
+    drop: Callable[[], None] = lambda: None  # has whose it is end it
     ended: set[int] = field(default_factory=set)  # completions whose last piece was made
     _came: float = 0.0  # the last piece, by the loop's clock
     _looking: asyncio.TimerHandle | None = None
@@ -110,6 +111,11 @@ class Ticket:
         if self._looking is not None and quiet >= every:
             self.put(None)
         self._looking = self.loop.call_later(every - quiet if 0 < quiet < every else every, self._look, every)
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more. For any thread, also where another replica is about to get it."""
+        self.cancelled = True  # first: whoever gets it says where it is, and then looks at that
+        self.drop()
 
     def put(self, item: Item | None) -> None:
         """On the event loop's thread."""

@@ -42,7 +42,8 @@ class Assumed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One device. `tflops` dense, `memory` in GiB, `bandwidth` of it in GB/s. `cores`: of a CPU; 0 for a GPU.
+    """One device. `tflops` dense, `memory` in GiB, `bandwidth` of it in GB/s. `cores`: of a CPU; 0 for a GPU. `key`:
+    its name in the catalogue.
 
     What is None is taken from the catalogue's assumptions.
     """
@@ -58,6 +59,7 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory_efficiency: float | None = None
     step: float | None = None
     share: float | None = None
+    key: str = ""
 
     @property
     def itemsize(self) -> int:
@@ -173,7 +175,8 @@ def parse_hardware(text: str, link: str | None = None, own: Path | None = None) 
         count = int(match[1] or match[2] or 1)
         if not 1 <= count <= 256:
             raise InputError(f"--hardware {text!r}: give 1 to 256 devices")
-        devices += [entries.device[_known(match[3], entries.device, "--hardware")]] * count
+        key = _known(match[3], entries.device, "--hardware")
+        devices += [msgspec.structs.replace(entries.device[key], key=key)] * count
     name = link or devices[0].link
     return Hardware(text, tuple(devices), name, _link(name, len(devices), entries), entries)
 
