@@ -92,7 +92,9 @@ def test_aims(text: str, what: str, load: Workload) -> None:
     assert Aim.parse(text) == Aim(what, load)
 
 
-@pytest.mark.parametrize("text", ["", "speed", "latency:", "latency:5", "latency:0,1", "throughput:1,2,3"])
+@pytest.mark.parametrize(
+    "text", ["", "speed", "latency:", "latency:5", "latency:0,1", "latency:8,00", "throughput:1,2,3"]
+)
 def test_aims_that_say_nothing(text: str) -> None:
     with pytest.raises(InputError, match="--optimise .* is not known; give latency or throughput"):
         Aim.parse(text)

@@ -53,7 +53,7 @@ class Aim:
         latency:2048,64. Raises `InputError`."""
         what, colon, tokens = text.strip().partition(":")
         match = re.fullmatch(r"(\d{1,7}),(\d{1,7})", tokens)
-        if what not in AIMS or (colon and match is None) or (match and "0" in match.groups()):
+        if what not in AIMS or (colon and match is None) or (match and 0 in map(int, match.groups())):
             raise InputError(
                 f"--optimise {text!r} is not known; give {' or '.join(AIMS)}, with the tokens of a prompt and of its "
                 "answer if you like, as in latency:2048,64"
