@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from contextlib import closing
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 from tests.outlines import decoder_outline
 from tests.processes import free_port
 from tests.simulate.costs import costs
+from tests.test_choosing import hello
 from weft import LLM, InputError, SamplingParams, yardstick
 from weft.config import EngineConfig, available_cores
 from weft.launch.hub import Hub
@@ -22,6 +24,7 @@ from weft.links import Link
 from weft.model.description import model_config
 from weft.opening import open_engine
 from weft.plan.planner import Planner
+from weft.simulate.cost import Table
 from weft.yardstick import Yardstick, alone, best_of, counts, judged, measured, predicted, recalled, with_ranks
 
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -44,6 +47,23 @@ def test_one_line_says_what_fewer_would_take(packaged: Path, times: float, faste
     assert line is not None and line.startswith("2 ranks (predicted): a prompt of 512 in ")
     assert "; one of them alone: a prompt in " in line and ("--tp 1 would be faster" in line) == faster
     assert judged(engine_with(packaged, times, ranks=1)) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("hop", "faster"), [(0.0, False), (0.05, True)])
+def test_one_rank_is_named_where_sections_only_cost_a_lone_request(packaged: Path, hop: float, faster: bool) -> None:
+    """Two sections take what one rank does, and their messages; where messages are for nothing, pieces gain."""
+    engine = engine_with(packaged, 10.0)
+    engine.config = EngineConfig.resolve(engine.model, ranks=1, sections=2, threads=1, weights="float32")
+    known = costs(10.0)
+    wires = {name: replace(wire, send=Table((0.0, 1e6), (hop, hop))) for name, wire in known.wires.items()}
+    rank = known.ranks[0]
+    known = replace(known, ranks=(rank, rank), wires=wires)
+    engine.planner = Planner(decoder_outline(6), "auto", "exact", 1, known, layout=engine.config.layout)
+    engine.workers.started = SimpleNamespace(hellos=[hello(rank, 8 << 30) for rank in range(2)])
+    line = judged(engine)  # type: ignore[arg-type]
+    assert (line is not None and line.endswith("--pp 1 would be faster for a request by itself")) == faster
+    engine.workers.started = SimpleNamespace(hellos=[hello(0, 1000, "a"), hello(1, 8 << 30, "b")])
+    assert judged(engine) is None, "one alone has no memory for it"  # type: ignore[arg-type]
 
 
 def test_what_was_measured_counts_more_than_what_is_guessed(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,16 @@ from random import Random
 import msgspec
 from platformdirs import user_cache_path
 
+from weft.admission import demand_memory
 from weft.calibration import key_of
 from weft.config import EngineConfig, ModelConfig, available_cores
 from weft.engine import Engine
+from weft.errors import NoRoom
 from weft.execute.results import RunOptions
 from weft.launch.local import LocalLauncher
 from weft.layout import Layout
 from weft.links import NO_LINK
+from weft.plan.derived import derived
 from weft.plan.planner import Planner
 from weft.program.batch import Batch, Segment, one_prompt
 from weft.simulate.cost import ComputeCosts, Contention, Costs, Table
@@ -112,8 +115,10 @@ def _computing(planner: Planner, times: float) -> Planner:
 def judged(engine: Engine) -> str | None:
     """One line on the ranks that there are and on fewer; None where nothing is known."""
     config, planner, link = engine.config, engine.planner, engine.workers.controller.launcher.link_name
-    if config.ranks == 1 or config.layout.several or planner.costs is None:
+    if config.ranks == 1 or planner.costs is None:
         return None
+    if config.layout.several:
+        return _sections_judged(engine)
     known = {ranks: recalled(engine.model, with_ranks(config, ranks), link) for ranks in range(1, config.ranks)}
     own, fewer = predicted(planner), {ranks: each for ranks, each in known.items() if each is not None}
     ranks = min(fewer, key=lambda ranks: fewer[ranks].seconds, default=1)
@@ -131,6 +136,24 @@ def judged(engine: Engine) -> str | None:
         return f"{line}. --tp {ranks} would be faster"
     several = engine.workers.controller.launcher.may_change  # --tp auto is for one machine
     return line if fewer or several else f"{line}; --tp auto measures it"
+
+
+def _sections_judged(engine: Engine) -> str | None:
+    """One line, where the first rank with all layers would be faster for a lone request, and has the memory."""
+    config, planner = engine.config, engine.planner
+    one = Layout.tensor(engine.model.layers, (1.0,))
+    assert planner.costs is not None, "nothing can be judged without costs"
+    with suppress(NoRoom):
+        demand_memory(engine.model, replace(config, layout=one), engine.workers.started.hellos[:1])
+        costs = derived(planner.costs, config.layout, one, planner.outline, {})
+        whole = predicted(Planner(planner.outline, "serial", planner.wire, planner.granule, costs))
+        own = predicted(planner)
+        if whole.seconds < WORTH * own.seconds:
+            return (
+                f"{len(config.layout.sections)} sections (predicted): {own.describe()}; one rank with all layers: "
+                f"{whole.describe()}. --pp 1 would be faster for a request by itself"
+            )
+    return None
 
 
 def counts(model: ModelConfig) -> list[int]:
