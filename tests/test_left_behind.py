@@ -13,6 +13,8 @@ import psutil
 import pytest
 
 from weft.launch.folder import Folder, remove_leftovers
+from weft.launch.keys import new_key
+from weft.launch.local import LocalLauncher
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -94,3 +96,24 @@ def test_folders_of_living_engines_stay(tmp_path: Path, monkeypatch: pytest.Monk
     first.remove()
     second.remove()
     assert [path.name for path in tmp_path.iterdir()] == ["weft-engine-no-lock"]
+
+
+def test_a_worker_ends_with_its_launcher_while_it_starts(tmp_path: Path) -> None:
+    """Reading torch takes seconds, and on a busy machine many."""
+    slow = tmp_path / "torch"
+    slow.mkdir()
+    (slow / "__init__.py").write_text("import time\ntime.sleep(60)\n")
+    launcher = LocalLauncher()
+    os.environ["PYTHONPATH"], before = str(tmp_path), os.environ.get("PYTHONPATH")
+    try:
+        launcher.start(1, f"ipc://{tmp_path}/control", [f"{new_key().token}.ticket"])
+    finally:
+        del os.environ["PYTHONPATH"]
+        os.environ |= {"PYTHONPATH": before} if before is not None else {}
+    [pid], [child] = launcher.pids(), launcher._children
+    time.sleep(1)
+    assert not gone([pid], 0.2), "it waits for torch"
+    assert child.stdin is not None
+    child.stdin.close()
+    assert gone([pid], 10)
+    launcher.close()

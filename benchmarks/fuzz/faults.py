@@ -82,7 +82,7 @@ def in_engine() -> Iterator[None]:
 def in_worker() -> None:
     """In a worker's process: the sampler raises, or the rank fails in one of three ways."""
     from weft.execute import sampler
-    from weft.execute.worker import Worker
+    from weft.execute.rank import Worker
 
     draw, run = sampler.draw, Worker._run
 
