@@ -55,8 +55,8 @@ def all_of_a_batch_are_refused(patch: Patch) -> None:
     """A batch that made a rank fail ends all its requests."""
     from weft.engine import Engine
 
-    def recover(engine: Engine, scheduled: Any, error: Exception) -> Any:
-        there = {sequence.request for sequence in scheduled.sequences}
+    def recover(engine: Engine, error: Exception) -> Any:
+        there = {sequence.request for flight in engine.flights for sequence in flight.scheduled.sequences}
         refused = [sequence for request in there for sequence in engine._refuse(request, "a rank failed")]
         engine.restart(error)
         return refused
