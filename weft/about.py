@@ -11,7 +11,7 @@ from weft.engine import Engine
 @dataclass(frozen=True)
 class About:
     """What doesn't change. `max_length`: tokens of prompt and answer; `width`: numbers of an
-    embedding; `ranks`: of each of the `replicas`."""
+    embedding; `ranks`: of each of the `replicas`, in a `layout`."""
 
     path: Path
     vocabulary: int
@@ -20,6 +20,7 @@ class About:
     end_ids: tuple[int, ...]
     ranks: int
     notices: tuple[str, ...]
+    layout: str
     replicas: int = 1
 
     @classmethod
@@ -28,7 +29,7 @@ class About:
         config, ends = engine.config, tuple(sorted(engine.requests.end_ids))
         return cls(
             engine.path, engine.model.vocabulary, engine.model.hidden, config.max_length, ends, config.ranks,
-            tuple(engine.notices),
+            tuple(engine.notices), config.layout.describe(),
         )  # fmt: skip
 
 

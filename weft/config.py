@@ -164,9 +164,12 @@ def laid_out(
     if sections == 1 < len(layers) and sum(layers) == model and min(layers) > 0:
         raise InputError(f"--layers {','.join(map(str, layers))} is for as many sections: give --pp {len(layers)} too")
     if len(layers) != sections or sum(layers) != model or min(layers) < 1:
+        why = "a section has none" if min(layers) < 1 else f"they add up to {sum(layers)}"
+        if len(layers) != sections:
+            why = f"these are {counted(len(layers), 'number')}"
         raise InputError(
-            f"--layers {','.join(map(str, layers))} does not go with --pp {sections} and a model of {model} layers; "
-            f"give a number for each section, as in {','.join(map(str, even_layers(model, sections)))}"
+            f"--layers {','.join(map(str, layers))} does not go with --pp {sections} and a model of {model} layers: "
+            f"{why}; give a number for each section, as in {','.join(map(str, even_layers(model, sections)))}"
         )
     world = ranks * sections
     shares = shares or (1.0,) * world

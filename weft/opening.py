@@ -101,6 +101,10 @@ def _unused(aim: Aim | None, optimise: str, overlap: str, ranks: int, sections: 
         lines.append(f"--optimise {optimise}: not used without --layout auto")
     if aim is None and sections == 1 and overlap != AUTO and Strategy.parse(overlap).piped:
         lines.append(f"--overlap {overlap}: pieces hide nothing in one section of layers; give --pp, or iso")
+    if aim is None and sections > 1 and ranks == 1 and overlap != AUTO:
+        strategy = Strategy.parse(overlap)
+        if strategy != Strategy() and not strategy.piped:
+            lines.append(f"--overlap {overlap}: sections of one rank have no sums to hide; give pipe:8, say")
     return lines
 
 

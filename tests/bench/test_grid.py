@@ -51,7 +51,7 @@ def test_a_grid(packaged: Path) -> None:
         lambda *what: said.append(what), lambda points: kept.append(len(points)),
     )  # fmt: skip
     bench.run()
-    assert [(point.tp, point.tokens) for point in bench.points] == [(1, 32), (1, 64), (2, 32), (2, 64)]
+    assert [(point.ranks, point.tokens) for point in bench.points] == [(1, 32), (1, 64), (2, 32), (2, 64)]
     assert kept == [1, 2, 3, 4]
     assert [(m.overlap, m.wire) for m in bench.points[2].measured] == [
         ("serial", "exact"), ("serial", "bf16"), ("iso:2", "exact"), ("iso:2", "bf16"),

@@ -12,6 +12,7 @@ from weft.bench.grid import Point
 from weft.bench.plot import groups, saving_plot
 from weft.bench.report import as_json, conclusion, most_to_hide, report, timelines
 from weft.compare import Measured
+from weft.layout import Layout
 
 MACHINE = {"processor": "a <fast> one", "cores": 2, "gemm_gflops": 100.0, "torch": "2", "date": "2026-01-01"}
 MODEL = {"name": "tiny", "layers": 2}
@@ -36,7 +37,7 @@ def point(link: str, best: float, possible: float = 0.4) -> Point:
         measured("iso:2", best, possible),
         measured("tiles:4", 0.95),
     ]
-    return Point(512, 2, 1, link, None, 80.0, variants)
+    return Point(512, 2, 1, link, None, 80.0, variants, Layout.tensor(6, (1.0, 1.0)))
 
 
 POINTS = [point("1gbit", 0.7), point("200mbit", 0.65), point("none", 0.9, 0.12)]

@@ -39,7 +39,8 @@ def test_layers_of_sections(tmp_path: Path) -> None:
     options = ("--tp", "1", "--pp", "2", "--rounds", "1", "--overlap", "pipe:2", "--json", str(out))
     said = weft("bench", *SMALL, *options, "--layers", "1,5", process=True).stdout
     [_, uneven] = json.loads(out.read_text())["runs"]
-    assert "2 ranks (tp 1 x pp 2, layers 1,5), link none" in said and uneven["layout"] == "tp 1 x pp 2, layers 1,5"
+    assert "2 ranks (tp 1 x pp 2, layers 1,5), link none" in said and uneven["layers"] == [1, 5]
+    assert (uneven["ranks"], uneven["tp"], uneven["pp"]) == (2, 1, 2)
     weft("bench", *SMALL, *options, "--layers", "3,3", process=True)
     [_, even] = json.loads(out.read_text())["runs"]
     assert uneven["gflops"] * uneven["compute_alone"] > 1.5 * even["gflops"] * even["compute_alone"], (

@@ -44,6 +44,7 @@ def test_auto_explains_itself() -> None:
         (("--layout", "auto"), "--layout auto: not used, as one rank has all of the model"),
         (("--optimise", "throughput"), "--optimise throughput: not used without --layout auto"),
         (("--tp", "2", "--overlap", "pipe:2"), "--overlap pipe:2: pieces hide nothing in one section of layers"),
+        (("--pp", "2", "--overlap", "iso:2"), "--overlap iso:2: sections of one rank have no sums to hide"),
         (("--pp", "2", "--layers", "2,4"), "tp 1 x pp 2, layers 2,4"),
     ],
 )

@@ -24,7 +24,7 @@ def test_text_and_page(config: Path, tmp_path: Path) -> None:
                 "rtx4090=0.35,h100=2.5", "--ttft", "1", "--html", str(page), "--details")  # fmt: skip
     for part in ("layouts beside each other", "2 replicas of tp 2", "one alone", "Best (4096 tokens",
                  "4x rtx4090, link pcie4-x16", "iso:2", "auto", "overlap pays on links up to", "GiB (weights",
-                 "cheapest for a token of the prompt", "within 1 s", "in time",
+                 "prices for prompts of 4,096 tokens", "within 1 s", "in time",
                  "4x rtx4090, 1024 tokens", "not measured"):  # fmt: skip
         assert part in done.stdout
     assert done.returncode == 0 and page.read_text().startswith("<!doctype html>")
@@ -51,7 +51,7 @@ def test_where_no_group_fits_all_are_shown_and_what_would(config: Path) -> None:
 def test_parts_that_were_given_are_why(config: Path) -> None:
     done = weft("plan", str(config), "--hardware", "2x rtx3090", "--shares", "1,60", "--tokens", "8k", "--kv", "auto",
                 "--weights", "float32", code=2)  # fmt: skip
-    assert "what would fit: the same with parts by speed, without --shares" in done.stderr
+    assert "what would fit: the same without --shares, with parts by speed" in done.stderr
 
 
 def test_list() -> None:

@@ -145,13 +145,16 @@ def test_offers(model: ModelConfig) -> None:
     only = offers(rows, PRICES, fastest.first_token * 1.01)
     late = len([o for o in only if o.in_time is False])
     assert only[0].in_time and [o.in_time for o in only] == [True] * (len(only) - late) + [False] * late
-    assert "Fewest devices that give the first of 8192 tokens" in conclusion(rows, asked, fastest.first_token * 1.01)
+    assert "Fewest of these devices that give the first of 8192 tokens" in conclusion(
+        rows, asked, fastest.first_token * 1.01
+    )
     assert f"the soonest is {fastest.hardware} as {fastest.layout}" in conclusion(rows, asked, fastest.first_token / 2)
     for offer in ranked:
         [row] = [row for row in rows if (row.hardware, row.layout) == (offer.hardware, offer.layout)]
         assert row.rating and offer.price == pytest.approx(sum(PRICES[device] for device in row.devices))
         hour = 3600 / row.rating.first_token * 8192 * row.replicas / 1e6  # millions of tokens
         assert offer.per_million_prompt == pytest.approx(offer.price / hour)
+        assert offer.per_thousand == pytest.approx(1000 * offer.price / 3600 / row.rating.requests)
     with pytest.raises(InputError, match="--price says nothing of rtx4090"):
         offers(rows, {"h100": 1.0}, None)
 
@@ -165,6 +168,50 @@ def test_each_length_has_its_rows_and_the_best_wire(model: ModelConfig) -> None:
     exact = [row for row in compared(model, group, replace(asked, wires=("exact",)), 8192) if row.layout == "tp 2"]
     assert two.wire == "int8" and exact[0].rating and exact[0].rating.first_token > two.rating.first_token
     assert conclusion(rows, asked).count("Best (") == 2
+
+
+def test_as_many_at_a_time_as_memory_holds_unless_a_number_is_asked_for(model: ModelConfig) -> None:
+    """And then there must be room for them; what is said of many is said of so many."""
+    asked, group = Question((8192,), ("auto",), ("exact",), weights="int4", kv="auto"), parse_hardware("1x rtx3060")
+    [row] = compared(model, group, asked, 8192)
+    assert row.rating and row.memory and 1 <= row.requests < 8
+    assert f"for {row.requests} at a time" in conclusion([row], asked)
+    [row] = compared(model, group, replace(asked, decoding=8), 8192)
+    assert row.rating is None and "missing" in row.why and row.why != "0.0 missing"
+    [row] = compared(model, parse_hardware("1x h100"), asked, 8192)
+    assert row.requests == 8
+
+
+def test_what_would_fit(model: ModelConfig) -> None:
+    asked = Question((8192,), ("auto",), ("exact",))
+    with pytest.raises(InputError, match="what would fit: 2x rtx3060; 1x rtx3060 with --weights int8; "):
+        Outlook(model, parse_hardware("1x rtx3060"), asked)
+
+
+def test_devices_with_equal_figures_have_prices_of_their_own(model: ModelConfig, tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    entry = """
+[device.{}]
+name = "a card"
+tflops = 100
+memory = 80
+bandwidth = 2000
+link = "pcie4-x16"
+source = "a cloud's page"
+"""
+    own.write_text(entry.format("one-cloud") + entry.format("other-cloud"))
+    asked = Question((512,), ("auto",), ("exact",))
+    rows = compared(model, parse_hardware("2x one-cloud", own=own), asked, 512)
+    assert {device for row in rows for device in row.devices} == {"one-cloud"}
+    ranked = offers(rows, {"one-cloud": 12.0}, None)
+    assert {offer.price for offer in ranked} <= {12.0, 24.0}
+
+
+def test_fewest_devices_are_those_of_a_replica(model: ModelConfig) -> None:
+    asked = Question((8192,), ("auto",), ("exact",))
+    rows = compared(model, parse_hardware("4x h100"), asked, 8192)
+    said = conclusion(rows, asked, 100.0)
+    assert "100 s: 1 of 4x h100, as one alone." in said
 
 
 def test_json_and_remarks(model: ModelConfig) -> None:

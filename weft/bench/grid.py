@@ -20,6 +20,7 @@ from weft.config import ModelConfig, available_cores, demand_way, laid_out, posi
 from weft.engine import Engine
 from weft.errors import InputError
 from weft.launch.namespaces import NamespaceLauncher
+from weft.layout import Layout
 from weft.links import NO_LINK, Link
 from weft.opening import open_engine
 from weft.plan.calibrate import MOST
@@ -115,17 +116,17 @@ class Grid:
 
 @dataclass(frozen=True)
 class Point:
-    """One place of the grid and what was measured there. `balance`: the link's speed over the balance speed; `layout`:
-    of a pipeline, in words."""
+    """One place of the grid and what was measured there. `balance`: the link's speed over the balance speed;
+    `ranks`: all of the `layout`."""
 
     tokens: int
-    tp: int
+    ranks: int
     prompts: int
     link: str
     balance: float | None
     gflops: float
     measured: list[Measured]
-    layout: str = ""
+    layout: Layout
 
     @property
     def best(self) -> Measured:
@@ -142,8 +143,9 @@ class Point:
         for measured in self.measured:
             plain = {name: value for name, value in asdict(measured).items() if "timeline" not in name}
             yield {
-                "tokens": self.tokens, "tp": self.tp, "prompts": self.prompts, "link": self.link,
-                "balance": self.balance, "layout": self.layout, "gflops": round(self.gflops, 1),
+                "tokens": self.tokens, "ranks": self.ranks, "tp": len(self.layout.shares[0]),
+                "pp": len(self.layout.layers), "layers": list(self.layout.layers), "prompts": self.prompts,
+                "link": self.link, "balance": self.balance, "gflops": round(self.gflops, 1),
                 **plain, "median": measured.median, "above_ceiling": measured.above_ceiling,
             }  # fmt: skip
 
@@ -236,7 +238,7 @@ class Bench:
                 measured = comparing.result()
                 flops = prefill_flops(self.model, batch.tokens) * max(engine.config.layout.parts)  # the largest rank's
                 gflops = flops / measured[0].compute_alone / 1e9
-                layout = engine.config.layout.describe() if engine.config.layout.several else ""
+                layout = engine.config.layout
                 point = Point(batch.tokens, ranks, grid.prompts, text, link.times, gflops, measured, layout)
                 self.points.append(point)
                 self.kept(self.points)

@@ -24,7 +24,7 @@ def groups(points: Sequence[Point]) -> list[list[Point]]:
     by_group: dict[tuple[int, int], list[Point]] = {}
     for point in points:
         if megabits(point.link) is not None:
-            by_group.setdefault((point.tp, point.tokens), []).append(point)
+            by_group.setdefault((point.ranks, point.tokens), []).append(point)
     return [sorted(group, key=lambda p: megabits(p.link) or 0.0) for group in by_group.values() if len(group) > 1]
 
 
@@ -39,7 +39,8 @@ def saving_plot(group: Sequence[Point]) -> str:
         for number, variant in enumerate(_variants(group)):
             _line(axes, speeds, group, variant, f"C{number}")
         first = group[0]
-        title = f"{first.tokens} tokens, {first.tp} ranks" + (f" ({first.layout})" if first.layout else "")
+        layout = f" ({first.layout.describe()})" if first.layout.several else ""
+        title = f"{first.tokens} tokens, {first.ranks} ranks{layout}"
         name(axes, title, "link, Mbit/s", "prefill time saved, % of serial", speeds)
 
     return figure(draw)

@@ -48,8 +48,8 @@ def heading(point: Point) -> str:
     """Where in the grid this is."""
     prompts = f" in {point.prompts} prompts" if point.prompts > 1 else ""
     balance = f" ({point.balance:g} x balance)" if point.balance else ""
-    layout = f" ({point.layout})" if point.layout else ""
-    return f"{point.tokens} tokens{prompts}, {point.tp} ranks{layout}, link {point.link}{balance}"
+    layout = f" ({point.layout.describe()})" if point.layout.several else ""
+    return f"{point.tokens} tokens{prompts}, {point.ranks} ranks{layout}, link {point.link}{balance}"
 
 
 def bounds(point: Point, machine: Mapping[str, Any]) -> str:

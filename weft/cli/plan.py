@@ -31,15 +31,16 @@ from weft.outlook.report import (
     listing,
     offered,
     page,
+    priced,
     remarks,
 )  # fmt: skip
 from weft.simulate.hardware import Hardware, catalogue, parse_hardware
 from weft.text import leave_torch_out
 from weft.timeline.files import demand_writable, write
 
-WIDTH = 112  # columns that tables need
+WIDTH = 116  # columns that tables need
 FOLDED = ("plan", "layout", "memory, GiB")  # what is long where something is long
-LAYOUT = 24  # columns that layouts have at least
+LAYOUT = 28  # columns that layouts have at least
 
 HELP = """Predict what MODEL does on hardware from the catalogue: every way to share it, beside a single device.
 
@@ -76,10 +77,15 @@ def plan(
     overlap: Annotated[str, typer.Option(help="Strategies; serial is always there.")] = "iso:2,auto",
     wire: WIRE = "exact",
     prompts: Annotated[int, typer.Option(help="Prompts in one batch, each of so many tokens.")] = 1,
-    decoding: Annotated[int, typer.Option(help="Sequences that decode together.")] = 1,
+    decoding: Annotated[
+        int | None, typer.Option(help="Requests at a time; default: 8, or as many as memory holds.")
+    ] = None,
     weights: STORED = "auto",
     kv: KV = "auto",
-    shares: Annotated[str | None, typer.Option(help="Relative sizes of the parts; default: by speed.")] = None,
+    shares: Annotated[
+        str | None,
+        typer.Option(help="Relative sizes of the parts, where layers are shared over all; default: by speed."),
+    ] = None,
     price: Annotated[str | None, typer.Option(help="Of a device for an hour, as in rtx4090=0.35,h100=2.5.")] = None,
     ttft: Annotated[float | None, typer.Option(help="Seconds that the first token may take.")] = None,
     own: Annotated[Path | None, typer.Option("--catalogue", help="Your own devices and links, in TOML.")] = None,
@@ -98,13 +104,14 @@ def plan(
     if ttft is not None and not 0 < ttft < float("inf"):
         raise InputError(f"--ttft {ttft:g} is not a time; give seconds above 0")
     demand_writable(html, "--html")
-    prices = _prices(price)
-    config = model_config(locate_config(model))
+    prices, config = _prices(price), model_config(locate_config(model))
     lengths = numbers(tokens, "--tokens") if tokens is not None else _usual(config)
     strategies, wires, parts = words(overlap, "--overlap"), words(wire, "--wire"), relative_shares(shares)
     question = Question(lengths, strategies, wires, prompts, decoding, parts, weights, kv)
     question.demand(config)
     groups = [parse_hardware(name, link, own) for name in dict.fromkeys(hardware)]
+    if parts and all(len(parts) != group.world for group in groups):
+        Outlook(config, groups[0], question)  # which says so
     rows = [row for group in groups for length in question.tokens for row in compared(config, group, question, length)]
     ranked = offers(rows, prices, ttft) if prices else []
     concluded = conclusion(rows, question, ttft)
@@ -160,26 +167,25 @@ def _prices(text: str | None) -> dict[str, float]:
     except ValueError:
         raise InputError(f"--price {text!r} is not a list of prices; write it like rtx4090=0.35,h100=2.5") from None
     if not all(0 < value < float("inf") for value in prices.values()):
-        raise InputError(f"--price {text!r}: every price must be a number above 0")
+        raise InputError(f"--price {text!r}: every price must be above 0")
     return prices
 
 
 def _show(
     rows: Sequence[Row], concluded: str, outlooks: Sequence[Outlook], ranked: Sequence[Offer], ttft: float | None
 ) -> None:  # fmt: skip
-    console = _wide()
+    console, text = _wide(), Console()
     timed = None if ttft is not None else -1
     console.print(_table("layouts beside each other", COMPARED[:timed], [r[:timed] for r in beside(rows, ttft)]))
-    console.print(concluded)
+    text.print(concluded)
     for outlook in outlooks:
         console.print(_table(heading(outlook), COLUMNS, [cells(forecast) for forecast in outlook.forecasts]))
         for remark in remarks(outlook):
-            console.print(remark)
+            text.print(remark)
     if ranked:
-        limit = f", first token within {ttft:g} s" if ttft is not None else ""
         told = [offered(offer)[:timed] for offer in ranked]
-        console.print(_table(f"cheapest for a token of the prompt{limit}", OFFERED[:timed], told))
-    console.print(ASSUMING, style="dim")
+        console.print(_table(priced(rows), OFFERED[:timed], told))
+    text.print(ASSUMING, style="dim")
 
 
 def _wide() -> Console:

@@ -281,6 +281,8 @@ def _welcome(out: Console, showing: Bar, client: EngineClient, name: str, host: 
     for notice in about.notices:
         out.print(notice, style="dim")
     ranks, url = counted(about.ranks, "rank"), f"http://{host}:{port}"
+    if " x " in about.layout:
+        ranks += f" ({about.layout})"
     if about.replicas > 1:
         ranks = f"{about.replicas} replicas of {ranks}"
     out.print(

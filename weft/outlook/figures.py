@@ -5,9 +5,10 @@ Knows configurations, the catalogue and the planner; knows nothing of how figure
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from weft.config import ModelConfig, positive
 from weft.errors import InputError
@@ -25,6 +26,7 @@ from weft.units import counted
 from weft.wires import allowed, needed
 
 GIB = 2**30
+MOST = 64  # devices of a group that is proposed
 NOTHING = "nothing in the catalogue; use fewer tokens, or weights of fewer bits"
 USABLE = 0.92  # of a device's memory: the rest is the runtime's
 FASTEST, SLOWEST = 4096.0, 1 / 64  # times the link's rate: where the end of overlap's gain is looked for
@@ -32,14 +34,15 @@ FASTEST, SLOWEST = 4096.0, 1 / 64  # times the link's rate: where the end of ove
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked. `tokens`: of each of `prompts` prompts. `shares`: None plans them by the devices' speed.
+    """What is asked. `tokens`: of each of `prompts` prompts; `decoding`: sequences at a time, for which there must be
+    memory; None: several, or as many as there is memory for. `shares`: None plans them by the devices' speed.
     `weights`, `kv`: what weights, keys and values are kept in; auto: what the devices compute in."""
 
     tokens: tuple[int, ...]
     overlaps: tuple[str, ...]
     wires: tuple[str, ...]
     prompts: int = 1
-    decoding: int = 1
+    decoding: int | None = None
     shares: tuple[float, ...] | None = None
     weights: str = "auto"
     kv: str = "auto"
@@ -178,7 +181,7 @@ class Outlook:
 
     def _forecast(self, tokens: int, overlap: str, wire: str) -> Forecast:
         plan = self.plan(tokens, overlap, wire)
-        running = Batch(tuple(Segment(i, tokens, 1) for i in range(self.question.decoding)))
+        running = Batch(tuple(Segment(i, tokens, 1) for i in range(self.question.decoding or 1)))
         decode = self.planner(overlap, wire).plan(running).predicted
         known = plan.predicted
         assert known is not None and decode is not None, "the catalogue has costs for every wire"
@@ -262,7 +265,7 @@ def memory_of(blueprint: Blueprint, group: Hardware, parts: Sequence[Share], ask
     """Of the rank with the least room left."""
     of_ranks = []
     for part, device in zip(parts, group.devices, strict=True):
-        itemsize, sequences = device.itemsize, max(asked.prompts, asked.decoding)
+        itemsize, sequences = device.itemsize, max(asked.prompts, asked.decoding or 1)
         kept = keeping_of(blueprint, device, asked)
         keys = int(remembered(blueprint, part) * kept.key * (tokens + 1) * sequences)
         stages = (p.first[1] + p.last[0] for _, p in shard_of(blueprint, part).layer)
@@ -282,17 +285,23 @@ class Misfit(InputError):
 
 
 class NoMemory(Misfit):
-    """The devices have too little."""
+    """The devices have too little. `found`: what would fit, which takes a moment to find."""
+
+    def __init__(self, text: str, short: str, found: Callable[[], list[str]]) -> None:
+        super().__init__(text, short)
+        self._text, self._found = text, found
+
+    def __str__(self) -> str:
+        return f"{self._text}; what would fit: {'; '.join(self._found()) or NOTHING}"
 
 
 def _missing(model: ModelConfig, group: Hardware, asked: Question, tokens: int, memory: Memory) -> NoMemory:
-    missing = f"{(memory.needed - memory.usable) / GIB:.1f} GiB"
+    missing = f"{math.ceil(10 * (memory.needed - memory.usable) / GIB) / 10:.1f} GiB"
     return NoMemory(
         f"{group.text} doesn't hold this model with {tokens} tokens: the fullest device needs "
-        f"{memory.needed / GIB:.1f} GiB and {memory.usable / GIB:.1f} are usable, so {missing} are missing; "
-        f"what would fit: {'; '.join(would_fit(model, group, asked, tokens)) or NOTHING}",
-        f"{missing.removesuffix(' GiB')} missing",
-    )
+        f"{memory.needed / GIB:.1f} GiB and {memory.usable / GIB:.1f} are usable, so {missing} are missing",
+        f"{missing.removesuffix(' GiB')} missing", partial(would_fit, model, group, asked, tokens),
+    )  # fmt: skip
 
 
 def would_fit(model: ModelConfig, group: Hardware, asked: Question, tokens: int) -> list[str]:
@@ -304,14 +313,25 @@ def would_fit(model: ModelConfig, group: Hardware, asked: Question, tokens: int)
     ) else []  # fmt: skip
     found += [
         f"{count}x {device.key}{plain}"
-        for count in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-        if group.world < count <= model.heads and _fits(model, group, even, tokens, (device,) * count)
+        for count in range(group.world + 1, min(MOST, model.heads) + 1)
+        if _fits(model, group, even, tokens, (device,) * count)
+    ][:1]
+    found += [
+        f"{group.text} with --weights {weights}{plain}"
+        for weights in ("int8", "int4")
+        if STORED_BITS[weights] < _bits(group, asked)
+        and _fits(model, group, replace(even, weights=weights), tokens, group.devices)
     ][:1]
     alike = [(d.memory, n, d) for n, d in group.source.device.items() if bool(d.cores) == bool(device.cores)]
     for _, other, known in sorted(alike, key=lambda entry: entry[:2]):
         if other != device.key and _fits(model, group, even, tokens, (known,) * group.world):
             return [*found, f"{group.world}x {other}{plain}"]
     return found
+
+
+def _bits(group: Hardware, asked: Question) -> float:
+    """Of a weight."""
+    return STORED_BITS[asked.weights] if asked.weights != "auto" else 8.0 * group.devices[0].itemsize
 
 
 def _fits(model: ModelConfig, group: Hardware, asked: Question, tokens: int, devices: tuple[Device, ...]) -> bool:

@@ -21,7 +21,6 @@ from weft.plan.layouts import (
     Aim,
     Rating,
     Workload,
-    answering,
     divisions,
     even_layout,
     rate,
@@ -37,25 +36,26 @@ ALONE = "one alone"
 class Row:
     """One layout of one group for prompts of a length: what it is predicted to give on the `wire` that is best for it,
     with its fullest device's memory; or why it can't be. `devices`: names of those that it uses, of all replicas;
-    `generated`: tokens of answers a second where many run on each replica."""
+    `replica`: the layout of one of these; `requests`: how many run at a time, in all, where their number a second is
+    told."""
 
     hardware: str
     tokens: int
     layout: str
     devices: tuple[str, ...]
     replicas: int = 1
+    replica: str = ""
+    requests: int = 0
     wire: str = ""
     rating: Rating | None = None
-    generated: float = 0.0
     memory: Memory | None = None
     saved: float = 0.0
     why: str = ""
 
 
 def load_of(asked: Question, tokens: int) -> Workload:
-    """Prompts of this length, and as many at a time as decode together, but several; fewer are rated where memory holds
-    no more."""
-    return Workload(prompt=tokens, requests=asked.decoding if asked.decoding > 1 else Workload.requests)
+    """Prompts of this length, and as many at a time as are asked for, or several."""
+    return Workload(prompt=tokens, requests=asked.decoding or Workload.requests)
 
 
 def compared(model: ModelConfig, group: Hardware, asked: Question, tokens: int) -> list[Row]:
@@ -68,7 +68,8 @@ def _row(
     layout: Layout | None, replicas: int,
 ) -> Row:  # fmt: skip
     [tokens] = asked.tokens
-    row = Row(group.text, tokens, name, tuple(device.key for device in devices) * replicas, replicas)
+    each = name.partition(" of ")[2] or (name if replicas == 1 else "one alone")
+    row = Row(group.text, tokens, name, tuple(device.key for device in devices) * replicas, replicas, each)
     part = replace(group, devices=devices)
     own = asked if len(devices) == group.world else replace(asked, shares=None)
     try:
@@ -76,15 +77,15 @@ def _row(
     except InputError as error:
         return replace(row, why=error.short if isinstance(error, Misfit) else str(error))
     load, memory, found = load_of(asked, tokens), outlook.memory[tokens], list[Row]()
-    there = max(asked.prompts, asked.decoding) * memory.room * (tokens + 1) / (tokens + load.answer)  # at a time
-    each = max(1, min(load.requests, int(there)))
-    full, load = replace(load, requests=each), replace(load, requests=min(load.requests, each * replicas))
+    there = max(asked.prompts, asked.decoding or 1) * memory.room * (tokens + 1) / (tokens + load.answer)  # at a time
+    if asked.decoding is None:
+        load = replace(load, requests=min(load.requests, max(1, int(there)) * replicas))
     for wire in asked.wires if len(devices) > 1 else asked.wires[:1]:
         planner = outlook.planner("auto", wire)
         predicted = planner.expect(one_prompt(tokens))
         found.append(
             replace(
-                row, wire=wire, rating=rate(planner, load, replicas), generated=replicas * answering(planner, full),
+                row, wire=wire, rating=rate(planner, load, replicas), requests=load.requests,
                 memory=memory, saved=1 - predicted.seconds / predicted.serial,
             )
         )  # fmt: skip
@@ -157,7 +158,7 @@ def _in_time(rows: Sequence[Row], tokens: int, wanted: float) -> str:
         soonest = f"{fastest.hardware} as {fastest.layout}: {duration(seconds)}"
         return f"Nothing of this gives {first}; the soonest is {soonest}."
     devices, _, fewest = min(soon, key=lambda each: each[:2])
-    return f"Fewest devices that give {first}: {devices} ({fewest.hardware} as {fewest.layout})."
+    return f"Fewest of these devices that give {first}: {devices} of {fewest.hardware}, as {fewest.replica}."
 
 
 def _concluded(rows: Sequence[Row], asked: Question, tokens: int) -> str:
@@ -166,8 +167,9 @@ def _concluded(rows: Sequence[Row], asked: Question, tokens: int) -> str:
     if not fitting:
         return f"Nothing of this holds the model with {tokens} tokens."
     said = []
-    for aim, whom in ((LATENCY, "one request"), (THROUGHPUT, f"{load.requests} at a time")):
+    for aim in (LATENCY, THROUGHPUT):
         row, rating = min(fitting, key=lambda each: each[1].cost(aim, load))
+        whom = "one request" if aim == LATENCY else f"{row.requests} at a time"
         alone = next((r for c, r in fitting if c.hardware == row.hardware and c.layout == ALONE), None)
         if row.layout in (ALONE, "alone"):
             beside = ""
@@ -181,16 +183,16 @@ def _concluded(rows: Sequence[Row], asked: Question, tokens: int) -> str:
 
 @dataclass(frozen=True)
 class Offer:
-    """What one layout costs, for the longest prompts. `price`: of its devices for an hour; `per_million_prompt`,
-    `per_million_generated`: of tokens, where prompts come one after the other (to each replica) and many are answered
-    at a time."""
+    """What one layout costs, for the longest prompts. `price`: of its devices for an hour; `per_million_prompt`: of
+    tokens of prompts, which come one after the other, to each replica; `per_thousand`: of whole requests, as many at a
+    time as the row says."""
 
     hardware: str
     layout: str
     first_token: float
     price: float
     per_million_prompt: float
-    per_million_generated: float
+    per_thousand: float
     in_time: bool | None  # where there is a time
 
 
@@ -209,16 +211,15 @@ def _offer(row: Row, prices: Mapping[str, float], first_token: float | None) -> 
     assert row.rating is not None, "only what fits is offered"
     price = sum(prices[device] for device in row.devices)
     prompts = row.replicas * row.tokens / row.rating.first_token  # tokens a second
-    each = price / 3600 * 1e6
+    second = price / 3600
     in_time = None if first_token is None else row.rating.first_token <= first_token
     return Offer(
-        row.hardware, row.layout, row.rating.first_token, price, each / prompts, each / row.generated, in_time
+        row.hardware, row.layout, row.rating.first_token, price, 1e6 * second / prompts,
+        1e3 * second / row.rating.requests, in_time,
     )  # fmt: skip
 
 
 def _better(one: Offer, other: Offer) -> bool:
     """In all that counts, of the same group."""
-    mine, theirs = (
-        (offer.first_token, offer.per_million_prompt, offer.per_million_generated) for offer in (one, other)
-    )
+    mine, theirs = ((offer.first_token, offer.per_million_prompt, offer.per_thousand) for offer in (one, other))
     return one.hardware == other.hardware and mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))

@@ -11,6 +11,7 @@ from typing import Any
 from weft.config import ModelConfig
 from weft.outlook.figures import GIB, Forecast, Memory, Outlook
 from weft.outlook.layouts import Offer, Row
+from weft.plan.layouts import Workload
 from weft.simulate.hardware import Catalogue
 from weft.timeline.figure import INK, figure, name
 from weft.timeline.page import ZOOM, document, legend_line, panels
@@ -19,8 +20,8 @@ from weft.units import digits, duration
 from weft.wires import chosen_by_cost
 
 COLUMNS = ("tokens", "wire", "overlap", "predicted ms", "saved", "possible", "bound ms", "decode ms", "plan")
-COMPARED = ("layout", "first token", "bound", "hidden", "a token", "requests/s", "memory, GiB", "in time")
-OFFERED = ("hardware", "layout", "first token", "an hour", "per 1M prompt", "per 1M generated", "in time")
+COMPARED = ("layout", "first token", "bound", "saved", "a token", "requests/s", "memory, GiB", "in time")
+OFFERED = ("hardware", "layout", "first token", "an hour", "per 1M prompt", "per 1,000 requests", "in time")
 TEXT = frozenset({"wire", "overlap", "plan", "hardware", "layout", "in time"})  # columns that read from the left
 FACTORS = tuple(2.0**step for step in range(-6, 9))
 ASSUMING = (
@@ -39,7 +40,7 @@ def cells(forecast: Forecast) -> tuple[str, ...]:
 
 def beside(rows: Sequence[Row], first_token: float | None = None) -> list[tuple[str, ...]]:
     """Layouts, in the order of COMPARED, below a line with their group and, if there are several lengths, that.
-    `hidden`: what overlap takes off serial's time; `first_token`: seconds in which it is wanted."""
+    `saved`: what overlap takes off serial's time; `first_token`: seconds in which it is wanted."""
     lengths, wires = {row.tokens for row in rows}, {row.wire for row in rows if _sends(row)}
     shown, last = list[tuple[str, ...]](), ""
     for row in rows:
@@ -47,7 +48,7 @@ def beside(rows: Sequence[Row], first_token: float | None = None) -> list[tuple[
         if group != last:
             shown.append((group, *[""] * (len(COMPARED) - 1)))
         last, name = group, f"  {row.layout}"
-        name += f", {row.wire}" if len(wires) > 1 and _sends(row) else ""
+        name += f", {row.wire}" if wires - {"exact"} and _sends(row) else ""
         if row.rating is None or row.memory is None:
             shown.append((name, *["-"] * (len(COMPARED) - 3), row.why, ""))
             continue
@@ -60,6 +61,12 @@ def beside(rows: Sequence[Row], first_token: float | None = None) -> list[tuple[
     return shown
 
 
+def priced(rows: Sequence[Row]) -> str:
+    """What prices are of."""
+    longest = max(row.tokens for row in rows)
+    return f"prices for prompts of {longest:,} tokens; requests with {Workload.answer} of answer"
+
+
 def _sends(row: Row) -> bool:
     """Something travels on its wire."""
     return row.wire != "" and len(row.devices) > row.replicas
@@ -69,7 +76,7 @@ def offered(offer: Offer) -> tuple[str, ...]:
     """One offer, in the order of OFFERED."""
     return (
         offer.hardware, offer.layout, duration(offer.first_token), f"{offer.price:.2f}",
-        f"{offer.per_million_prompt:.3f}", f"{offer.per_million_generated:.2f}",
+        f"{offer.per_million_prompt:.3f}", f"{offer.per_thousand:.2f}",
         "" if offer.in_time is None else _yes(offer.in_time),
     )  # fmt: skip
 
@@ -140,7 +147,7 @@ def _group(outlook: Outlook) -> dict[str, Any]:
     group, asked = outlook.group, outlook.question
     return {
         "hardware": group.text, "ranks": group.world, "link": group.link_name, "link_rate": group.link.reached,
-        "shares": list(outlook.shares), "prompts": asked.prompts, "decoding": asked.decoding,
+        "shares": list(outlook.shares), "prompts": asked.prompts, "decoding": asked.decoding or 1,
         "weights": asked.weights, "kv": asked.kv,
         "forecasts": [asdict(f) | {"saving": f.saving, "saving_bound": f.saving_bound} for f in outlook.forecasts],
         "memory": {str(tokens): asdict(m) | {"needed": m.needed} for tokens, m in outlook.memory.items()},
@@ -174,7 +181,7 @@ def page(
         lines = "".join(f"<p>{escape(line)}</p>" for line in concluded.splitlines())
         body.append(f"<h2>Layouts</h2>{_table(COMPARED, beside(rows, first_token))}{lines}")
     if ranked:
-        body.append("<h2>Cheapest for a token of the prompt</h2>" + _table(OFFERED, list(map(offered, ranked))))
+        body.append(f"<h2>{priced(rows)}</h2>" + _table(OFFERED, list(map(offered, ranked))))
     drawn = [_timelines(outlook) for outlook in outlooks]
     body.append(f"{ZOOM}{legend_line([timeline for each in drawn for timeline in each])}")
     body += [_section(outlook, each) for outlook, each in zip(outlooks, drawn, strict=True)]

@@ -110,11 +110,6 @@ def rate(planner: Planner, load: Workload, replicas: int = 1) -> Rating:
     return Rating(prompt.seconds, prompt.bound, alone, requests)
 
 
-def answering(planner: Planner, load: Workload) -> float:
-    """Tokens of answers a second while so many run and no prompt comes. There must be costs."""
-    return load.requests / _round_of(planner, load, load.requests)
-
-
 def _requests(planner: Planner, load: Workload, sequences: int) -> float:
     """Requests a second of so many at a time. In as many rounds as an answer has tokens, each gets its prompt once:
     that many rounds have prompts in them, several where answers are short, and the others have none."""
