@@ -16,7 +16,7 @@ from weft.config import ModelConfig
 from weft.errors import InputError
 from weft.hub import locate_config
 from weft.model.description import model_config
-from weft.outlook.figures import NOTHING, NoMemory, Outlook, Question, would_fit
+from weft.outlook.figures import NOTHING, NoMemory, Outlook, Question, demand_shares, would_fit
 from weft.outlook.layouts import Offer, Row, compared, conclusion, offers
 from weft.outlook.report import (
     ASSUMING,
@@ -111,7 +111,7 @@ def plan(
     question.demand(config)
     groups = [parse_hardware(name, link, own) for name in dict.fromkeys(hardware)]
     if parts and all(len(parts) != group.world for group in groups):
-        Outlook(config, groups[0], question)  # which says so
+        demand_shares(parts, groups[0])
     rows = [row for group in groups for length in question.tokens for row in compared(config, group, question, length)]
     ranked = offers(rows, prices, ttft) if prices else []
     concluded = conclusion(rows, question, ttft)

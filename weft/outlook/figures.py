@@ -116,9 +116,7 @@ class Outlook:
         question.demand(model)
         self.model, self.group, self.question = model, group, question
         self.shares = question.shares or planned_shares(group)
-        if len(self.shares) != group.world:
-            given, devices = counted(len(self.shares), "number"), counted(group.world, "device")
-            raise Misfit(f"--shares gives {given} for {devices}; give one each", "other --shares")
+        demand_shares(self.shares, group)
         self.blueprint = blueprint_of(model)
         self.layout = layout or Layout.tensor(model.layers, self.shares)
         self.parts = shares_of(self.blueprint, self.layout)
@@ -222,6 +220,13 @@ class Outlook:
                 break
             factor /= 2**0.5
         return last
+
+
+def demand_shares(shares: Sequence[float], group: Hardware) -> None:
+    """Raises `Misfit` unless each device of the group has one."""
+    if len(shares) != group.world:
+        given, devices = counted(len(shares), "number"), counted(group.world, "device")
+        raise Misfit(f"--shares gives {given} for {devices}; give one each", "other --shares")
 
 
 def planned_shares(group: Hardware) -> tuple[float, ...]:

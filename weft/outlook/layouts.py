@@ -68,8 +68,8 @@ def _row(
     layout: Layout | None, replicas: int,
 ) -> Row:  # fmt: skip
     [tokens] = asked.tokens
-    each = name.partition(" of ")[2] or (name if replicas == 1 else "one alone")
-    row = Row(group.text, tokens, name, tuple(device.key for device in devices) * replicas, replicas, each)
+    whole = name if replicas == 1 else f"{replicas} replicas" + (f" of {name}" if name != ALONE else "")
+    row = Row(group.text, tokens, whole, tuple(device.key for device in devices) * replicas, replicas, name)
     part = replace(group, devices=devices)
     own = asked if len(devices) == group.world else replace(asked, shares=None)
     try:
@@ -95,7 +95,8 @@ def _row(
 def _ways(
     model: ModelConfig, group: Hardware, asked: Question
 ) -> Iterator[tuple[str, tuple[Device, ...], Layout | None, int]]:  # fmt: skip
-    """Name, devices, layout (None: all layers over all of them) and replicas; these only of devices that are alike."""
+    """Of one replica its name, devices and layout (None: all layers over all of them), and how many there are; several
+    only of devices that are alike."""
     fastest = min(range(group.world), key=lambda rank: group.seconds_of(1.0, rank))
     alike = len(set(group.devices)) == 1
     yield ALONE if group.world > 1 else "alone", (group.devices[fastest],), None, 1
@@ -103,10 +104,8 @@ def _ways(
         if (replicas > 1 and not alike) or (asked.shares and (pp > 1 or replicas > 1)):
             continue
         words = ([f"tp {tp}"] if tp > 1 else []) + ([f"pp {pp}"] if pp > 1 else [])
-        whole = " x ".join(words)
-        name = whole if replicas == 1 else f"{replicas} replicas" + (f" of {whole}" if whole else "")
         layout = even_layout(model.layers, tp, pp) if pp > 1 else None
-        yield name, group.devices[: tp * pp], layout, replicas
+        yield " x ".join(words) or ALONE, group.devices[: tp * pp], layout, replicas
 
 
 def _by_speed(model: ModelConfig, group: Hardware, asked: Question, layout: Layout) -> Layout:

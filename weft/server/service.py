@@ -146,7 +146,7 @@ class Service:
             raise Busy(f"{self.waiting} completions wait already; try again later", self.retry_after())
         ticket = Ticket(asyncio.get_running_loop(), wishes.arrived or time.monotonic(), len(prompt))
         self._submitted += params.n
-        ticket.drop = lambda: self._commands.put(lambda: self._drop(ticket))
+        self._own(ticket)
         ready: asyncio.Future[None] = ticket.loop.create_future()
         self._commands.put(lambda: self._add(ticket, ready, prompt, params, wishes, grammar))
         try:
@@ -155,6 +155,10 @@ class Service:
             self.cancel(ticket)
             raise
         return ticket
+
+    def _own(self, ticket: Ticket) -> None:
+        """From now on this service ends it, should nobody wait for it any more."""
+        ticket.drop = lambda: self._commands.put(lambda: self._drop(ticket))
 
     def cancel(self, ticket: Ticket) -> None:
         """Ends a request that nobody waits for any more; its slot is free before the next batch. Safe to repeat."""
@@ -359,7 +363,7 @@ class Service:
 
     def _adopt(self, ticket: Ticket, request: Request, handed: Handed) -> None:
         self._submitted -= request.params.n
-        ticket.drop = lambda: self._commands.put(lambda: self._drop(ticket))
+        self._own(ticket)
         if ticket.cancelled:  # before it was here
             self.metrics.finished("abort", time.monotonic() - ticket.arrived)
         elif self._engine is None or self.state is State.FAILED:
